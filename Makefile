@@ -1,0 +1,55 @@
+# Each target sets up what it needs in .venv; only Python >= 3.11 is required.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+BERT4KERAS := bert4keras==0.11.5
+STEPS ?=
+RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
+
+.PHONY: help demo test verify matrix lint format bench bench-adversarial \
+	bench-bert4keras
+help:
+	@grep -E '^[a-z-]+:.*#' Makefile | sed -E 's/:.*#/ -/'
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python >= 3.11 is needed: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.examples: $(BIN)/python setup.py
+	$(BIN)/pip install -q -e '.[examples]'
+	$(BIN)/pip install -q --no-deps $(BERT4KERAS)
+	@touch $@
+
+$(VENV)/.test: $(BIN)/python setup.py
+	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-deps $(BERT4KERAS)
+	@touch $@ $(VENV)/.examples
+
+demo: $(VENV)/.examples # adversarial training on real reviews (about 6 min)
+	@$(RUN) examples/task_sentiment_adversarial_training.py \
+		$(if $(STEPS),--steps $(STEPS))
+
+test: $(VENV)/.test # the whole suite, TensorFlow and JAX side by side
+	@BIN=$(BIN) sh tests/run.sh
+
+verify: $(VENV)/.test # long statistical checks
+	@for backend in tensorflow jax; do \
+		KERAS_BACKEND=$$backend $(RUN) -m pytest -q -m verify || exit 1; done
+
+matrix: # lower bounds, newest versions, Python 3.12 and 3.13
+	@sh tests/matrix.sh
+
+lint: $(VENV)/.test # ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(VENV)/.test # ruff, in place
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+bench: bench-adversarial # every benchmark
+
+bench-adversarial: $(VENV)/.test # FGM, penalty and their peers
+	@$(RUN) benchmarks/bench_adversarial.py
+
+bench-bert4keras: $(VENV)/.test # the bridge and its peers
+	@$(RUN) benchmarks/bench_bert4keras.py

@@ -1,0 +1,275 @@
+"""The only module that knows TensorFlow from JAX.
+
+Everything else is written in `keras.ops`. What Keras has no common name for
+stands here, under one name for both backends: gradients inside a step, state
+inside a branch, the XLA switch, sums and gathers across replicas.
+"""
+
+import contextlib
+import threading
+
+import keras
+from keras import ops, tree
+
+# The one private name needed here: a variable read inside a layer is cast to
+# the layer's compute dtype, but the value handed to a branch must be exact.
+from keras.src.backend import AutocastScope
+
+BACKEND = keras.backend.backend()
+
+
+class RecordingScope(keras.StatelessScope):
+    """A `keras.StatelessScope` that remembers what was assigned in it.
+
+    Args:
+        state_mapping: Pairs `(variable, value)` to be read inside.
+
+    Attributes:
+        assigned: Dict `{id(variable): (variable, value)}`.
+        losses: What `add_loss` was given inside.
+    """
+
+    def __init__(self, state_mapping):
+        super().__init__(state_mapping, collect_losses=True)
+        self.assigned = {}
+
+    def add_update(self, update):
+        super().add_update(update)
+        self.assigned[id(update[0])] = update
+
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    def value_and_grad(fn, args, unconnected="zero"):
+        """Evaluates `fn` and its gradient; may be nested for second order.
+
+        Args:
+            fn: `fn(args)` returns `(loss, aux)`, a scalar and anything.
+            args: Nested structure of floating tensors.
+            unconnected: `"zero"` or `"none"`, the gradient of an argument that
+                `loss` does not depend on. JAX knows only zero.
+
+        Returns:
+            `((loss, aux), gradients)`, gradients structured like `args`. On
+            TensorFlow the gradient of a gathered tensor stays `IndexedSlices`
+            (see `dense`).
+        """
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            args = tree.map_structure(tf.convert_to_tensor, args)
+            tape.watch(args)
+            loss, aux = fn(args)
+        gradients = tape.gradient(
+            loss, args, tf.UnconnectedGradients(unconnected)
+        )
+        return (loss, aux), gradients
+
+    def dense(gradient):
+        """The gradient as an ordinary tensor, repeated rows summed."""
+        return tf.convert_to_tensor(gradient)
+
+    def weighted_sum(gradients, weights):
+        """Σ wᵢ gᵢ of the gradients of one tensor; sparse if all are sparse."""
+        if all(isinstance(g, tf.IndexedSlices) for g in gradients):
+            return tf.IndexedSlices(
+                tf.concat(
+                    [
+                        g.values * ops.cast(w, g.values.dtype)
+                        for g, w in zip(gradients, weights, strict=True)
+                    ],
+                    axis=0,
+                ),
+                tf.concat([g.indices for g in gradients], axis=0),
+                gradients[0].dense_shape,
+            )
+        return sum(
+            dense(g) * ops.cast(w, g.dtype)
+            for g, w in zip(gradients, weights, strict=True)
+        )
+
+    def jit(fn):
+        """Compiles a function of tensors with XLA."""
+        return tf.function(fn, jit_compile=True, autograph=False)
+
+    def _trace(fn):
+        tf.function(fn, autograph=False).get_concrete_function()
+
+    def _cond(predicate, true_fn, false_fn):
+        return tf.cond(predicate, true_fn, false_fn)
+
+    def num_replicas():
+        """How many replicas share the step: `tf.distribute`'s, else 1."""
+        return tf.distribute.get_strategy().num_replicas_in_sync
+
+    def _replicas():
+        context = tf.distribute.get_replica_context()
+        if context is None or context.num_replicas_in_sync == 1:
+            return None
+        return context
+
+    def all_reduce_sum(x):
+        """The sum of `x` over the replicas. On JAX arrays are global: `x`."""
+        context = _replicas()
+        return context.all_reduce("SUM", x) if context else x
+
+    def all_gather(x):
+        """Concatenates `x` of all replicas along axis 0 (on JAX: `x`).
+
+        The gradient is summed over the replicas.
+        """
+        context = _replicas()
+        return context.all_gather(x, axis=0) if context else x
+
+    _keras_moments = tf.nn.moments
+    _exact = threading.local()
+    _exact_users = []
+
+    def _moments(x, axes, shift=None, keepdims=False, name=None):
+        if not getattr(_exact, "on", False):
+            return _keras_moments(
+                x, axes, shift=shift, keepdims=keepdims, name=name
+            )
+        mean = tf.reduce_mean(x, axes, keepdims=True)
+        variance = tf.reduce_mean(
+            tf.math.squared_difference(x, mean), axes, keepdims=True
+        )
+        if not keepdims:
+            mean, variance = tf.squeeze(mean, axes), tf.squeeze(variance, axes)
+        return mean, variance
+
+    @contextlib.contextmanager
+    def second_order():
+        """Makes normalization layers traced inside right to second order.
+
+        `tf.nn.moments` stops the gradient of the mean inside the variance:
+        exact to first order, wrong to second, and so are the LayerNormalization
+        and BatchNormalization built on it. Within this context, in this thread,
+        it is the plain formula.
+        """
+        before = getattr(_exact, "on", False)
+        _exact.on = True
+        _exact_users.append(None)
+        tf.nn.moments = _moments
+        try:
+            yield
+        finally:
+            _exact.on = before
+            _exact_users.pop()
+            if not _exact_users:
+                tf.nn.moments = _keras_moments
+
+elif BACKEND == "jax":
+    import jax
+
+    def value_and_grad(fn, args, unconnected="zero"):
+        return jax.value_and_grad(fn, has_aux=True)(args)
+
+    def dense(gradient):
+        return gradient
+
+    def weighted_sum(gradients, weights):
+        return sum(
+            g * ops.cast(w, g.dtype)
+            for g, w in zip(gradients, weights, strict=True)
+        )
+
+    def jit(fn):
+        return jax.jit(fn)
+
+    def _trace(fn):
+        jax.eval_shape(fn)
+
+    def _cond(predicate, true_fn, false_fn):
+        return jax.lax.cond(predicate, true_fn, false_fn)
+
+    def num_replicas():
+        return 1
+
+    def all_reduce_sum(x):
+        return x
+
+    def all_gather(x):
+        return x
+
+    second_order = contextlib.nullcontext
+
+else:
+    raise ImportError(
+        "blogkeras runs on the TensorFlow and JAX backends of Keras. Set the "
+        "environment variable KERAS_BACKEND to one of them before Python "
+        f"starts. Received: KERAS_BACKEND={BACKEND}"
+    )
+
+
+def cond(predicate, true_fn, false_fn, variables):
+    """Runs one of two functions that may contain Keras layers with state.
+
+    `keras.ops.cond` cannot run Dropout, BatchNormalization or `add_loss` in a
+    branch. Here each branch sees the variables' values of the moment, and what
+    it assigns is assigned after the branches have met. Only the chosen branch
+    is computed.
+
+    Args:
+        predicate: Scalar boolean tensor.
+        true_fn: Function without arguments that returns tensors.
+        false_fn: Likewise, with the same structure, shapes and dtypes.
+        variables: Every Keras variable that the branches read or assign.
+
+    Returns:
+        `(outputs, loss)`: the outputs of the chosen branch and the sum of what
+        its layers gave to `add_loss`, float32; hand that on to `add_loss`.
+
+    Example:
+
+    >>> dense, dropout = keras.layers.Dense(3), keras.layers.Dropout(0.5)
+    >>> x = keras.ops.ones((2, 3)); dense.build(x.shape)
+    >>> outputs, loss = cond(
+    ...     keras.ops.mean(x) > 0,
+    ...     lambda: dense(dropout(x, training=True)),
+    ...     lambda: x,
+    ...     [*dense.variables, *dropout.variables],
+    ... )
+    """
+    with AutocastScope(None):
+        values = [ops.convert_to_tensor(variable) for variable in variables]
+    mapping = list(zip(variables, values, strict=True))
+    assigned = {}
+
+    def run(fn):
+        with RecordingScope(mapping) as scope:
+            outputs = fn()
+        loss = sum(
+            (ops.cast(loss, "float32") for loss in scope.losses),
+            start=ops.zeros((), "float32"),
+        )
+        return outputs, loss, scope
+
+    # A first trace tells which variables the branches assign: handing all of
+    # them out of the branch would copy every weight.
+    for fn in (true_fn, false_fn):
+
+        def record(fn=fn):
+            outputs, loss, scope = run(fn)
+            assigned.update(scope.assigned)
+            return loss
+
+        _trace(record)
+    changing = [variable for variable, _ in assigned.values()]
+    with AutocastScope(None):
+        known = {id(variable) for variable in variables}
+        mapping += [
+            (v, ops.convert_to_tensor(v)) for v in changing if id(v) not in known
+        ]
+
+    def branch(fn):
+        outputs, loss, scope = run(fn)
+        return outputs, loss, [
+            ops.cast(scope.get_current_value(v), v.dtype) for v in changing
+        ]
+
+    outputs, loss, state = _cond(
+        predicate, lambda: branch(true_fn), lambda: branch(false_fn)
+    )
+    for variable, value in zip(changing, state, strict=True):
+        variable.assign(value)
+    return outputs, loss

@@ -1,0 +1,404 @@
+"""The only module that replaces a train step, in place, on one model.
+
+A method that takes gradients at more than one point (adversarial training, a
+gradient penalty, virtual adversarial training, two networks in turn) is written
+once, for every backend, as a pure *hook*:
+
+    hook(objective, weights) -> (evaluation, gradients)
+
+`objective` is the batch's loss as a function of the weights, and of whatever
+else the hook wants to change: values of variables, outputs of layers, the batch
+itself. `evaluation` is what one call of it saw; the one the hook returns is
+*committed*: its loss and predictions are reported, its state updates
+(BatchNormalization, seeds, metrics) are assigned. Every other evaluation leaves
+no trace. `gradients` go to the optimizer, one for each of
+`model.trainable_variables`; how they came about is the hook's business, so two
+networks with two losses are one hook.
+
+Plain training is the hook
+
+    lambda objective, weights: objective.value_and_grad(objective, weights)
+
+and gives the weights of Keras's own `fit` to the bit.
+"""
+
+import contextlib
+import inspect
+import threading
+import types
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops, tree
+
+from blogkeras import backend
+
+
+class Evaluation(NamedTuple):
+    """What one evaluation of the objective saw.
+
+    Attributes:
+        loss: Scalar, as `compute_loss` gave it.
+        y_pred: The model's outputs.
+        updates: The new state; opaque, for `install` to commit.
+    """
+
+    loss: Any
+    y_pred: Any
+    updates: Any
+
+
+class Objective:
+    """The loss of one batch as a pure function. Made by the train step.
+
+    Attributes:
+        model: The model in training.
+        data: `(x, y, sample_weight)` of the batch.
+        iterations: Scalar integer tensor, the optimizer's update count.
+    """
+
+    def __init__(self, model, data, state, iterations, loss_scale):
+        self.model = model
+        self.data = keras.utils.unpack_x_y_sample_weight(data)
+        self.iterations = iterations
+        self._state = state
+        self._loss_scale = loss_scale
+
+    def __call__(self, weights, values=(), perturb=None, data=None):
+        """Evaluates the model and its loss; changes nothing.
+
+        All evaluations of a step start from the same state, so they share
+        their dropout masks.
+
+        Args:
+            weights: Values for `model.trainable_variables`.
+            values: Pairs `(variable, value)` that come before `weights` and
+                before the current values: any variable, trainable or not.
+            perturb: Dict `{layer: fn}`: the output of each call of the layer
+                becomes `fn(output, *args, **kwargs)`, with the arguments of the
+                call.
+            data: `(x, y, sample_weight)` in place of the batch.
+
+        Returns:
+            `(loss, evaluation)`, as `value_and_grad` wants them.
+        """
+        model = self.model
+        x, y, sample_weight = self.data if data is None else data
+        mapping = [
+            *self._state,
+            # Regularizers read their variable from the scope: map them all.
+            *zip(model.trainable_variables, weights, strict=True),
+            *values,
+        ]
+        with (
+            backend.RecordingScope(mapping) as scope,
+            _perturbed(perturb or {}),
+        ):
+            # Keras's JAX trainer runs `call`, its TensorFlow trainer
+            # `__call__`; in half precision the two differ.
+            forward = model.call if backend.BACKEND == "jax" else model
+            y_pred = forward(x, **_training_argument(model.call))
+            loss = model.compute_loss(
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                **_training_argument(model.compute_loss),
+            )
+            if model.loss is None and _computes_default_loss(model):
+                if not model.losses:
+                    raise ValueError(
+                        "The model has no loss to train on. Pass `loss=` to "
+                        "`compile`, or call `add_loss` in a layer. Received: "
+                        f"loss=None for {model.name!r}"
+                    )
+        if backend.BACKEND == "tensorflow":
+            updates = list(scope.assigned.values())
+        else:
+            updates = [scope.get_current_value(v) for v, _ in self._state]
+        return loss, Evaluation(loss, y_pred, updates)
+
+    def value_and_grad(self, fn, args):
+        """Gradient of an objective, safe under loss scaling.
+
+        Args:
+            fn: `fn(args)` returns `(loss, evaluation)`.
+            args: Nested structure of tensors.
+
+        Returns:
+            `(evaluation, gradients)`. Under a `LossScaleOptimizer` the
+            gradients are the scaled ones that the optimizer expects; `unscale`
+            gives the true ones.
+        """
+
+        def scaled(args):
+            loss, evaluation = fn(args)
+            return loss * ops.cast(self._loss_scale, loss.dtype), evaluation
+
+        (_, evaluation), gradients = backend.value_and_grad(
+            scaled, args, unconnected="none"
+        )
+        return evaluation, gradients
+
+    def unscale(self, gradient):
+        """Divides a gradient from `value_and_grad` by the loss scale."""
+        return gradient / ops.cast(self._loss_scale, gradient.dtype)
+
+    def value(self, weights, variable):
+        """The value of a variable, trainable or not, in this step."""
+        index = self.index(variable)
+        if index is not None:
+            return weights[index]
+        for candidate, value in self._state:
+            if candidate is variable:
+                return value
+        return ops.convert_to_tensor(variable)
+
+    def index(self, variable):
+        """The place of a variable in `weights`; `None` if it is frozen."""
+        for index, candidate in enumerate(self.model.trainable_variables):
+            if candidate is variable:
+                return index
+        return None
+
+
+def install(model, hook):
+    """Makes `fit` and `train_on_batch` of this very model train by `hook`.
+
+    The model stays what it is: `compile` before or after, `save`,
+    `load_model`, pickle and `clone_model` do not see the hook (what they give
+    is a model that trains plainly). Installing again replaces the hook.
+
+    Args:
+        model: A `keras.Model` with Keras's own train step.
+        hook: Pure function, see the head of this module.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "Expected a `keras.Model`, since the training step of `fit` is "
+            f"what changes. Received: {model!r}"
+        )
+    for name in ("train_step", "make_train_function"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"{type(model).__name__} has a `{name}` of its own, which "
+                "would be bypassed. Express it through `compute_loss` or "
+                "`add_loss`, or call the method's function inside it. "
+                f"Received: {model!r}"
+            )
+    if keras.config.is_nnx_enabled():
+        raise ValueError(
+            "Keras's NNX mode takes the train step from the class and would "
+            "ignore this one. Unset KERAS_NNX_ENABLED. Received: "
+            "keras.config.is_nnx_enabled()=True"
+        )
+
+    def make_train_function(self, force=False):
+        if self.train_function is None or force:
+            # A fresh step every time: jax.jit caches by function, and a kept
+            # one would go on with the optimizer and loss of the last `compile`.
+            self.train_step = types.MethodType(_make_step(hook), self)
+            try:
+                type(self).make_train_function(self, force=True)
+            finally:
+                del self.train_step
+
+    make_train_function.hook = hook
+    model.make_train_function = types.MethodType(make_train_function, model)
+    model.train_function = None
+
+
+def installed(model):
+    """The hook that the model trains by, or `None`."""
+    function = model.__dict__.get("make_train_function")
+    return getattr(function, "hook", None)
+
+
+def uninstall(model):
+    """Gives the model back its own train step."""
+    if installed(model) is not None:
+        del model.make_train_function
+        model.train_function = None
+
+
+if backend.BACKEND == "tensorflow":
+
+    def _make_step(hook):
+        def train_step(model, data):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            optimizer = model.optimizer
+            _refuse_what_keras_cannot(optimizer)
+            _build(model, x)
+            objective = Objective(
+                model,
+                data,
+                # Variables that are not mapped are read where they are: under
+                # a distribution strategy each replica has its own.
+                state=[],
+                iterations=ops.convert_to_tensor(optimizer.iterations),
+                loss_scale=optimizer.scale_loss(ops.ones(())),
+            )
+            variables = model.trainable_variables
+            weights = [ops.convert_to_tensor(v.value) for v in variables]
+            evaluation, gradients = hook(objective, weights)
+            for variable, value in evaluation.updates:
+                variable.assign(value)
+            # Each replica's loss is its share of the sum; report the mean.
+            model._loss_tracker.update_state(
+                evaluation.loss * backend.num_replicas(),
+                sample_weight=_batch_size(x),
+            )
+            if variables:
+                optimizer.apply(gradients, variables)
+            return model.compute_metrics(x, y, evaluation.y_pred, sample_weight)
+
+        return train_step
+
+    def _build(model, x):
+        # `fit` on TensorFlow builds layers and optimizer inside the step, but
+        # the weights are needed before it. `model.built` does not tell: a
+        # subclassed model can be built with layers that are not.
+        if model.optimizer.built:
+            return
+        model(
+            tree.map_structure(
+                lambda t: (
+                    None
+                    if t is None
+                    else keras.KerasTensor(
+                        t.shape, keras.backend.standardize_dtype(t.dtype)
+                    )
+                ),
+                x,
+            )
+        )
+        model.optimizer.build(model.trainable_variables)
+
+    def _refuse_what_keras_cannot(optimizer):
+        """Plain Keras fails or is wrong in these two: say so."""
+        if backend.num_replicas() == 1:
+            return
+        if optimizer.gradient_accumulation_steps:
+            raise ValueError(
+                "Keras cannot accumulate gradients under a TensorFlow "
+                "distribution strategy. Remove `gradient_accumulation_steps`. "
+                "Received: gradient_accumulation_steps="
+                f"{optimizer.gradient_accumulation_steps}"
+            )
+        if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            raise ValueError(
+                "Keras's loss scaling looks at the first replica only, so an "
+                "overflow in another one destroys the weights. Use the policy "
+                '"mixed_bfloat16", or one replica. Received: '
+                "LossScaleOptimizer under a distribution strategy"
+            )
+
+elif backend.BACKEND == "jax":
+
+    def _make_step(hook):
+        def train_step(model, state, data):
+            weights, non_trainable, optimizer_state, metrics = state
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            optimizer = model.optimizer
+            with keras.StatelessScope(
+                [*zip(optimizer.variables, optimizer_state, strict=True)]
+            ):
+                loss_scale = optimizer.scale_loss(ops.ones(()))
+                iterations = ops.convert_to_tensor(optimizer.iterations)
+            objective = Objective(
+                model,
+                data,
+                state=[
+                    *zip(
+                        model.non_trainable_variables,
+                        non_trainable,
+                        strict=True,
+                    ),
+                    *zip(model.metrics_variables, metrics, strict=True),
+                ],
+                iterations=iterations,
+                loss_scale=loss_scale,
+            )
+            evaluation, gradients = hook(objective, weights)
+            count = len(non_trainable)
+            non_trainable = evaluation.updates[:count]
+            metrics = evaluation.updates[count:]
+            if weights:
+                weights, optimizer_state = optimizer.stateless_apply(
+                    optimizer_state, gradients, weights
+                )
+            logs, metrics = model._update_metrics_variables(
+                metrics,
+                evaluation.loss,
+                x,
+                y,
+                evaluation.y_pred,
+                sample_weight,
+            )
+            return logs, (weights, non_trainable, optimizer_state, metrics)
+
+        return train_step
+
+
+def _batch_size(x):
+    return ops.shape(next(t for t in tree.flatten(x) if t is not None))[0]
+
+
+def _training_argument(fn):
+    parameters = inspect.signature(fn).parameters.values()
+    accepts = any(
+        p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters
+    )
+    return {"training": True} if accepts else {}
+
+
+def _computes_default_loss(model):
+    return type(model).compute_loss is keras.Model.compute_loss
+
+
+# `tf.distribute` runs each replica in a thread of its own and may switch
+# between them wherever they meet, as in a synchronized BatchNormalization.
+_local = threading.local()
+
+
+class _StandIn:
+    """Stands in for `layer.call` while the objective is evaluated."""
+
+    def __init__(self, layer):
+        self.layer = layer
+        self.call = layer.call
+        self.users = 0
+
+    def __call__(self, *args, **kwargs):
+        output = self.call(*args, **kwargs)
+        fn = getattr(_local, "perturb", {}).get(id(self.layer))
+        if fn is None:
+            return output
+        perturbed = fn(output, *args, **kwargs)
+        # Some layers set the mask of their output in `call`.
+        mask = getattr(output, "_keras_mask", None)
+        if mask is not None:
+            perturbed._keras_mask = mask
+        return perturbed
+
+
+@contextlib.contextmanager
+def _perturbed(perturb):
+    """Within, and in this thread, layers' outputs pass through functions."""
+    before = getattr(_local, "perturb", {})
+    _local.perturb = {id(layer): fn for layer, fn in perturb.items()}
+    for layer in perturb:
+        stand_in = layer.__dict__.get("call")
+        if not isinstance(stand_in, _StandIn):
+            stand_in = _StandIn(layer)
+            object.__setattr__(layer, "call", stand_in)
+        stand_in.users += 1
+    try:
+        yield
+    finally:
+        _local.perturb = before
+        for layer in perturb:
+            stand_in = layer.__dict__["call"]
+            stand_in.users -= 1
+            if not stand_in.users:
+                object.__delattr__(layer, "call")

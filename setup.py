@@ -1,0 +1,37 @@
+from setuptools import find_packages, setup
+
+# bert4keras 0.11.5 declares keras<=2.3.1, so it can stand in no requirement
+# list: pip would find no solution. Install it with
+# `pip install --no-deps bert4keras==0.11.5`.
+examples = ["matplotlib>=3.8", "rich>=13", "snownlp>=0.12.3"]
+test = [
+    *examples,
+    "jax>=0.4.35",
+    "keras-hub>=0.18",
+    "pytest>=8",
+    "ruff>=0.6",
+    "scipy>=1.11",
+    "tf_keras>=2.18",
+]
+
+setup(
+    name="blogkeras",
+    version="0.1.0",
+    description="Eight methods of the blog Scientific Spaces, for Keras 3",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["blogkeras", "blogkeras.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "keras>=3.12",
+        "numpy>=1.26",
+        "pot>=0.9.4",
+        "tensorflow>=2.18",
+    ],
+    extras_require={
+        "examples": examples,
+        "test": test,
+        "bench": test,
+    },
+)
