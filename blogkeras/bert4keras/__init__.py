@@ -1,0 +1,13 @@
+"""Runs the unmodified PyPI package bert4keras 0.11.5 on Keras 3.
+
+>>> import blogkeras.bert4keras
+>>> from bert4keras.models import build_transformer_model
+
+Importing this package imports bert4keras; from then on bert4keras builds
+genuine Keras 3 models, on the TensorFlow backend. The user's Keras is left as
+it is.
+"""
+
+from blogkeras.bert4keras.importing import import_bert4keras
+
+import_bert4keras()

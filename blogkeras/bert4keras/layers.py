@@ -1,0 +1,284 @@
+"""Keras 2's contract between a layer and Keras, kept on Keras 3.
+
+The classes of this file are the base classes that bert4keras finds in
+`keras.layers` while it is being imported. Each difference between the two
+Kerases is settled once, here; bert4keras's own code is not edited.
+"""
+
+import contextvars
+import functools
+import inspect
+import types
+
+import keras
+
+from blogkeras.bert4keras.names import get_initializer
+
+# The bridged layer whose `build` or `call` is running, if any. Layers that
+# bert4keras makes in there (Dense, Dropout, ...) look up their owner.
+_at_work = contextvars.ContextVar("bridged layer at work", default=None)
+
+
+def layer_at_work():
+    """Returns the bridged layer whose `build` or `call` is running."""
+    return _at_work.get()
+
+
+def inner_dtype(owner):
+    """Returns the dtype policy for a layer made inside of `owner`."""
+    if owner is None:
+        return None
+    return owner.dtype_policy if owner.half_precision else owner.variable_dtype
+
+
+class _Traced(keras.Operation):
+    """A function whose outputs can be inferred from symbolic inputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.call = function
+
+
+def _is_symbolic(*structures):
+    return any(
+        isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(structures)
+    )
+
+
+def _cast(structure, dtype):
+    """Casts the floating point tensors of a nested structure."""
+
+    def cast(x):
+        kind = keras.backend.standardize_dtype(getattr(x, "dtype", "bool"))
+        if keras.backend.is_float_dtype(kind) and kind != dtype:
+            return keras.ops.cast(x, dtype)
+        return x
+
+    return keras.tree.map_structure(cast, structure)
+
+
+def _none_if_no_mask(mask):
+    """Keras 2 says `None`, Keras 3 says `[None, None]`."""
+    if isinstance(mask, (list, tuple)) and all(m is None for m in mask):
+        return None
+    return mask
+
+
+def _working(method):
+    """Marks the layer as the one at work while `build` runs."""
+
+    @functools.wraps(method)
+    def build(self, *args, **kwargs):
+        token = _at_work.set(self)
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            _at_work.reset(token)
+
+    return build
+
+
+def _calling(method):
+    """Marks the layer as the one at work while `call` runs.
+
+    Under a half-precision policy a layer computes in its variables' dtype,
+    unless it is one of the few dominated by matrix products.
+    """
+
+    @functools.wraps(method)
+    def call(self, inputs, *args, **kwargs):
+        if "mask" in kwargs:
+            kwargs["mask"] = _none_if_no_mask(kwargs["mask"])
+        if layer_at_work() is self:  # super().call(...)
+            return method(self, inputs, *args, **kwargs)
+        mixed = self.compute_dtype != self.variable_dtype
+        mixed = mixed and not self.half_precision
+        if mixed:
+            inputs = _cast(inputs, self.variable_dtype)
+        token = _at_work.set(self)
+        try:
+            outputs = method(self, inputs, *args, **kwargs)
+        finally:
+            _at_work.reset(token)
+        return _cast(outputs, self.compute_dtype) if mixed else outputs
+
+    return call
+
+
+def _masking(method):
+    """Lets `compute_mask` use any TensorFlow function.
+
+    Keras 3 also calls it with symbolic tensors, which TensorFlow refuses.
+    """
+
+    @functools.wraps(method)
+    def compute_mask(self, inputs, mask=None):
+        mask = _none_if_no_mask(mask)
+        compute = functools.partial(method, self)
+        if _is_symbolic(inputs, mask):
+            return _Traced(compute).compute_output_spec(inputs, mask)
+        return compute(inputs, mask)
+
+    return compute_mask
+
+
+_ADAPTERS = {"build": _working, "call": _calling, "compute_mask": _masking}
+
+
+class Bridged:
+    """Mixin of every layer that bert4keras sees or defines."""
+
+    # Whether `call` computes in the policy's compute dtype (matrix products)
+    # or in that of the variables (norms, positions, losses).
+    half_precision = False
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name, adapter in _ADAPTERS.items():
+            if name in vars(cls):
+                setattr(cls, name, adapter(vars(cls)[name]))
+
+    def __init__(self, *args, **kwargs):
+        if kwargs.get("dtype") is None:
+            kwargs["dtype"] = inner_dtype(layer_at_work())
+        super().__init__(*args, **kwargs)
+        self.autocast = self.half_precision
+
+    def __call__(self, *args, **kwargs):
+        # Keras 3 takes a `**kwargs` of Nones for a second tensor argument, and
+        # then does not pass the mask of the first.
+        known = self.call_signature_parameters
+        kwargs = {
+            k: v for k, v in kwargs.items() if v is not None or k in known
+        }
+        return super().__call__(*args, **kwargs)
+
+    def compute_output_spec(self, *args, **kwargs):
+        # Keras 3 would trust `compute_output_shape` and never trace `call`:
+        # layers made in `build` would stay without weights.
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+
+
+class Layer(Bridged, keras.layers.Layer):
+    """`keras.layers.Layer` of Keras 2, on Keras 3."""
+
+    def build(self, input_shape=None):
+        # For the `Dropout` that `call` will make, see there.
+        if getattr(self, "attention_dropout", None):
+            self.seed_generator = keras.random.SeedGenerator()
+        self.built = True
+
+    def add_loss(self, loss, inputs=None):
+        """Adds a loss; Keras 2's argument `inputs` is of no use any more."""
+        super().add_loss(loss)
+
+
+class Embedding(Bridged, keras.layers.Embedding):
+    """`Embedding` whose `call` may be overridden with more arguments."""
+
+    def __init__(self, input_dim, output_dim, *args, **kwargs):
+        if "embeddings_initializer" in kwargs:
+            kwargs["embeddings_initializer"] = get_initializer(
+                kwargs["embeddings_initializer"]
+            )
+        super().__init__(input_dim, output_dim, *args, **kwargs)
+
+
+class GlobalAveragePooling1D(Bridged, keras.layers.GlobalAveragePooling1D):
+    """`GlobalAveragePooling1D` that bert4keras derives its own from."""
+
+
+class GlobalMaxPooling1D(Bridged, keras.layers.GlobalMaxPooling1D):
+    """`GlobalMaxPooling1D` that bert4keras derives its own from."""
+
+
+class Lambda(Bridged, keras.layers.Lambda):
+    """`Lambda` that ends a mask silently, as Keras 2's does.
+
+    A function nested in one of bert4keras's own is saved by its name and is
+    found again in the installed package, so that no code is stored in the file.
+    """
+
+    call = keras.layers.Lambda.call
+
+    def __init__(self, function, *args, **kwargs):
+        super().__init__(function, *args, **kwargs)
+        self.supports_masking = True
+
+    def get_config(self):
+        config = super().get_config()
+        if _nested_function(self.function.__qualname__) is not None:
+            config["function"] = self.function.__qualname__
+        return config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None, safe_mode=None):
+        function = config["function"]
+        if not isinstance(function, str):
+            return super().from_config(config, custom_objects, safe_mode)
+        return cls(**{**config, "function": _nested_function(function)})
+
+
+def _nested_function(qualname):
+    """Finds `Class.method.<locals>.name` in bert4keras; None if it is not."""
+    import bert4keras.models
+    import bert4keras.snippets
+
+    path, _, name = qualname.rpartition(".<locals>.")
+    for module in (bert4keras.models, bert4keras.snippets):
+        function = module
+        for part in path.split("."):
+            function = getattr(function, part, None)
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        for constant in code.co_consts if code else ():
+            if isinstance(constant, types.CodeType) and (
+                constant.co_name == name and not constant.co_freevars
+            ):
+                return types.FunctionType(constant, function.__globals__, name)
+    return None
+
+
+class Dropout(Bridged, keras.layers.Dropout):
+    """`Dropout` that may also be made inside of another layer's `call`.
+
+    There it draws from its owner's seeds, for no variable can be made there.
+    """
+
+    half_precision = True
+
+    def __init__(self, rate, noise_shape=None, seed=None, **kwargs):
+        generator = getattr(layer_at_work(), "seed_generator", None)
+        own = generator is None
+        super().__init__(rate if own else 0, noise_shape, seed, **kwargs)
+        self.rate = rate
+        self._seeds = lambda: self.seed_generator if own else generator
+
+    def call(self, inputs, training=False):
+        if not training or not self.rate:
+            return inputs
+        return keras.random.dropout(
+            inputs, self.rate, noise_shape=self.noise_shape, seed=self._seeds()
+        )
+
+
+class _Merge(Bridged):
+    """Keras 2's mask rule: the masks that there are must agree.
+
+    Keras 3 drops the mask when any input has none, as a segment embedding.
+    """
+
+    def compute_mask(self, inputs, mask=None):
+        masks = [m for m in mask or [] if m is not None]
+        return functools.reduce(keras.ops.logical_and, masks) if masks else None
+
+
+class Add(_Merge, keras.layers.Add):
+    """`Add` with Keras 2's mask rule."""
+
+
+class Subtract(_Merge, keras.layers.Subtract):
+    """`Subtract` with Keras 2's mask rule."""
+
+
+class Average(_Merge, keras.layers.Average):
+    """`Average` with Keras 2's mask rule."""
