@@ -4,6 +4,8 @@ Only those are replaced that do not know Keras 3's variables and symbolic
 tensors, or that differ from Keras 2.
 """
 
+import functools
+import inspect
 import types
 
 import keras
@@ -11,7 +13,8 @@ import numpy as np
 import tensorflow as tf
 from keras._tf_keras.keras import backend as legacy
 
-from blogkeras.bert4keras.layers import layer_at_work
+from blogkeras.bert4keras.layers import is_symbolic, layer_at_work
+from blogkeras.bert4keras.names import register
 
 
 def floatx():
@@ -80,10 +83,6 @@ def batch_set_value(pairs):
 
 
 _REPLACED = (
-    floatx,
-    dtype,
-    ndim,
-    int_shape,
     dot,
     update,
     update_add,
@@ -93,14 +92,48 @@ _REPLACED = (
     set_value,
     batch_set_value,
 )
+_FUNCTIONS = {
+    name: function
+    for name, function in vars(legacy).items()
+    if inspect.isfunction(function)
+} | {function.__name__: function for function in _REPLACED}
+
+
+class BackendFunction(keras.Operation):
+    """A function of `keras.backend` as a node of a functional model."""
+
+    def __init__(self, function, name=None):
+        super().__init__(name=name)
+        self.function = function
+
+    def call(self, *args, **kwargs):
+        return _FUNCTIONS[self.function](*args, **kwargs)
+
+    def get_config(self):
+        return {"function": self.function, "name": self.name}
+
+
+register(BackendFunction)
+
+
+def _also_symbolic(function):
+    """Lets `function` take symbolic tensors, as in Keras 2."""
+
+    @functools.wraps(function)
+    def wrapped(*args, **kwargs):
+        if is_symbolic(args, kwargs):
+            return BackendFunction(function.__name__)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return wrapped
 
 
 def make_backend():
     """Returns a new module with the functions of `keras.backend`."""
     module = types.ModuleType("keras.backend")
-    module.__dict__.update(
-        {k: v for k, v in vars(legacy).items() if not k.startswith("_")}
-    )
-    module.__dict__.update({f.__name__: f for f in _REPLACED})
+    for name, function in _FUNCTIONS.items():
+        setattr(module, name, _also_symbolic(function))
+    for function in (floatx, dtype, ndim, int_shape):
+        setattr(module, function.__name__, function)
     module.eval = get_value
     return module

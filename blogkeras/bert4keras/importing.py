@@ -93,7 +93,7 @@ def _standing_in(modules, environment):
 def import_bert4keras():
     """Imports bert4keras and registers its classes with Keras."""
     check()
-    from blogkeras.bert4keras import names, namespace
+    from blogkeras.bert4keras import adapt, names, namespace
 
     stand_ins = namespace.make_keras()
     stand_ins["tensorflow"] = namespace.make_tensorflow(stand_ins["keras"])
@@ -101,12 +101,13 @@ def import_bert4keras():
     try:
         # TF_KERAS=1: bert4keras's code for `tf.keras`, the newer of its two.
         with _standing_in(stand_ins, {"TF_KERAS": "1"}):
-            modules = [
-                importlib.import_module(f"bert4keras.{name}")
+            modules = {
+                name: importlib.import_module(f"bert4keras.{name}")
                 for name in _MODULES
-            ]
+            }
     except BaseException:
         for name in [name for name in sys.modules if _is_bert4keras(name)]:
             del sys.modules[name]
         raise
-    names.register_all(modules)
+    adapt.adapt(modules["layers"], modules["models"], modules["snippets"])
+    names.register_all(modules.values())

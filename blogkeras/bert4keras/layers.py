@@ -39,7 +39,8 @@ class _Traced(keras.Operation):
         self.call = function
 
 
-def _is_symbolic(*structures):
+def is_symbolic(*structures):
+    """Tells whether there is a symbolic tensor among the arguments."""
     return any(
         isinstance(x, keras.KerasTensor) for x in keras.tree.flatten(structures)
     )
@@ -106,18 +107,22 @@ def _calling(method):
 
 
 def _masking(method):
-    """Lets `compute_mask` use any TensorFlow function.
+    """Gives `compute_mask` the arguments that Keras 2 gave.
 
-    Keras 3 also calls it with symbolic tensors, which TensorFlow refuses.
+    Keras 3 calls it with symbolic tensors, too. The functions of
+    `keras.backend` take them, other TensorFlow functions refuse.
     """
 
     @functools.wraps(method)
     def compute_mask(self, inputs, mask=None):
         mask = _none_if_no_mask(mask)
-        compute = functools.partial(method, self)
-        if _is_symbolic(inputs, mask):
-            return _Traced(compute).compute_output_spec(inputs, mask)
-        return compute(inputs, mask)
+        try:
+            return method(self, inputs, mask)
+        except (TypeError, ValueError):
+            if not is_symbolic(inputs, mask):
+                raise
+            compute = _Traced(functools.partial(method, self))
+            return compute.compute_output_spec(inputs, mask)
 
     return compute_mask
 
