@@ -276,6 +276,17 @@ class _Merge(Bridged):
         masks = [m for m in mask or [] if m is not None]
         return functools.reduce(keras.ops.logical_and, masks) if masks else None
 
+    def call(self, inputs):
+        kinds = {keras.backend.standardize_dtype(x.dtype) for x in inputs}
+        if "bool" in kinds and len(kinds) > 1:
+            raise ValueError(
+                f"{type(self).__name__} expects tensors of one kind; Keras 3 "
+                "would take True for 1. (bert4keras's "
+                "`residual_attention_scores` does not go with the masks of "
+                f"application='lm' and 'unilm'.) Received: dtypes={kinds}"
+            )
+        return super().call(inputs)
+
 
 class Add(_Merge, keras.layers.Add):
     """`Add` with Keras 2's mask rule."""
