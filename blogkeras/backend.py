@@ -11,8 +11,8 @@ import threading
 import keras
 from keras import ops, tree
 
-# The one private name needed here: a variable read inside a layer is cast to
-# the layer's compute dtype, but the value handed to a branch must be exact.
+# A variable read inside a layer is cast to the layer's compute dtype, but the
+# value handed to a branch must be exact; there is no public name for that.
 from keras.src.backend import AutocastScope
 
 BACKEND = keras.backend.backend()
@@ -60,7 +60,9 @@ if BACKEND == "tensorflow":
             tape.watch(args)
             loss, aux = fn(args)
         gradients = tape.gradient(
-            loss, args, tf.UnconnectedGradients(unconnected)
+            loss,
+            args,
+            unconnected_gradients=tf.UnconnectedGradients(unconnected),
         )
         return (loss, aux), gradients
 
@@ -201,7 +203,7 @@ else:
     )
 
 
-def cond(predicate, true_fn, false_fn, variables):
+def cond(predicate, true_fn, false_fn, layers):
     """Runs one of two functions that may contain Keras layers with state.
 
     `keras.ops.cond` cannot run Dropout, BatchNormalization or `add_loss` in a
@@ -213,7 +215,7 @@ def cond(predicate, true_fn, false_fn, variables):
         predicate: Scalar boolean tensor.
         true_fn: Function without arguments that returns tensors.
         false_fn: Likewise, with the same structure, shapes and dtypes.
-        variables: Every Keras variable that the branches read or assign.
+        layers: The Keras layers that the branches call.
 
     Returns:
         `(outputs, loss)`: the outputs of the chosen branch and the sum of what
@@ -227,13 +229,13 @@ def cond(predicate, true_fn, false_fn, variables):
     ...     keras.ops.mean(x) > 0,
     ...     lambda: dense(dropout(x, training=True)),
     ...     lambda: x,
-    ...     [*dense.variables, *dropout.variables],
+    ...     [dense, dropout],
     ... )
     """
-    with AutocastScope(None):
-        values = [ops.convert_to_tensor(variable) for variable in variables]
-    mapping = list(zip(variables, values, strict=True))
+    variables = {id(v): v for layer in layers for v in layer.variables}
     assigned = {}
+    with AutocastScope(None):
+        mapping = [(v, ops.convert_to_tensor(v)) for v in variables.values()]
 
     def run(fn):
         with RecordingScope(mapping) as scope:
@@ -256,9 +258,10 @@ def cond(predicate, true_fn, false_fn, variables):
         _trace(record)
     changing = [variable for variable, _ in assigned.values()]
     with AutocastScope(None):
-        known = {id(variable) for variable in variables}
         mapping += [
-            (v, ops.convert_to_tensor(v)) for v in changing if id(v) not in known
+            (v, ops.convert_to_tensor(v))
+            for v in changing
+            if id(v) not in variables
         ]
 
     def branch(fn):
@@ -272,4 +275,8 @@ def cond(predicate, true_fn, false_fn, variables):
     )
     for variable, value in zip(changing, state, strict=True):
         variable.assign(value)
+    # Keras recognizes a layer's `add_loss` tensors by id. Those of the branches
+    # are gone; without this, a later tensor with a like id would count twice.
+    for layer in layers:
+        layer._clear_losses()
     return outputs, loss

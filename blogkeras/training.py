@@ -63,6 +63,7 @@ class Objective:
         self.iterations = iterations
         self._state = state
         self._loss_scale = loss_scale
+        self._scopes = []
 
     def __call__(self, weights, values=(), perturb=None, data=None):
         """Evaluates the model and its loss; changes nothing.
@@ -92,12 +93,13 @@ class Objective:
         ]
         with (
             backend.RecordingScope(mapping) as scope,
-            _perturbed(perturb or {}),
+            perturbed(perturb or {}),
         ):
             # Keras's JAX trainer runs `call`, its TensorFlow trainer
             # `__call__`; in half precision the two differ.
             forward = model.call if backend.BACKEND == "jax" else model
             y_pred = forward(x, **_training_argument(model.call))
+            self._require_loss()
             loss = model.compute_loss(
                 x=x,
                 y=y,
@@ -105,17 +107,17 @@ class Objective:
                 sample_weight=sample_weight,
                 **_training_argument(model.compute_loss),
             )
-            if model.loss is None and _computes_default_loss(model):
-                if not model.losses:
-                    raise ValueError(
-                        "The model has no loss to train on. Pass `loss=` to "
-                        "`compile`, or call `add_loss` in a layer. Received: "
-                        f"loss=None for {model.name!r}"
-                    )
+        # Keras tells whose `add_loss` a tensor was by its id: keep them all
+        # alive, or an id of this evaluation may come again in the next.
+        self._scopes.append(scope)
         if backend.BACKEND == "tensorflow":
             updates = list(scope.assigned.values())
         else:
-            updates = [scope.get_current_value(v) for v, _ in self._state]
+            # What `values` put in place is not an update.
+            updates = [
+                scope.assigned.get(id(v), (v, value))[1]
+                for v, value in self._state
+            ]
         return loss, Evaluation(loss, y_pred, updates)
 
     def value_and_grad(self, fn, args):
@@ -144,6 +146,18 @@ class Objective:
         """Divides a gradient from `value_and_grad` by the loss scale."""
         return gradient / ops.cast(self._loss_scale, gradient.dtype)
 
+    def seed(self, seed):
+        """A seed for `keras.random` that changes with every update.
+
+        It needs no variable in the model: draws are numbered from the
+        optimizer's update count, so a resumed run goes on with the same ones.
+        The micro-batches of an accumulated update share them.
+
+        Args:
+            seed: Integer.
+        """
+        return _StepSeed(seed, self.iterations)
+
     def value(self, weights, variable):
         """The value of a variable, trainable or not, in this step."""
         index = self.index(variable)
@@ -154,12 +168,40 @@ class Objective:
                 return value
         return ops.convert_to_tensor(variable)
 
+    def _require_loss(self):
+        model = self.model
+        computes_own = type(model).compute_loss is not keras.Model.compute_loss
+        if model.loss is None and not computes_own and not model.losses:
+            raise ValueError(
+                "The model has no loss to train on. Pass `loss=` to `compile`, "
+                "or call `add_loss` in a layer. Received: loss=None for model "
+                f"{model.name!r}"
+            )
+
     def index(self, variable):
         """The place of a variable in `weights`; `None` if it is frozen."""
         for index, candidate in enumerate(self.model.trainable_variables):
             if candidate is variable:
                 return index
         return None
+
+
+class _StepSeed(keras.random.SeedGenerator):
+    """Counts draws within a step; holds no state of its own."""
+
+    def __init__(self, seed, iterations):
+        # Not the parent's: it would make a variable.
+        self._next = seed
+        self._iterations = iterations
+
+    def next(self, ordered=True):
+        self._next += 1
+        return ops.stack(
+            [
+                ops.cast(self._next - 1, "uint32"),
+                ops.cast(self._iterations, "uint32"),
+            ]
+        )
 
 
 def install(model, hook):
@@ -202,6 +244,7 @@ def install(model, hook):
                 type(self).make_train_function(self, force=True)
             finally:
                 del self.train_step
+            self.train_function = _keep_state(self, self.train_function)
 
     make_train_function.hook = hook
     model.make_train_function = types.MethodType(make_train_function, model)
@@ -253,6 +296,9 @@ if backend.BACKEND == "tensorflow":
             return model.compute_metrics(x, y, evaluation.y_pred, sample_weight)
 
         return train_step
+
+    def _keep_state(model, train_function):
+        return train_function  # variables are assigned inside the step
 
     def _build(model, x):
         # `fit` on TensorFlow builds layers and optimizer inside the step, but
@@ -339,6 +385,36 @@ elif backend.BACKEND == "jax":
 
         return train_step
 
+    def _keep_state(model, train_function):
+        """Keeps the weights when a step is interrupted.
+
+        Keras's JAX trainer takes the values out of the variables while `fit`
+        runs and puts back those in `_jax_state`, which it sets after the step:
+        an exception in the first step would lose every weight.
+        """
+
+        def keep(state):
+            values = tree.flatten(state)
+            if not any(value.is_deleted() for value in values):
+                trainable, non_trainable, optimizer, metrics = state
+                model._jax_state = {
+                    "trainable_variables": trainable,
+                    "non_trainable_variables": non_trainable,
+                    "optimizer_variables": optimizer,
+                    "metrics_variables": metrics,
+                }
+
+        def kept(state, iterator):
+            try:
+                logs, new_state = train_function(state, iterator)
+                keep(new_state)
+                return logs, new_state
+            except BaseException:
+                keep(state)
+                raise
+
+        return kept
+
 
 def _batch_size(x):
     return ops.shape(next(t for t in tree.flatten(x) if t is not None))[0]
@@ -350,10 +426,6 @@ def _training_argument(fn):
         p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters
     )
     return {"training": True} if accepts else {}
-
-
-def _computes_default_loss(model):
-    return type(model).compute_loss is keras.Model.compute_loss
 
 
 # `tf.distribute` runs each replica in a thread of its own and may switch
@@ -374,17 +446,21 @@ class _StandIn:
         fn = getattr(_local, "perturb", {}).get(id(self.layer))
         if fn is None:
             return output
-        perturbed = fn(output, *args, **kwargs)
+        new = fn(output, *args, **kwargs)
         # Some layers set the mask of their output in `call`.
         mask = getattr(output, "_keras_mask", None)
         if mask is not None:
-            perturbed._keras_mask = mask
-        return perturbed
+            new._keras_mask = mask
+        return new
 
 
 @contextlib.contextmanager
-def _perturbed(perturb):
-    """Within, and in this thread, layers' outputs pass through functions."""
+def perturbed(perturb):
+    """Within, and in this thread, layers' outputs pass through functions.
+
+    Args:
+        perturb: Dict `{layer: fn}`, as in `Objective.__call__`.
+    """
     before = getattr(_local, "perturb", {})
     _local.perturb = {id(layer): fn for layer, fn in perturb.items()}
     for layer in perturb:

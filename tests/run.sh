@@ -3,9 +3,7 @@ set -u
 log=$(mktemp)
 export TF_CPP_MIN_LOG_LEVEL=3 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
     TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1
-KERAS_BACKEND=jax XLA_FLAGS="--xla_force_host_platform_device_count=2 \
---xla_cpu_multi_thread_eigen=false" \
-    "$BIN/python" -m pytest -q --durations=20 "$@" >"$log" 2>&1 &
+KERAS_BACKEND=jax "$BIN/python" -m pytest -q --durations=20 "$@" >"$log" 2>&1 &
 jax=$!
 KERAS_BACKEND=tensorflow \
     "$BIN/python" -m pytest -q --durations=20 "$@"

@@ -1,0 +1,85 @@
+"""Adversarial training and gradient penalty in one line (posts 7234, 7466).
+
+对抗训练浅谈：意义、方法和思考（附Keras实现）, https://kexue.fm/archives/7234
+"""
+
+from blogkeras import training
+from blogkeras.adversarial.methods import (
+    FGM,
+    AdversarialMethod,
+    GradientPenalty,
+)
+
+METHODS = {"fgm": FGM, "gradient_penalty": GradientPenalty}
+
+
+def adversarial_training(
+    model, embedding_name=None, epsilon=1.0, method="fgm"
+):
+    """Makes `fit` train a model adversarially, in place.
+
+    One line before or after `compile`; from then on `fit` and `train_on_batch`
+    of this very model take every step where the embedding is perturbed against
+    it. A second call replaces the first, `plain_training` undoes it. All else
+    (`evaluate`, `predict`, callbacks, `save`) is as before. A saved, cloned or
+    pickled model is the plain one: call again after loading.
+
+    Args:
+        model: A `keras.Model` with Keras's own train step.
+        embedding_name: The name or path of the layer to perturb. `None` finds
+            the token embedding (the largest vocabulary that is reached from an
+            input, at any depth; Keras, KerasHub and bert4keras layers alike);
+            a model without embeddings is perturbed at its floating inputs.
+        epsilon: Float ≥ 0. Strength; for FGM the norm of the perturbation.
+        method: `"fgm"`, `"gradient_penalty"`, or an object such as
+            `FGM(0.5, site="output")`, whose own `epsilon` then holds.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: If the layer is not found or not unique (the message lists
+            the candidates), if `epsilon` is negative or not a number, if the
+            method is unknown, or if the model has a train step of its own.
+
+    Example:
+
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> adversarial_training(model, "Embedding-Token", 0.5)
+    >>> model.fit(x, y)
+
+    Reference:
+        [blog post 7234](https://kexue.fm/archives/7234)
+    """
+    method = _method(method, epsilon)
+    training.install(model, method.hook(model, embedding_name))
+    return model
+
+
+def plain_training(model):
+    """Undoes `adversarial_training`: `fit` trains plainly again.
+
+    Args:
+        model: A `keras.Model`; one that trains plainly is left alone.
+
+    Returns:
+        The same model.
+    """
+    training.uninstall(model)
+    return model
+
+
+def _method(method, epsilon):
+    if isinstance(method, AdversarialMethod):
+        if epsilon not in (1.0, method.epsilon):
+            raise ValueError(
+                "A method object carries its own strength: give `epsilon` to "
+                f"it alone. Received: epsilon={epsilon!r}, method={method!r}"
+            )
+        return method
+    if method not in METHODS:
+        raise ValueError(
+            f"Expected `method` to be one of {', '.join(map(repr, METHODS))} "
+            f"or an `AdversarialMethod`. Received: method={method!r}"
+        )
+    return METHODS[method](epsilon)

@@ -1,0 +1,703 @@
+"""FGM and gradient penalty against independent recomputations."""
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+
+import blogkeras
+from blogkeras import FGM, GradientPenalty, backend, training
+from blogkeras.adversarial.methods import AdversarialMethod
+
+TENSORFLOW = backend.BACKEND == "tensorflow"
+RNG = np.random.default_rng(1)
+# Tokens repeat within and across samples; 0 is padding.
+TOKENS = np.array([[1, 2, 2, 0], [3, 2, 1, 4], [1, 1, 0, 0]], "int32")
+LABELS = np.array([0, 1, 1], "int32")
+
+
+class Reference:
+    """softmax(W · masked mean of tanh(E[tokens])), by hand in float64."""
+
+    def __init__(self, model):
+        self.E, self.W = (
+            np.asarray(w, "float64") for w in model.get_weights()
+        )
+
+    def gradients(self, E, W, per_occurrence=False):
+        mask = (TOKENS != 0)[..., None]
+        count = mask.sum(1)
+        h = np.tanh(E[TOKENS])
+        mean = (h * mask).sum(1) / count
+        logits = mean @ W
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        p /= p.sum(1, keepdims=True)
+        rows = np.arange(len(LABELS))
+        loss = -np.log(p[rows, LABELS]).mean()
+        p[rows, LABELS] -= 1
+        dlogits = p / len(LABELS)
+        dW = mean.T @ dlogits
+        dh = (dlogits @ W.T / count)[:, None] * mask * (1 - h**2)
+        if per_occurrence:
+            return loss, dh, dW
+        dE = np.zeros_like(E)
+        np.add.at(dE, TOKENS, dh)
+        return loss, dE, dW
+
+    def fgm_step(self, epsilon, rate):
+        _, g, _ = self.gradients(self.E, self.W)
+        moved = self.E + epsilon * g / np.sqrt((g**2).sum())
+        loss, dE, dW = self.gradients(moved, self.W)
+        self.E, self.W = self.E - rate * dE, self.W - rate * dW
+        return loss
+
+
+def small_model(dtype="float32", head="softmax"):
+    tokens = keras.Input((None,), dtype="int32")
+    h = layers.Embedding(
+        5, 3, name="embedding", mask_zero=True, dtype=dtype
+    )(tokens)
+    h = layers.Activation("tanh", dtype=dtype)(h)
+    h = layers.GlobalAveragePooling1D(dtype=dtype)(h)
+    outputs = layers.Dense(
+        2, use_bias=False, activation=head, dtype=dtype
+    )(h)
+    model = keras.Model(tokens, outputs)
+    model.set_weights(
+        [RNG.normal(size=w.shape) for w in model.get_weights()]
+    )
+    return model
+
+
+def compiled(model, rate=0.5, jit=True, **kwargs):
+    model.compile(
+        keras.optimizers.SGD(rate),
+        "sparse_categorical_crossentropy",
+        jit_compile=jit,
+        **kwargs,
+    )
+    return model
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_fgm_follows_the_recomputed_trajectory(trainable):
+    model = small_model()
+    embedding = model.get_layer("embedding")
+    embedding.trainable = trainable
+    blogkeras.adversarial_training(compiled(model), epsilon=0.7)
+    reference = Reference(model)
+    for _ in range(20):
+        before = reference.E
+        expected = reference.fgm_step(epsilon=0.7, rate=0.5)
+        if not trainable:
+            reference.E = before
+        loss = model.train_on_batch(TOKENS, LABELS)
+        np.testing.assert_allclose(float(loss), expected, atol=1e-6)
+    E, W = model.get_weights()
+    np.testing.assert_allclose(E, reference.E, atol=1e-6)
+    np.testing.assert_allclose(W, reference.W, atol=1e-6)
+
+
+def loss_of_one_step(model, method, tokens=TOKENS, labels=LABELS):
+    compiled(model, rate=0.0)
+    blogkeras.adversarial_training(model, method=method)
+    return float(model.train_on_batch(tokens, labels))
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample"])
+def test_fgm_at_the_output_moves_positions(scope):
+    model = small_model()
+    reference = Reference(model)
+    _, g, _ = reference.gradients(reference.E, reference.W, True)
+    axis = None if scope == "batch" else (1, 2)
+    delta = 0.7 * g / np.sqrt((g**2).sum(axis, keepdims=True))
+    # One row of a table for each position turns positions into tokens.
+    table = (reference.E[TOKENS] + delta).reshape(-1, 3)
+    moved = keras.Sequential(model.layers[2:])
+    mask = (TOKENS != 0)[..., None]
+    h = (np.tanh(table.reshape(3, 4, 3)) * mask).sum(1) / mask.sum(1)
+    logits = h @ reference.W
+    expected = np.mean(
+        np.log(np.exp(logits).sum(1)) - logits[np.arange(3), LABELS]
+    )
+    del moved
+    method = FGM(0.7, norm_scope=scope, site="output")
+    np.testing.assert_allclose(
+        loss_of_one_step(model, method), expected, atol=1e-6
+    )
+
+
+def test_clean_weight_mixes_losses_and_gradients():
+    def step(method):
+        keras.utils.set_random_seed(0)
+        model = small_model()
+        model.set_weights([np.ones((5, 3)) * [[1], [2], [0], [3], [1]], w])
+        compiled(model)
+        if method:
+            blogkeras.adversarial_training(model, method=method)
+        loss = float(model.train_on_batch(TOKENS, LABELS))
+        return [np.array(loss), *model.get_weights()]
+
+    w = RNG.normal(size=(3, 2))
+    clean, adversarial = step(None), step(FGM(0.5))
+    mixed = step(FGM(0.5, clean_weight=0.25))
+    for c, a, m in zip(clean, adversarial, mixed, strict=True):
+        np.testing.assert_allclose(m, 0.25 * c + 0.75 * a, atol=1e-6)
+        assert np.abs(c - a).max() > 1e-3
+
+
+@pytest.mark.parametrize("site", ["output", "matrix"])
+@pytest.mark.parametrize("form", ["squared", "norm"])
+def test_penalty_is_the_norm_of_the_gradient(site, form):
+    model = small_model()
+    reference = Reference(model)
+    loss, g, _ = reference.gradients(
+        reference.E, reference.W, per_occurrence=site == "output"
+    )
+    squared = (g**2).sum()
+    penalty = 0.3 * (squared / 2 if form == "squared" else np.sqrt(squared))
+    np.testing.assert_allclose(
+        loss_of_one_step(model, GradientPenalty(0.3, form, site)),
+        loss + penalty,
+        atol=1e-6,
+    )
+
+
+def transformer(dtype, head="softmax"):
+    """Attention and both normalizations: all that second order may upset."""
+    tokens = keras.Input((4,), dtype="int32")
+    h = layers.Embedding(5, 8, mask_zero=True, dtype=dtype)(tokens)
+    a = layers.MultiHeadAttention(2, 4, dtype=dtype)(h, h)
+    h = layers.LayerNormalization(dtype=dtype)(layers.Add(dtype=dtype)([h, a]))
+    h = layers.Dense(8, "gelu", dtype=dtype)(h)
+    h = layers.GlobalAveragePooling1D(dtype=dtype)(h)
+    h = layers.BatchNormalization(dtype=dtype)(h)
+    outputs = layers.Dense(2, activation=head, dtype=dtype)(h)
+    return keras.Model(tokens, outputs)
+
+
+@pytest.mark.skipif(
+    not TENSORFLOW, reason="Keras on JAX does not keep float64"
+)
+@pytest.mark.parametrize(
+    ("site", "form", "head"),
+    [
+        ("output", "squared", "softmax"),
+        ("matrix", "squared", None),
+        ("output", "norm", None),
+    ],
+)
+def test_gradient_of_the_penalty_by_finite_differences(site, form, head):
+    """The directional derivative of L + penalty, in float64."""
+    keras.backend.set_floatx("float64")
+    try:
+        model = transformer("float64", head)
+        loss = keras.losses.SparseCategoricalCrossentropy(
+            from_logits=head is None, dtype="float64"
+        )
+        model.compile(keras.optimizers.SGD(0.0), loss, run_eagerly=True)
+        found = {}
+        method = GradientPenalty(2.0, form, site)
+
+        def hook(objective, weights):
+            site = method_site
+            origin = [ops.convert_to_tensor(w) for w in weights]
+            _, gradients = method.gradients(objective, origin, site)
+            directions = [RNG.normal(size=w.shape) for w in origin]
+
+            def value(h):
+                moved = [
+                    w + h * d for w, d in zip(origin, directions, strict=True)
+                ]
+                evaluation, _ = method.gradients(objective, moved, site)
+                return float(evaluation.loss)
+
+            h = 1e-5
+            found["numeric"] = (value(h) - value(-h)) / (2 * h)
+            found["exact"] = sum(
+                float(ops.sum(backend.dense(g) * d))
+                for g, d in zip(gradients, directions, strict=True)
+            )
+            return training_plain(objective, weights)
+
+        from blogkeras.adversarial import sites
+
+        method_site = sites.find_site(model, None, site)
+        training_plain = lambda o, w: o.value_and_grad(o, w)
+        training.install(model, hook)
+        model.train_on_batch(TOKENS, LABELS)
+    finally:
+        keras.backend.set_floatx("float32")
+    np.testing.assert_allclose(found["exact"], found["numeric"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["squared", "norm"])
+def test_penalty_is_finite_where_the_gradient_is_zero(form):
+    model = small_model()
+    model.set_weights([np.ones((5, 3)), np.zeros((3, 2))])
+    blogkeras.adversarial_training(
+        compiled(model), method=GradientPenalty(1.0, form)
+    )
+    loss = model.train_on_batch(TOKENS, LABELS)
+    np.testing.assert_allclose(float(loss), np.log(2), atol=1e-6)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+def test_fgm_is_plain_where_the_gradient_is_zero():
+    model = small_model()
+    model.set_weights([np.ones((5, 3)), np.zeros((3, 2))])
+    np.testing.assert_allclose(
+        loss_of_one_step(model, FGM(1.0)), np.log(2), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "method",
+    [FGM(0.0), FGM(0.0, site="output"), GradientPenalty(0.0)],
+    ids=repr,
+)
+def test_strength_zero_is_plain_fit(method):
+    def run(method):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        model = toy.compiled(toy.classifier(regularizer=None))
+        if method:
+            blogkeras.adversarial_training(model, method=method)
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0, shuffle=False)
+        return toy.state(model)
+
+    # The penalty is a second path to the weights: equal but for rounding.
+    tolerance = 1e-6 if isinstance(method, GradientPenalty) else 0
+    assert toy.difference(run(None), run(method)) <= tolerance
+
+
+def test_learning_rate_zero_leaves_the_embedding_as_it_is():
+    model = toy.compiled(
+        toy.classifier(), keras.optimizers.SGD(0.0), jit_compile=True
+    )
+    embedding = model.get_layer("embedding")
+    before = embedding.get_weights()[0]
+    blogkeras.adversarial_training(model, epsilon=1.0)
+    x = np.tile(toy.TOKENS[:64], (16, 1))
+    y = np.tile(toy.LABELS[:64], 16)
+    model.fit(x, y, batch_size=1, epochs=1, verbose=0)  # 1024 steps
+    assert int(model.optimizer.iterations) == 1024
+    np.testing.assert_array_equal(embedding.get_weights()[0], before)
+
+
+def test_frozen_embedding_is_attacked_but_not_changed():
+    model = toy.classifier(regularizer=None, dropout=0.0)
+    embedding = model.get_layer("embedding")
+    embedding.trainable = False
+    toy.compiled(model, keras.optimizers.SGD(0.0))
+    before = embedding.get_weights()[0]
+    rows = toy.TOKENS[:16], toy.LABELS[:16]
+    clean = model.train_on_batch(*rows)[0]
+    blogkeras.adversarial_training(model, epsilon=0.5)
+    model.reset_metrics()
+    assert model.train_on_batch(*rows)[0] > clean + 1e-3
+    np.testing.assert_array_equal(embedding.get_weights()[0], before)
+
+
+def test_low_rank_adapters():
+    """With LoRA the base matrix is frozen and still the thing to move."""
+    model = toy.classifier(regularizer=None, dropout=0.0)
+    embedding = model.get_layer("embedding")
+    embedding.enable_lora(2)
+    toy.compiled(model, keras.optimizers.SGD(0.0))
+    rows = toy.TOKENS[:16], toy.LABELS[:16]
+    clean = model.train_on_batch(*rows)[0]
+    before = toy.weights(model)
+    for site in ("matrix", "output"):
+        model.reset_metrics()
+        blogkeras.adversarial_training(model, method=FGM(0.5, site=site))
+        assert model.train_on_batch(*rows)[0] > clean + 1e-3
+    normalization = 4  # BatchNormalization's moving statistics change
+    changed = [
+        not np.array_equal(a, b)
+        for a, b in zip(before, toy.weights(model), strict=True)
+    ]
+    assert sum(changed) <= normalization
+
+
+class Tied(keras.Model):
+    """A language model whose softmax is the embedding, transposed."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = layers.ReversibleEmbedding(5, 3, name="embedding")
+
+    def call(self, tokens):
+        return self.embedding(
+            ops.tanh(self.embedding(tokens)), reverse=True
+        )
+
+
+@pytest.mark.parametrize("site", ["matrix", "output"])
+def test_tied_softmax(site):
+    """`matrix` moves the softmax with the embedding, `output` does not."""
+    model = Tied()
+    model(TOKENS)
+    E = RNG.normal(size=(5, 3))
+    model.set_weights([E])
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=True,
+    )
+    targets = np.roll(TOKENS, -1, axis=1)
+
+    def loss_and_gradients(lookup, table):
+        h = np.tanh(lookup)
+        logits = h @ table.T
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        one_hot = np.eye(5)[targets]
+        loss = -np.log((p * one_hot).sum(-1)).mean()
+        d = (p - one_hot) / targets.size
+        return loss, (d @ table) * (1 - h**2), np.einsum("blv,bld->vd", d, h)
+
+    _, g, g_table = loss_and_gradients(E[TOKENS], E)
+    if site == "output":
+        moved = E[TOKENS] + 0.5 * g / np.sqrt((g**2).sum())
+        expected, _, _ = loss_and_gradients(moved, E)
+    else:
+        np.add.at(g_table, TOKENS, g)
+        moved = E + 0.5 * g_table / np.sqrt((g_table**2).sum())
+        expected, _, _ = loss_and_gradients(moved[TOKENS], moved)
+    blogkeras.adversarial_training(model, method=FGM(0.5, site=site))
+    loss = model.train_on_batch(TOKENS, targets)
+    np.testing.assert_allclose(float(loss), expected, atol=1e-5)
+
+
+def test_float_inputs_are_perturbed_where_they_enter():
+    """A linear model: the loss rises by ε‖w‖ exactly."""
+    model = keras.Sequential(
+        [keras.Input((3,)), layers.Dense(1, use_bias=False)]
+    )
+    model.compile(keras.optimizers.SGD(0.0), loss=lambda y, p: p[:, 0])
+    w = np.array([3.0, 0.0, 4.0])[:, None]
+    model.set_weights([w])
+    clean = (toy.DENSE @ w).mean()
+    blogkeras.adversarial_training(model, method=FGM(2.0, "sample"))
+    loss = model.train_on_batch(toy.DENSE, toy.TARGETS)
+    np.testing.assert_allclose(float(loss), clean + 2.0 * 5.0, rtol=1e-5)
+    # One norm over the batch: the mean gains ε‖w‖ / √batch.
+    blogkeras.adversarial_training(model, epsilon=2.0)
+    loss = model.train_on_batch(toy.DENSE, toy.TARGETS)
+    np.testing.assert_allclose(
+        float(loss), clean + 2.0 * 5.0 / np.sqrt(70), rtol=1e-5
+    )
+
+
+def test_siamese_calls_are_perturbed_separately():
+    """One layer looked up twice: two perturbations."""
+    a, b = (keras.Input((4,), dtype="int32") for _ in range(2))
+    embedding = layers.Embedding(5, 3, name="embedding")
+    pool = layers.GlobalAveragePooling1D()
+    product = layers.Dot(1)([pool(embedding(a)), pool(embedding(b))])
+    model = keras.Model([a, b], product)
+    model.compile(keras.optimizers.SGD(0.0), loss=lambda y, p: p[:, 0])
+    E = RNG.normal(size=(5, 3))
+    model.set_weights([E])
+    x = [TOKENS, TOKENS[::-1].copy()]
+    u, v = (E[t].mean(1) for t in x)
+    # d(u·v)/dA = v / 4 at each of 4 positions, and likewise u for the other.
+    du = np.repeat(v[:, None] / 4 / 3, 4, 1)
+    dv = np.repeat(u[:, None] / 4 / 3, 4, 1)
+    norm = np.sqrt((du**2).sum() + (dv**2).sum())
+    u, v = u + 0.5 * du.mean(1) / norm, v + 0.5 * dv.mean(1) / norm
+    blogkeras.adversarial_training(model, method=FGM(0.5, site="output"))
+    loss = model.train_on_batch(x, LABELS)
+    np.testing.assert_allclose(float(loss), (u * v).sum(1).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [FGM(0.5), FGM(0.5, "sample", "output", 0.3), GradientPenalty(1.0)],
+    ids=["fgm", "fgm-output", "penalty"],
+)
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_half_precision_with_jit_and_accumulation_stays_finite(policy, method):
+    keras.config.set_dtype_policy(policy)
+    model = toy.compiled(
+        toy.classifier(),
+        keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+        jit_compile=True,
+    )
+    blogkeras.adversarial_training(model, method=method)
+    history = model.fit(
+        toy.TOKENS[:64], toy.LABELS[:64], batch_size=16, epochs=10, verbose=0
+    ).history
+    assert np.isfinite(history["loss"]).all()
+    assert all(np.isfinite(s).all() for s in toy.state(model))
+
+
+def test_an_overflow_means_no_attack():
+    """A loss scale beyond float16: skipped update, finite report."""
+    keras.config.set_dtype_policy("mixed_float16")
+    model = toy.classifier()
+    optimizer = keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.SGD(0.1), initial_scale=2.0**40
+    )
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    for method in (FGM(0.5), GradientPenalty(0.5)):
+        blogkeras.adversarial_training(model, method=method)
+        loss = model.train_on_batch(toy.TOKENS, toy.LABELS)
+        assert np.isfinite(loss)
+        assert all(np.isfinite(w).all() for w in toy.weights(model))
+
+
+@pytest.mark.filterwarnings("ignore:Using .* cross-replica")
+@pytest.mark.parametrize(
+    "method",
+    [FGM(0.5), FGM(0.5, site="output"), GradientPenalty(1.0, site="matrix")],
+    ids=["matrix", "output", "penalty"],
+)
+def test_two_replicas_equal_one(method):
+    from test_training import replica_run
+
+    from blogkeras.adversarial import sites
+
+    def hook(objective, weights):
+        site = sites.find_site(objective.model, None, method.site)
+        return method.gradients(objective, weights, site)
+
+    one, history = replica_run(hook, 1)
+    two, other = replica_run(hook, 2)
+    assert toy.difference(one, two) <= 1e-6
+    np.testing.assert_allclose(history["loss"], other["loss"], atol=1e-5)
+
+
+def test_one_line_before_or_after_compile():
+    def run(before):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        model = toy.classifier()
+        if before:
+            assert blogkeras.adversarial_training(model, epsilon=0.5) is model
+        toy.compiled(model)
+        if not before:
+            blogkeras.adversarial_training(model, "embedding", 0.5)
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0, shuffle=False)
+        return toy.state(model)
+
+    assert toy.difference(run(True), run(False)) == 0
+
+
+def test_the_last_call_wins_and_plain_training_undoes():
+    model = small_model()
+    compiled(model, rate=0.0)
+    clean = float(model.train_on_batch(TOKENS, LABELS))
+    once = loss_of_one_step(model, FGM(0.5))
+    blogkeras.adversarial_training(model, epsilon=3.0)
+    blogkeras.adversarial_training(model, epsilon=0.5)
+    assert float(model.train_on_batch(TOKENS, LABELS)) == once
+    assert blogkeras.plain_training(model) is model
+    assert float(model.train_on_batch(TOKENS, LABELS)) == clean < once
+    blogkeras.plain_training(model)
+
+
+class RandomNoise(AdversarialMethod):
+    """The example of the docs."""
+
+    def gradients(self, objective, weights, site):
+        seed = objective.seed(1)
+        point = [
+            x + self.epsilon * keras.random.normal(ops.shape(x), seed=seed)
+            for x in site.origin(objective, weights)
+        ]
+        moved, kwargs = site.at(objective, weights, point)
+        return objective.value_and_grad(
+            lambda weights: objective(weights, **kwargs), moved
+        )
+
+
+@pytest.mark.parametrize("site", ["matrix", "output"])
+def test_a_method_of_your_own(site):
+    model = compiled(small_model())
+    blogkeras.adversarial_training(model, method=RandomNoise(0.1, site))
+    losses = {float(model.train_on_batch(TOKENS, LABELS)) for _ in range(3)}
+    assert len(losses) == 3
+    assert np.isfinite(list(losses)).all()
+
+
+# Finding the place
+
+
+def two_towers(a=7, b=7):
+    first = keras.Input((4,), dtype="int32", name="first")
+    second = keras.Input((4,), dtype="int32", name="second")
+    pool = layers.GlobalAveragePooling1D()
+    h = layers.Concatenate()(
+        [
+            pool(layers.Embedding(a, 3, name="left")(first)),
+            pool(layers.Embedding(b, 3, name="right")(second)),
+        ]
+    )
+    return keras.Model([first, second], layers.Dense(1)(h))
+
+
+class Positions(layers.Layer):
+    """Token and position embedding, more positions than tokens."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.tokens = layers.Embedding(5, 3, name="tokens")
+        self.positions = layers.Embedding(512, 3, name="positions")
+
+    def build(self, input_shape):
+        self.tokens.build()
+        self.positions.build()
+
+    def call(self, x):
+        return self.tokens(x) + self.positions(ops.arange(x.shape[1]))
+
+
+def site_of(model, name=None, kind="matrix"):
+    from blogkeras.adversarial import sites
+
+    return sites.find_site(model, name, kind)
+
+
+def test_finds_the_largest_vocabulary():
+    assert site_of(two_towers(7, 8)).layer.name == "right"
+
+
+def test_finds_tokens_not_positions():
+    tokens = keras.Input((4,), dtype="int32")
+    h = layers.GlobalAveragePooling1D()(Positions()(tokens))
+    inner = keras.Model(tokens, h, name="encoder")
+    tokens = keras.Input((4,), dtype="int32")
+    model = keras.Model(tokens, layers.Dense(2)(inner(tokens)))
+    assert site_of(model).layer.name == "tokens"
+    assert site_of(model, "positions").layer.input_dim == 512
+    assert site_of(model, "encoder/positions/tokens").layer.input_dim == 5
+
+
+def test_finds_tokens_not_positions_in_a_subclassed_model():
+    class Classifier(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.embed = Positions()
+            self.head = layers.Dense(2, activation="softmax")
+
+        def call(self, x):
+            return self.head(ops.mean(self.embed(x), axis=1))
+
+    model = compiled(Classifier())
+    blogkeras.adversarial_training(model)
+    model.fit(TOKENS, LABELS, verbose=0)
+    before = model.embed.positions.get_weights()[0]
+    assert np.isfinite(before).all()
+
+
+def test_finds_the_embedding_of_a_keras_hub_model():
+    keras_hub = pytest.importorskip("keras_hub")
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=50,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=16,
+        max_sequence_length=64,
+    )
+    model = keras_hub.models.BertTextClassifier(
+        backbone=backbone, num_classes=2, preprocessor=None
+    )
+    assert site_of(model).layer is backbone.token_embedding
+    model.compile(
+        keras.optimizers.SGD(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=True,
+    )
+    blogkeras.adversarial_training(model, epsilon=0.5)
+    x = {
+        "token_ids": TOKENS,
+        "segment_ids": np.zeros_like(TOKENS),
+        "padding_mask": (TOKENS != 0).astype("int32"),
+    }
+    history = model.fit(x, LABELS, verbose=0).history
+    assert np.isfinite(history["loss"][0])
+
+
+@pytest.mark.parametrize(
+    ("make", "kwargs", "message"),
+    [
+        (two_towers, {}, r"2 embedding layers .*\['left', 'right'\]"),
+        (two_towers, {"embedding_name": "up"}, "no such layer.*left.*right"),
+        (
+            two_towers,
+            {"embedding_name": "dense"},
+            "Expected an embedding layer.*'dense', a Dense",
+        ),
+        (
+            two_towers,
+            {"embedding_name": "first"},
+            "Expected a floating input.*int32",
+        ),
+        (two_towers, {"epsilon": -1.0}, "epsilon.*at least 0.*=-1.0"),
+        (two_towers, {"epsilon": float("nan")}, "Received: epsilon=nan"),
+        (two_towers, {"epsilon": "big"}, "Received: epsilon='big'"),
+        (two_towers, {"method": "magic"}, "'fgm'.*Received: method='magic'"),
+        (
+            two_towers,
+            {"epsilon": 0.5, "method": FGM(0.7)},
+            "carries its own strength.*epsilon=0.5",
+        ),
+        (
+            lambda: keras.Sequential(
+                [keras.Input((3,), dtype="int32"), layers.CategoryEncoding(5)]
+            ),
+            {},
+            "Nothing to perturb.*none",
+        ),
+    ],
+)
+def test_bad_input(make, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        blogkeras.adversarial_training(make(), **kwargs)
+
+
+def test_a_name_that_stands_twice_needs_its_path():
+    def tower(name):
+        tokens = keras.Input((4,), dtype="int32")
+        return keras.Model(
+            tokens, layers.Embedding(5, 3, name="embedding")(tokens), name=name
+        )
+
+    tokens = keras.Input((4,), dtype="int32")
+    a, b = tower("a"), tower("b")
+    model = keras.Model(tokens, layers.Add()([a(tokens), b(tokens)]))
+    with pytest.raises(ValueError, match="several layers.*a/embedding.*path"):
+        site_of(model, "embedding")
+    assert site_of(model, "b/embedding").layer is b.get_layer("embedding")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FGM(norm_scope="word"), "norm_scope='word'"),
+        (lambda: FGM(norm_scope="sample"), 'needs site="output"'),
+        (lambda: FGM(site="logits"), "site='logits'"),
+        (lambda: FGM(clean_weight=1.5), "at most 1. Received: clean_weight"),
+        (lambda: GradientPenalty(form="cubed"), "form='cubed'"),
+    ],
+)
+def test_bad_methods(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_layer_that_takes_no_part():
+    tokens = keras.Input((4,), dtype="int32")
+    h = layers.Embedding(5, 3)(tokens)
+    model = keras.Model(tokens, layers.Dense(2)(h[:, 0]))
+    model.unused = layers.Dense(2, name="unused")
+    model.compile("sgd", "mse")
+    blogkeras.adversarial_training(
+        model, "unused", method=FGM(0.5, site="output")
+    )
+    with pytest.raises(ValueError, match="takes no part.*'unused'"):
+        model.fit(TOKENS, np.zeros((3, 2)), verbose=0)

@@ -1,0 +1,560 @@
+"""The train step in place: plain fit to the bit, and nothing left behind."""
+
+import pickle
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+
+from blogkeras import backend, training
+
+TENSORFLOW = backend.BACKEND == "tensorflow"
+
+
+def plain(objective, weights):
+    return objective.value_and_grad(objective, weights)
+
+
+def sgd(**kwargs):
+    return lambda: keras.optimizers.SGD(0.1, **kwargs)
+
+
+def adam(**kwargs):
+    return lambda: keras.optimizers.Adam(0.01, **kwargs)
+
+
+def run(make, hook, x=toy.TOKENS, y=toy.LABELS, how="fit", **fit):
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    model = make()
+    if hook:
+        training.install(model, hook)
+    if how == "fit":
+        history = model.fit(
+            x, y, batch_size=16, epochs=2, verbose=0, shuffle=False, **fit
+        ).history
+    else:
+        for start in range(0, 64, 16):
+            rows = slice(start, start + 16)
+            logs = model.train_on_batch(x[rows], y[rows], return_dict=True)
+        history = {name: [float(value)] for name, value in logs.items()}
+    return toy.state(model), history
+
+
+def assert_identical(make, hook=plain, **kwargs):
+    state, history = run(make, None, **kwargs)
+    ours, our_history = run(make, hook, **kwargs)
+    assert toy.difference(state, ours) == 0
+    assert history == our_history
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "policy", "compile"),
+    [
+        (adam(), "float32", {"jit_compile": True}),
+        (adam(weight_decay=0.1, clipnorm=0.1), "float32", {}),
+        (
+            sgd(global_clipnorm=0.1, use_ema=True, ema_overwrite_frequency=3),
+            "float32",
+            {},
+        ),
+        (sgd(gradient_accumulation_steps=2), "float32", {}),
+        (sgd(), "float32", {"steps_per_execution": 4}),
+        (sgd(), "float32", {"run_eagerly": True}),
+        (sgd(), "mixed_bfloat16", {"jit_compile": True}),
+        (
+            sgd(gradient_accumulation_steps=2),
+            "mixed_float16",
+            {"jit_compile": True},
+        ),
+    ],
+)
+def test_equals_fit(optimizer, policy, compile):
+    def make():
+        keras.config.set_dtype_policy(policy)
+        return toy.compiled(toy.classifier(), optimizer(), **compile)
+
+    assert_identical(make, sample_weight=toy.WEIGHTS)
+
+
+def test_equals_fit_with_sparse_gradients():
+    """Without a regularizer TensorFlow's embedding gradient is sparse."""
+    make = lambda: toy.compiled(
+        toy.classifier(regularizer=None), keras.optimizers.Adam(0.01)
+    )
+    assert_identical(make)
+
+
+def test_equals_train_on_batch():
+    assert_identical(lambda: toy.compiled(toy.classifier()), how="batches")
+
+
+def test_equals_fit_with_class_weight():
+    assert_identical(
+        lambda: toy.compiled(toy.classifier()),
+        class_weight={0: 1.0, 1: 2.0, 2: 0.5},
+    )
+
+
+def test_equals_fit_with_own_compute_loss():
+    assert_identical(
+        lambda: toy.compiled(toy.classifier(toy.OwnLoss))
+    )
+
+
+def nested():
+    tokens = keras.Input((5,), dtype="int32")
+    h = layers.Embedding(toy.VOCABULARY, 4, mask_zero=True)(tokens)
+    encoder = keras.Model(tokens, layers.Dropout(0.2, seed=1)(h))
+    tokens = keras.Input((5,), dtype="int32")
+    h = layers.GlobalAveragePooling1D()(encoder(tokens))
+    head = keras.Sequential(
+        [
+            layers.Dense(4, activation="relu"),
+            layers.BatchNormalization(),
+            layers.Dense(3, activation="softmax"),
+        ]
+    )
+    return keras.Model(tokens, head(h))
+
+
+def frozen():
+    model = nested()
+    model.layers[1].trainable = False
+    return model
+
+
+def built(model):
+    model(toy.TOKENS)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        nested,
+        frozen,
+        toy.Subclassed,
+        lambda: built(toy.Subclassed()),
+        toy.OldStyle,
+    ],
+)
+def test_equals_fit_for_every_kind_of_model(make):
+    assert_identical(lambda: toy.compiled(make()))
+
+
+def test_equals_fit_with_several_inputs_and_outputs():
+    def make():
+        a = keras.Input((5,), dtype="int32", name="a")
+        b = keras.Input((3,), name="b")
+        h = layers.GlobalAveragePooling1D()(
+            layers.Embedding(toy.VOCABULARY, 4)(a)
+        )
+        h = layers.Concatenate()([h, b])
+        model = keras.Model(
+            {"a": a, "b": b},
+            {
+                "c": layers.Dense(3, activation="softmax", name="c")(h),
+                "r": layers.Dense(1, name="r")(h),
+            },
+        )
+        model.compile(
+            keras.optimizers.SGD(0.1),
+            {"c": "sparse_categorical_crossentropy", "r": "mse"},
+            loss_weights={"c": 1.0, "r": 0.5},
+            metrics={"c": "accuracy", "r": "mae"},
+        )
+        return model
+
+    assert_identical(
+        make,
+        x={"a": toy.TOKENS, "b": toy.DENSE},
+        y={"c": toy.LABELS, "r": toy.TARGETS},
+    )
+
+
+def test_equals_fit_for_recurrent_layers():
+    def make():
+        return toy.compiled(
+            keras.Sequential(
+                [
+                    keras.Input((5,), dtype="int32"),
+                    layers.Embedding(toy.VOCABULARY, 4, mask_zero=True),
+                    layers.GRU(4, dropout=0.2, seed=1),
+                    layers.Dense(3, activation="softmax"),
+                ]
+            )
+        )
+
+    assert_identical(make)
+
+
+def wasteful(objective, weights):
+    """Evaluates thrice elsewhere, commits the plain pass."""
+    for factor in (0.5, 2.0):
+        objective([w * factor for w in weights])
+    x, y, sample_weight = objective.data
+    objective(weights, data=(x[:1], y[:1], None))
+    return objective.value_and_grad(objective, weights)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_only_the_committed_evaluation_leaves_a_trace(eagerly):
+    """BatchNormalization, metrics and seeds advance once, losses add once."""
+    assert_identical(
+        lambda: toy.compiled(
+            toy.classifier(toy.OwnLoss), run_eagerly=eagerly
+        ),
+        hook=wasteful,
+    )
+
+
+def test_evaluations_share_the_dropout_mask():
+    def hook(objective, weights):
+        first, _ = objective(weights)
+        evaluation, gradients = plain(objective, weights)
+        return evaluation._replace(loss=first - evaluation.loss), gradients
+
+    model = toy.compiled(toy.classifier(dropout=0.5))
+    training.install(model, hook)
+    history = model.fit(toy.TOKENS, toy.LABELS, epochs=2, verbose=0).history
+    assert history["loss"] == [0, 0]
+
+
+def evaluated(model, hook):
+    """What a hook reports as the loss of one batch."""
+    training.install(model, hook)
+    return model.train_on_batch(toy.TOKENS, toy.LABELS, return_dict=True)
+
+
+def mean_token_model():
+    """The mean embedding, through an identity: every number by hand."""
+    tokens = keras.Input((5,), dtype="int32")
+    h = layers.Embedding(toy.VOCABULARY, 1, name="embedding")(tokens)
+    outputs = layers.GlobalAveragePooling1D(name="mean")(h)
+    model = keras.Model(tokens, outputs)
+    model.compile("sgd", loss=lambda y, y_pred: y_pred[:, 0])
+    return model
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_values_of_variables(trainable):
+    """With E[t] = t² the loss is the mean of t²."""
+    model = mean_token_model()
+    embedding = model.get_layer("embedding")
+    embedding.trainable = trainable
+    table = np.arange(toy.VOCABULARY, dtype="float32")[:, None] ** 2
+    before = embedding.get_weights()[0]
+
+    def hook(objective, weights):
+        values = [(embedding.embeddings, table)]
+        _, evaluation = objective(weights, values=values)
+        gradients = [ops.zeros_like(w) for w in weights]
+        return evaluation, gradients
+
+    logs = evaluated(model, hook)
+    np.testing.assert_allclose(
+        logs["loss"], np.mean(toy.TOKENS.astype("float64") ** 2), rtol=1e-6
+    )
+    np.testing.assert_array_equal(embedding.get_weights()[0], before)
+
+
+def test_value_tells_what_a_variable_is_in_this_step():
+    model = mean_token_model()
+    embedding = model.get_layer("embedding")
+    for trainable in (True, False):
+        embedding.trainable = trainable
+        model.compile("sgd", loss=lambda y, y_pred: y_pred[:, 0])
+
+        def hook(objective, weights):
+            evaluation, gradients = plain(objective, weights)
+            value = objective.value(weights, embedding.embeddings)
+            return evaluation._replace(loss=ops.sum(value)), gradients
+
+        embedding.set_weights([np.arange(toy.VOCABULARY)[:, None]])
+        expected = 55
+        np.testing.assert_allclose(
+            evaluated(model, hook)["loss"], expected, rtol=1e-6
+        )
+
+
+def test_perturbed_output():
+    """Adding the position to the embedding adds the mean position, 2."""
+    model = mean_token_model()
+    embedding = model.get_layer("embedding")
+    seen = []
+
+    def add_position(output, inputs):
+        seen.append(inputs.shape[1])
+        return output + np.arange(5, dtype="float32")[:, None]
+
+    def hook(objective, weights):
+        clean, _ = objective(weights)
+        loss, evaluation = objective(
+            weights, perturb={embedding: add_position}
+        )
+        return (
+            evaluation._replace(loss=loss - clean),
+            [ops.zeros_like(w) for w in weights],
+        )
+
+    np.testing.assert_allclose(evaluated(model, hook)["loss"], 2, atol=1e-5)
+    assert set(seen) == {5}
+    assert "call" not in vars(embedding)
+
+
+def test_other_data():
+    model = mean_token_model()
+    embedding = model.get_layer("embedding")
+    embedding.set_weights([np.arange(toy.VOCABULARY)[:, None]])
+
+    def hook(objective, weights):
+        x, y, sample_weight = objective.data
+        _, evaluation = objective(
+            weights, data=(ops.full_like(x, 7), y, sample_weight)
+        )
+        return evaluation, [ops.zeros_like(w) for w in weights]
+
+    np.testing.assert_allclose(evaluated(model, hook)["loss"], 7, rtol=1e-6)
+
+
+def test_an_interrupt_leaves_the_model_clean():
+    model = toy.compiled(toy.classifier())
+    embedding = model.get_layer("embedding")
+    before = toy.weights(model)
+
+    def interrupt(output, inputs):
+        raise KeyboardInterrupt
+
+    def hook(objective, weights):
+        objective(weights, perturb={embedding: interrupt})
+
+    training.install(model, hook)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0)
+    assert "call" not in vars(embedding)
+    assert "train_step" not in vars(model)
+    training.uninstall(model)
+    assert toy.difference(before, toy.weights(model)) == 0
+    model.fit(toy.TOKENS, toy.LABELS, verbose=0)
+
+
+def test_compile_again_takes_the_new_loss():
+    """jax.jit caches by function: a kept step would go on with the old one."""
+    model = toy.compiled(nested(), jit_compile=True)
+    training.install(model, plain)
+    model.fit(toy.TOKENS, toy.LABELS, verbose=0)
+    for factor in (1.0, 100.0):
+        model.compile(
+            keras.optimizers.SGD(0.0),
+            loss=lambda y, p, factor=factor: factor + 0 * ops.sum(p, -1),
+            jit_compile=True,
+        )
+        logs = model.train_on_batch(toy.TOKENS, toy.LABELS, return_dict=True)
+        assert abs(float(logs["loss"]) - factor) < 0.5
+
+
+def test_install_replaces_and_uninstall_restores():
+    calls = []
+
+    def named(name):
+        def hook(objective, weights):
+            calls.append(name)
+            return plain(objective, weights)
+
+        return hook
+
+    model = toy.compiled(toy.classifier())
+    for name in ("a", "b"):
+        training.install(model, named(name))
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0)
+    assert set(calls) == {"a", "b"}
+    assert calls == sorted(calls)
+    training.uninstall(model)
+    assert training.installed(model) is None
+    assert "make_train_function" not in vars(model)
+    calls.clear()
+    model.fit(toy.TOKENS, toy.LABELS, verbose=0)
+    assert calls == []
+    training.uninstall(model)
+
+
+def test_fit_after_uninstall_equals_plain():
+    def make(install):
+        keras.utils.set_random_seed(0)
+        model = toy.compiled(toy.classifier())
+        if install:
+            training.install(model, plain)
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0, shuffle=False)
+        training.uninstall(model)
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0, shuffle=False)
+        return toy.state(model)
+
+    assert toy.difference(make(False), make(True)) == 0
+
+
+def test_no_retracing():
+    """One trace per batch shape on JAX; TensorFlow adds a relaxed one."""
+    traces = []
+
+    def hook(objective, weights):
+        traces.append(1)
+        return plain(objective, weights)
+
+    model = toy.compiled(toy.classifier(), jit_compile=True)
+    training.install(model, hook)
+    for _ in range(3):
+        model.fit(
+            toy.TOKENS[:64],
+            toy.LABELS[:64],
+            batch_size=16,
+            epochs=2,
+            verbose=0,
+        )
+    assert 1 <= len(traces) <= 2
+
+
+def test_copies_are_plain(tmp_path):
+    model = toy.compiled(toy.classifier())
+    training.install(model, plain)
+    model.fit(toy.TOKENS, toy.LABELS, verbose=0)
+    model.save(tmp_path / "model.keras")
+    custom = {"ActivityLoss": toy.ActivityLoss}
+    with keras.saving.custom_object_scope(custom):
+        copies = [
+            keras.saving.load_model(tmp_path / "model.keras"),
+            pickle.loads(pickle.dumps(model)),
+        ]
+        clone = keras.models.clone_model(model)
+    expected = model.predict(toy.TOKENS, verbose=0)
+    for copy in copies:
+        assert training.installed(copy) is None
+        np.testing.assert_array_equal(
+            copy.predict(toy.TOKENS, verbose=0), expected
+        )
+    assert training.installed(clone) is None
+    assert training.installed(model) is plain
+
+
+def test_seeds_number_the_steps():
+    """Draws differ between steps and repeat in a second run."""
+
+    def draws():
+        model = toy.compiled(toy.classifier(), jit_compile=True)
+
+        def hook(objective, weights):
+            seed = objective.seed(7)
+            a, b = (keras.random.uniform((), seed=seed) for _ in range(2))
+            evaluation, gradients = plain(objective, weights)
+            return evaluation._replace(loss=a + 10 * b), gradients
+
+        training.install(model, hook)
+        return [
+            float(model.train_on_batch(toy.TOKENS, toy.LABELS)[0])
+            for _ in range(3)
+        ]
+
+    first = draws()
+    assert len(set(first)) == 3
+    assert first == draws()
+
+
+def test_refuses_a_train_step_of_its_own():
+    class Own(keras.Model):
+        def train_step(self, *args):
+            return super().train_step(*args)
+
+    with pytest.raises(ValueError, match="Own has a `train_step` of its own"):
+        training.install(toy.classifier(Own), plain)
+
+
+def test_refuses_what_is_not_a_model():
+    with pytest.raises(ValueError, match="Expected a `keras.Model`"):
+        training.install(layers.Dense(3), plain)
+
+
+def test_refuses_nnx(monkeypatch):
+    monkeypatch.setattr(keras.config, "is_nnx_enabled", lambda: True)
+    with pytest.raises(ValueError, match="NNX"):
+        training.install(toy.classifier(), plain)
+
+
+def test_refuses_a_model_without_a_loss():
+    model = nested()
+    model.compile("sgd")
+    training.install(model, plain)
+    before = toy.weights(model)
+    with pytest.raises(ValueError, match="no loss to train on"):
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0)
+    assert toy.difference(before, toy.weights(model)) == 0
+
+
+def test_add_loss_alone_is_a_loss():
+    tokens = keras.Input((5,), dtype="int32")
+    embedding = layers.Embedding(toy.VOCABULARY, 4)(tokens)
+    model = keras.Model(tokens, toy.ActivityLoss()(embedding))
+    model.compile("sgd")
+    training.install(model, plain)
+    assert np.isfinite(model.fit(toy.TOKENS, verbose=0).history["loss"][0])
+
+
+def replicated(make):
+    """A compiled model that trains on two devices."""
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+            return make()
+    devices = keras.distribution.list_devices("cpu")[:2]
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(devices=devices)
+    )
+    return make()
+
+
+def replica_run(hook, replicas):
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    make = lambda: toy.compiled(
+        toy.classifier(dropout=0.0, normalization=layers.LayerNormalization)
+    )
+    model = replicated(make) if replicas == 2 else make()
+    if hook:
+        training.install(model, hook)
+    history = model.fit(
+        toy.TOKENS[:64],
+        toy.LABELS[:64],
+        batch_size=16,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+    ).history
+    keras.distribution.set_distribution(None)
+    return toy.weights(model), history
+
+
+@pytest.mark.filterwarnings("ignore:Using .* cross-replica")
+def test_two_replicas():
+    plain_two, history = replica_run(None, 2)
+    ours_two, our_history = replica_run(plain, 2)
+    assert toy.difference(plain_two, ours_two) == 0
+    assert history == our_history
+    ours_one, _ = replica_run(plain, 1)
+    assert toy.difference(ours_one, ours_two) <= 1e-6
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="MirroredStrategy is TensorFlow's")
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
+    ],
+)
+def test_refuses_what_keras_cannot_do_on_replicas(optimizer):
+    model = replicated(lambda: toy.compiled(toy.classifier(), optimizer()))
+    training.install(model, plain)
+    with pytest.raises(ValueError, match="Received: "):
+        model.fit(toy.TOKENS, toy.LABELS, verbose=0)

@@ -1,0 +1,131 @@
+"""Small models and data that several tests share."""
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+VOCABULARY = 11
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(1, VOCABULARY, (70, 5)).astype("int32")
+TOKENS[::3, 3:] = 0  # padding
+DENSE = RNG.normal(size=(70, 3)).astype("float32")
+LABELS = RNG.integers(0, 3, (70,)).astype("int32")
+TARGETS = RNG.normal(size=(70, 1)).astype("float32")
+WEIGHTS = RNG.random(70).astype("float32")
+
+
+class ActivityLoss(layers.Layer):
+    """Adds a loss of its own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, x):
+        self.add_loss(ops.cast(ops.mean(ops.square(x)), "float32"))
+        return x
+
+
+class OwnLoss(keras.Model):
+    """Overrides `compute_loss` and tracks a metric in it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.size = keras.metrics.Mean(name="size")
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        size = ops.mean(ops.square(y_pred))
+        self.size.update_state(size)
+        return super().compute_loss(x, y, y_pred, sample_weight) + 0.1 * size
+
+
+class Subclassed(keras.Model):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = layers.Embedding(VOCABULARY, 4, name="embedding")
+        self.dropout = layers.Dropout(0.2, seed=2)
+        self.normalization = layers.BatchNormalization()
+        self.head = layers.Dense(3, activation="softmax")
+
+    def call(self, x, training=False):
+        h = self.dropout(self.embedding(x), training=training)
+        h = self.normalization(ops.mean(h, axis=1), training=training)
+        return self.head(h)
+
+
+class OldStyle(keras.Model):
+    """No `training` anywhere: signatures from before Keras 3.3."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.embedding = layers.Embedding(VOCABULARY, 4, name="embedding")
+        self.head = layers.Dense(3, activation="softmax")
+
+    def call(self, x):
+        return self.head(ops.mean(self.embedding(x), axis=1))
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None):
+        return super().compute_loss(x, y, y_pred, sample_weight)
+
+
+def classifier(
+    cls=keras.Model,
+    regularizer="l2",
+    dropout=0.3,
+    mask_zero=True,
+    normalization=layers.BatchNormalization,
+):
+    """Tokens → 3 classes, with all that a training step must carry along."""
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    h = layers.Embedding(
+        VOCABULARY,
+        4,
+        name="embedding",
+        mask_zero=mask_zero,
+        embeddings_regularizer=regularizer,
+    )(tokens)
+    h = layers.GlobalAveragePooling1D()(h)
+    h = ActivityLoss()(h)
+    h = layers.Dense(8, kernel_regularizer=regularizer)(h)
+    h = normalization()(h)
+    h = layers.Dropout(dropout, seed=3)(h)
+    outputs = layers.Dense(3, activation="softmax", dtype="float32")(h)
+    return cls(tokens, outputs)
+
+
+def compiled(model, optimizer=None, **kwargs):
+    # Without jit JAX runs operation by operation, which is slower still.
+    kwargs.setdefault(
+        "jit_compile",
+        keras.backend.backend() == "jax" and not kwargs.get("run_eagerly"),
+    )
+    model.compile(
+        optimizer or keras.optimizers.SGD(0.1),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        **kwargs,
+    )
+    return model
+
+
+def state(model):
+    """Every number that training may change."""
+    variables = [
+        *model.variables,
+        *model.optimizer.variables,
+        *model.metrics_variables,
+    ]
+    return [np.asarray(ops.convert_to_numpy(v), "float64") for v in variables]
+
+
+def weights(model):
+    return [ops.convert_to_numpy(w) for w in model.weights]
+
+
+def difference(a, b):
+    assert len(a) == len(b) > 0
+    return max(
+        np.abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True)
+    )
