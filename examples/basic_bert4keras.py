@@ -7,8 +7,9 @@ model, trains under XLA, and is saved and loaded without custom objects.
 Install: pip install blogkeras; pip install --no-deps bert4keras==0.11.5
 """
 
-import blogkeras.bert4keras  # noqa: F401, I001  (the new line)
+import blogkeras.bert4keras  # noqa: F401  (the new line, before the others)
 
+# isort: split
 import os
 import tempfile
 

@@ -168,7 +168,8 @@ def outputs_and_gradients(model, name):
         loss = 0.0
         for i, y in enumerate(outputs):
             weights = generator(f"output {i}").normal(size=y.shape)
-            loss += tf.reduce_sum(y * tf.constant(weights, y.dtype))
+            finite = tf.where(tf.math.is_finite(y), y, 0.0)
+            loss += tf.reduce_sum(finite * tf.constant(weights, y.dtype))
             result[f"{name}/output/{i}"] = y.numpy()
     for layer in model.layers:
         gradients = tape.gradient(loss, layer.trainable_weights)
@@ -199,6 +200,323 @@ def run_model(name):
     return outputs_and_gradients(build(name), name)
 
 
+def layer_cases():
+    """Returns functions from masked vectors to outputs, by the case's name."""
+    from bert4keras import layers
+    from bert4keras.backend import K, keras
+
+    heads = {"heads": 2, "head_size": 6}
+
+    def times(x, kernel):  # (batch, length, length) from (batch, length, dim)
+        return keras.layers.Lambda(
+            lambda x: K.batch_dot(x, x, axes=[2, 2]) * kernel, name="scores"
+        )(x)
+
+    def attention(*extra, inputs=None, **kwargs):
+        arguments = kwargs.pop("arguments", {})
+        layer = layers.MultiHeadAttention(**{**heads, **kwargs}, name="layer")
+        return lambda x: layer([x, x, x, *[f(x) for f in extra]], **arguments)
+
+    def gau(**kwargs):
+        return layers.GatedAttentionUnit(10, 6, name="layer", **kwargs)
+
+    def sinusoidal(x, dim=6):
+        return layers.SinusoidalPositionEmbedding(dim, "zero", name="pos")(x)
+
+    def condition(x):
+        return layers.GlobalAveragePooling1D(name="condition")(x)
+
+    def shorter(x):
+        return keras.layers.Lambda(lambda x: x[:, 1:], name="shorter")(x)
+
+    pooled = layers.GlobalMaxPooling1D(name="pooled")  # shows the mask
+
+    def split(x):
+        parts = layers.BatchSplit(2, name="split")(x)
+        return layers.BatchConcat(name="concat")([pooled(x) for x in parts])
+
+    class MeanLoss(layers.Loss):
+        def compute_loss(self, inputs, mask=None):
+            x, y = inputs
+            weights = K.cast(mask[0], K.floatx())
+            loss = K.sum(K.mean(K.square(x - y), axis=-1) * weights)
+            return loss / K.sum(weights)
+
+    scale = layers.ScaleOffset
+    norm = layers.LayerNormalization
+    relative = layers.RelativePositionEmbedding
+    cases = {
+        "average pooling": layers.GlobalAveragePooling1D(name="layer"),
+        "max pooling": pooled,
+        "scale offset": scale(name="layer"),
+        "scale constant": scale(scale=3.0, offset=-2.0, name="layer"),
+        "scale condition": lambda x: scale(
+            conditional=True,
+            hidden_units=5,
+            hidden_activation="swish",
+            name="layer",
+        )([x, condition(x)]),
+        "norm": norm(name="layer"),
+        "norm rms": norm(zero_mean=False, offset=False, name="layer"),
+        "norm no variance": norm(unit_variance=False, name="layer"),
+        "norm condition": lambda x: norm(
+            conditional=True, hidden_units=5, name="layer"
+        )([x, condition(x)]),
+        "concatenate": lambda x: pooled(
+            layers.Concatenate1D(name="layer")([x, shorter(x)])
+        ),
+        "split": split,
+        "split parts": lambda x: layers.BatchSplit([1, 2], name="split")(x),
+        "attention": attention(),
+        "attention sizes": attention(key_size=4, out_dim=7, use_bias=False),
+        "attention scores": attention(return_attention_scores=True),
+        "attention relu": attention(normalization="squared_relu"),
+        "attention plus": attention(normalization="softmax_plus"),
+        "attention unscaled": attention(attention_scale=False),
+        "attention float bias": attention(
+            lambda x: times(x, 0.1), arguments={"a_bias": True}
+        ),
+        "attention bool bias": attention(
+            lambda x: keras.layers.Lambda(
+                lambda x: K.batch_dot(x, x, axes=[2, 2]) > -1.0, name="scores"
+            )(x),
+            arguments={"a_bias": True},
+        ),
+        "attention rotary": attention(
+            sinusoidal, arguments={"p_bias": "rotary"}
+        ),
+        "attention relative": attention(
+            lambda x: relative(9, 6, name="pos")([x, x]),
+            arguments={"p_bias": "typical_relative"},
+        ),
+        "attention t5": attention(
+            lambda x: layers.RelativePositionEmbeddingT5(
+                8, 2, max_distance=6, name="pos"
+            )([x, x]),
+            arguments={"p_bias": "t5_relative"},
+        ),
+        "attention t5 causal": attention(
+            lambda x: layers.RelativePositionEmbeddingT5(
+                8, 2, max_distance=6, bidirectional=False, name="pos"
+            )([x, x]),
+            arguments={"p_bias": "t5_relative"},
+        ),
+        "gau": gau(),
+        "gau softmax": gau(normalization="softmax_plus", use_bias=False),
+        "gau rotary": lambda x: gau()([x, sinusoidal(x)], p_bias="rotary"),
+        "gau bias": lambda x: gau(attention_scale=False)(
+            [x, times(x, 0.1)], a_bias=True
+        ),
+        "position": layers.PositionEmbedding(12, 12, name="layer"),
+        "position mul": layers.PositionEmbedding(12, 12, "mul", name="layer"),
+        "position concat": layers.PositionEmbedding(
+            12, 5, "concat", name="layer"
+        ),
+        "position hierarchical": layers.PositionEmbedding(
+            4, 12, "zero", hierarchical=0.3, name="layer"
+        ),
+        "sinusoidal": layers.SinusoidalPositionEmbedding(12, name="layer"),
+        "sinusoidal mul": layers.SinusoidalPositionEmbedding(
+            12, "mul", name="layer"
+        ),
+        "sinusoidal concat": layers.SinusoidalPositionEmbedding(
+            4, "concat", name="layer"
+        ),
+        "sinusoidal custom": lambda x: layers.SinusoidalPositionEmbedding(
+            12, "add", custom_position_ids=True, name="layer"
+        )([x, keras.layers.Lambda(lambda x: x[..., 0], name="ids")(x)]),
+        "feed forward": layers.FeedForward(9, "relu", name="layer"),
+        "feed forward gated": layers.FeedForward(
+            9, ["swish", "linear"], use_bias=False, name="layer"
+        ),
+        "crf": layers.ConditionalRandomField(name="layer"),
+        "memm": layers.MaximumEntropyMarkovModel(name="layer"),
+        "pointer": layers.GlobalPointer(2, 6, name="layer"),
+        "pointer square": layers.GlobalPointer(
+            2, 6, RoPE=False, tril_mask=False, use_bias=False, name="layer"
+        ),
+        "efficient pointer": layers.EfficientGlobalPointer(2, 6, name="layer"),
+        "efficient pointer square": layers.EfficientGlobalPointer(
+            2, 6, RoPE=False, tril_mask=False, name="layer"
+        ),
+        "loss": lambda x: MeanLoss(1, name="layer")(
+            [x, keras.layers.Dense(12, name="dense")(x)]
+        ),
+    }
+    return {f"layer {name}": function for name, function in cases.items()}
+
+
+def run_layer(name, function):
+    """Applies one of `layer_cases` to padded vectors."""
+    from bert4keras import layers
+    from bert4keras.backend import keras
+
+    tokens = keras.layers.Input((None,), name="Input-Token")
+    x = layers.Embedding(60, 12, mask_zero=True, name="Embedding")(tokens)
+    model = keras.models.Model(tokens, function(x))
+    randomize(model)
+    result = outputs_and_gradients(model, name)
+    for i, loss in enumerate(model.losses):
+        result[f"{name}/loss/{i}"] = loss.numpy()
+    return result
+
+
+def run_functions():
+    """Calls the functions of bert4keras.backend, and losses of layers."""
+    import tensorflow as tf
+    from bert4keras import backend, layers
+    from bert4keras.backend import K, keras
+
+    rng = generator("functions")
+    x = tf.constant(rng.normal(size=(3, 5, 4)), "float32")
+    mask = tf.constant(np.arange(5)[None] < [[5], [3], [1]])
+    square = tf.constant(rng.normal(size=(3, 2, 5, 5)), "float32")
+    labels = tf.constant(rng.integers(0, 2, (3, 5, 4)), "float32")
+    ids = tf.constant(rng.integers(0, 4, (3, 5)), "int32")
+    few = tf.constant([[1, 2], [3, 0], [0, 0]])
+    soft = tf.nn.softmax(x)
+    result = {
+        "gelu_erf": backend.gelu_erf(x),
+        "gelu_tanh": backend.gelu_tanh(x),
+        "swish": backend.swish(x),
+        "leaky_relu": backend.leaky_relu(x),
+        "root_mean_square": backend.root_mean_square(x, axis=-1),
+        "piecewise_linear": [
+            backend.piecewise_linear(t, {5: 1.0, 10: 0.1, 12: 0.5})
+            for t in range(15)
+        ],
+        "piecewise_linear from one": [
+            backend.piecewise_linear(t, {2: 1.0, 4: 0.0}, from_zero=False)
+            for t in range(6)
+        ],
+        "reshape": backend.reshape(x, (2, -1), 2),
+        "flatten": backend.flatten(x, 1),
+        "align": backend.align(x, [0, 2, -1], 5),
+        "where": backend.where(mask[..., None], x, -1.0),
+        "masking": backend.sequence_masking(x, mask, -np.inf),
+        "masking axes": backend.sequence_masking(square, mask, 7, [2, 3]),
+        "masking bias": backend.sequence_masking(
+            square, mask, 0, -1, bias=square > 0
+        ),
+        "masking float bias": backend.sequence_masking(
+            square, mask, 0, -1, bias=2 * square
+        ),
+        "masking only bias": backend.sequence_masking(
+            square, None, -1, bias=square > 0
+        ),
+        "batch_gather": backend.batch_gather(x[:, 0], few),
+        "pool1d": backend.pool1d(x, 2),
+        "pool1d average": backend.pool1d(x, 3, 2, "same", pool_mode="avg"),
+        "divisible": backend.divisible_temporal_padding(x, 4),
+        "sinusoidal": backend.sinusoidal_embeddings(K.arange(5.0), 6),
+        "Sinusoidal": backend.Sinusoidal()((7, 4)),
+        "rotary": backend.apply_rotary_position_embeddings(
+            backend.sinusoidal_embeddings(K.arange(5.0)[None], 4), x, 2 * x
+        ),
+        "multilabel": backend.multilabel_categorical_crossentropy(labels, x),
+        "sparse multilabel": (
+            backend.sparse_multilabel_categorical_crossentropy(few, x[:, 0])
+        ),
+        "sparse multilabel zero": (
+            backend.sparse_multilabel_categorical_crossentropy(
+                few, x[:, 0], mask_zero=True
+            )
+        ),
+        "crossentropy": K.sparse_categorical_crossentropy(ids, soft),
+        "logsumexp": K.logsumexp(x, axis=1),
+        "one_hot": K.one_hot(ids, 4),
+        "in_train_phase": K.in_train_phase(x, 2 * x, training=0),
+    }
+    for method in ("softmax", "squared_relu", "softmax_plus"):
+        result[method] = backend.attention_normalize(square, mask, -1, method)
+    crf = layers.ConditionalRandomField
+    memm = layers.MaximumEntropyMarkovModel
+    for name, layer in {
+        "crf": crf(),
+        "crf fast": crf(lr_multiplier=10),
+        "memm": memm(lr_multiplier=10),
+        "memm low rank": memm(hidden_dim=3, lr_multiplier=2),
+    }.items():
+        scores = layer(tf.where(mask[..., None], x, -np.inf))
+        layer.set_weights(
+            [rng.normal(size=w.shape) for w in layer.get_weights()]
+        )
+        for kind, y in {"sparse": ids, "dense": tf.one_hot(ids, 4)}.items():
+            with tf.GradientTape() as tape:
+                tape.watch(scores)
+                loss = getattr(layer, f"{kind}_loss")(y, scores)
+            sources = [scores, *layer.trainable_weights]
+            gradients = tape.gradient(loss, sources)
+            result[f"{name} {kind} loss"] = loss
+            accuracy = getattr(layer, f"{kind}_accuracy")(y, scores)
+            result[f"{name} {kind} accuracy"] = accuracy
+            for i, g in enumerate(gradients):
+                result[f"{name} {kind}/gradient/{i}"] = g
+    dense = keras.layers.Dense(2, activation="gelu")
+    result["gelu"] = dense.activation(x)
+    try:
+        backend.set_gelu("tanh")
+        result["gelu set"] = keras.layers.Dense(2, "gelu").activation(x)
+    finally:
+        backend.set_gelu("erf")
+    return {
+        f"function {name}": np.array(value) for name, value in result.items()
+    }
+
+
+def run_snippets():
+    """Decodes, pads and tokenizes."""
+    from bert4keras import snippets
+    from bert4keras.tokenizers import Tokenizer, load_vocab
+
+    model = build("gpt2_ml", final_activation="linear")
+
+    class Decoder(snippets.AutoRegressiveDecoder):
+        @snippets.AutoRegressiveDecoder.wraps(default_rtype="logits")
+        def predict(self, inputs, output_ids, states):
+            ids = np.concatenate([inputs[0], output_ids], axis=1)
+            return 4 * self.last_token(model).predict(ids, verbose=0)
+
+    decoder = Decoder(start_id=None, end_id=7, maxlen=6)
+    np.random.seed(3)
+    result = {
+        "beam": decoder.beam_search([[3, 5, 9]], topk=3),
+        "sample": snippets.sequence_padding(
+            decoder.random_sample([[3, 5, 9]], n=4, topk=9, topp=0.9)
+        ),
+    }
+    rng = generator("viterbi")
+    viterbi = snippets.ViterbiDecoder(
+        rng.normal(size=(3, 3)), starts=[0, 2], ends=[1]
+    )
+    result["viterbi"] = viterbi.decode(rng.normal(size=(6, 3)))
+    rows = [np.ones((2, 3)), np.ones((4, 2))]
+    result["padding"] = snippets.sequence_padding(rows, seq_dims=2, mode="pre")
+    result["resize"] = snippets.orthogonally_resize(
+        rng.normal(size=(4, 2)), (6, 4)
+    )
+    result["substring"] = snippets.longest_common_substring("abcd", "xbcd")[1]
+    words = "[PAD] [UNK] [CLS] [SEP] a ab ##c ##d 中 国 hello ##s , .".split()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "vocab.txt")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write("\n".join(words))
+        simplified, kept = load_vocab(
+            path, simplified=True, startswith=words[:4]
+        )
+        for cased in (False, True):
+            tokenizer = Tokenizer(path, do_lower_case=not cased)
+            text = ("Hellos, ABCD中国.", "abc 国")
+            ids, segments = tokenizer.encode(*text, maxlen=12)
+            result[f"ids {cased}"], result[f"segments {cased}"] = ids, segments
+            result[f"text {cased}"] = tokenizer.decode(ids)
+            tokens = tokenizer.tokenize(text[0])
+            spans = tokenizer.rematch(text[0], tokens)
+            result[f"rematch {cased}"] = [i for span in spans for i in span]
+    result["kept"], result["simplified"] = kept, sorted(simplified)
+    return {f"snippet {k}": np.array(v) for k, v in result.items()}
+
+
 @functools.cache
 def reference(full=False):
     """Returns the results of tf_keras, computed once in another process."""
@@ -222,6 +540,10 @@ def main(path, *names):
     results = {}
     for name in names:
         results.update(run_model(name))
+    for name, function in layer_cases().items():
+        results.update(run_layer(name, function))
+    results.update(run_functions())
+    results.update(run_snippets())
     np.savez(path, **results)
 
 

@@ -82,7 +82,68 @@ def batch_set_value(pairs):
         set_value(x, value)
 
 
+class _Phase(keras.layers.Layer):
+    """Finds out whether the model that is running now is being trained."""
+
+    training = False
+
+    def call(self, inputs, training=False):
+        self.training = bool(training)
+        return inputs
+
+
+def learning_phase():
+    """Returns 1 inside of a layer's `call` during training, else 0."""
+    phase = _Phase(name="phase")
+    phase(tf.zeros([]))
+    return int(phase.training)
+
+
+def in_train_phase(x, alt, training=None):
+    """Returns `x` during training, else `alt`; either may be a function."""
+    chosen = x if (learning_phase() if training is None else training) else alt
+    return chosen() if callable(chosen) else chosen
+
+
+def in_test_phase(x, alt, training=None):
+    """Returns `alt` during training, else `x`; either may be a function."""
+    return in_train_phase(alt, x, training)
+
+
+def print_tensor(x, message="", summarize=3):
+    """Prints `x` each time it is computed, and returns it."""
+    tf.print(message, x, summarize=summarize)
+    return x
+
+
+def placeholder(shape=None, ndim=None, dtype=None, sparse=False, name=None):
+    """Returns a symbolic tensor."""
+    shape = [None] * ndim if shape is None else shape
+    return keras.Input(
+        batch_shape=shape, dtype=dtype or floatx(), sparse=sparse, name=name
+    )
+
+
+def function(inputs, outputs, updates=None, name=None):
+    """Returns a function from arrays to arrays, of symbolic tensors."""
+    if updates:
+        raise ValueError(
+            "Keras 3 has no symbolic updates. Assign to the variables in a "
+            f"train step instead. Received: updates={updates}"
+        )
+    compute = keras.Function(inputs, outputs)
+
+    def call(values):
+        values = keras.tree.map_structure(tf.convert_to_tensor, values)
+        return keras.tree.map_structure(np.array, compute(values))
+
+    return call
+
+
 _REPLACED = (
+    in_train_phase,
+    in_test_phase,
+    print_tensor,
     dot,
     update,
     update_add,
@@ -128,12 +189,23 @@ def _also_symbolic(function):
     return wrapped
 
 
+class _Backend(types.ModuleType):
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"`keras.backend.{name}` of Keras 2 has no counterpart on Keras 3."
+        )
+
+
 def make_backend():
     """Returns a new module with the functions of `keras.backend`."""
-    module = types.ModuleType("keras.backend")
-    for name, function in _FUNCTIONS.items():
-        setattr(module, name, _also_symbolic(function))
-    for function in (floatx, dtype, ndim, int_shape):
-        setattr(module, function.__name__, function)
+    module = _Backend("keras.backend")
+    for name, f in _FUNCTIONS.items():
+        setattr(module, name, _also_symbolic(f))
+    for f in (floatx, dtype, ndim, int_shape, placeholder, function):
+        setattr(module, f.__name__, f)
+    module.learning_phase = learning_phase
     module.eval = get_value
+    module.random_binomial = module.random_bernoulli
     return module

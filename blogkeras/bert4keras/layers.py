@@ -156,6 +156,9 @@ class Bridged:
         kwargs = {
             k: v for k, v in kwargs.items() if v is not None or k in known
         }
+        if "mask" in known:
+            # Else Keras 3 makes the mask it finds an input of the model's node.
+            kwargs.setdefault("mask", None)
         return super().__call__(*args, **kwargs)
 
     def compute_output_spec(self, *args, **kwargs):

@@ -1,0 +1,189 @@
+"""bert4keras's layers, functions and snippets against tf_keras."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("bert4keras needs TensorFlow", allow_module_level=True)
+
+import bert4keras_oracle as oracle
+import tensorflow as tf
+
+import blogkeras.bert4keras  # noqa: F401
+
+# isort: split
+from bert4keras import backend, layers, snippets
+
+
+def test_layers_equal_reference():
+    for name, function in oracle.layer_cases().items():
+        results = oracle.run_layer(name, function)
+        assert results
+        for key, value in results.items():
+            reference = oracle.reference()[key]
+            tolerance = 1e-4 if "/gradient/" in key else 1e-5
+            np.testing.assert_allclose(
+                value, reference, rtol=0, atol=tolerance, err_msg=key
+            )
+
+
+def test_functions_equal_reference():
+    for key, value in oracle.run_functions().items():
+        reference = oracle.reference()[key]
+        assert value.shape == reference.shape
+        np.testing.assert_allclose(
+            value, reference, rtol=0, atol=1e-5, err_msg=key
+        )
+
+
+def test_snippets_equal_reference():
+    for key, value in oracle.run_snippets().items():
+        reference = oracle.reference()[key]
+        if value.dtype.kind in "fc":
+            np.testing.assert_allclose(value, reference, rtol=0, atol=1e-12)
+        else:
+            np.testing.assert_array_equal(value, reference, err_msg=key)
+
+
+def test_viterbi_finds_the_best_path():
+    rng = np.random.default_rng(0)
+    transitions, scores = rng.normal(size=(3, 3)), rng.normal(size=(5, 3))
+    paths = itertools.product(range(3), repeat=5)
+    best = max(
+        paths,
+        key=lambda path: (
+            sum(scores[range(5), path])
+            + sum(transitions[i, j] for i, j in itertools.pairwise(path))
+        ),
+    )
+    decoder = snippets.ViterbiDecoder(transitions)
+    np.testing.assert_array_equal(decoder.decode(scores), best)
+
+
+def test_crf_loss_is_the_negative_log_probability():
+    rng = np.random.default_rng(1)
+    layer = layers.ConditionalRandomField()
+    scores = rng.normal(size=(1, 4, 3)).astype("float32")
+    layer(scores)
+    layer.set_weights([rng.normal(size=(3, 3))])
+    transitions = np.array(layer.trans)
+    totals = {
+        path: sum(scores[0, range(4), path])
+        + sum(transitions[i, j] for i, j in itertools.pairwise(path))
+        for path in itertools.product(range(3), repeat=4)
+    }
+    path = (0, 2, 1, 1)
+    expected = np.log(np.sum(np.exp(list(totals.values())))) - totals[path]
+    loss = layer.sparse_loss(np.array([path]), tf.constant(scores))
+    np.testing.assert_allclose(loss[0], expected, rtol=1e-5)
+
+
+class Numbers(snippets.DataGenerator):
+    def __iter__(self, random=False):
+        rows = []
+        for is_end, row in self.sample(random):
+            rows.append(row)
+            if len(rows) == self.batch_size or is_end:
+                x = snippets.sequence_padding(rows)
+                yield [x, np.zeros_like(x)], x[:, :1] % 2
+                rows = []
+
+
+def numbers(lengths):
+    """Lengths are equal in the first two batches, and differ after them."""
+    rows = [np.arange(1, n + 1) for n in lengths]
+    return Numbers(rows, batch_size=2)
+
+
+def test_data_generator_feeds_fit_and_predict():
+    batches = numbers([4, 3, 2, 4, 7, 1, 2])
+    bert = oracle.build("bert")
+    output = keras.layers.Dense(2, "softmax")(bert.output[:, 0])
+    model = keras.Model(bert.inputs, output)
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
+    model.fit(
+        batches.forfit(),
+        steps_per_epoch=len(batches),
+        epochs=2,
+        shuffle=False,
+        verbose=0,
+    )
+    predicted = model.predict(batches.fortest(), steps=len(batches), verbose=0)
+    expected = [model.predict_on_batch(x) for x, _ in batches]
+    np.testing.assert_allclose(predicted, np.concatenate(expected), atol=1e-6)
+
+
+def test_data_generator_goes_through_all_data_in_each_epoch():
+    batches = numbers([4, 3, 2, 4, 7])
+    data = iter(batches.forfit(random=False))
+    for _ in range(2):
+        lengths = [next(data)[0][0].shape for _ in range(len(batches))]
+        assert lengths == [(2, 4), (2, 4), (1, 7)]
+
+
+def test_loss_layer_trains_without_targets():
+    class Square(layers.Loss):
+        def compute_loss(self, inputs, mask=None):
+            x, y = inputs
+            return tf.reduce_mean(tf.square(x - y))
+
+    class WithoutTargets(snippets.DataGenerator):
+        def __iter__(self, random=False):
+            for _, x in self.sample(random):
+                yield [x, 2 * x], None
+
+    inputs = [keras.Input((3,)), keras.Input((3,))]
+    y = keras.layers.Dense(3, use_bias=False)(inputs[0])
+    model = keras.Model(inputs, Square(0)([y, inputs[1]]))
+    model.compile(keras.optimizers.Adam(0.1), jit_compile=True)
+    data = WithoutTargets(list(np.eye(3)[:, None]) * 20)
+    model.fit(data.forfit(), steps_per_epoch=120, shuffle=False, verbose=0)
+    np.testing.assert_allclose(model.get_weights()[0], 2 * np.eye(3), atol=0.1)
+
+
+def test_backend_takes_symbolic_tensors(tmp_path):
+    K = backend.K
+    x = keras.Input((None, 4))
+    assert K.int_shape(x) == (None, None, 4) and K.ndim(x) == 3
+    assert K.dtype(x) == "float32"
+    model = keras.Model(x, K.sum(K.square(x), axis=1, keepdims=True))
+    value = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
+    expected = np.square(value).sum(1, keepdims=True)
+    np.testing.assert_allclose(model(value), expected, rtol=1e-6)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(value), model(value))
+    function = K.function([x], [K.mean(x)])
+    np.testing.assert_allclose(function([value])[0], value.mean(), rtol=1e-5)
+
+
+def test_learning_phase_is_that_of_the_model():
+    K = backend.K
+
+    class Choice(layers.Layer):
+        def call(self, inputs):
+            return K.in_train_phase(inputs + 1, lambda: inputs)
+
+    layer = Choice()
+    model = keras.Sequential([keras.Input((2,)), layer])
+    x = np.ones((1, 2), "float32")
+    np.testing.assert_array_equal(model(x), x)
+    np.testing.assert_array_equal(model(x, training=True), x + 1)
+    assert K.learning_phase() == 0
+
+
+def test_error_of_a_missing_backend_function():
+    with pytest.raises(AttributeError, match="no counterpart on Keras 3"):
+        _ = backend.K.set_learning_phase
+
+
+def test_plain_keras_layers_see_the_mask():
+    model = oracle.build("bert")
+    plain = keras.layers.GlobalAveragePooling1D()(model.output)
+    ours = layers.GlobalAveragePooling1D()(model.output)
+    both = keras.Model(model.inputs, [plain, ours])
+    outputs = both(oracle.padded_batch(model))
+    np.testing.assert_allclose(*outputs, atol=1e-6)
