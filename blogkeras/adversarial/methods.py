@@ -52,9 +52,13 @@ class AdversarialMethod:
         """
         raise NotImplementedError
 
+    def check(self, site):
+        """Raises a `ValueError` if the method cannot work at this site."""
+
     def hook(self, model, name):
         """The hook for `training.install`."""
         site = sites.find_site(model, name, self.site)
+        self.check(site)
         return lambda objective, weights: self.gradients(
             objective, weights, site
         )
@@ -111,15 +115,18 @@ class FGM(AdversarialMethod):
         super().__init__(epsilon, site)
         self.norm_scope = _one_of("norm_scope", norm_scope, ("batch", "sample"))
         self.clean_weight = _number("clean_weight", clean_weight, maximum=1.0)
-        if norm_scope != "batch" and site == "matrix":
+
+    def check(self, site):
+        if self.norm_scope != "batch" and not site.batched:
             raise ValueError(
                 "The embedding matrix belongs to the whole batch: a norm per "
                 'sample needs site="output". Received: '
-                f"norm_scope={norm_scope!r}, site={site!r}"
+                f"norm_scope={self.norm_scope!r}, site={self.site!r}"
             )
 
     def gradients(self, objective, weights, site):
         origin = site.origin(objective, weights)
+        self.check(site)
 
         def attack(point):
             moved, kwargs = site.at(objective, weights, point)

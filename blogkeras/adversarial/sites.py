@@ -167,13 +167,18 @@ class Deferred(Site):
 
     def origin(self, objective, weights):
         if self._site is None:
-            model, x = objective.model, objective.data[0]
-            reached = _reached(
-                model, x, lambda perturb: objective(weights, perturb=perturb)
-            )
-            self._site = _choose(model, self.name, self.kind, reached, x)
+            self._site = self._find(objective, weights)
             self.shared, self.batched = self._site.shared, self._site.batched
         return self._site.origin(objective, weights)
+
+    def _find(self, objective, weights):
+        model, x = objective.model, objective.data[0]
+        if self.name is not None:
+            return _named(model, self.name, self.kind, x)
+        reached = _reached(
+            model, x, lambda perturb: objective(weights, perturb=perturb)
+        )
+        return _choose(model, self.kind, reached, x)
 
     def at(self, objective, weights, point):
         return self._site.at(objective, weights, point)
@@ -194,20 +199,39 @@ def find_site(model, name=None, kind="matrix"):
         kind: `"matrix"` or `"output"`.
 
     Returns:
-        A `Site`. That of a subclassed model is found in the first step.
+        A `Site`. That of a model which cannot be traced ahead, such as a
+        subclassed one, is found in the first step.
 
     Raises:
         ValueError: If the name fits nothing or several layers, if two
             embeddings are equally large, or if nothing can be perturbed. The
             message lists the candidates.
     """
-    x = getattr(model, "input", None) if model.built else None
+    x = _symbolic_input(model)
     if x is None:
         return Deferred(name, kind)
-    x = tree.map_structure(lambda t: keras.KerasTensor(t.shape, t.dtype), x)
+    if name is not None:
+        return _named(model, name, kind, x)
     run = _SymbolicRun(model)
-    run.compute_output_spec(x)
-    return _choose(model, name, kind, run.reached, x)
+    try:
+        run.compute_output_spec(x)
+    except Exception:
+        # Not every model can be traced with unknown sizes; `fit` will tell.
+        return Deferred(name, kind)
+    return _choose(model, kind, run.reached, x)
+
+
+def _symbolic_input(model):
+    """Symbolic inputs like the model's own, `None` if it does not have any."""
+    if not model.built:
+        return None
+    if isinstance(model, keras.Sequential):
+        x = model.inputs[0]
+    else:
+        x = getattr(model, "input", None)
+    if x is None:
+        return None
+    return tree.map_structure(lambda t: keras.KerasTensor(t.shape, t.dtype), x)
 
 
 class _SymbolicRun(keras.layers.Layer):
@@ -248,9 +272,7 @@ def _reached(model, x, run):
     return reached
 
 
-def _choose(model, name, kind, reached, x):
-    if name is not None:
-        return _named(model, name, kind, x)
+def _choose(model, kind, reached, x):
     candidates = {
         path: layer
         for path, layer in _embeddings(model).items()
@@ -313,7 +335,8 @@ def _named(model, name, kind, x):
 
 
 def _named_input(model, layer, name, x):
-    for index, tensor in enumerate(model.inputs):
+    inputs = getattr(model, "inputs", None) or []
+    for index, tensor in enumerate(inputs):
         if tensor is layer.output and _is_float(tensor):
             return Input(index)
     raise ValueError(
