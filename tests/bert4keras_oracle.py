@@ -200,6 +200,46 @@ def run_model(name):
     return outputs_and_gradients(build(name), name)
 
 
+def checkpoint_values(transformer):
+    """Returns a value for each variable of a TensorFlow checkpoint."""
+    values = {}
+    for layer, names in transformer.variable_mapping().items():
+        layer = transformer.layers.get(transformer.prefixed(layer))
+        weights = getattr(layer, "trainable_weights", [])
+        for name, w in zip(names, weights, strict=False):
+            shape = np.zeros(tuple(w.shape), "float32")
+            shape = transformer.create_variable(name, shape)[1].shape
+            kept = transformer.keep_tokens or transformer.compound_tokens
+            if kept and shape[0] == transformer.vocab_size:
+                shape = (CONFIG["vocab_size"], *shape[1:])
+            value = generator(name).normal(0.02, 0.2, shape)
+            values[name] = value.astype("float32")
+    return values
+
+
+def run_checkpoint(name):
+    """Reads a TensorFlow checkpoint into the model of a case."""
+    import tensorflow as tf
+
+    transformer = build(name, return_keras_model=False)
+    values = checkpoint_values(transformer)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model.ckpt")
+        tf.raw_ops.SaveV2(
+            prefix=path,
+            tensor_names=list(values),
+            shape_and_slices=[""] * len(values),
+            tensors=list(values.values()),
+        )
+        transformer.load_weights_from_checkpoint(path)
+    model = transformer.model
+    outputs = as_list(model([*padded_batch(model)], training=False))
+    return {
+        f"checkpoint {name}/output/{i}": y.numpy()
+        for i, y in enumerate(outputs)
+    }
+
+
 def layer_cases():
     """Returns functions from masked vectors to outputs, by the case's name."""
     from bert4keras import layers
@@ -527,19 +567,20 @@ def reference(full=False):
         "CUDA_VISIBLE_DEVICES": "",
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
-    names = list(MODELS) if full else QUICK
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "reference.npz")
-        command = [sys.executable, __file__, path, *names]
+        command = [sys.executable, __file__, path, *["full"][: int(full)]]
         subprocess.run(command, env=environment, check=True)
         with np.load(path) as file:
             return dict(file)
 
 
-def main(path, *names):
+def main(path, full=False):
     results = {}
-    for name in names:
+    for name in MODELS if full else QUICK:
         results.update(run_model(name))
+        if full or name in QUICK[:3]:
+            results.update(run_checkpoint(name))
     for name, function in layer_cases().items():
         results.update(run_layer(name, function))
     results.update(run_functions())

@@ -11,3 +11,7 @@ it is.
 from blogkeras.bert4keras.importing import import_bert4keras
 
 import_bert4keras()
+
+from blogkeras.bert4keras.weights import read_safetensors  # noqa: E402
+
+__all__ = ["read_safetensors"]

@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from blogkeras.bert4keras.weights import save_checkpoint
+
 
 def adapt(layers, models, snippets):
     """Adapts the imported modules of bert4keras."""
@@ -20,6 +22,8 @@ def adapt(layers, models, snippets):
         layers.Embedding,
     ):
         cls.half_precision = True
+    # It needs the sessions of TensorFlow 1.
+    models.Transformer.save_weights_as_checkpoint = save_checkpoint
     # Keras 3 takes neither lists nor Nones from a generator, and fixes the
     # lengths of all batches if the first two happen to be equally long.
     snippets.DataGenerator.forfit = _forfit

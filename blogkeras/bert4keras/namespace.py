@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from blogkeras.bert4keras import layers, names
 from blogkeras.bert4keras.backend import make_backend
+from blogkeras.bert4keras.models import make_model
 
 
 class Door:
@@ -34,20 +35,6 @@ class Door:
 
     def __getattr__(self, name):
         return getattr(self._cls, name)
-
-
-def _alone(tensors):
-    """Keras 2 says `x` where Keras 3 says `[x]`."""
-    if isinstance(tensors, (list, tuple)) and len(tensors) == 1:
-        return tensors[0]
-    return tensors
-
-
-def _make_model(*args, **kwargs):
-    args = [_alone(x) for x in args[:2]] + list(args[2:])
-    for name in {"inputs", "outputs"} & kwargs.keys():
-        kwargs[name] = _alone(kwargs[name])
-    return keras.Model(*args, **kwargs)
 
 
 def _make_dense(units, activation=None, *args, **kwargs):
@@ -86,7 +73,7 @@ for _name, _layer in _LAYERS.items():
 
 def make_keras():
     """Returns new modules to stand in `sys.modules` as Keras, by name."""
-    model = Door(keras.Model, _make_model)
+    model = Door(keras.Model, make_model)
     submodules = {
         "activations": _copy(
             keras.activations, "keras.activations", get=names.get_activation
