@@ -11,8 +11,9 @@ import threading
 import keras
 from keras import ops, tree
 
-# A variable read inside a layer is cast to the layer's compute dtype, but the
-# value handed to a branch must be exact; there is no public name for that.
+# Inside a layer, a variable's value and even its dtype are those of the layer's
+# compute dtype. State that travels through a branch must be exact; there is no
+# public name for that.
 from keras.src.backend import AutocastScope
 
 BACKEND = keras.backend.backend()
@@ -238,7 +239,9 @@ def cond(predicate, true_fn, false_fn, layers):
         mapping = [(v, ops.convert_to_tensor(v)) for v in variables.values()]
 
     def run(fn):
-        with RecordingScope(mapping) as scope:
+        with AutocastScope(None):
+            scope = RecordingScope(mapping)
+        with scope:
             outputs = fn()
         loss = sum(
             (ops.cast(loss, "float32") for loss in scope.losses),
@@ -266,15 +269,18 @@ def cond(predicate, true_fn, false_fn, layers):
 
     def branch(fn):
         outputs, loss, scope = run(fn)
-        return outputs, loss, [
-            ops.cast(scope.get_current_value(v), v.dtype) for v in changing
-        ]
+        with AutocastScope(None):
+            state = [
+                ops.cast(scope.get_current_value(v), v.dtype) for v in changing
+            ]
+        return outputs, loss, state
 
     outputs, loss, state = _cond(
         predicate, lambda: branch(true_fn), lambda: branch(false_fn)
     )
-    for variable, value in zip(changing, state, strict=True):
-        variable.assign(value)
+    with AutocastScope(None):
+        for variable, value in zip(changing, state, strict=True):
+            variable.assign(value)
     # Keras recognizes a layer's `add_loss` tensors by id. Those of the branches
     # are gone; without this, a later tensor with a like id would count twice.
     for layer in layers:

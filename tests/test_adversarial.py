@@ -22,9 +22,7 @@ class Reference:
     """softmax(W · masked mean of tanh(E[tokens])), by hand in float64."""
 
     def __init__(self, model):
-        self.E, self.W = (
-            np.asarray(w, "float64") for w in model.get_weights()
-        )
+        self.E, self.W = (np.asarray(w, "float64") for w in model.get_weights())
 
     def gradients(self, E, W, per_occurrence=False):
         mask = (TOKENS != 0)[..., None]
@@ -56,18 +54,14 @@ class Reference:
 
 def small_model(dtype="float32", head="softmax"):
     tokens = keras.Input((None,), dtype="int32")
-    h = layers.Embedding(
-        5, 3, name="embedding", mask_zero=True, dtype=dtype
-    )(tokens)
+    h = layers.Embedding(5, 3, name="embedding", mask_zero=True, dtype=dtype)(
+        tokens
+    )
     h = layers.Activation("tanh", dtype=dtype)(h)
     h = layers.GlobalAveragePooling1D(dtype=dtype)(h)
-    outputs = layers.Dense(
-        2, use_bias=False, activation=head, dtype=dtype
-    )(h)
+    outputs = layers.Dense(2, use_bias=False, activation=head, dtype=dtype)(h)
     model = keras.Model(tokens, outputs)
-    model.set_weights(
-        [RNG.normal(size=w.shape) for w in model.get_weights()]
-    )
+    model.set_weights([RNG.normal(size=w.shape) for w in model.get_weights()])
     return model
 
 
@@ -178,9 +172,7 @@ def transformer(dtype, head="softmax"):
     return keras.Model(tokens, outputs)
 
 
-@pytest.mark.skipif(
-    not TENSORFLOW, reason="Keras on JAX does not keep float64"
-)
+@pytest.mark.skipif(not TENSORFLOW, reason="Keras on JAX does not keep float64")
 @pytest.mark.parametrize(
     ("site", "form", "head"),
     [
@@ -325,9 +317,7 @@ class Tied(keras.Model):
         self.embedding = layers.ReversibleEmbedding(5, 3, name="embedding")
 
     def call(self, tokens):
-        return self.embedding(
-            ops.tanh(self.embedding(tokens)), reverse=True
-        )
+        return self.embedding(ops.tanh(self.embedding(tokens)), reverse=True)
 
 
 @pytest.mark.parametrize("site", ["matrix", "output"])
@@ -454,7 +444,9 @@ def test_an_overflow_means_no_attack():
 def test_two_replicas_equal_one(method):
     from test_training import replica_run
 
-    make_hook = lambda model: method.hook(model, None)
+    def make_hook(model):
+        return method.hook(model, None)
+
     one, history = replica_run(make_hook, 1)
     two, other = replica_run(make_hook, 2)
     assert toy.difference(one, two) <= 1e-6

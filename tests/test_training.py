@@ -82,10 +82,11 @@ def test_equals_fit(optimizer, policy, compile):
 
 def test_equals_fit_with_sparse_gradients():
     """Without a regularizer TensorFlow's embedding gradient is sparse."""
-    make = lambda: toy.compiled(
-        toy.classifier(regularizer=None), keras.optimizers.Adam(0.01)
+    assert_identical(
+        lambda: toy.compiled(
+            toy.classifier(regularizer=None), keras.optimizers.Adam(0.01)
+        )
     )
-    assert_identical(make)
 
 
 def test_equals_train_on_batch():
@@ -100,9 +101,7 @@ def test_equals_fit_with_class_weight():
 
 
 def test_equals_fit_with_own_compute_loss():
-    assert_identical(
-        lambda: toy.compiled(toy.classifier(toy.OwnLoss))
-    )
+    assert_identical(lambda: toy.compiled(toy.classifier(toy.OwnLoss)))
 
 
 def nested():
@@ -205,9 +204,7 @@ def wasteful(objective, weights):
 def test_only_the_committed_evaluation_leaves_a_trace(eagerly):
     """BatchNormalization, metrics and seeds advance once, losses add once."""
     assert_identical(
-        lambda: toy.compiled(
-            toy.classifier(toy.OwnLoss), run_eagerly=eagerly
-        ),
+        lambda: toy.compiled(toy.classifier(toy.OwnLoss), run_eagerly=eagerly),
         hook=wasteful,
     )
 
@@ -293,9 +290,7 @@ def test_perturbed_output():
 
     def hook(objective, weights):
         clean, _ = objective(weights)
-        loss, evaluation = objective(
-            weights, perturb={embedding: add_position}
-        )
+        loss, evaluation = objective(weights, perturb={embedding: add_position})
         return (
             evaluation._replace(loss=loss - clean),
             [ops.zeros_like(w) for w in weights],
@@ -524,9 +519,12 @@ def replicated(make):
 def replica_run(make_hook, replicas):
     keras.utils.clear_session()
     keras.utils.set_random_seed(0)
-    make = lambda: toy.compiled(
-        toy.classifier(dropout=0.0, normalization=layers.LayerNormalization)
-    )
+
+    def make():
+        return toy.compiled(
+            toy.classifier(dropout=0.0, normalization=layers.LayerNormalization)
+        )
+
     model = replicated(make) if replicas == 2 else make()
     if make_hook:
         training.install(model, make_hook(model))

@@ -13,9 +13,7 @@ from blogkeras.adversarial.methods import (
 METHODS = {"fgm": FGM, "gradient_penalty": GradientPenalty}
 
 
-def adversarial_training(
-    model, embedding_name=None, epsilon=1.0, method="fgm"
-):
+def adversarial_training(model, embedding_name=None, epsilon=1.0, method="fgm"):
     """Makes `fit` train a model adversarially, in place.
 
     One line before or after `compile`; from then on `fit` and `train_on_batch`

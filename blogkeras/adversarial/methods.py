@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from blogkeras import backend, training
+from blogkeras import backend
 from blogkeras.adversarial import sites
 from blogkeras.ops import safe_sqrt
 

@@ -289,9 +289,7 @@ def _choose(model, kind, reached, x):
         )
     largest = max(layer.input_dim for layer in candidates.values())
     best = [
-        path
-        for path, layer in candidates.items()
-        if layer.input_dim == largest
+        path for path, layer in candidates.items() if layer.input_dim == largest
     ]
     if len(best) > 1:
         raise ValueError(

@@ -1,0 +1,268 @@
+"""One conformance suite over every public class."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import ops
+
+import blogkeras
+
+# (class, constructor arguments, input array or list of them)
+LAYERS = []
+# (class, constructor arguments, y_true, y_pred)
+LOSSES = []
+# (class, constructor arguments, y_true, y_pred)
+METRICS = []
+# (function that builds and compiles a model, x, y)
+MODELS = []
+# Neither a Keras object nor tested here: say where it is.
+ELSEWHERE = {
+    "AdversarialMethod": "test_adversarial",
+    "FGM": "test_adversarial",
+    "GradientPenalty": "test_adversarial",
+}
+
+
+def numpy(x):
+    return keras.tree.map_structure(ops.convert_to_numpy, x)
+
+
+def check_config(instance, kwargs):
+    """The config holds every argument, revives, and survives use."""
+    config = instance.get_config()
+    for name in inspect.signature(type(instance).__init__).parameters:
+        # Keras's own losses keep their dtype out of the config.
+        if name not in ("self", "kwargs", "args", "dtype"):
+            assert name in config, f"{name} is missing in get_config()"
+    for name in kwargs:
+        assert hasattr(instance, name)
+    serialized = keras.saving.serialize_keras_object(instance)
+    revived = keras.saving.deserialize_keras_object(serialized)
+    assert revived.get_config() == config
+    assert keras.saving.get_registered_name(type(instance)).startswith(
+        "blogkeras>"
+    )
+    return config
+
+
+def check_layer(cls, kwargs, inputs, path):
+    """A layer as Keras users expect it.
+
+    Config round trip; eager, symbolic and build-only agree; half precision;
+    one step of `fit`; saving.
+    """
+    layer = cls(**kwargs)
+    config = check_config(layer, kwargs)
+    x = keras.tree.map_structure(ops.convert_to_tensor, inputs)
+    symbolic = keras.tree.map_structure(
+        lambda t: keras.KerasTensor((None, *t.shape[1:]), t.dtype), inputs
+    )
+    outputs = layer(x)
+    spec = cls(**kwargs)(symbolic)
+    for output, expected in zip(
+        keras.tree.flatten(outputs), keras.tree.flatten(spec), strict=True
+    ):
+        assert len(output.shape) == len(expected.shape)
+        assert keras.backend.standardize_dtype(output.dtype) == expected.dtype
+        for size, known in zip(output.shape, expected.shape, strict=True):
+            assert known in (None, size)
+    built = cls(**kwargs)
+    built.build(keras.tree.map_structure(lambda t: tuple(t.shape), inputs))
+    assert [w.shape for w in built.weights] == [w.shape for w in layer.weights]
+    assert layer.get_config() == config, "use changed the config"
+
+    for policy in ("mixed_float16", "mixed_bfloat16"):
+        half = cls(**kwargs, dtype=policy)
+        for loss in (half(x), half.losses)[1]:
+            assert keras.backend.standardize_dtype(loss.dtype) == "float32"
+        assert all(
+            w.dtype == "float32" for w in half.weights if "float" in w.dtype
+        )
+        for output in keras.tree.flatten(half(x)):
+            assert np.isfinite(np.asarray(numpy(output), "float64")).all()
+
+    model_inputs = keras.tree.map_structure(
+        lambda t: keras.Input(t.shape[1:], dtype=t.dtype), inputs
+    )
+    first = keras.tree.flatten(cls(**kwargs)(model_inputs))[0]
+    model = keras.Model(model_inputs, first)
+    target = np.zeros(numpy(keras.tree.flatten(outputs)[0]).shape, "float32")
+    model.compile("sgd", "mse", jit_compile=False)
+    model.fit(inputs, target, verbose=0, batch_size=len(target))
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    model.save(path / "model.keras")
+    loaded = keras.saving.load_model(path / "model.keras")
+    np.testing.assert_allclose(
+        loaded.predict(inputs, verbose=0),
+        model.predict(inputs, verbose=0),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def check_loss(cls, kwargs, y_true, y_pred):
+    """Config, finiteness in every precision, a finite gradient."""
+    loss = cls(**kwargs)
+    check_config(loss, kwargs)
+    assert np.isfinite(numpy(loss(y_true, y_pred))).all()
+    for dtype in ("float16", "bfloat16"):
+        half = ops.cast(y_pred, dtype)
+        assert np.isfinite(np.asarray(numpy(loss(y_true, half)), "f8")).all()
+    model = keras.Sequential(
+        [keras.Input(y_pred.shape[1:]), keras.layers.Dense(y_pred.shape[-1])]
+    )
+    model.compile("sgd", loss, jit_compile=True)
+    model.fit(y_pred, y_true, batch_size=len(y_pred), verbose=0)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+
+
+def check_metric(cls, kwargs, y_true, y_pred):
+    """Config, accumulation and reset."""
+    metric = cls(**kwargs)
+    check_config(metric, kwargs)
+    metric.update_state(y_true, y_pred)
+    first = numpy(metric.result())
+    assert np.isfinite(first).all()
+    metric.reset_state()
+    metric.update_state(y_true, y_pred)
+    np.testing.assert_array_equal(numpy(metric.result()), first)
+
+
+def check_model(make, x, y, path):
+    """`fit` under XLA, then saving with the same predictions."""
+    model = make()
+    model.fit(x, y, verbose=0, batch_size=8)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    expected = model.predict(x, verbose=0)
+    model.save(path / "model.keras")
+    loaded = keras.saving.load_model(path / "model.keras")
+    assert type(loaded) is type(model)
+    for ours, theirs in zip(
+        keras.tree.flatten(loaded.predict(x, verbose=0)),
+        keras.tree.flatten(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def identify(value):
+    return getattr(value, "__name__", "")
+
+
+@pytest.mark.parametrize(("cls", "kwargs", "inputs"), LAYERS, ids=identify)
+def test_layer(cls, kwargs, inputs, tmp_path):
+    check_layer(cls, kwargs, inputs, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "y_true", "y_pred"), LOSSES, ids=identify
+)
+def test_loss(cls, kwargs, y_true, y_pred):
+    check_loss(cls, kwargs, y_true, y_pred)
+
+
+@pytest.mark.parametrize(
+    ("cls", "kwargs", "y_true", "y_pred"), METRICS, ids=identify
+)
+def test_metric(cls, kwargs, y_true, y_pred):
+    check_metric(cls, kwargs, y_true, y_pred)
+
+
+@pytest.mark.parametrize(("make", "x", "y"), MODELS, ids=identify)
+def test_model(make, x, y, tmp_path):
+    check_model(make, x, y, tmp_path)
+
+
+def test_every_public_class_is_checked():
+    listed = {row[0].__name__ for row in [*LAYERS, *LOSSES, *METRICS]}
+    listed |= {type(row[0]()).__name__ for row in MODELS} | set(ELSEWHERE)
+    public = {
+        name
+        for name in blogkeras.__all__
+        if inspect.isclass(getattr(blogkeras, name))
+    }
+    assert public == listed
+
+
+def test_public_names_exist_and_are_documented():
+    for name in blogkeras.__all__:
+        assert inspect.getdoc(getattr(blogkeras, name)), name
+
+
+# The suite itself: it must take a good layer and refuse bad ones.
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class Good(keras.layers.Layer):
+    def __init__(self, factor=2.0, **kwargs):
+        super().__init__(**kwargs)
+        self.factor = factor
+
+    def build(self, input_shape):
+        self.offset = self.add_weight((input_shape[-1],), name="offset")
+
+    def call(self, x):
+        return x * self.factor + self.offset
+
+    def get_config(self):
+        return {**super().get_config(), "factor": self.factor}
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class Forgetful(Good):
+    def get_config(self):
+        return keras.layers.Layer.get_config(self)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class Restless(Good):
+    def call(self, x):
+        self.factor += 1
+        return super().call(x)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class Late(keras.layers.Layer):
+    def call(self, x):
+        if not hasattr(self, "offset"):
+            self.offset = self.add_weight((3,), name="offset")
+        return x + self.offset
+
+
+def test_check_layer_accepts_a_good_layer(tmp_path):
+    check_layer(Good, {"factor": 3.0}, toy.DENSE[:4], tmp_path)
+
+
+@pytest.mark.parametrize("cls", [Forgetful, Restless, Late])
+def test_check_layer_refuses_a_bad_layer(cls, tmp_path):
+    with pytest.raises(Exception):  # noqa: B017
+        check_layer(cls, {}, toy.DENSE[:4], tmp_path)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class GoodLoss(keras.losses.Loss):
+    def call(self, y_true, y_pred):
+        return ops.mean(ops.square(ops.cast(y_true, y_pred.dtype) - y_pred), -1)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class GoodMetric(keras.metrics.Mean):
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        return super().update_state(y_pred, sample_weight)
+
+
+def test_check_loss_metric_and_model(tmp_path):
+    check_loss(GoodLoss, {}, toy.DENSE[:8], toy.DENSE[8:16])
+    check_metric(GoodMetric, {}, toy.DENSE[:8], toy.DENSE[8:16])
+    with pytest.raises(AssertionError):
+        check_loss(keras.losses.MeanSquaredError, {}, toy.DENSE, toy.DENSE)
+
+    def make():
+        model = keras.Sequential([keras.Input((3,)), Good()])
+        model.compile("sgd", "mse", jit_compile=True)
+        return model
+
+    check_model(make, toy.DENSE[:8], toy.DENSE[:8], tmp_path)

@@ -1,0 +1,80 @@
+"""The dependency rule: who may import whom."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "blogkeras"
+HALL = ("backend", "ops", "training", "report")
+FRAMEWORKS = ("tensorflow", "jax")
+MAY_IMPORT_FRAMEWORKS = ("backend", "training", "bert4keras")
+HEAVY = ("bert4keras", "ot", "matplotlib", "keras_hub", "rich", "tf_keras")
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        yield relative.parts[0].removesuffix(".py"), path
+
+
+def imports(path):
+    """Every imported name, with whether it stands at the top level."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in top
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", id(node) in top
+
+
+def rooms(path):
+    """The parts of the package that a file imports."""
+    for name, _ in imports(path):
+        parts = name.split(".")
+        if parts[0] == "blogkeras" and len(parts) > 1:
+            yield parts[1]
+
+
+@pytest.mark.parametrize(("room", "path"), list(modules()), ids=str)
+def test_dependency_rule(room, path):
+    names = [name.split(".")[0] for name, _ in imports(path)]
+    if room not in MAY_IMPORT_FRAMEWORKS:
+        assert not set(names) & set(FRAMEWORKS)
+    if room != "bert4keras":
+        assert "bert4keras" not in names
+    if room == "__init__":
+        return
+    order = {"backend": (), "ops": ("backend",), "report": ()}
+    order["training"] = ("backend", "ops")
+    allowed = {room, *order.get(room, HALL)}
+    assert set(rooms(path)) <= allowed
+
+
+@pytest.mark.parametrize(("room", "path"), list(modules()), ids=str)
+def test_report_is_imported_lazily(room, path):
+    if room in ("report", "__init__"):
+        return
+    for name, top_level in imports(path):
+        if name.startswith("blogkeras.report") or name.endswith(".report"):
+            assert not top_level
+
+
+def test_importing_the_package_is_light():
+    code = (
+        "import sys, keras; before = set(sys.modules); import blogkeras; "
+        f"print(sorted((set(sys.modules) - before) & set({HEAVY!r})))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.strip() == "[]"
