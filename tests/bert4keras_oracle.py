@@ -557,6 +557,91 @@ def run_snippets():
     return {f"snippet {k}": np.array(v) for k, v in result.items()}
 
 
+def optimizer_cases():
+    """Returns optimizers by the case's name."""
+    from bert4keras import optimizers as o
+
+    adam = {"learning_rate": 0.01}
+    decay = o.extend_with_weight_decay(o.Adam, "AdamDecay")
+    lamb = o.extend_with_layer_adaptation(decay, "Lamb")
+    linear = o.extend_with_piecewise_linear_lr(o.Adam, "AdamLinear")
+    schedule = {"lr_schedule": {4: 1.0, 8: 0.1}}
+    return {
+        "adam": o.Adam(**adam),
+        "adam without correction": o.Adam(**adam, bias_correction=False),
+        "adam clipped": o.Adam(**adam, clipnorm=0.5),
+        "lion": o.Lion(learning_rate=0.01),
+        "adafactor": o.AdaFactor(learning_rate=0.01, min_dim_size_to_factor=2),
+        "adafactor relative": o.AdaFactor(
+            learning_rate=None, beta1=0.9, exclude_from_parameter_scale=["bias"]
+        ),
+        "weight decay": decay(
+            **adam, weight_decay_rate=0.1, exclude_from_weight_decay=["bias"]
+        ),
+        "layer adaptation": lamb(
+            **adam,
+            weight_decay_rate=0.1,
+            exclude_from_layer_adaptation=["bias"],
+        ),
+        "piecewise linear": linear(**adam, **schedule),
+        "piecewise linear adafactor": o.extend_with_piecewise_linear_lr(
+            o.AdaFactor
+        )(learning_rate=0.01, **schedule),
+        "accumulation": o.extend_with_gradient_accumulation(linear)(
+            **adam, **schedule, grad_accum_steps=3
+        ),
+        "lazy": o.extend_with_lazy_optimization(o.Adam)(
+            **adam, include_in_lazy_optimization=["embeddings"]
+        ),
+        "average": o.extend_with_exponential_moving_average(o.Adam)(
+            **adam, ema_momentum=0.8
+        ),
+        "parameter-wise": o.extend_with_parameter_wise_lr(o.Adam)(
+            **adam, paramwise_lr_schedule={"embeddings": 10, "Dense": 0.1}
+        ),
+        "schedule of keras": o.Adam(
+            learning_rate=_keras().optimizers.schedules.ExponentialDecay(
+                0.02, 3, 0.5
+            )
+        ),
+    }
+
+
+def _keras():
+    from bert4keras.backend import keras
+
+    return keras
+
+
+def run_optimizer(name, optimizer, steps=12):
+    """Trains an embedding and a dense layer; returns all steps' weights."""
+    import tensorflow as tf
+
+    keras = _keras()
+    tokens = keras.layers.Input((None,), name="Input-Token")
+    x = keras.layers.Embedding(6, 4, name="Embedding")(tokens)
+    y = keras.layers.Dense(2, activation="tanh", name="Dense")(x)
+    model = keras.models.Model(tokens, y)
+    randomize(model)
+    rng = generator("data")
+    weights, trajectory = model.trainable_weights, []
+    for _ in range(steps):
+        batch = tf.constant(rng.integers(0, 4, (3, 3)))
+        target = tf.constant(rng.normal(size=(3, 3, 2)), "float32")
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(model(batch) - target))
+        gradients = tape.gradient(loss, weights)
+        optimizer.apply_gradients(zip(gradients, weights, strict=True))
+        trajectory.append([w.numpy().ravel() for w in weights])
+    if hasattr(optimizer, "apply_ema_weights"):
+        optimizer.apply_ema_weights()
+        trajectory.append([w.numpy().ravel() for w in weights])
+        optimizer.reset_old_weights()
+        trajectory.append([w.numpy().ravel() for w in weights])
+    rows = [np.concatenate(row) for row in trajectory]
+    return {f"optimizer {name}": np.array(rows)}
+
+
 @functools.cache
 def reference(full=False):
     """Returns the results of tf_keras, computed once in another process."""
@@ -576,6 +661,10 @@ def reference(full=False):
 
 
 def main(path, full=False):
+    import tensorflow as tf
+
+    # The optimizers that bert4keras was written for.
+    tf.keras.optimizers.Optimizer = tf.keras.optimizers.legacy.Optimizer
     results = {}
     for name in MODELS if full else QUICK:
         results.update(run_model(name))
@@ -585,6 +674,8 @@ def main(path, full=False):
         results.update(run_layer(name, function))
     results.update(run_functions())
     results.update(run_snippets())
+    for name, optimizer in optimizer_cases().items():
+        results.update(run_optimizer(name, optimizer))
     np.savez(path, **results)
 
 

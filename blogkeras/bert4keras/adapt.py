@@ -9,7 +9,7 @@ import tensorflow as tf
 from blogkeras.bert4keras.weights import save_checkpoint
 
 
-def adapt(layers, models, snippets):
+def adapt(layers, models, optimizers, snippets):
     """Adapts the imported modules of bert4keras."""
     # Matrix products; everything else computes in float32 under mixed
     # precision: norms, positions, masks with -inf and losses.
@@ -24,10 +24,34 @@ def adapt(layers, models, snippets):
         cls.half_precision = True
     # It needs the sessions of TensorFlow 1.
     models.Transformer.save_weights_as_checkpoint = save_checkpoint
+    # It makes a new variable at each look at its learning rate.
+    optimizers.AdaFactorBase.learning_rate = _fixed_learning_rate(
+        optimizers.AdaFactorBase.learning_rate
+    )
+    # It needs the sessions of TensorFlow 1.
+    optimizers.AdaFactorV1 = optimizers.AdaFactor
     # Keras 3 takes neither lists nor Nones from a generator, and fixes the
     # lengths of all batches if the first two happen to be equally long.
     snippets.DataGenerator.forfit = _forfit
     snippets.DataGenerator.fortest = _fortest
+
+
+def _fixed_learning_rate(relative):
+    """Returns AdaFactor's learning rate: a number, or a relative step."""
+
+    def get(self):
+        rate = self._learning_rate
+        return relative.fget(self) if rate is None else rate
+
+    def set(self, value):
+        raise ValueError(
+            "The learning rate of bert4keras's AdaFactor is fixed when it is "
+            "made. Use extend_with_piecewise_linear_lr(AdaFactor), or "
+            "keras.optimizers.Adafactor with a schedule. "
+            f"Received: learning_rate={value}"
+        )
+
+    return property(get, set)
 
 
 def _forfit(self, random=True):

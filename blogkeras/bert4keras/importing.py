@@ -109,5 +109,10 @@ def import_bert4keras():
         for name in [name for name in sys.modules if _is_bert4keras(name)]:
             del sys.modules[name]
         raise
-    adapt.adapt(modules["layers"], modules["models"], modules["snippets"])
+    adapt.adapt(
+        modules["layers"],
+        modules["models"],
+        modules["optimizers"],
+        modules["snippets"],
+    )
     names.register_all(modules.values())

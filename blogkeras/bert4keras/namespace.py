@@ -8,6 +8,7 @@ import tensorflow as tf
 from blogkeras.bert4keras import layers, names
 from blogkeras.bert4keras.backend import make_backend
 from blogkeras.bert4keras.models import make_model
+from blogkeras.bert4keras.optimizers import Optimizer
 
 
 class Door:
@@ -92,7 +93,9 @@ def make_keras():
             **_LAYERS,
         ),
         "models": _copy(keras.models, "keras.models", Model=model),
-        "optimizers": _copy(keras.optimizers, "keras.optimizers"),
+        "optimizers": _copy(
+            keras.optimizers, "keras.optimizers", Optimizer=Optimizer
+        ),
         "utils": _copy(
             keras.utils,
             "keras.utils",

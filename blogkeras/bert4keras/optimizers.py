@@ -1,0 +1,97 @@
+"""Keras 2's contract between an optimizer and Keras, kept on Keras 3.
+
+bert4keras's optimizers are written as updates of one variable, with slots and
+hyper-parameters looked up by name. `Optimizer` offers them that, so that all of
+them, and any stack of their extensions, run as they are, while `compile`,
+`fit`, clipping, loss scaling and saving are Keras 3's.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+class Optimizer(keras.optimizers.Optimizer):
+    """What bert4keras sees as `keras.optimizers.Optimizer`.
+
+    Takes the arguments of any Keras 3 optimizer, as `clipnorm`.
+    """
+
+    _lock = False  # bert4keras sets attributes before `super().__init__`
+
+    def __init__(self, name=None, **kwargs):
+        # An attribute of that name may have been set by bert4keras's EMA.
+        kwargs.setdefault("ema_momentum", vars(self).get("ema_momentum", 0.99))
+        kwargs.setdefault("learning_rate", 1e-3)
+        super().__init__(name=name, **kwargs)
+        self._hyper = {}
+        self._slots = {}
+
+    @property
+    def lr(self):
+        """Keras 2's short name of `learning_rate`."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value):
+        self.learning_rate = value
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        self._create_slots([v.value for v in variables])
+
+    def update_step(self, gradient, variable, learning_rate):
+        if isinstance(gradient, tf.IndexedSlices):
+            self._resource_apply_sparse(
+                gradient.values, variable, gradient.indices
+            )
+        else:
+            self._resource_apply_dense(gradient, variable)
+
+    def _set_hyper(self, name, value):
+        if name == "learning_rate":
+            self.learning_rate = value
+        else:
+            self._hyper[name] = value
+
+    def _get_hyper(self, name, dtype=None):
+        value = self._hyper[name]
+        return value if dtype is None else tf.cast(value, dtype)
+
+    def _serialize_hyperparameter(self, name):
+        if name == "learning_rate":
+            return keras.optimizers.Optimizer.get_config(self)[name]
+        return self._hyper[name]
+
+    def _decayed_lr(self, dtype):
+        return tf.cast(self.learning_rate, dtype)
+
+    def _slot_key(self, variable, name):
+        return f"{self._get_variable_index(variable)}/{name}"
+
+    def add_slot(self, variable, name, initializer="zeros"):
+        """Adds a variable that belongs to `variable`; returns it."""
+        if isinstance(initializer, np.ndarray):
+            shape, initializer = initializer.shape, "zeros"
+        else:
+            shape = variable.shape
+        if name == "slow_var":
+            # Lookahead's slow weights start where the fast ones do. bert4keras
+            # starts from zero and halves all weights in the first step.
+            with tf.init_scope():
+                initializer = keras.initializers.Constant(variable.numpy())
+        path = variable.name.partition(":")[0].replace("/", "_")
+        slot = self.add_variable(
+            tuple(shape),
+            initializer=initializer,
+            dtype=variable.dtype.base_dtype.name,
+            name=f"{path}_{name}",
+        )
+        self._slots[self._slot_key(variable, name)] = slot
+        return slot.value
+
+    def get_slot(self, variable, name):
+        """Returns the variable `name` that belongs to `variable`."""
+        return self._slots[self._slot_key(variable, name)].value
