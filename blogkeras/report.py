@@ -1,0 +1,144 @@
+"""Tables and figures that the rooms, examples and benchmarks share.
+
+rich and matplotlib are imported when they are first used; `import blogkeras`
+needs neither.
+"""
+
+import contextlib
+import importlib
+import os
+import tempfile
+
+
+def print_table(columns, rows, title=None):
+    """Prints a table, numbers to the right, never cut off.
+
+    Args:
+        columns: The headings, strings.
+        rows: Sequence of rows; floats are shown with four digits, everything
+            else as `str` shows it.
+        title: String above the table, if any.
+    """
+    console, table = _import("rich.console"), _import("rich.table")
+    rows = [list(row) for row in rows]
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(
+                "Expected one cell for each column in every row. Received: "
+                f"columns={list(columns)}, row={row}"
+            )
+    grid = table.Table(title=title)
+    for index, name in enumerate(columns):
+        numbers = all(isinstance(row[index], (int, float)) for row in rows)
+        grid.add_column(
+            name, justify="right" if numbers else "left", no_wrap=True
+        )
+    for row in rows:
+        grid.add_row(*map(_cell, row))
+    out = console.Console()
+    wide = out.options.update(max_width=10_000)
+    out.width = max(out.width, out.measure(grid, options=wide).maximum)
+    out.print(grid)
+
+
+def line_figure(path, x, lines, xlabel, ylabel, title=None):
+    """Draws lines over a common x and writes them to a file.
+
+    The file appears complete or not at all; matplotlib's global state is not
+    touched.
+
+    Args:
+        path: Where to write; the ending (`.png`, `.svg`, `.pdf`) is the format.
+        x: Sequence of numbers.
+        lines: Dict `{label: ys}`, each as long as `x`.
+        xlabel: String.
+        ylabel: String.
+        title: String, if any.
+
+    Returns:
+        `path`, as a string.
+    """
+    for label, ys in lines.items():
+        if len(ys) != len(x):
+            raise ValueError(
+                "Expected as many values in each line as in `x`. Received: "
+                f"{len(x)} and, for {label!r}, {len(ys)}"
+            )
+    # A bare Figure has no window and no entry in pyplot's list.
+    figure = _import("matplotlib.figure").Figure(
+        figsize=(6.4, 4.0), dpi=150, layout="constrained"
+    )
+    axes = figure.add_subplot()
+    for (label, ys), marker in zip(
+        lines.items(), _cycle("osD^vP*X"), strict=False
+    ):
+        axes.plot(x, ys, marker=marker, markersize=6, linewidth=2, label=label)
+    axes.set_xlabel(xlabel, fontsize=12)
+    axes.set_ylabel(ylabel, fontsize=12)
+    axes.tick_params(labelsize=11)
+    axes.grid(alpha=0.3)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=12)
+    if len(lines) > 1:
+        axes.legend(fontsize=11, frameon=False)
+    return save_figure(figure, path)
+
+
+def save_figure(figure, path):
+    """Writes a matplotlib figure; the file appears complete or not at all.
+
+    Args:
+        figure: A `matplotlib.figure.Figure`.
+        path: Where to write; missing folders are made.
+
+    Returns:
+        `path`, as a string.
+    """
+    path = os.fspath(path)
+    ending = os.path.splitext(path)[1]
+    if not ending:
+        raise ValueError(
+            "Expected a path that ends in the format of the figure, such as "
+            f"'.png' or '.svg'. Received: path={path!r}"
+        )
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    # In the same folder: a file can be renamed only within its file system.
+    handle, part = tempfile.mkstemp(suffix=ending, dir=folder)
+    os.close(handle)
+    try:
+        figure.savefig(part, format=ending[1:])
+        # `mkstemp` keeps its file from all other users.
+        os.chmod(part, 0o666 & ~_umask())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(part)
+    return path
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _cycle(symbols):
+    while True:
+        yield from symbols
+
+
+def _cell(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _import(name):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            "Tables and figures need rich and matplotlib: "
+            f"pip install 'blogkeras[examples]'. Received: {error}"
+        ) from error

@@ -1,0 +1,109 @@
+"""Tables and figures: what is written, and that nothing else is touched."""
+
+import sys
+
+import pytest
+
+from blogkeras import report
+
+
+def test_table_shows_every_cell_however_narrow_the_terminal(
+    capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "20")
+    names = [f"a rather long heading {i}" for i in range(6)]
+    report.print_table(names, [[1, 0.123456, "x", "对抗", 2.5e-9, None]], "T")
+    out = capsys.readouterr().out
+    for text in (*names, "1", "0.1235", "x", "对抗", "2.5e-09", "None", "T"):
+        assert text in out
+
+
+def test_table_refuses_ragged_rows():
+    with pytest.raises(ValueError, match=r"one cell .*row=\[1\]"):
+        report.print_table(["a", "b"], [[1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [("f.png", b"\x89PNG\r\n"), ("new/f.svg", b"<?xml"), ("f.pdf", b"%PDF")],
+)
+def test_figure_has_the_format_of_its_ending(tmp_path, name, start):
+    path = tmp_path / name
+    lines = {"plain": [1, 2, 3], "FGM": [1.0, 1.5, 1.7]}
+    assert report.line_figure(
+        path, [0, 1, 2], lines, "x", "y", title="t"
+    ) == str(path)
+    assert path.read_bytes().startswith(start)
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_figure_holds_the_data(tmp_path, monkeypatch):
+    figures = []
+    save = report.save_figure
+    monkeypatch.setattr(
+        report,
+        "save_figure",
+        lambda figure, path: figures.append(figure) or save(figure, path),
+    )
+    report.line_figure(
+        tmp_path / "f.png", [0, 1], {"a": [3, 4], "b": [5, 6]}, "across", "up"
+    )
+    (axes,) = figures[0].axes
+    drawn = {
+        line.get_label(): line.get_xydata().tolist() for line in axes.lines
+    }
+    assert drawn == {"a": [[0, 3], [1, 4]], "b": [[0, 5], [1, 6]]}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("across", "up")
+    assert axes.get_legend() is not None
+
+
+def test_figure_appears_complete_or_not_at_all(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    def interrupted(self, path, **kwargs):
+        with open(path, "wb") as file:
+            file.write(b"half")
+        raise KeyboardInterrupt
+
+    path = tmp_path / "f.png"
+    path.write_bytes(b"old")
+    monkeypatch.setattr(Figure, "savefig", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.line_figure(path, [0], {"a": [1]}, "x", "y")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_figure_leaves_the_global_state_of_matplotlib_alone(tmp_path):
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    before = dict(matplotlib.rcParams)
+    report.line_figure(tmp_path / "f.png", [0], {"a": [1]}, "x", "y")
+    assert plt.get_fignums() == []
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_figure_errors(tmp_path):
+    with pytest.raises(ValueError, match="Received: 2 and, for 'a', 1"):
+        report.line_figure(tmp_path / "f.png", [0, 1], {"a": [1]}, "x", "y")
+    with pytest.raises(ValueError, match="ends in the format"):
+        report.line_figure(tmp_path / "f", [0], {"a": [1]}, "x", "y")
+
+
+@pytest.mark.parametrize(
+    ("module", "call"),
+    [
+        ("rich.console", lambda: report.print_table(["a"], [[1]])),
+        (
+            "matplotlib.figure",
+            lambda: report.line_figure("f.png", [0], {"a": [1]}, "x", "y"),
+        ),
+    ],
+)
+def test_a_missing_package_is_named_with_its_cure(monkeypatch, module, call):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(
+        ImportError, match=r"pip install 'blogkeras\[examples\]'"
+    ):
+        call()
