@@ -161,6 +161,11 @@ class Bridged:
             kwargs.setdefault("mask", None)
         return super().__call__(*args, **kwargs)
 
+    def add_weight(self, *args, **kwargs):
+        # What is not computed in half precision is not read in it, either.
+        kwargs.setdefault("autocast", self.half_precision)
+        return super().add_weight(*args, **kwargs)
+
     def compute_output_spec(self, *args, **kwargs):
         # Keras 3 would trust `compute_output_shape` and never trace `call`:
         # layers made in `build` would stay without weights.

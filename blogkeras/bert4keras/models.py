@@ -30,10 +30,6 @@ class Model(keras.Model):
     def input(self):
         return _unwrapped(super().input)
 
-    @property
-    def output(self):
-        return _unwrapped(super().output)
-
     def save_weights(self, filepath, *args, **kwargs):
         super().save_weights(_weights_path(filepath), *args, **kwargs)
 
@@ -46,12 +42,10 @@ register(Model)
 
 def make_model(*args, **kwargs):
     """Makes a functional `Model`; any other one is as Keras makes it."""
-    if args:
-        inputs, *args = args
-    else:
-        inputs = kwargs.pop("inputs", None)
-    if inputs is None:
+    kwargs.update(zip(("inputs", "outputs"), args, strict=False))
+    if kwargs.get("inputs") is None:
         return keras.Model(*args, **kwargs)
+    inputs, outputs = kwargs.pop("inputs"), kwargs.pop("outputs")
     if isinstance(inputs, keras.KerasTensor):
         inputs = [inputs]
-    return Model(inputs, *args, **kwargs)
+    return Model(inputs, _unwrapped(outputs), *args[2:], **kwargs)
