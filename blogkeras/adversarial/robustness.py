@@ -12,7 +12,7 @@ from keras import ops, tree
 
 from blogkeras import backend, training
 from blogkeras.adversarial import sites
-from blogkeras.adversarial.methods import at_least_float32, unit
+from blogkeras.adversarial.methods import at_least_float32
 
 ATTACKS = ("fgm", "pgd")
 
@@ -317,16 +317,15 @@ class _Run:
             for g, m in zip(gradients, mask, strict=True)
         ]
         norm = _sample_norms(gradients)
-        still = ops.logical_not(ops.logical_and(norm > 0, ops.isfinite(norm)))
+        usable = ops.logical_and(norm > 0, ops.isfinite(norm))
+        still = ops.cast(ops.logical_not(usable), "float32")
+        norm = ops.where(usable, norm, ops.ones_like(norm))
         point = [
-            p + rate * unit(g, _like(norm, g))
+            p + rate * ops.where(_like(usable, g), g / _like(norm, g), 0.0)
             for p, g in zip(point, gradients, strict=True)
         ]
         length = ops.maximum(_sample_norms(point), 1.0)
-        return (
-            [p / _like(length, p) for p in point],
-            ops.sum(ops.cast(still, "float32")),
-        )
+        return [p / _like(length, p) for p in point], ops.sum(still)
 
     def _evaluate(self, state, batch, metrics, origin, point, epsilon):
         mapping = [
@@ -445,8 +444,9 @@ def _sample_norms(tensors):
     )
 
 
-def _like(norms, x):
-    return ops.reshape(norms, (-1,) + (1,) * (len(x.shape) - 1))
+def _like(values, x):
+    """One value for each sample, broadcastable to `x`."""
+    return ops.reshape(values, (-1,) + (1,) * (len(x.shape) - 1))
 
 
 class _Mean:
