@@ -2,10 +2,16 @@
 
 from blogkeras.adversarial import (
     FGM,
+    FGSM,
+    PGD,
     AdversarialMethod,
+    FreeLB,
     GradientPenalty,
+    NoiseStability,
+    VirtualAdversarialTraining,
     adversarial_training,
     plain_training,
+    virtual_adversarial_training,
 )
 from blogkeras.ops import straight_through
 
@@ -13,9 +19,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FGM",
+    "FGSM",
+    "PGD",
     "AdversarialMethod",
+    "FreeLB",
     "GradientPenalty",
+    "NoiseStability",
+    "VirtualAdversarialTraining",
     "adversarial_training",
     "plain_training",
     "straight_through",
+    "virtual_adversarial_training",
 ]

@@ -22,7 +22,12 @@ MODELS = []
 ELSEWHERE = {
     "AdversarialMethod": "test_adversarial",
     "FGM": "test_adversarial",
+    "FGSM": "test_adversarial",
+    "PGD": "test_adversarial",
+    "FreeLB": "test_adversarial",
     "GradientPenalty": "test_adversarial",
+    "NoiseStability": "test_virtual",
+    "VirtualAdversarialTraining": "test_virtual",
 }
 
 

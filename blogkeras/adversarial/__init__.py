@@ -4,13 +4,27 @@
 """
 
 from blogkeras import training
+from blogkeras.adversarial.ascent import PGD, FreeLB
 from blogkeras.adversarial.methods import (
     FGM,
+    FGSM,
     AdversarialMethod,
     GradientPenalty,
 )
+from blogkeras.adversarial.virtual import (
+    NoiseStability,
+    VirtualAdversarialTraining,
+)
 
-METHODS = {"fgm": FGM, "gradient_penalty": GradientPenalty}
+METHODS = {
+    "fgm": FGM,
+    "fgsm": FGSM,
+    "pgd": PGD,
+    "freelb": FreeLB,
+    "gradient_penalty": GradientPenalty,
+    "noise_stability": NoiseStability,
+    "vat": VirtualAdversarialTraining,
+}
 
 
 def adversarial_training(model, embedding_name=None, epsilon=1.0, method="fgm"):
@@ -29,7 +43,8 @@ def adversarial_training(model, embedding_name=None, epsilon=1.0, method="fgm"):
             input, at any depth; Keras, KerasHub and bert4keras layers alike);
             a model without embeddings is perturbed at its floating inputs.
         epsilon: Float ≥ 0. Strength; for FGM the norm of the perturbation.
-        method: `"fgm"`, `"gradient_penalty"`, or an object such as
+        method: `"fgm"`, `"fgsm"`, `"pgd"`, `"freelb"`, `"gradient_penalty"`,
+            `"noise_stability"`, `"vat"`, or an object such as
             `FGM(0.5, site="output")`, whose own `epsilon` then holds.
 
     Returns:
@@ -52,6 +67,49 @@ def adversarial_training(model, embedding_name=None, epsilon=1.0, method="fgm"):
     method = _method(method, epsilon)
     training.install(model, method.hook(model, embedding_name))
     return model
+
+
+def virtual_adversarial_training(
+    model, embedding_name=None, epsilon=1.0, xi=10.0, iters=1
+):
+    """Makes `fit` train with labelled and unlabelled rows, in place.
+
+    Adds to the loss how far the worst small step at the embedding moves the
+    prediction, for every row. An unlabelled row has any label and sample weight
+    0:
+
+    >>> model.compile(
+    ...     "adam",
+    ...     keras.losses.SparseCategoricalCrossentropy(
+    ...         reduction="mean_with_sample_weight"
+    ...     ),
+    ... )
+    >>> virtual_adversarial_training(model, "Embedding-Token")
+    >>> model.fit(x, y, sample_weight=is_labelled)
+
+    With this reduction the supervised loss is the mean over the labelled rows
+    of the batch. Keras's default divides their sum by all rows: the fewer are
+    labelled, the less the labels count.
+
+    Undone by `plain_training`; replaces `adversarial_training`, and all said
+    there of saving holds here.
+
+    Args:
+        model: A `keras.Model` that classifies, with probabilities or, if its
+            compiled loss says so, logits.
+        embedding_name: As in `adversarial_training`.
+        epsilon: Float ≥ 0. Norm of the step, over the batch.
+        xi: Float > 0. Norm of the probe that finds its direction.
+        iters: Integer ≥ 0. Power iterations; 0 is random noise.
+
+    Returns:
+        The same model.
+
+    Reference:
+        [blog post 7466](https://kexue.fm/archives/7466)
+    """
+    method = VirtualAdversarialTraining(epsilon, xi, iters)
+    return adversarial_training(model, embedding_name, method=method)
 
 
 def plain_training(model):

@@ -30,6 +30,16 @@ class Site:
         """Removes what must not be perturbed (padding) from gradients."""
         return gradients
 
+    def merge(self, objective, gradients, point_gradients):
+        """Gradients of the weights, where those at the point are some of them.
+
+        Args:
+            objective: A `training.Objective`.
+            gradients: Gradients of the weights given to `at`.
+            point_gradients: Gradients of the point given to `at`.
+        """
+        return gradients
+
     # Whether each replica holds its share of one quantity (the gradient of the
     # shared matrix), and not values of its own (its samples).
     shared = False
@@ -70,6 +80,16 @@ class Matrix(Site):
         # In the weights, not added inside the loss: so the embedding's gradient
         # stays as sparse as the optimizer of plain Keras would see it.
         return [*weights[:index], point[0], *weights[index + 1 :]], {}
+
+    def merge(self, objective, gradients, point_gradients):
+        index = objective.index(self._variable())
+        if index is None:
+            return gradients
+        return [
+            *gradients[:index],
+            point_gradients[0],
+            *gradients[index + 1 :],
+        ]
 
 
 class Output(Site):
@@ -185,6 +205,9 @@ class Deferred(Site):
 
     def mask(self, gradients):
         return self._site.mask(gradients)
+
+    def merge(self, objective, gradients, point_gradients):
+        return self._site.merge(objective, gradients, point_gradients)
 
 
 def find_site(model, name=None, kind="matrix"):

@@ -1,0 +1,201 @@
+"""Attacks of several steps: PGD and FreeLB."""
+
+import keras
+from keras import ops
+
+from blogkeras.adversarial.methods import (
+    Attack,
+    mixed,
+    norms,
+    number,
+    shifted,
+    site_gradients,
+    units,
+    whole,
+)
+
+
+class PGD(Attack):
+    """Projected gradient descent: FGM in several steps.
+
+    From δ₀ = 0, or a random point of the ball, for `steps` steps:
+
+        δ ← Π (δ + α g(E + δ) / ‖g‖)
+
+    where Π shrinks whatever is longer than ε back to ε, and norms are taken
+    over `norm_scope`. Training happens at the last δ. Each step costs a forward
+    and a backward pass without weight gradients.
+
+    Symbols: ε is `epsilon`, α is `step_size`.
+
+    Args:
+        epsilon: Float ≥ 0, or a schedule. Radius of the ball.
+        steps: Integer ≥ 1.
+        step_size: Float, as a share of ε. Defaults to 2.5 / steps, which can
+            cross the ball.
+        random_start: Boolean. Start at a random point of the ball; needs a
+            site of positions, since noise on a matrix mostly falls on tokens
+            that are not in the batch.
+        norm_scope: `"batch"`, `"sample"` or `"token"`.
+        site: `"matrix"` or `"output"` of the embedding.
+        seed: Integer, for the random start.
+        kwargs: `clean_weight` and `start_step`, as in `FGM`.
+
+    Reference:
+        [Madry et al., 2018](https://arxiv.org/abs/1706.06083);
+        [blog post 7234](https://kexue.fm/archives/7234)
+    """
+
+    def __init__(
+        self,
+        epsilon=1.0,
+        steps=3,
+        step_size=None,
+        random_start=False,
+        norm_scope="batch",
+        site="matrix",
+        seed=0,
+        **kwargs,
+    ):
+        super().__init__(epsilon, norm_scope, site, **kwargs)
+        self.steps = whole("steps", steps, minimum=1)
+        self.step_size = number(
+            "step_size", 2.5 / self.steps if step_size is None else step_size
+        )
+        self.random_start = bool(random_start)
+        self.seed = seed
+
+    def check(self, site):
+        super().check(site)
+        if self.random_start and not site.batched:
+            raise ValueError(
+                "A random start on the embedding matrix would fall on tokens "
+                'that are not in the batch: use site="output". Received: '
+                f"random_start=True, site={self.site!r}"
+            )
+
+    def perturbation(self, objective, weights, site, origin):
+        epsilon = self.strength(objective)
+        radius = epsilon if self.random_start else 0.0
+        delta = start(objective, site, origin, self, radius)
+        for _ in range(self.steps):
+            g = self.slope(
+                objective, weights, site, origin, shifted(origin, delta)
+            )
+            delta = ascend(delta, g, self, site, epsilon)
+        return delta
+
+
+class FreeLB(Attack):
+    """Free large batch: every step of the attack is also a training step.
+
+    From a random δ₀ of norm `initial_norm`, for `steps` steps: the gradient of
+    the weights at δ is added to the mean, and δ climbs as in PGD. The weights
+    move by the mean gradient of all the steps; the reported loss is their mean.
+
+        gradient = 1/K Σₜ ∇θ L(E + δₜ)        δₜ₊₁ = Π (δₜ + α gₜ / ‖gₜ‖)
+
+    Symbols: K is `steps`, α is `step_size`, ε the radius of Π is `epsilon`.
+    Dropout masks are the same in all steps, as the paper wants. Each step costs
+    a full forward and backward pass.
+
+    Args:
+        epsilon: Float ≥ 0, or a schedule. Radius of the ball.
+        steps: Integer ≥ 1.
+        step_size: Float, as a share of ε.
+        initial_norm: Float in [0, 1], as a share of ε.
+        norm_scope: `"batch"`, `"sample"` or `"token"`.
+        site: `"output"` or `"matrix"` (then with `norm_scope="batch"` or
+            `"token"`, and `initial_norm=0`).
+        seed: Integer, for the start.
+        kwargs: `start_step`, as in `FGM`.
+
+    Reference:
+        [Zhu et al., 2020](https://arxiv.org/abs/1909.11764)
+    """
+
+    def __init__(
+        self,
+        epsilon=1.0,
+        steps=3,
+        step_size=0.5,
+        initial_norm=0.5,
+        norm_scope="sample",
+        site="output",
+        seed=0,
+        **kwargs,
+    ):
+        super().__init__(epsilon, norm_scope, site, **kwargs)
+        self.steps = whole("steps", steps, minimum=1)
+        self.step_size = number("step_size", step_size)
+        self.initial_norm = number("initial_norm", initial_norm, maximum=1.0)
+        self.seed = seed
+
+    def check(self, site):
+        super().check(site)
+        if self.initial_norm and not site.batched:
+            raise ValueError(
+                "A random start on the embedding matrix would fall on tokens "
+                'that are not in the batch: use site="output" or '
+                "initial_norm=0. Received: "
+                f"initial_norm={self.initial_norm}, site={self.site!r}"
+            )
+        if self.clean_weight:
+            raise ValueError(
+                "FreeLB has no clean pass: its first step is the one nearest "
+                "to it, with initial_norm=0. Received: "
+                f"clean_weight={self.clean_weight}"
+            )
+
+    def gradients(self, objective, weights, site):
+        origin = site.origin(objective, weights)
+        self.check(site)
+        epsilon = self.strength(objective)
+        delta = start(
+            objective, site, origin, self, self.initial_norm * epsilon
+        )
+
+        def at(args):
+            moved, kwargs = site.at(objective, *args)
+            return objective(moved, **kwargs)
+
+        evaluations, gradients = [], []
+        for _ in range(self.steps):
+            point = shifted(origin, delta)
+            evaluation, (of_weights, of_point) = objective.value_and_grad(
+                at, (weights, point)
+            )
+            evaluations.append(evaluation)
+            gradients.append(site.merge(objective, of_weights, of_point))
+            g = site_gradients(of_point, origin, site)
+            delta = ascend(delta, g, self, site, epsilon)
+        return mixed(evaluations, gradients, [1 / self.steps] * self.steps)
+
+
+def start(objective, site, origin, method, radius):
+    """Random offsets of norm `radius`; zero if the radius is."""
+    if isinstance(radius, float) and radius == 0:
+        return [ops.zeros(ops.shape(x), "float32") for x in origin]
+    seed = objective.seed(method.seed)
+    noise = [
+        keras.random.normal(ops.shape(x), dtype="float32", seed=seed)
+        for x in origin
+    ]
+    noise = units(site.mask(noise), method.norm_scope, site)
+    return [radius * u for u in noise]
+
+
+def ascend(delta, gradients, method, site, epsilon):
+    """One step uphill, and back into the ball of radius ε."""
+    directions = units(gradients, method.norm_scope, site)
+    step = method.step_size * epsilon
+    delta = [d + step * u for d, u in zip(delta, directions, strict=True)]
+    return project(delta, epsilon, method.norm_scope, site)
+
+
+def project(delta, epsilon, scope, site):
+    """Shrinks what is longer than ε back to ε."""
+    return [
+        d * ops.minimum(1.0, epsilon / ops.maximum(norm, 1e-30))
+        for d, norm in zip(delta, norms(delta, scope, site), strict=True)
+    ]
