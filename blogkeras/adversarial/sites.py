@@ -159,8 +159,9 @@ class Input(Site):
         return _is_float(x)
 
     def origin(self, objective, weights):
+        # `train_on_batch` hands NumPy's float64 through to the step.
         return [
-            x
+            ops.cast(x, keras.config.floatx()) if x.dtype == "float64" else x
             for index, x in enumerate(tree.flatten(objective.data[0]))
             if self._is_perturbed(index, x)
         ]
