@@ -124,6 +124,25 @@ def test_data_generator_goes_through_all_data_in_each_epoch():
         assert lengths == [(2, 4), (2, 4), (1, 7)]
 
 
+def test_data_generator_to_dataset_pads_batches():
+    class Samples(snippets.DataGenerator):
+        def __iter__(self, random=False):
+            for _, n in self.sample(random):
+                yield [list(range(n)), [1] * n], [[n]]
+
+    dataset = Samples([2, 3, 1], batch_size=3).to_dataset(
+        types=[("float32", "float32"), ("float32",)],
+        shapes=[([None], [None]), ([1],)],
+        names=[("token", "segment"), ("label",)],
+        padded_batch=True,
+    )
+    x, y = next(iter(dataset))
+    assert x["token"].shape == (3, 3) and y["label"].shape == (3, 1)
+    n = np.array(y["label"]).astype(int)
+    expected = np.where(np.arange(3) < n, np.arange(3), 0)
+    np.testing.assert_array_equal(x["token"], expected)
+
+
 def test_loss_layer_trains_without_targets():
     class Square(layers.Loss):
         def compute_loss(self, inputs, mask=None):

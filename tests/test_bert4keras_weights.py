@@ -15,6 +15,7 @@ import tensorflow as tf
 from blogkeras.bert4keras import read_safetensors
 
 # isort: split
+from bert4keras.backend import keras as keras_of_scripts
 from bert4keras.models import build_transformer_model, data_parallel
 
 CHECKPOINTS = ["bert nsp mlm", "albert", "electra", "gpt2_ml", "t5.1.1"]
@@ -202,6 +203,16 @@ def test_names_of_weights_files_of_old_scripts(tmp_path):
     model.load_weights(str(tmp_path / "best_model.weights"))
     for new, old in zip(model.get_weights(), before, strict=True):
         np.testing.assert_array_equal(new, old)
+
+
+def test_names_of_model_files_of_old_scripts(tmp_path):
+    model = oracle.build("gpt2_ml")
+    model.save(tmp_path / "test.model")
+    loaded = keras_of_scripts.models.load_model(tmp_path / "test.model")
+    x = [[3, 7, 12], [4, 0, 0]]
+    np.testing.assert_array_equal(
+        loaded.predict([x], verbose=0), model.predict(np.array(x), verbose=0)
+    )
 
 
 def test_data_parallel_splits_the_batch():

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from blogkeras.bert4keras.models import as_tuples
 from blogkeras.bert4keras.weights import save_checkpoint
 
 
@@ -68,7 +69,7 @@ def _as_dataset(data_generator, random, select):
     def endless():
         while True:
             for batch in data_generator.__iter__(random):
-                yield _as_tuples(select(batch))
+                yield as_tuples(select(batch))
 
     batches = endless()
     first = next(batches)
@@ -76,12 +77,6 @@ def _as_dataset(data_generator, random, select):
     return tf.data.Dataset.from_generator(
         lambda: batches, output_signature=keras.tree.map_structure(_spec, first)
     ).prefetch(tf.data.AUTOTUNE)
-
-
-def _as_tuples(batch):
-    if isinstance(batch, (list, tuple)):
-        return tuple(_as_tuples(x) for x in batch if x is not None)
-    return batch
 
 
 def _spec(array):

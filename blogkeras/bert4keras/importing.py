@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import sys
 import types
+import warnings
 
 VERSION = "0.11.5"
 INSTALL = f"pip install --no-deps bert4keras=={VERSION}"
@@ -100,7 +101,13 @@ def import_bert4keras():
     stand_ins.update(_distutils())
     try:
         # TF_KERAS=1: bert4keras's code for `tf.keras`, the newer of its two.
-        with _standing_in(stand_ins, {"TF_KERAS": "1"}):
+        with (
+            _standing_in(stand_ins, {"TF_KERAS": "1"}),
+            warnings.catch_warnings(),
+        ):
+            # Backslashes in its strings.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", SyntaxWarning)
             modules = {
                 name: importlib.import_module(f"bert4keras.{name}")
                 for name in _MODULES

@@ -1,6 +1,7 @@
 """The model class that bert4keras builds: Keras 3's, with Keras 2's habits."""
 
 import keras
+import numpy as np
 
 from blogkeras.bert4keras.names import register
 
@@ -12,23 +13,51 @@ def _unwrapped(tensors):
     return tensors
 
 
+def as_tuples(data):
+    """Makes tuples of arrays: Keras 3 takes a list of numbers for a structure.
+
+    Nones are left out, as the targets of models whose loss is a layer.
+    """
+    if not isinstance(data, (list, tuple)):
+        return data
+    if data and all(np.isscalar(x) for x in data):
+        return np.array(data)
+    return tuple(as_tuples(x) for x in data if x is not None)
+
+
 def _weights_path(filepath):
     """Keras 3 insists on the ending `.weights.h5`."""
     path = str(filepath)
     return f"{path}.h5" if path.endswith(".weights") else filepath
 
 
+def _model_path(filepath):
+    """Keras 3 insists on the ending `.keras` or `.h5`."""
+    path = str(filepath)
+    known = path.endswith((".keras", ".h5", ".hdf5"))
+    return filepath if known else f"{path}.keras"
+
+
 class Model(keras.Model):
-    """A functional model.
+    """A functional model that takes what old scripts give to it.
 
     With one input, `model.input` is a tensor, and data may be given as `x` or
-    as `[x]`. Weights may be called `best_model.weights`, as in old scripts; the
-    file is `best_model.weights.h5`.
+    as `[x]`; `predict` takes lists of numbers. A file may be called
+    `best_model.weights` or `my.model`, and gets the ending that Keras 3 wants:
+    `best_model.weights.h5`, `my.model.keras`.
     """
 
     @property
     def input(self):
         return _unwrapped(super().input)
+
+    def predict(self, x, *args, **kwargs):
+        if isinstance(x, (list, tuple)):
+            x = [np.array(a) if isinstance(a, list) else a for a in x]
+        return super().predict(x, *args, **kwargs)
+
+    def save(self, filepath, *args, **kwargs):
+        super().save(_model_path(filepath), *args, **kwargs)
 
     def save_weights(self, filepath, *args, **kwargs):
         super().save_weights(_weights_path(filepath), *args, **kwargs)
@@ -49,3 +78,8 @@ def make_model(*args, **kwargs):
     if isinstance(inputs, keras.KerasTensor):
         inputs = [inputs]
     return Model(inputs, _unwrapped(outputs), *args[2:], **kwargs)
+
+
+def load_model(filepath, *args, **kwargs):
+    """`keras.models.load_model` that finds what `Model.save` has written."""
+    return keras.models.load_model(_model_path(filepath), *args, **kwargs)

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from blogkeras.bert4keras import layers, names
 from blogkeras.bert4keras.backend import make_backend
-from blogkeras.bert4keras.models import make_model
+from blogkeras.bert4keras.models import load_model, make_model
 from blogkeras.bert4keras.optimizers import Optimizer
 
 
@@ -92,7 +92,9 @@ def make_keras():
             Activation=Door(keras.layers.Activation, _make_activation),
             **_LAYERS,
         ),
-        "models": _copy(keras.models, "keras.models", Model=model),
+        "models": _copy(
+            keras.models, "keras.models", Model=model, load_model=load_model
+        ),
         "optimizers": _copy(
             keras.optimizers, "keras.optimizers", Optimizer=Optimizer
         ),

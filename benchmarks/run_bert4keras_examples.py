@@ -1,0 +1,239 @@
+"""Runs the original examples of bert4keras on Keras 3.
+
+    git clone https://github.com/bojone/bert4keras
+    python benchmarks/run_bert4keras_examples.py --examples bert4keras/examples
+
+Each script runs in a process of its own, twice: with the one line
+`import blogkeras.bert4keras` added, and untouched by
+`python -m blogkeras.bert4keras script.py`. Their checkpoints, vocabularies and
+data are made here: random and tiny. Training stops after a few steps, and a
+script that still runs well after `--seconds` counts as running.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+
+LAYERS, HIDDEN = 12, 16
+LINE = "import blogkeras.bert4keras\n"
+LIMIT = """
+import keras
+_fit = keras.Model.fit
+def fit(self, *args, **kwargs):
+    steps = kwargs.get("steps_per_epoch") or 2
+    kwargs.update(epochs=1, steps_per_epoch=min(steps, 2))
+    if kwargs.get("validation_steps"):
+        kwargs["validation_steps"] = 1
+    return _fit(self, *args, **kwargs)
+keras.Model.fit = fit
+"""
+PLAIN = LIMIT + "import runpy; runpy.run_path({0!r}, run_name='__main__')"
+UNTOUCHED = LIMIT + (
+    "from blogkeras.bert4keras.__main__ import main; main([{0!r}])"
+)
+
+
+def sentences(characters, count=24):
+    rng = np.random.default_rng(0)
+    return ["".join(rng.choice(characters, 12)) + "。" for _ in range(count)]
+
+
+def write(path, lines, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), encoding=encoding)
+
+
+def write_data(root, examples, characters):
+    """Writes small data sets in the formats that the scripts read."""
+    texts = sentences(characters)
+    pairs = list(zip(texts, texts[1:] + texts[:1], strict=True))
+    labels = [i % 2 for i in range(len(texts))]
+    rows = list(zip(texts, labels, strict=True))
+    for part in ("train", "valid", "test"):
+        name = f"sentiment/sentiment.{part}.data"
+        write(examples / "datasets" / name, [f"{t}\t{y}" for t, y in rows])
+        name = f"lcqmc/lcqmc.{part}.data"
+        write(
+            examples / "datasets" / name,
+            [f"{a}\t{b}\t{len(a) % 2}" for a, b in pairs],
+        )
+    dumps = lambda items: [json.dumps(x, ensure_ascii=False) for x in items]  # noqa: E731
+    clue = root / "CLUE-master/baselines/CLUEdataset/iflytek"
+    for part in ("train", "dev", "test"):
+        write(
+            clue / f"{part}.json",
+            dumps({"sentence": t, "label": str(y)} for t, y in rows),
+        )
+    answers = [
+        {"question": b, "passages": [{"passage": a, "answer": a[2:5]}]}
+        for a, b in pairs
+    ]
+    for name in ("WebQA", "SogouQA"):
+        write(root / f"qa_datasets/{name}.json", [json.dumps(answers)])
+    triples = [
+        {
+            "text": t,
+            "spo_list": [
+                {"subject": t[:2], "predicate": "是", "object": t[4:7]}
+            ],
+        }
+        for t in texts
+    ]
+    for part in ("train", "dev"):
+        write(root / f"kg/datasets/{part}_data.json", dumps(triples))
+    write(root / "kg/datasets/all_50_schemas", dumps([{"predicate": "是"}]))
+    write(root / "金庸/一/一.txt", ["  ".join(texts)], encoding="gbk")
+    for i, (a, b) in enumerate(pairs):
+        write(root / f"thuctc/THUCNews/体育/{i}.txt", [a, b])
+    for part in ("train", "val", "test"):
+        write(root / f"csl/{part}.tsv", [f"{a}\t{b}" for a, b in pairs])
+    words = [" ".join([t[:2], t[2:3], t[3:6], t[6:]]) for t in texts]
+    write(root / "icwb2-data/training/pku_training.utf8", words)
+    write(root / "icwb2-data/testing/pku_test.utf8", texts)
+    ner = [
+        "\n".join(
+            f"{c} {'B-PER' if i == 2 else 'I-PER' if i == 3 else 'O'}"
+            for i, c in enumerate(t)
+        )
+        for t in texts
+    ]
+    for part in ("train", "dev", "test"):
+        path = root / f"ner/china-people-daily-ner-corpus/example.{part}"
+        write(path, ["\n\n".join(ner)])
+
+
+def write_checkpoints(root, scripts, characters):
+    """Writes a configuration, a vocabulary and random weights per model."""
+    import blogkeras.bert4keras  # noqa: F401
+
+    # isort: split
+    from bert4keras.models import build_transformer_model
+
+    tokens = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100))]
+    tokens += ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>"]
+    pieces = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
+    pieces += characters
+    tokens += [*pieces, *("##" + piece for piece in pieces)]
+    bert = {
+        "attention_probs_dropout_prob": 0.1,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": HIDDEN,
+        "initializer_range": 0.02,
+        "intermediate_size": 2 * HIDDEN,
+        "max_position_embeddings": 512,
+        "num_attention_heads": 2,
+        "num_hidden_layers": LAYERS,
+        "type_vocab_size": 2,
+        "vocab_size": len(tokens),
+    }
+    heads = {"with_mlm": True, "with_nsp": True}
+    models = {
+        "albert": ({"embedding_size": 8}, {"model": "albert", **heads}),
+        "gpt2_ml": ({}, {"model": "gpt2_ml"}),
+        "nezha_gpt": ({"type_vocab_size": 0}, {"with_mlm": True}),
+        "mt5": ({"hidden_act": ["gelu", "linear"]}, {"model": "mt5.1.1"}),
+        "": ({}, heads),
+    }
+    paths = re.findall(
+        r"_path = '/root/([^']+)'", "".join(map(str, scripts.values()))
+    )
+    for path in sorted(set(paths)):
+        folder = (root / path).parent
+        name = next(name for name in models if name in str(folder))
+        extra, arguments = models[name]
+        config = {**bert, **extra}
+        if name == "mt5" and path.endswith(".model"):
+            write_pieces(root / path, characters)
+        elif path.endswith("keep_tokens.json"):
+            write(root / path, [json.dumps(list(range(len(tokens))))])
+        elif path.endswith(".txt"):
+            write(root / path, tokens)
+        elif path.endswith("config.json"):
+            write(root / path, [json.dumps(config)])
+        elif "ckpt" in path:
+            folder.mkdir(parents=True, exist_ok=True)
+            transformer = build_transformer_model(
+                **config, **arguments, return_keras_model=False
+            )
+            transformer.save_weights_as_checkpoint(str(root / path))
+
+
+def write_pieces(path, characters):
+    import sentencepiece
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences(characters, 200)),
+            model_writer=file,
+            vocab_size=len(characters) + 100,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+
+
+def run(code, folder, seconds):
+    """Returns `ok`, or the reason why the script does not run."""
+    try:
+        process = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=folder,
+            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+        )
+    except subprocess.TimeoutExpired:
+        return f"ok (stopped after {seconds} s)"
+    if process.returncode == 0:
+        return "ok"
+    lines = [x.strip() for x in process.stderr.splitlines() if x.strip()]
+    errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)]
+    return (errors or lines)[-1][:160]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--examples", type=pathlib.Path, required=True)
+    parser.add_argument("--only", default="", help="part of a script's name")
+    parser.add_argument("--seconds", type=int, default=120)
+    options = parser.parse_args()
+    scripts = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in sorted(options.examples.glob("*.py"))
+    }
+    text = "".join(scripts.values()).encode("gbk", "ignore").decode("gbk")
+    characters = sorted(set(re.findall("[\u4e00-\u9fff]", text)))
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder) / "root"
+        write_checkpoints(root, scripts, characters)
+        score = {"one line": 0, "untouched": 0}
+        tried = [name for name in scripts if options.only in name]
+        for kind in score:
+            examples = pathlib.Path(folder) / kind / "examples"
+            write_data(root, examples, characters)
+            for name, source in scripts.items():
+                source = source.replace("'/root/", f"'{root.as_posix()}/")
+                if kind == "one line":
+                    source = LINE + source
+                write(examples / name, [source])
+        for name in tried:
+            for kind, template in zip(score, (PLAIN, UNTOUCHED), strict=True):
+                examples = pathlib.Path(folder) / kind / "examples"
+                reason = run(template.format(name), examples, options.seconds)
+                score[kind] += reason.startswith("ok")
+                print(f"{name:55} {kind:10} {reason}", flush=True)
+    for kind, count in score.items():
+        print(f"{kind}: {count} of {len(tried)} scripts run")
+
+
+if __name__ == "__main__":
+    main()
