@@ -27,6 +27,7 @@ ELSEWHERE = {
     "FreeLB": "test_adversarial",
     "GradientPenalty": "test_adversarial",
     "NoiseStability": "test_virtual",
+    "Robustness": "test_robustness",
     "VirtualAdversarialTraining": "test_virtual",
 }
 

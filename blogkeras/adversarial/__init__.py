@@ -11,6 +11,7 @@ from blogkeras.adversarial.methods import (
     AdversarialMethod,
     GradientPenalty,
 )
+from blogkeras.adversarial.robustness import Robustness, evaluate_robustness
 from blogkeras.adversarial.virtual import (
     NoiseStability,
     VirtualAdversarialTraining,
