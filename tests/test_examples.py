@@ -1,0 +1,77 @@
+"""The examples run as a user runs them, and leave what they promise."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+
+
+def run(name, *arguments, **environment):
+    result = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.name for path in EXAMPLES.glob("basic_*.py"))
+)
+def test_basic_example(name):
+    needs_tensorflow = "bert4keras" in (EXAMPLES / name).read_text("utf-8")
+    if needs_tensorflow and not ON_TENSORFLOW:
+        pytest.skip("bert4keras runs on TensorFlow")
+    assert run(name).strip()
+
+
+@pytest.fixture
+def reviews(tmp_path):
+    """Praise has 好, complaint has 差; two texts must be dropped."""
+    lines = [f"这家店的菜味道真好{i:03d}\t1" for i in range(60)]
+    lines += [f"房间又小又旧服务差{i:03d}\t0" for i in range(60)]
+    lines += ["一般\t0", "一般\t1", "这家店的菜味道真好000\t1"]
+    path = tmp_path / "reviews.tsv"
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+@pytest.mark.skipif(not ON_TENSORFLOW, reason="bert4keras runs on TensorFlow")
+def test_the_demo_writes_one_table_and_one_figure(tmp_path, reviews):
+    out = run(
+        "task_sentiment_adversarial_training.py",
+        *("--steps", 2),
+        *("--data", reviews),
+        *("--output", tmp_path / "new"),
+        COLUMNS="200",
+    )
+    assert "120 reviews: 96 for training, 24 to test" in out
+    assert out.count("━━┓\n") == 1
+    for row in ("clean", "seconds per step", "plain", "FGM"):
+        assert row in out
+    (figure,) = (tmp_path / "new").iterdir()
+    assert figure.suffix == ".png"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert str(figure) in out
+
+
+@pytest.mark.skipif(not ON_TENSORFLOW, reason="bert4keras runs on TensorFlow")
+def test_the_reviews_are_unique_and_have_one_label(reviews, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import task_sentiment_adversarial_training as demo
+
+    own = demo.read_reviews(reviews)
+    assert len(own) == 120 and sum(label for _, label in own) == 60
+    # 8379 praise, 9078 complain, 47 do both (counted with sort | uniq).
+    built_in = demo.read_reviews()
+    assert len(built_in) == 8379 + 9078 - 2 * 47
+    assert sum(label for _, label in built_in) == 8379 - 47
+    assert len({text for text, _ in built_in}) == len(built_in)
