@@ -223,7 +223,9 @@ def main():
             for name, source in scripts.items():
                 source = source.replace("'/root/", f"'{root.as_posix()}/")
                 if kind == "one line":
-                    source = LINE + source
+                    start = source.rfind("from __future__")
+                    start = source.find("\n", start) + 1 if start >= 0 else 0
+                    source = source[:start] + LINE + source[start:]
                 write(examples / name, [source])
         for name in tried:
             for kind, template in zip(score, (PLAIN, UNTOUCHED), strict=True):

@@ -1,0 +1,192 @@
+"""bert4keras on Keras 3 against itself on tf_keras and against KerasHub.
+
+    make bench-bert4keras
+
+The same BERT classifier, trained and applied step by step in turn by every
+contender: bert4keras through the bridge, the same bert4keras on tf_keras, for
+which it was written, and KerasHub's BertBackbone.
+"""
+
+import argparse
+import pathlib
+
+import numpy as np
+from interleaved import Worker, environment, measure, ratio, serve
+
+TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/bert4keras.md"
+LEGACY = {"TF_KERAS": "1", "TF_USE_LEGACY_KERAS": "1"}
+
+# name: (label, environment)
+CONTENDERS = {
+    "bridge": ("training, Keras 3, XLA", {}),
+    "bridge-graph": ("training, Keras 3, no XLA", {}),
+    "legacy": ("training, tf_keras", LEGACY),
+    "legacy-xla": ("training, tf_keras, XLA", LEGACY),
+    "hub": ("training, KerasHub, XLA", {}),
+    "bridge-predict": ("prediction, Keras 3, XLA", {}),
+    "legacy-predict": ("prediction, tf_keras", LEGACY),
+    "hub-predict": ("prediction, KerasHub, XLA", {}),
+}
+# label, contender, base
+RATIOS = [
+    ("tf_keras / Keras 3 with XLA", "legacy", "bridge"),
+    ("tf_keras / Keras 3, both without XLA", "legacy", "bridge-graph"),
+    ("tf_keras / Keras 3, both with XLA", "legacy-xla", "bridge"),
+    ("KerasHub / bert4keras, both with XLA", "hub", "bridge"),
+    ("prediction: tf_keras / Keras 3", "legacy-predict", "bridge-predict"),
+    ("prediction: KerasHub / bert4keras", "hub-predict", "bridge-predict"),
+]
+
+
+def sizes(options):
+    return {
+        "layers": options.layers,
+        "heads": max(options.hidden // 32, 1),
+        "inner": 4 * options.hidden,
+    }
+
+
+def bert4keras_classifier(keras, options):
+    from bert4keras.models import build_transformer_model
+
+    size = sizes(options)
+    bert = build_transformer_model(
+        vocab_size=options.vocabulary,
+        hidden_size=options.hidden,
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        intermediate_size=size["inner"],
+        hidden_act="gelu",
+        max_position=512,
+        dropout_rate=0.1,
+        attention_dropout_rate=0.1,
+    )
+    first = keras.layers.Lambda(lambda x: x[:, 0])(bert.output)
+    outputs = keras.layers.Dense(2, activation="softmax")(first)
+    return keras.models.Model(bert.inputs, outputs)
+
+
+def hub_classifier(keras, options):
+    import keras_hub
+
+    size = sizes(options)
+    bert = keras_hub.models.BertBackbone(
+        vocabulary_size=options.vocabulary,
+        num_layers=size["layers"],
+        num_heads=size["heads"],
+        hidden_dim=options.hidden,
+        intermediate_dim=size["inner"],
+        dropout=0.1,
+        max_sequence_length=512,
+    )
+    first = bert.output["sequence_output"][:, 0]
+    outputs = keras.layers.Dense(2, activation="softmax")(first)
+    return keras.Model(bert.input, outputs)
+
+
+def prepare(name, options):
+    """Returns the step of a contender."""
+    kind, _, mode = name.partition("-")
+    if kind == "legacy":
+        from bert4keras.backend import keras
+
+        model = bert4keras_classifier(keras, options)
+    elif kind == "bridge":
+        import blogkeras.bert4keras  # noqa: F401
+
+        # isort: split
+        from bert4keras.backend import keras
+
+        model = bert4keras_classifier(keras, options)
+    else:
+        import keras
+
+        model = hub_classifier(keras, options)
+    xla = mode == "xla" if kind == "legacy" else mode != "graph"
+    model.compile(
+        keras.optimizers.Adam(2e-5),
+        "sparse_categorical_crossentropy",
+        jit_compile=xla,
+    )
+    rng = np.random.default_rng(0)
+    shape = (options.batch, options.length)
+    tokens = rng.integers(1, options.vocabulary, shape)
+    tokens[::2, options.length * 3 // 4 :] = 0
+    labels = rng.integers(0, 2, options.batch)
+    x = [tokens, 0 * tokens]
+    if kind == "hub":
+        x = {
+            "token_ids": tokens,
+            "segment_ids": 0 * tokens,
+            "padding_mask": tokens > 0,
+        }
+    if mode == "predict":
+        return lambda: model.predict_on_batch(x)
+    return lambda: model.train_on_batch(x, labels)
+
+
+def table(seconds, options):
+    lines = [
+        "# Benchmark: bert4keras on Keras 3",
+        "",
+        f"BERT, {options.layers} layers × {options.hidden}, vocabulary "
+        f"{options.vocabulary}, batch {options.batch} × {options.length}, "
+        f"Adam, dropout 0.1; {options.rounds} rounds of interleaved steps.",
+        "",
+        environment(["keras", "tensorflow", "tf_keras", "keras-hub"]),
+        "",
+        "| contender | seconds per step, median | minimum |",
+        "|---|---|---|",
+    ]
+    for name, values in seconds.items():
+        label = CONTENDERS[name][0]
+        lines.append(
+            f"| {label} | {np.median(values):.3f} | {values.min():.3f} |"
+        )
+    lines += ["", "| ratio | median | 95 % interval |", "|---|---|---|"]
+    for label, name, base in RATIOS:
+        if name in seconds and base in seconds:
+            middle, low, high = ratio(seconds, name, base)
+            lines.append(
+                f"| {label} | {middle:.2f} | {low:.2f} to {high:.2f} |"
+            )
+    return "\n".join([*lines, "", "Regenerate: `make bench-bert4keras`.", ""])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--worker", choices=CONTENDERS)
+    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    for name, default in {
+        "rounds": 20,
+        "layers": 6,
+        "hidden": 384,
+        "vocabulary": 21128,
+        "batch": 32,
+        "length": 64,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    if options.worker:
+        serve(lambda: prepare(options.worker, options))
+        return
+    arguments = [
+        f"--{name}={getattr(options, name)}"
+        for name in ("layers", "hidden", "vocabulary", "batch", "length")
+    ]
+    workers = [
+        Worker(__file__, name, arguments, CONTENDERS[name][1])
+        for name in options.only
+    ]
+    seconds = measure(workers, options.rounds)
+    for worker in workers:
+        worker.close()
+    text = table(seconds, options)
+    print(text)
+    if options.only == list(CONTENDERS):
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
