@@ -8,7 +8,7 @@ from keras import layers, ops
 
 import blogkeras
 from blogkeras import FGM, GradientPenalty, backend, training
-from blogkeras.adversarial import sites
+from blogkeras.adversarial import methods, sites
 from blogkeras.adversarial.methods import AdversarialMethod
 
 TENSORFLOW = backend.BACKEND == "tensorflow"
@@ -418,6 +418,39 @@ def test_half_precision_with_jit_and_accumulation_stays_finite(policy, method):
     ).history
     assert np.isfinite(history["loss"]).all()
     assert all(np.isfinite(s).all() for s in toy.state(model))
+
+
+@pytest.mark.parametrize("site", ["matrix", "output"])
+def test_penalty_is_the_same_under_loss_scaling(site):
+    """The inner gradient is the true one, not the scaled one."""
+    losses = []
+    for policy in ("float32", "mixed_float16"):
+        keras.config.set_dtype_policy(policy)
+        model = small_model(dtype=policy)
+        weights = np.arange(15).reshape(5, 3) / 10, np.eye(3)[:, :2]
+        model.set_weights(weights)
+        losses.append(loss_of_one_step(model, GradientPenalty(30.0, site=site)))
+        model.set_weights(weights)
+        clean = loss_of_one_step(model, GradientPenalty(0.0))
+    np.testing.assert_allclose(*losses, rtol=5e-3)
+    assert losses[0] > 1.1 * clean
+
+
+def test_a_direction_that_is_not_finite_is_none():
+    """An overflow in one coordinate leaves no usable direction."""
+    for broken in (np.inf, np.nan):
+        g = np.array([[broken, 1.0], [3.0, 4.0]], "float32")
+        batch, token = (
+            np.asarray(
+                methods.units([ops.convert_to_tensor(g)], scope, place)[0]
+            )
+            for scope, place in [
+                ("batch", sites.Input()),
+                ("token", sites.Input()),
+            ]
+        )
+        np.testing.assert_array_equal(batch, np.zeros((2, 2)))
+        np.testing.assert_allclose(token, [[0, 0], [0.6, 0.8]], rtol=1e-6)
 
 
 def test_an_overflow_means_no_attack():

@@ -17,6 +17,23 @@ from blogkeras.adversarial.virtual import (
     VirtualAdversarialTraining,
 )
 
+__all__ = [
+    "FGM",
+    "FGSM",
+    "METHODS",
+    "PGD",
+    "AdversarialMethod",
+    "FreeLB",
+    "GradientPenalty",
+    "NoiseStability",
+    "Robustness",
+    "VirtualAdversarialTraining",
+    "adversarial_training",
+    "evaluate_robustness",
+    "plain_training",
+    "virtual_adversarial_training",
+]
+
 METHODS = {
     "fgm": FGM,
     "fgsm": FGSM,
