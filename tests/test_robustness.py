@@ -180,6 +180,20 @@ def test_one_norm_for_all_that_a_sample_embeds():
     np.testing.assert_allclose(losses, expected, atol=1e-5)
 
 
+def test_padding_is_left_alone():
+    """loss = Σ w·E[token] over all positions, padding too."""
+    tokens = keras.Input((4,), dtype="int32")
+    dense = layers.Dense(1, use_bias=False)
+    h = dense(layers.Embedding(5, 3, mask_zero=True)(tokens))
+    model = keras.Model(tokens, ops.sum(h, axis=1))
+    model.compile("sgd", mean_output)
+    losses = evaluated(model, TOKENS, np.zeros((5, 1))).column("loss")
+    norm = np.linalg.norm(dense.get_weights()[0])
+    roots = np.sqrt((TOKENS != 0).sum(1)).mean()
+    expected = losses[0] + roots * norm * np.array(EPSILONS)
+    np.testing.assert_allclose(losses, expected, atol=1e-5)
+
+
 def full_model(name):
     if name == "two outputs":
         tokens = keras.Input((5,), dtype="int32")
@@ -220,10 +234,12 @@ def full_model(name):
 def test_epsilon_zero_is_evaluate(name, weights, batch_size):
     model, y = full_model(name)
     data = {"sample_weight": weights, "batch_size": batch_size}
-    result = evaluated(model, toy.TOKENS, y, (0.0,), **data)
     expected = model.evaluate(
         toy.TOKENS, y, verbose=0, return_dict=True, **data
     )
+    for variable in model.metrics_variables:
+        variable.assign(variable + 1)  # left over, must not shine through
+    result = evaluated(model, toy.TOKENS, y, (0.0,), **data)
     row = dict(result.rows[0])
     assert row.pop("epsilon") == row.pop("relative_epsilon") == 0
     assert row.keys() == expected.keys()
