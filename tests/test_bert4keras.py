@@ -93,7 +93,9 @@ def test_trains_under_xla():
 
     keras.utils.set_random_seed(1)
     bert = build_transformer_model(
-        **oracle.CONFIG, dropout_rate=0.1, attention_dropout_rate=0.1
+        **{**oracle.CONFIG, "num_hidden_layers": 1},
+        dropout_rate=0.1,
+        attention_dropout_rate=0.1,
     )
     logits = keras.layers.Dense(2)(bert.output[:, 0])
     model = keras.Model(bert.inputs, logits)
@@ -194,6 +196,12 @@ def test_error_of_another_version(monkeypatch, installed):
 
 def test_error_of_bert4keras_imported_before():
     with pytest.raises(ImportError, match="above the first `import bert4keras"):
+        importing.check()
+
+
+def test_error_of_recomputation(monkeypatch):
+    monkeypatch.setenv("RECOMPUTE", "1")
+    with pytest.raises(ImportError, match="Unset RECOMPUTE"):
         importing.check()
 
 

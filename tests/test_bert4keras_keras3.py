@@ -85,10 +85,22 @@ def test_positions_are_not_rounded(policy):
     )
 
 
-@HALF
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "mixed_float16",
+        pytest.param("mixed_bfloat16", marks=pytest.mark.verify),
+    ],
+    indirect=True,
+)
 def test_trains_in_half_precision_under_xla(policy):
     keras.utils.set_random_seed(0)
-    bert = oracle.build("albert", dropout_rate=0.1, attention_dropout_rate=0.1)
+    bert = oracle.build(
+        "albert",
+        dropout_rate=0.1,
+        attention_dropout_rate=0.1,
+        num_hidden_layers=1,
+    )
     logits = keras.layers.Dense(2, dtype="float32")(bert.output[:, 0])
     model = keras.Model(bert.inputs, logits)
     adam = optimizers.extend_with_piecewise_linear_lr(optimizers.Adam)
@@ -105,7 +117,7 @@ def test_trains_in_half_precision_under_xla(policy):
 
 
 def test_lengths_in_buckets_compile_once_each():
-    bert = oracle.build("bert")
+    bert = oracle.build("bert", num_hidden_layers=1)
     model = keras.Model(
         bert.inputs, keras.layers.Dense(2, "softmax")(bert.output[:, 0])
     )

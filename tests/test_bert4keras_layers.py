@@ -137,8 +137,8 @@ def test_data_generator_to_dataset_pads_batches():
         padded_batch=True,
     )
     x, y = next(iter(dataset))
-    assert x["token"].shape == (3, 3) and y["label"].shape == (3, 1)
-    n = np.array(y["label"]).astype(int)
+    assert x["token"].shape == (3, 3) and y.shape == (3, 1)
+    n = np.array(y).astype(int)
     expected = np.where(np.arange(3) < n, np.arange(3), 0)
     np.testing.assert_array_equal(x["token"], expected)
 
@@ -197,6 +197,29 @@ def test_learning_phase_is_that_of_the_model():
 def test_error_of_a_missing_backend_function():
     with pytest.raises(AttributeError, match="no counterpart on Keras 3"):
         _ = backend.K.set_learning_phase
+
+
+def test_search_layer_finds_layers_behind_tensors_and_models():
+    model = oracle.build("albert")
+    output = keras.layers.Dense(2)(model.output)
+    for name in ("Embedding-Token", "Transformer-FeedForward"):
+        assert backend.search_layer(output, name) is model.get_layer(name)
+    assert backend.search_layer(output, "None-Such") is None
+    outer = keras.layers.Dense(2)(model([keras.Input((None,))] * 2))
+    found = backend.search_layer(outer, "Embedding-Token")
+    assert found is model.get_layer("Embedding-Token")
+
+
+def test_calls_of_a_shared_layer_by_their_number():
+    model = oracle.build("albert")
+    layer = model.get_layer("Transformer-FeedForward-Norm")
+    first, last = layer.get_output_at(0), layer.get_output_at(-1)
+    assert last is model.output and first is not last
+    inputs = layer.get_input_at(1)
+    both = keras.Model(model.inputs, [first, inputs])
+    assert [y.shape for y in both(oracle.padded_batch(model))] == [
+        (3, 9, 32)
+    ] * 2
 
 
 def test_plain_keras_layers_see_the_mask():

@@ -1,5 +1,6 @@
 """The few things of bert4keras that are replaced after its import, and why."""
 
+import functools
 import itertools
 
 import keras
@@ -10,8 +11,11 @@ from blogkeras.bert4keras.models import as_tuples
 from blogkeras.bert4keras.weights import save_checkpoint
 
 
-def adapt(layers, models, optimizers, snippets):
-    """Adapts the imported modules of bert4keras."""
+def adapt(bert4keras):
+    """Adapts the imported modules of `bert4keras`."""
+    backend, layers = bert4keras.backend, bert4keras.layers
+    models, optimizers = bert4keras.models, bert4keras.optimizers
+    data_generator = bert4keras.snippets.DataGenerator
     # Matrix products; everything else computes in float32 under mixed
     # precision: norms, positions, masks with -inf and losses.
     for cls in (
@@ -25,6 +29,8 @@ def adapt(layers, models, optimizers, snippets):
         cls.half_precision = True
     # It needs the sessions of TensorFlow 1.
     models.Transformer.save_weights_as_checkpoint = save_checkpoint
+    # The nodes of Keras 3 know their parents by another name.
+    backend.search_layer = search_layer
     # It makes a new variable at each look at its learning rate.
     optimizers.AdaFactorBase.learning_rate = _fixed_learning_rate(
         optimizers.AdaFactorBase.learning_rate
@@ -33,8 +39,41 @@ def adapt(layers, models, optimizers, snippets):
     optimizers.AdaFactorV1 = optimizers.AdaFactor
     # Keras 3 takes neither lists nor Nones from a generator, and fixes the
     # lengths of all batches if the first two happen to be equally long.
-    snippets.DataGenerator.forfit = _forfit
-    snippets.DataGenerator.fortest = _fortest
+    data_generator.forfit = _forfit
+    data_generator.fortest = _fortest
+    # Keras 3 takes no dictionary of one target.
+    data_generator.to_dataset = _one_target(data_generator.to_dataset)
+
+
+def search_layer(inputs, name, exclude_from=None):
+    """Finds the layer `name` among those that a tensor comes from.
+
+    Args:
+        inputs: A symbolic tensor, or a layer (then of its first call).
+        name: String. The name of the layer.
+        exclude_from: Set of layers not to look at, or None.
+
+    Returns:
+        The layer, or None if there is none of that name.
+    """
+    seen = set() if exclude_from is None else exclude_from
+    if isinstance(inputs, keras.Operation):
+        layer = inputs
+    else:
+        layer = inputs._keras_history.operation
+    if layer.name == name:
+        return layer
+    if layer in seen:
+        return None
+    seen.add(layer)
+    for inner in getattr(layer, "layers", []):
+        if inner.name == name:
+            return inner
+    for parent in layer._inbound_nodes[0].parent_nodes:
+        found = search_layer(parent.operation, name, seen)
+        if found is not None:
+            return found
+    return None
 
 
 def _fixed_learning_rate(relative):
@@ -63,6 +102,20 @@ def _forfit(self, random=True):
 def _fortest(self, random=False):
     """Returns an endless dataset of inputs for `model.predict`."""
     return _as_dataset(self, random, lambda batch: batch[:1])
+
+
+def _one_target(to_dataset):
+    @functools.wraps(to_dataset)
+    def wrapped(*args, **kwargs):
+        dataset = to_dataset(*args, **kwargs)
+        spec = dataset.element_spec
+        one = isinstance(spec, tuple) and len(spec) > 1
+        if one and isinstance(spec[1], dict) and len(spec[1]) == 1:
+            (name,) = spec[1]
+            return dataset.map(lambda x, y, *rest: (x, y[name], *rest))
+        return dataset
+
+    return wrapped
 
 
 def _as_dataset(data_generator, random, select):

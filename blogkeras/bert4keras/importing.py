@@ -50,6 +50,13 @@ def check():
             f"blogkeras.bert4keras expects bert4keras {VERSION}. "
             f"Install it with: {INSTALL}. Received: bert4keras=={version}"
         )
+    if _strtobool(os.environ.get("RECOMPUTE", "0")):
+        raise ImportError(
+            "bert4keras's recomputation does not work on Keras 3: layers would "
+            "not see the padding mask. Unset RECOMPUTE, and take smaller "
+            "batches with `gradient_accumulation_steps` of a Keras optimizer. "
+            f"Received: RECOMPUTE={os.environ['RECOMPUTE']}"
+        )
     if any(_is_bert4keras(name) for name in sys.modules):
         raise ImportError(
             "bert4keras was imported before blogkeras.bert4keras and runs on "
@@ -59,13 +66,15 @@ def check():
         )
 
 
+def _strtobool(text):
+    return int(text.lower() in ("y", "yes", "t", "true", "on", "1"))
+
+
 def _distutils():
     """Stands for the part of distutils that bert4keras uses."""
     package = types.ModuleType("distutils")
     package.util = types.ModuleType("distutils.util")
-    package.util.strtobool = lambda text: int(
-        text.lower() in ("y", "yes", "t", "true", "on", "1")
-    )
+    package.util.strtobool = _strtobool
     return {"distutils": package, "distutils.util": package.util}
 
 
@@ -116,10 +125,5 @@ def import_bert4keras():
         for name in [name for name in sys.modules if _is_bert4keras(name)]:
             del sys.modules[name]
         raise
-    adapt.adapt(
-        modules["layers"],
-        modules["models"],
-        modules["optimizers"],
-        modules["snippets"],
-    )
+    adapt.adapt(types.SimpleNamespace(**modules))
     names.register_all(modules.values())

@@ -171,6 +171,16 @@ class Bridged:
         # layers made in `build` would stay without weights.
         return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
+    def get_input_at(self, node_index):
+        """The input(s) of one of several calls of a shared layer."""
+        tensors = self._inbound_nodes[node_index].input_tensors
+        return tensors[0] if len(tensors) == 1 else list(tensors)
+
+    def get_output_at(self, node_index):
+        """The output(s) of one of several calls of a shared layer."""
+        tensors = self._inbound_nodes[node_index].outputs
+        return tensors[0] if len(tensors) == 1 else list(tensors)
+
 
 class Layer(Bridged, keras.layers.Layer):
     """`keras.layers.Layer` of Keras 2, on Keras 3."""
