@@ -10,8 +10,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from blogkeras import adversarial_training
-from blogkeras.adversarial.robustness import evaluate_robustness
+from blogkeras import adversarial_training, evaluate_robustness
 
 VOCABULARY, LENGTH = 100, 12
 

@@ -21,6 +21,15 @@ multilingual-e5-small, `--checkpoint DIR` a BERT in Google's format.
 
 Blog: 对抗训练浅谈：意义、方法和思考, https://kexue.fm/archives/7234
 
+Result (defaults, seed 0, 15347 reviews for training and 2016 to test; Keras
+3.15.1, TensorFlow 2.21, XLA on a CPU):
+
+    attack / token norm   clean    0.1     0.2     0.4     0.8
+    plain                 0.7857  0.6562  0.5179  0.3165  0.0967
+    FGM(0.3)              0.8070  0.7857  0.7738  0.7396  0.6682
+
+One run each. The post advises to repeat before concluding on clean accuracy.
+
 Run: make demo
 """
 
@@ -41,8 +50,7 @@ from bert4keras.models import build_transformer_model
 from bert4keras.snippets import DataGenerator, sequence_padding
 from bert4keras.tokenizers import Tokenizer, load_vocab
 
-from blogkeras import adversarial_training, report
-from blogkeras.adversarial.robustness import evaluate_robustness
+from blogkeras import adversarial_training, evaluate_robustness, report
 
 BATCH_SIZE = 32
 BUCKET = 32  # lengths are padded to multiples: XLA compiles each one anew
