@@ -126,6 +126,4 @@ def weights(model):
 
 def difference(a, b):
     assert len(a) == len(b) > 0
-    return max(
-        np.abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True)
-    )
+    return max(np.abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True))
