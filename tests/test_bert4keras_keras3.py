@@ -1,5 +1,9 @@
 """What Keras 3 offers, with models of bert4keras."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -45,8 +49,14 @@ def assert_close_to_float32(name, policy):
         assert np.isfinite(value.astype("float32")).all()
 
 
-@HALF
-@pytest.mark.parametrize("name", ["bert nsp mlm", "roformer_v2 unilm"])
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("bert nsp mlm", "mixed_float16"),
+        ("roformer_v2 unilm", "mixed_bfloat16"),
+    ],
+    indirect=["policy"],
+)
 def test_half_precision_is_close_to_float32(name, policy):
     assert_close_to_float32(name, policy)
 
@@ -116,6 +126,7 @@ def test_trains_in_half_precision_under_xla(policy):
     assert {w.dtype for w in model.weights} == {"float32"}
 
 
+@pytest.mark.verify
 def test_lengths_in_buckets_compile_once_each():
     bert = oracle.build("bert", num_hidden_layers=1)
     model = keras.Model(
@@ -263,3 +274,38 @@ def test_two_replicas_train_as_one():
         """
     )
     assert float(output.splitlines()[-1]) < 1e-5
+
+
+@pytest.mark.verify
+def test_runs_an_old_script_without_any_change(tmp_path):
+    script = tmp_path / "old_script.py"
+    script.write_text(
+        """
+import sys
+import keras.backend as K
+from bert4keras.backend import keras, is_tf_keras
+from bert4keras.models import build_transformer_model
+from keras.layers import Add, Dense, Lambda
+from keras.models import Model, load_model
+
+assert is_tf_keras and sys.argv[1:] == ["argument"]
+bert = build_transformer_model(
+    vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+    intermediate_size=16, hidden_act="gelu", max_position=8,
+)
+model = Model(bert.inputs, Dense(2)(Lambda(lambda x: x[:, 0])(bert.output)))
+model.compile("sgd", "mse")
+model.save_weights("best_model.weights")
+model.load_weights("best_model.weights")
+print(model.predict([[[1, 2]], [[0, 0]]], verbose=0).shape, K.floatx())
+"""
+    )
+    output = subprocess.run(
+        [sys.executable, "-m", "blogkeras.bert4keras", script, "argument"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert output.splitlines()[-1] == "(1, 2) float32"

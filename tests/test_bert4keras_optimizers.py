@@ -102,7 +102,11 @@ Y = X.sum(1, keepdims=True).astype("float32")
     ("name", "arguments"),
     [
         ("stack", {"learning_rate": 0.01}),
-        ("adafactor", {"learning_rate": 0.01, "min_dim_size_to_factor": 2}),
+        pytest.param(
+            "adafactor",
+            {"learning_rate": 0.01, "min_dim_size_to_factor": 2},
+            marks=pytest.mark.verify,
+        ),
     ],
 )
 def test_fit_under_xla_equals_eager_fit(name, arguments):
@@ -142,6 +146,13 @@ def test_optimizer_by_its_name():
     model.compile("AdamNamed", "mse", run_eagerly=True)
     assert model.optimizer.weight_decay_rate == 0.01
     model.fit(X, Y, verbose=0)
+
+
+def test_adafactor_trains_in_a_graph():
+    model = small_model()
+    model.compile(optimizers.AdaFactor(0.1), "mse", jit_compile=False)
+    losses = model.fit(X, Y, epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_learning_rate_can_be_changed():

@@ -56,6 +56,13 @@ def search_layer(inputs, name, exclude_from=None):
     Returns:
         The layer, or None if there is none of that name.
     """
+    if not isinstance(inputs, (keras.Operation, keras.KerasTensor)):
+        raise ValueError(
+            "Expected a layer or a symbolic tensor. A loss of Keras 3 sees "
+            "numbers only: take the layer by `model.get_layer(name)`; for "
+            "adversarial training and gradient penalty see "
+            f"`blogkeras.adversarial_training`. Received: inputs={inputs}"
+        )
     seen = set() if exclude_from is None else exclude_from
     if isinstance(inputs, keras.Operation):
         layer = inputs
