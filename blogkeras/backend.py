@@ -6,6 +6,7 @@ inside a branch, the XLA switch, sums and gathers across replicas.
 """
 
 import contextlib
+import functools
 import threading
 
 import keras
@@ -92,6 +93,9 @@ if BACKEND == "tensorflow":
 
     def jit(fn):
         """Compiles a function of tensors with XLA."""
+        # TensorFlow counts traces by code object and warns after a few; a
+        # function that is made anew for each use is not traced again.
+        fn = functools.partial(fn)
         return tf.function(fn, jit_compile=True, autograph=False)
 
     def _trace(fn):

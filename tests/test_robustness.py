@@ -313,7 +313,7 @@ def test_few_shapes_are_compiled(monkeypatch):
 
     def jit(fn):
         def counted(*args):
-            traces[fn.func.__name__] += 1
+            traces[fn.__name__] += 1
             return fn(*args)
 
         return compiler(counted)

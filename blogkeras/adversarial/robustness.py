@@ -1,7 +1,6 @@
 """How a model fares under attack: loss and metrics at several strengths."""
 
 import dataclasses
-import functools
 import inspect
 import math
 from typing import Any
@@ -12,7 +11,7 @@ from keras import ops, tree
 
 from blogkeras import backend, training
 from blogkeras.adversarial import sites
-from blogkeras.adversarial.methods import at_least_float32
+from blogkeras.adversarial.methods import at_least_float32, whole
 
 ATTACKS = ("fgm", "pgd")
 
@@ -152,14 +151,14 @@ def evaluate_robustness(
             f"Expected `attack` to be one of {', '.join(map(repr, ATTACKS))}. "
             f"Received: attack={attack!r}"
         )
-    steps = _count("steps", steps) if attack == "pgd" else 1
+    steps = whole("steps", steps, minimum=1) if attack == "pgd" else 1
     if not model.compiled:
         raise ValueError(
             "The model has no loss to attack yet. Call `compile` first. "
             f"Received: model {model.name!r}, not compiled"
         )
     data = tree.map_structure(_array, (x, y, sample_weight))
-    batches = _batches(data, _count("batch_size", batch_size))
+    batches = _batches(data, whole("batch_size", batch_size, minimum=1))
     run = _Run(model, embedding_name, batches[0])
     work = len(batches) * len(epsilons)
     progress = keras.utils.Progbar(
@@ -227,9 +226,7 @@ class _Run:
     def _jit(self, fn):
         if self.model.run_eagerly:
             return fn
-        # TensorFlow counts traces by code and warns after a few: to it, the
-        # next evaluation's functions would be this one's, traced again.
-        return backend.jit(functools.partial(fn))
+        return backend.jit(fn)
 
     def measure(self, batch):
         """`(origin, mask, (sum of norms, count))` at the site."""
@@ -526,16 +523,3 @@ def _epsilons(values):
             f"one. Received: epsilons={values!r}"
         )
     return epsilons
-
-
-def _count(name, value):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        value_is_valid = False
-    else:
-        value_is_valid = value >= 1
-    if not value_is_valid:
-        raise ValueError(
-            f"Expected `{name}` to be an integer of at least 1. Received: "
-            f"{name}={value!r}"
-        )
-    return int(value)
