@@ -102,7 +102,6 @@ QUICK = [
     "nezha",
     "roformer_v2 unilm",
     "t5.1.1",
-    "bert lm",
     "bert nsp mlm",
     "bert residual",
     "bert condition hidden",

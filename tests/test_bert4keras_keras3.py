@@ -95,15 +95,16 @@ def test_positions_are_not_rounded(policy):
     )
 
 
+@HALF
 @pytest.mark.parametrize(
-    "policy",
+    "options",
     [
-        "mixed_float16",
-        pytest.param("mixed_bfloat16", marks=pytest.mark.verify),
+        {"run_eagerly": True},
+        pytest.param({"jit_compile": True}, marks=pytest.mark.verify),
     ],
-    indirect=True,
+    ids=["eager", "xla"],
 )
-def test_trains_in_half_precision_under_xla(policy):
+def test_trains_in_half_precision(policy, options):
     keras.utils.set_random_seed(0)
     bert = oracle.build(
         "albert",
@@ -117,10 +118,10 @@ def test_trains_in_half_precision_under_xla(policy):
     model.compile(
         adam(1e-3, lr_schedule={4: 1.0}),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        jit_compile=True,
+        **options,
     )
     x, y = oracle.padded_batch(bert, [9, 6, 3, 2]), np.arange(4) % 2
-    history = model.fit(x, y, epochs=6, verbose=0).history["loss"]
+    history = model.fit(x, y, epochs=4, verbose=0).history["loss"]
     assert np.isfinite(history).all()
     assert all(np.isfinite(w).all() for w in model.get_weights())
     assert {w.dtype for w in model.weights} == {"float32"}
