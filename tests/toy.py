@@ -110,6 +110,13 @@ def compiled(model, optimizer=None, **kwargs):
     return model
 
 
+def batch_loss(model, *args, **kwargs):
+    """The loss of one training step; before Keras 3.15 it is a running mean."""
+    model.reset_metrics()
+    logs = model.train_on_batch(*args, return_dict=True, **kwargs)
+    return float(logs["loss"])
+
+
 def state(model):
     """Every number that training may change."""
     variables = [
