@@ -101,6 +101,9 @@ def write_data(root, examples, characters):
         write(root / f"thuctc/THUCNews/体育/{i}.txt", [a, b])
     for part in ("train", "val", "test"):
         write(root / f"csl/{part}.tsv", [f"{a}\t{b}" for a, b in pairs])
+    for part in ("train", "valid", "test"):
+        problem = {"original_text": "3加2", "equation": "x=3+2", "ans": "5"}
+        write(root / f"ape210k/{part}.ape.json", dumps([problem] * 24))
     words = [" ".join([t[:2], t[2:3], t[3:6], t[6:]]) for t in texts]
     write(root / "icwb2-data/training/pku_training.utf8", words)
     write(root / "icwb2-data/testing/pku_test.utf8", texts)
@@ -125,9 +128,9 @@ def write_checkpoints(root, scripts, characters):
 
     tokens = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100))]
     tokens += ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>"]
-    pieces = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
-    pieces += characters
-    tokens += [*pieces, *("##" + piece for piece in pieces)]
+    words = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
+    words += characters
+    tokens += [*words, *("##" + word for word in words)]
     bert = {
         "attention_probs_dropout_prob": 0.1,
         "hidden_act": "gelu",
@@ -145,6 +148,7 @@ def write_checkpoints(root, scripts, characters):
     models = {
         "albert": ({"embedding_size": 8}, {"model": "albert", **heads}),
         "gpt2_ml": ({}, {"model": "gpt2_ml"}),
+        "CPM": ({}, {"model": "gpt2"}),
         "nezha_gpt": ({"type_vocab_size": 0}, {"with_mlm": True}),
         "mt5": ({"hidden_act": ["gelu", "linear"]}, {"model": "mt5.1.1"}),
         "": ({}, heads),
@@ -152,15 +156,18 @@ def write_checkpoints(root, scripts, characters):
     paths = re.findall(
         r"_path = '/root/([^']+)'", "".join(map(str, scripts.values()))
     )
+    pieces = None  # known before it is needed: the names are sorted
     for path in sorted(set(paths)):
         folder = (root / path).parent
         name = next(name for name in models if name in str(folder))
         extra, arguments = models[name]
         config = {**bert, **extra}
-        if name == "mt5" and path.endswith(".model"):
-            write_pieces(root / path, characters)
+        if name == "CPM" and pieces:
+            config["vocab_size"] = pieces
+        if path.endswith(".model"):
+            pieces = write_pieces(root / path, characters)
         elif path.endswith("keep_tokens.json"):
-            write(root / path, [json.dumps(list(range(len(tokens))))])
+            write(root / path, [json.dumps(list(range(pieces)))])
         elif path.endswith(".txt"):
             write(root / path, tokens)
         elif path.endswith("config.json"):
@@ -174,6 +181,7 @@ def write_checkpoints(root, scripts, characters):
 
 
 def write_pieces(path, characters):
+    """Writes a small SentencePiece model; returns its number of pieces."""
     import sentencepiece
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,8 +191,13 @@ def write_pieces(path, characters):
             model_writer=file,
             vocab_size=len(characters) + 100,
             hard_vocab_limit=False,
+            pad_id=0,
+            eos_id=1,
+            unk_id=2,
+            bos_id=3,
             minloglevel=2,
         )
+    return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
 def run(code, folder, seconds):
@@ -212,7 +225,7 @@ def run(code, folder, seconds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--examples", type=pathlib.Path, required=True)
-    parser.add_argument("--only", default="", help="part of a script's name")
+    parser.add_argument("--only", nargs="*", default=[""], metavar="PART")
     parser.add_argument("--seconds", type=int, default=120)
     options = parser.parse_args()
     scripts = {
@@ -225,7 +238,11 @@ def main():
         root = pathlib.Path(folder) / "root"
         write_checkpoints(root, scripts, characters)
         score = {"one line": 0, "untouched": 0}
-        tried = [name for name in scripts if options.only in name]
+        tried = [
+            name
+            for name in scripts
+            if any(part in name for part in options.only)
+        ]
         for kind in score:
             examples = pathlib.Path(folder) / kind / "examples"
             write_data(root, examples, characters)
