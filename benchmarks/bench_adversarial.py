@@ -190,6 +190,22 @@ def report(seconds, options, packages):
     return "\n".join(lines)
 
 
+def contest(names, arguments, rounds):
+    """Seconds per step of contenders that take turns."""
+    workers = []
+    for name in names:
+        print("starting", name, flush=True)
+        workers.append(Worker(__file__, name, arguments, CONTENDERS[name][1]))
+    seconds = measure(
+        workers,
+        rounds,
+        progress=lambda i, n: print(f"round {i} of {n}", flush=True),
+    )
+    for worker in workers:
+        worker.close()
+    return seconds
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", choices=CONTENDERS)
@@ -209,17 +225,10 @@ def main():
         f"--{name}={getattr(options, name)}"
         for name in ("layers", "hidden", "vocabulary", "batch", "length")
     ]
-    workers = []
-    for name in options.only:
-        print("starting", name, flush=True)
-        workers.append(Worker(__file__, name, sizes, CONTENDERS[name][1]))
-    seconds = measure(
-        workers,
-        options.rounds,
-        progress=lambda i, n: print(f"round {i} of {n}", flush=True),
-    )
-    for worker in workers:
-        worker.close()
+    seconds = {}
+    for mixed in (False, True):  # all at once would fill 24 GiB
+        names = [n for n in options.only if ("mixed" in n) == mixed]
+        seconds.update(contest(names, sizes, options.rounds))
     text = report(
         seconds,
         options,
