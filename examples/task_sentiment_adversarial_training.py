@@ -28,6 +28,9 @@ Result (defaults, seed 0, 15347 reviews for training and 2016 to test; Keras
     plain                 0.7857  0.6562  0.5179  0.3165  0.0967
     FGM(0.3)              0.8070  0.7857  0.7738  0.7396  0.6682
 
+A step took 0.034 s plain and 0.048 s with FGM (1.39 times), all of it under
+4 minutes on 2 cores.
+
 One run each. The post advises to repeat before concluding on clean accuracy.
 
 Run: make demo
