@@ -21,6 +21,7 @@ import tempfile
 
 import numpy as np
 
+HOME = "/root"  # where the original scripts keep their files
 LAYERS, HIDDEN = 12, 16
 LINE = "import blogkeras.bert4keras\n"
 LIMIT = """
@@ -154,7 +155,7 @@ def write_checkpoints(root, scripts, characters):
         "": ({}, heads),
     }
     paths = re.findall(
-        r"_path = '/root/([^']+)'", "".join(map(str, scripts.values()))
+        rf"_path = '{HOME}/([^']+)'", "".join(map(str, scripts.values()))
     )
     pieces = None  # known before it is needed: the names are sorted
     for path in sorted(set(paths)):
@@ -247,7 +248,7 @@ def main():
             examples = pathlib.Path(folder) / kind / "examples"
             write_data(root, examples, characters)
             for name, source in scripts.items():
-                source = source.replace("'/root/", f"'{root.as_posix()}/")
+                source = source.replace(f"'{HOME}/", f"'{root.as_posix()}/")
                 if kind == "one line":
                     start = source.rfind("from __future__")
                     start = source.find("\n", start) + 1 if start >= 0 else 0
