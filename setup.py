@@ -17,7 +17,7 @@ test = [
 setup(
     name="blogkeras",
     version="0.1.0",
-    description="Eight methods of the blog Scientific Spaces, for Keras 3",
+    description="Methods of the blog Scientific Spaces, for Keras 3",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

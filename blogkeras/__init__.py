@@ -1,4 +1,4 @@
-"""Eight methods of the blog Scientific Spaces (科学空间) for Keras 3."""
+"""Methods of the blog Scientific Spaces (科学空间) for Keras 3."""
 
 from blogkeras.adversarial import (
     FGM,

@@ -249,8 +249,8 @@ class GradientPenalty(AdversarialMethod):
         form="squared":  loss = L + ½ ε ‖g‖²      (Δ = ε g, the post)
         form="norm":     loss = L + ε ‖g‖         (Δ = ε g / ‖g‖)
 
-    The gradient of the penalty is exact, second derivatives included, for any
-    Keras loss and under XLA. At g = 0 both forms are zero with gradient zero.
+    The gradient of the penalty is exact, second derivatives included, with
+    Keras's own cross-entropies and under XLA. At g = 0 both forms are zero with gradient zero.
 
     At site `"output"` g is taken per occurrence of a token, at `"matrix"` the
     occurrences of a token are summed first. The post's script for the penalty
