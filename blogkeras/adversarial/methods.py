@@ -250,7 +250,8 @@ class GradientPenalty(AdversarialMethod):
         form="norm":     loss = L + ε ‖g‖         (Δ = ε g / ‖g‖)
 
     The gradient of the penalty is exact, second derivatives included, with
-    Keras's own cross-entropies and under XLA. At g = 0 both forms are zero with gradient zero.
+    Keras's own cross-entropies and under XLA. At g = 0 both forms are zero with
+    gradient zero.
 
     At site `"output"` g is taken per occurrence of a token, at `"matrix"` the
     occurrences of a token are summed first. The post's script for the penalty
