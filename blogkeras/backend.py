@@ -98,11 +98,25 @@ if BACKEND == "tensorflow":
         fn = functools.partial(fn)
         return tf.function(fn, jit_compile=True, autograph=False)
 
+    def jit_layer(fn, layer):
+        """`jit(fn)`, reading the variables of `layer` as they are at each call.
+
+        Args:
+            fn: Function of tensors that calls `layer` or its parts and assigns
+                nothing.
+            layer: A built Keras layer or model.
+        """
+        return jit(fn)
+
     def _trace(fn):
         tf.function(fn, autograph=False).get_concrete_function()
 
     def _cond(predicate, true_fn, false_fn):
         return tf.cond(predicate, true_fn, false_fn)
+
+    def is_concrete(x):
+        """Whether `x` has its values now, outside of a traced function."""
+        return tf.executing_eagerly()
 
     def num_replicas():
         """How many replicas share the step: `tf.distribute`'s, else 1."""
@@ -183,11 +197,23 @@ elif BACKEND == "jax":
     def jit(fn):
         return jax.jit(fn)
 
+    def jit_layer(fn, layer):
+        def pure(values, *args):
+            mapping = zip(layer.variables, values, strict=True)
+            with keras.StatelessScope([*mapping]):
+                return fn(*args)
+
+        compiled = jax.jit(pure)
+        return lambda *args: compiled([v.value for v in layer.variables], *args)
+
     def _trace(fn):
         jax.eval_shape(fn)
 
     def _cond(predicate, true_fn, false_fn):
         return jax.lax.cond(predicate, true_fn, false_fn)
+
+    def is_concrete(x):
+        return not isinstance(x, jax.core.Tracer)
 
     def num_replicas():
         return 1
