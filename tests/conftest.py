@@ -1,7 +1,5 @@
 """Two devices on one machine, fixed seeds, the default policy in each test."""
 
-import gc
-import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -15,7 +13,6 @@ os.environ.setdefault(
 
 import keras
 import pytest
-import toy
 
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
@@ -26,20 +23,10 @@ if keras.backend.backend() == "tensorflow":
     )
 
 
-def pytest_collection_finish():
-    """Spares the collector what the imports made: it never goes away."""
-    gc.collect()
-    gc.freeze()
-
-
-def pytest_collection_finish():
-    # `clear_session` collects garbage, 0.2 s per test: what was imported stays.
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def fresh():
-    toy.reset()
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy("float32")
     yield
     keras.config.set_dtype_policy("float32")
