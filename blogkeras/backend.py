@@ -14,8 +14,12 @@ from keras import ops, tree
 
 # Inside a layer, a variable's value and even its dtype are those of the layer's
 # compute dtype. State that travels through a branch must be exact; there is no
-# public name for that.
-from keras.src.backend import AutocastScope
+# public name for that, nor for the mask that a tensor carries along.
+from keras.src.backend import (  # noqa: F401
+    AutocastScope,
+    get_keras_mask,
+    set_keras_mask,
+)
 
 BACKEND = keras.backend.backend()
 
