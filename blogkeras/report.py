@@ -86,6 +86,55 @@ def line_figure(path, x, lines, xlabel, ylabel, title=None):
     return save_figure(figure, path)
 
 
+def heat_map(path, matrix, rows, columns, xlabel=None, ylabel=None, title=None):
+    """Draws a matrix as colors with its numbers and writes it to a file.
+
+    Args:
+        path: Where to write; the ending (`.png`, `.svg`, `.pdf`) is the format.
+        matrix: Array `(len(rows), len(columns))`.
+        rows: Names, from top to bottom.
+        columns: Names, from left to right.
+        xlabel: String, if any.
+        ylabel: String, if any.
+        title: String, if any.
+
+    Returns:
+        `path`, as a string.
+    """
+    if (len(rows), len(columns)) != tuple(matrix.shape):
+        raise ValueError(
+            "Expected one name for each row and column. Received: "
+            f"{len(rows)} and {len(columns)} for shape {tuple(matrix.shape)}"
+        )
+    size = [max(4.0, 1.5 + 0.6 * len(names)) for names in (columns, rows)]
+    figure = _import("matplotlib.figure").Figure(
+        figsize=size, dpi=120, layout="constrained"
+    )
+    axes = figure.add_subplot()
+    image = axes.imshow(matrix, cmap="viridis")
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xlabel(xlabel or "")
+    axes.set_ylabel(ylabel or "")
+    if title:
+        axes.set_title(title, fontsize=12)
+    if matrix.size <= 400:
+        middle = (matrix.max() + matrix.min()) / 2
+        for i, line in enumerate(matrix):
+            for j, value in enumerate(line):
+                axes.text(
+                    j,
+                    i,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="black" if value > middle else "white",
+                )
+    figure.colorbar(image, shrink=0.8)
+    return save_figure(figure, path)
+
+
 def save_figure(figure, path):
     """Writes a matplotlib figure; the file appears complete or not at all.
 

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from blogkeras import report
@@ -107,3 +108,14 @@ def test_a_missing_package_is_named_with_its_cure(monkeypatch, module, call):
         ImportError, match=r"pip install 'blogkeras\[examples\]'"
     ):
         call()
+
+
+def test_heat_map(tmp_path):
+    matrix = np.array([[1.0, 0.25, 0.0], [0.5, 0.75, 0.1]])
+    path = tmp_path / "new" / "map.png"
+    assert report.heat_map(path, matrix, "ab", "cde", "x", "y", "t") == str(
+        path
+    )
+    assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="Received: 3 and 2"):
+        report.heat_map(path, matrix, "abc", "de")

@@ -1,0 +1,51 @@
+"""HSIC (post 6910): as a number, a test, a loss, and a way to train."""
+
+from blogkeras.hsic.bottleneck import HSICBottleneck
+from blogkeras.hsic.kernels import (
+    CosineKernel,
+    DeltaKernel,
+    GaussianKernel,
+    LaplacianKernel,
+    LinearKernel,
+    PolynomialKernel,
+    PrecomputedKernel,
+    median_bandwidth,
+)
+from blogkeras.hsic.layers import (
+    CKA,
+    HSICLoss,
+    HSICRegularization,
+    compare_layers,
+)
+from blogkeras.hsic.statistic import (
+    block_hsic,
+    cka,
+    fourier_hsic,
+    hsic,
+    hsic_from_kernels,
+    nhsic,
+)
+from blogkeras.hsic.testing import hsic_test
+
+__all__ = [
+    "CKA",
+    "CosineKernel",
+    "DeltaKernel",
+    "GaussianKernel",
+    "HSICBottleneck",
+    "HSICLoss",
+    "HSICRegularization",
+    "LaplacianKernel",
+    "LinearKernel",
+    "PolynomialKernel",
+    "PrecomputedKernel",
+    "block_hsic",
+    "cka",
+    "compare_layers",
+    "fourier_hsic",
+    "hsic",
+    "hsic_from_kernels",
+    "hsic_test",
+    "median_bandwidth",
+    "nhsic",
+]

@@ -1,0 +1,445 @@
+"""HSIC in Keras: a loss, a regularization, a metric, a comparison of layers."""
+
+import math
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.hsic.kernels import (
+    LinearKernel,
+    as_kernel,
+    deserialize,
+    floating,
+    one_of,
+    serialize,
+)
+from blogkeras.hsic.statistic import (
+    ESTIMATORS,
+    Gram,
+    alignment,
+    hsic,
+    prepare,
+    statistics,
+)
+
+LINEAR = LinearKernel()
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class HSICLoss(keras.losses.Loss):
+    """Dependence between a model's outputs and a target, as a loss.
+
+        loss = HSIC(y_true, y_pred)        or, with `maximize`, −HSIC
+
+    of the whole batch: it is a number per batch, not per sample, and the mean
+    of small batches is not that of a large one. Sample weights are the shares
+    of the pairs in the sample measure (a row of weight 0 is left out). Under
+    `tf.distribute` the replicas' batches are gathered, so that the loss and
+    gradients are those of one large batch. All axes but the first are features;
+    masked time steps count as zeros. Computed in float32.
+
+    Args:
+        kernel_true: Kernel of the target, as in `hsic`. For labels:
+            `DeltaKernel()`.
+        kernel_pred: Kernel of the outputs.
+        estimator: `"biased"`, `"blog"` or `"unbiased"`.
+        maximize: Boolean. Whether dependence is wanted.
+        name: String.
+        dtype: Dtype of the result.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> loss = HSICLoss(DeltaKernel(), maximize=True)
+    >>> model.compile("adam", loss)
+
+    Reference:
+        [blog post 6910](https://kexue.fm/archives/6910)
+    """
+
+    def __init__(
+        self,
+        kernel_true=None,
+        kernel_pred=None,
+        estimator="biased",
+        maximize=False,
+        name="hsic_loss",
+        dtype=None,
+    ):
+        super().__init__(name=name, reduction=None, dtype=dtype)
+        self.kernel_true = as_kernel_or_none(kernel_true)
+        self.kernel_pred = as_kernel_or_none(kernel_pred)
+        self.estimator = one_of("estimator", estimator, ESTIMATORS)
+        self.maximize = bool(maximize)
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+        mask = getattr(y_pred, "_keras_mask", None)
+        y_true, y_pred, weight = gathered(
+            flat(y_true), flat(y_pred, mask), sample_weight
+        )
+        value = hsic(
+            y_true,
+            y_pred,
+            self.kernel_true,
+            self.kernel_pred,
+            self.estimator,
+            weight,
+        )
+        value = -value if self.maximize else value
+        # Every replica has the loss of all: its share of the sum.
+        return ops.cast(value / backend.num_replicas(), self.dtype)
+
+    def get_config(self):
+        return {
+            "name": self.name,
+            "kernel_true": serialize(self.kernel_true),
+            "kernel_pred": serialize(self.kernel_pred),
+            "estimator": self.estimator,
+            "maximize": self.maximize,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{k: deserialize(v) for k, v in config.items()})
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class HSICRegularization(keras.layers.Layer):
+    """Passes its first input through and adds `rate · HSIC(x, y)` to the loss.
+
+    The auxiliary loss that the post recommends HSIC for: makes a representation
+    x independent of y (a nuisance attribute, another representation), or, with
+    a negative rate, dependent. All axes but the first are features; masked time
+    steps count as zeros. Replicas are gathered as in `HSICLoss`. Sample weights
+    do not reach layers.
+
+    With the default kernels the bandwidth of each step is a median over the
+    batch, so that shrinking the features does not help.
+
+    Args:
+        rate: Float. Weight of the term.
+        kernel_x: As in `hsic`. A Keras layer `call(x1, x2)` is trained with the
+            model.
+        kernel_y: Likewise.
+        estimator: `"biased"`, `"blog"` or `"unbiased"`.
+
+    Input shape:  list `[x, y]`, `(batch, ...)` each.
+    Output shape: that of `x`.
+
+    Example:
+
+    >>> image, camera = keras.Input((8,)), keras.Input((1,))
+    >>> features = keras.layers.Dense(4)(image)
+    >>> features = HSICRegularization(10.0)([features, camera])
+    >>> model = keras.Model([image, camera], keras.layers.Dense(2)(features))
+
+    Reference:
+        [blog post 6910](https://kexue.fm/archives/6910)
+    """
+
+    def __init__(
+        self, rate, kernel_x=None, kernel_y=None, estimator="biased", **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+        self.rate = float(rate)
+        if not math.isfinite(self.rate):
+            raise ValueError(f"Expected a finite rate. Received: rate={rate}")
+        self.kernel_x = as_kernel_or_none(kernel_x)
+        self.kernel_y = as_kernel_or_none(kernel_y)
+        self.estimator = one_of("estimator", estimator, ESTIMATORS)
+
+    def build(self, input_shape):
+        for kernel, shape in zip(
+            (self.kernel_x, self.kernel_y), input_shape, strict=True
+        ):
+            if isinstance(kernel, keras.Layer) and not kernel.built:
+                features = keras.KerasTensor((None, math.prod(shape[1:])))
+                kernel(features, features)
+
+    def call(self, inputs, mask=None):
+        x, y = inputs
+        mask_x, mask_y = (None, None) if mask is None else mask
+        first, second, _ = gathered(flat(x, mask_x), flat(y, mask_y), None)
+        value = hsic(
+            first, second, self.kernel_x, self.kernel_y, self.estimator
+        )
+        self.add_loss(self.rate * ops.cast(value, "float32"))
+        return x
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None if previous_mask is None else previous_mask[0]
+
+    def compute_output_spec(self, inputs, mask=None):
+        x, _ = inputs
+        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "rate": self.rate,
+            "kernel_x": serialize(self.kernel_x),
+            "kernel_y": serialize(self.kernel_y),
+            "estimator": self.estimator,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        kernels = ("kernel_x", "kernel_y")
+        return cls(
+            **{
+                k: deserialize(v) if k in kernels else v
+                for k, v in config.items()
+            }
+        )
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class CKA(keras.metrics.Metric):
+    """Centered kernel alignment of two representations, over minibatches.
+
+        CKA = Σ_b HSIC(x_b, y_b) / √(Σ_b HSIC(x_b, x_b) Σ_b HSIC(y_b, y_b))
+
+    with the unbiased HSIC of each batch b, which makes the value independent of
+    the batch size up to noise. Batches of fewer than 4 samples add nothing;
+    samples of weight 0 are left out, other weights do not matter.
+
+    Args:
+        kernel_true: As in `hsic`; linear by default, as in the papers.
+        kernel_pred: Likewise.
+        name: String.
+        dtype: Dtype of the result.
+
+    Reference:
+        [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327)
+    """
+
+    def __init__(
+        self, kernel_true=LINEAR, kernel_pred=LINEAR, name="cka", dtype=None
+    ):
+        super().__init__(name=name, dtype=dtype)
+        self.kernel_true = as_kernel_or_none(kernel_true)
+        self.kernel_pred = as_kernel_or_none(kernel_pred)
+        self.sums = [
+            self.add_variable((), "zeros", name=name, dtype="float32")
+            for name in ("xy", "xx", "yy")
+        ]
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        y_true = flat(y_true)
+        y_pred = flat(y_pred, getattr(y_pred, "_keras_mask", None))
+        if y_pred.shape[0] is not None and y_pred.shape[0] < 4:
+            return
+        if sample_weight is not None:
+            sample_weight = per_sample(sample_weight)
+        grams, weight = prepare(
+            y_true,
+            y_pred,
+            self.kernel_true,
+            self.kernel_pred,
+            sample_weight,
+            "unbiased",
+        )
+        pairs = [(0, 1), (0, 0), (1, 1)]
+        values = statistics(grams, weight, pairs, "unbiased")
+        for total, value in zip(self.sums, values, strict=True):
+            total.assign_add(ops.cast(value, "float32"))
+
+    def result(self):
+        return alignment(*map(ops.convert_to_tensor, self.sums))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernel_true": serialize(self.kernel_true),
+            "kernel_pred": serialize(self.kernel_pred),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        kernels = ("kernel_true", "kernel_pred")
+        return cls(
+            **{
+                k: deserialize(v) if k in kernels else v
+                for k, v in config.items()
+            }
+        )
+
+
+class LayerSimilarity(NamedTuple):
+    """What `compare_layers` found.
+
+    Attributes:
+        matrix: NumPy array `(layers of a, layers of b)` of debiased CKA.
+        layers_a: Names, one for each row.
+        layers_b: Names, one for each column.
+    """
+
+    matrix: Any
+    layers_a: list
+    layers_b: list
+
+
+def compare_layers(
+    model_a,
+    model_b,
+    data,
+    *,
+    kernel=LINEAR,
+    batch_size=256,
+    path=None,
+    verbose=0,
+):
+    """CKA of every layer of one model with every layer of another.
+
+    The debiased CKA of minibatches, as in `CKA`, for all pairs of layers at
+    once: each batch's kernel matrices are centered once, and all their inner
+    products are one matrix product.
+
+    Args:
+        model_a: A built Sequential or functional model.
+        model_b: Likewise; may be the same one.
+        data: Array, or structure of arrays, for the models' inputs; or an
+            iterable of batches `x`, `(x, y)` or `(x, y, sample_weight)` such as
+            a `tf.data.Dataset`.
+        kernel: Kernel of all layers, as in `hsic`.
+        batch_size: Integer ≥ 4, for arrays.
+        path: Where to write a heat map, if anywhere; the ending is the format.
+        verbose: 1 shows a progress bar.
+
+    Returns:
+        Named tuple `(matrix, layers_a, layers_b)`.
+
+    Reference:
+        [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414);
+        [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327)
+    """
+    same = model_a is model_b
+    names_a, outputs_a = _taps(model_a, "model_a")
+    names_b, outputs_b = _taps(model_b, "model_b")
+    cross = np.zeros((len(names_a), len(names_b)))
+    own_a, own_b = np.zeros(len(names_a)), np.zeros(len(names_b))
+    used = 0
+    batches, count = _batches(data, batch_size)
+    progress = keras.utils.Progbar(count, verbose=verbose, unit_name="batch")
+    for batch in batches:
+        a = _centered(outputs_a.predict_on_batch(batch), kernel)
+        if a is not None:
+            b = a
+            if not same:
+                b = _centered(outputs_b.predict_on_batch(batch), kernel)
+            cross += a @ b.T
+            own_a += np.sum(a * a, axis=1)
+            own_b += np.sum(b * b, axis=1)
+            used += 1
+        progress.add(1)
+    if not used:
+        raise ValueError(
+            "Expected at least one batch of 4 or more samples. Received: none"
+        )
+    norm = np.sqrt(own_a[:, None] * own_b)
+    matrix = np.divide(cross, norm, out=np.zeros_like(cross), where=norm > 0)
+    if path is not None:
+        from blogkeras import report
+
+        report.heat_map(
+            path,
+            matrix,
+            names_a,
+            names_b,
+            ylabel=model_a.name,
+            xlabel=model_b.name,
+            title="CKA",
+        )
+    return LayerSimilarity(matrix, names_a, names_b)
+
+
+def _taps(model, name):
+    """Names of the layers, and a model of all their outputs."""
+    try:
+        layers = [
+            layer
+            for layer in model.layers
+            if not isinstance(layer, keras.layers.InputLayer)
+            and isinstance(layer.output, keras.KerasTensor)
+        ]
+        outputs = [layer.output for layer in layers]
+        return [layer.name for layer in layers], keras.Model(
+            model.inputs, outputs
+        )
+    except (AttributeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"Expected `{name}` to be a built Sequential or functional model, "
+            "whose layers have outputs. Wrap a subclassed one, or build it by "
+            f"calling it. Received: {model!r} ({error})"
+        ) from error
+
+
+def _batches(data, batch_size):
+    arrays = keras.tree.flatten(data)
+    if all(isinstance(a, np.ndarray) for a in arrays):
+        if batch_size < 4:
+            raise ValueError(
+                "Expected batches of at least 4 samples. Received: "
+                f"batch_size={batch_size}"
+            )
+
+        def part(start):
+            stop = start + batch_size
+            return keras.tree.map_structure(lambda a: a[start:stop], data)
+
+        starts = range(0, len(arrays[0]), batch_size)
+        return map(part, starts), len(starts)
+    return (keras.utils.unpack_x_y_sample_weight(b)[0] for b in data), None
+
+
+def _centered(outputs, kernel):
+    """U-centered kernel matrices, `(layers, n²)`; ⟨a, b⟩ / n(n−3) is HSIC."""
+    rows = []
+    for output in keras.tree.flatten(outputs):
+        features = np.reshape(output, (len(output), -1))
+        n = len(features)
+        if n < 4:
+            return None
+        (gram, _), _ = prepare(features, features, kernel, None, None, "biased")
+        matrix = ops.convert_to_numpy(Gram(gram.kernel, gram.features).matrix())
+        matrix = matrix.astype("float64")
+        np.fill_diagonal(matrix, 0)
+        sums = matrix.sum(axis=1) / (n - 2)
+        matrix += sums.sum() / (n - 1) - sums - sums[:, None]
+        np.fill_diagonal(matrix, 0)
+        rows.append(matrix.ravel() / math.sqrt(n * (n - 3)))
+    return np.stack(rows)
+
+
+def as_kernel_or_none(kernel):
+    """Checked, and kept as it was given: Keras layers are tracked."""
+    if kernel is not None:
+        as_kernel(kernel)
+    return kernel
+
+
+def flat(x, mask=None):
+    """`(batch, features)` in float32, masked positions zero."""
+    x = floating(x)
+    if mask is not None:
+        mask = ops.cast(mask, "bool")
+        for _ in range(len(x.shape) - len(mask.shape)):
+            mask = mask[..., None]
+        x = ops.where(mask, x, 0.0)
+    return ops.reshape(x, [-1, math.prod(x.shape[1:])])
+
+
+def per_sample(weight):
+    return ops.reshape(ops.cast(weight, "float32"), [-1])
+
+
+def gathered(x, y, sample_weight):
+    """The batches of all replicas."""
+    weight = None
+    if sample_weight is not None:
+        weight = backend.all_gather(per_sample(sample_weight))
+    return backend.all_gather(x), backend.all_gather(y), weight

@@ -1,0 +1,578 @@
+"""HSIC and its kin as numbers."""
+
+import functools
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.hsic.kernels import (
+    CustomKernel,
+    GaussianKernel,
+    LinearKernel,
+    PrecomputedKernel,
+    as_kernel,
+    columns,
+    floating,
+    one_of,
+)
+from blogkeras.ops import map_blocks, safe_sqrt
+
+ESTIMATORS = ("biased", "blog", "unbiased")
+# Elements of one tile. Compiled: small enough to stay in the processor's cache.
+# Operation by operation: large enough that there are few.
+TILE, EAGER_TILE = 2**18, 2**22
+
+
+def hsic(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
+    """Hilbert-Schmidt independence criterion of two variables.
+
+    With the kernel matrices K and L of n pairs, J = I − 1/n, K̃ and L̃ being K
+    and L with zeros on the diagonal:
+
+        "biased":    tr(K J L J) / n²
+        "blog":      tr(K J L J) / (n − 1)²
+        "unbiased":  [tr(K̃L̃) + 1ᵀK̃1 1ᵀL̃1 / ((n − 1)(n − 2))
+                      − 2 1ᵀK̃L̃1 / (n − 2)] / (n (n − 3))
+
+    The value for independent variables is 0 in the limit; it means little by
+    itself, since the kernels decide its scale (`cka` is a scale-free form,
+    `hsic_test` gives a p-value). The first two are never negative; their
+    expectation for independent variables is of order 1/n. The third has the
+    right expectation for every n, and is negative about half of the time for
+    independent variables.
+
+    O(n²) element by element, in tiles of rows: memory is O(n), never n × n.
+    Two linear kernels are computed in feature space, O(n dim²). Float64 stays
+    float64, everything else is computed in float32. Inside a compiled step a
+    median bandwidth comes from a subsample, see `median_bandwidth`.
+
+    Args:
+        x: `(n,)` or `(..., n, dim_x)`.
+        y: `(n,)` or `(..., n, dim_y)`; may be of quite another kind.
+        kernel_x: A kernel, a function or Keras layer `fn(x1, x2)` that returns
+            the `(n, m)` matrix, or `None`: the usual Gaussian with the median
+            bandwidth of this variable.
+        kernel_y: Likewise.
+        estimator: `"biased"`, `"blog"` or `"unbiased"`.
+        mask: `(..., n)`. Boolean, or weights ≥ 0: the share of each pair in
+            the sample measure, with n then (Σw)²/Σw². `"unbiased"` knows only
+            in (weight > 0) and out. Values under a zero, NaN included, have no
+            influence.
+
+    Returns:
+        Tensor `(...)`. 0 if a variable is constant, if the mask leaves nothing
+        and, for `"unbiased"`, if it leaves fewer than 4 pairs.
+
+    Raises:
+        ValueError: on different n, on fewer than 4 pairs for `"unbiased"`, and
+            on NaN or infinity where the values are known (outside of compiled
+            functions).
+
+    Example:
+
+    >>> x = keras.random.normal((1000,), seed=0)
+    >>> kernel = GaussianKernel(1.0, form="blog")
+    >>> value = hsic(x, x + 0.1, kernel, kernel, estimator="blog")
+
+    Departs from the post:
+        The post calls the form with 1/(n − 1)² unbiased. It is not; the
+        `"unbiased"` one here is. No n × n matrix product is made.
+
+    Reference:
+        [Gretton et al., 2005](https://doi.org/10.1007/11564089_7);
+        [Song et al., 2012](https://jmlr.org/papers/v13/song12a.html) (the
+        unbiased form); [blog post 6910](https://kexue.fm/archives/6910)
+    """
+    one_of("estimator", estimator, ESTIMATORS)
+    grams, weight = prepare(x, y, kernel_x, kernel_y, mask, estimator)
+    (value,) = statistics(grams, weight, [(0, 1)], estimator)
+    return value
+
+
+def hsic_from_kernels(kernel_x, kernel_y, estimator="biased", mask=None):
+    """HSIC of two kernel matrices, as the function of the post takes them.
+
+    Args:
+        kernel_x: `(..., n, n)`, symmetric.
+        kernel_y: `(..., n, n)`, symmetric.
+        estimator: `"biased"`, `"blog"` (the post's) or `"unbiased"`, see
+            `hsic`.
+        mask: `(..., n)`, see `hsic`.
+
+    Returns:
+        Tensor `(...)`.
+
+    Departs from the post:
+        The post multiplies the matrices, O(n³); here element by element,
+        O(n²), with the same result for symmetric matrices.
+
+    Reference:
+        [blog post 6910](https://kexue.fm/archives/6910)
+    """
+    precomputed = PrecomputedKernel()
+    return hsic(kernel_x, kernel_y, precomputed, precomputed, estimator, mask)
+
+
+def cka(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
+    """Centered kernel alignment: HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)).
+
+    Between 0 and 1 for `"biased"` (`"blog"` is the same); the debiased form,
+    `"unbiased"`, does not grow with the number of features and may be
+    negative. With `LinearKernel()` twice it is computed in feature space where
+    that is cheaper.
+
+    Args:
+        x: As in `hsic`, and so are all others.
+        y: As in `hsic`.
+        kernel_x: As in `hsic`.
+        kernel_y: As in `hsic`.
+        estimator: As in `hsic`.
+        mask: As in `hsic`.
+
+    Returns:
+        Tensor `(...)`. 0 if a variable is constant.
+
+    Reference:
+        [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)
+    """
+    one_of("estimator", estimator, ESTIMATORS)
+    grams, weight = prepare(x, y, kernel_x, kernel_y, mask, estimator)
+    xy, xx, yy = statistics(grams, weight, [(0, 1), (0, 0), (1, 1)], estimator)
+    return alignment(xy, xx, yy)
+
+
+def alignment(xy, xx, yy):
+    norm = safe_sqrt(xx) * safe_sqrt(yy)
+    return ops.where(norm > 0, xy / ops.where(norm > 0, norm, 1.0), 0.0)
+
+
+def nhsic(x, y, kernel_x=None, kernel_y=None, epsilon=1e-5, mask=None):
+    """Normalized HSIC of the bottleneck paper, a sum of canonical correlations.
+
+        nHSIC = tr(R_x R_y),    R = K̄ (K̄ + ε n I)⁻¹,    K̄ = J K J
+
+    by a Cholesky factorization, O(n³). It grows with the number of dependent
+    directions, up to n − 1. Gradients are of first order only.
+
+    Args:
+        x: `(n,)` or `(..., n, dim_x)`.
+        y: `(n,)` or `(..., n, dim_y)`.
+        kernel_x: As in `hsic`.
+        kernel_y: As in `hsic`.
+        epsilon: Float > 0, ε.
+        mask: As in `hsic`; weights act as the sample measure.
+
+    Returns:
+        Tensor `(...)`. 0 if a variable is constant.
+
+    Reference:
+        [Ma et al., 2020](https://arxiv.org/abs/1908.01580)
+    """
+    if not epsilon > 0:
+        raise ValueError(
+            "Expected `epsilon` > 0: a centered kernel matrix has no inverse. "
+            f"Received: epsilon={epsilon}"
+        )
+    grams, weight = prepare(x, y, kernel_x, kernel_y, mask, "biased")
+    x, y = (Resolvent(gram.matrix(), weight, epsilon) for gram in grams)
+    return x.trace_with(y.correlations) + y.gradient_with(x.correlations)
+
+
+class Resolvent:
+    """R = K̄ (K̄ + ε n I)⁻¹ of one kernel matrix.
+
+    The gradient of tr(R M) with respect to K̄ is λ A⁻¹ M A⁻¹, with
+    A = K̄ + λ I: it comes from what the value needs anyway, instead of going
+    backwards through the factorization.
+
+    Attributes:
+        correlations: R without its gradient, `(..., n, n)`.
+    """
+
+    def __init__(self, matrix, weight, epsilon):
+        n, p = measure(weight, matrix)
+        ridge = ops.cast(epsilon * n, matrix.dtype)[..., None, None]
+        mean = ops.sum(matrix * p[..., None, :], axis=-1, keepdims=True)
+        matrix = matrix - mean
+        matrix = matrix - ops.sum(
+            matrix * p[..., :, None], axis=-2, keepdims=True
+        )
+        if weight is not None:
+            # With uniform p this factor is 1.
+            root = safe_sqrt(p * n[..., None])
+            matrix = matrix * root[..., :, None] * root[..., None, :]
+        self.matrix = matrix
+        self.ridge = ridge
+        fixed = ops.stop_gradient(matrix)
+        size = matrix.shape[-1] or ops.shape(matrix)[-1]
+        identity = ops.eye(size, dtype=matrix.dtype)
+        factor = ops.cholesky(fixed + ridge * identity)
+        half = ops.solve_triangular(
+            factor, ops.broadcast_to(identity, ops.shape(fixed)), lower=True
+        )
+        self.inverse = ops.matmul(ops.swapaxes(half, -1, -2), half)
+        self.correlations = identity - ridge * self.inverse
+
+    def trace_with(self, m):
+        """tr(R m) for a constant symmetric m, with its gradient."""
+        value = ops.sum(self.correlations * m, axis=(-2, -1))
+        return value + self.gradient_with(m)
+
+    def gradient_with(self, m):
+        """Zero, with the gradient of tr(R m)."""
+        slope = self.ridge * ops.matmul(
+            ops.matmul(self.inverse, m), self.inverse
+        )
+        linear = ops.sum(ops.stop_gradient(slope) * self.matrix, axis=(-2, -1))
+        return linear - ops.stop_gradient(linear)
+
+
+def block_hsic(
+    x, y, kernel_x=None, kernel_y=None, block_size=100, estimator="unbiased"
+):
+    """Mean HSIC of consecutive blocks, O(n · block_size).
+
+    For data in an order that means something, shuffle first. What does not
+    fill a block is left out. The kernels, with their median bandwidths, are the
+    same for all blocks.
+
+    Args:
+        x: `(n,)` or `(n, dim_x)`.
+        y: `(n,)` or `(n, dim_y)`.
+        kernel_x: As in `hsic`; not precomputed.
+        kernel_y: As in `hsic`; not precomputed.
+        block_size: Integer ≥ 4.
+        estimator: As in `hsic`.
+
+    Returns:
+        Scalar tensor.
+
+    Reference:
+        [Zhang et al., 2018](https://arxiv.org/abs/1606.07892)
+    """
+    return ops.mean(
+        hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator)
+    )
+
+
+def hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator):
+    """Each block's HSIC, `(num_blocks,)`."""
+    one_of("estimator", estimator, ESTIMATORS)
+    grams, _ = prepare(x, y, kernel_x, kernel_y, None, estimator)
+    n = ops.shape(grams[0].features)[0]
+    known = grams[0].features.shape[0] or block_size
+    if block_size < 4 or known < block_size:
+        raise ValueError(
+            "Expected 4 <= block_size <= n. Received: "
+            f"block_size={block_size}, n={n}"
+        )
+    if any(isinstance(gram.kernel, PrecomputedKernel) for gram in grams):
+        raise ValueError(
+            "Blocks and random features save the kernel matrix; with a "
+            "precomputed one use the exact form. Received: PrecomputedKernel()"
+        )
+    count = n // block_size
+
+    def blocks(gram):
+        features = gram.features[: count * block_size]
+        shape = [count, block_size, *features.shape[1:]]
+        return Gram(gram.kernel, ops.reshape(features, shape))
+
+    # A block is small: several at a time, in tiles of about one size.
+    grams = [blocks(gram) for gram in grams]
+    together = max(1, TILE // block_size**2)
+
+    def values(index):
+        some = [
+            Gram(gram.kernel, ops.take(gram.features, index, axis=0))
+            for gram in grams
+        ]
+        return statistics(some, None, [(0, 1)], estimator)[0]
+
+    return map_blocks(values, ops.arange(count, dtype="int32"), together)
+
+
+def fourier_hsic(
+    x, y, kernel_x=None, kernel_y=None, num_features=256, seed=None
+):
+    """HSIC by random Fourier features, O(n · num_features²).
+
+    ‖Φ(x)ᵀ J Φ(y)‖²_F / n², where Φ(x₁)·Φ(x₂) ≈ K(x₁, x₂) with an error of order
+    1/√num_features. An estimate of the `"biased"` form.
+
+    Args:
+        x: `(n,)` or `(n, dim_x)`.
+        y: `(n,)` or `(n, dim_y)`.
+        kernel_x: `GaussianKernel`, `None` (Gaussian with median bandwidth) or
+            `LinearKernel` (exact). For labels: one-hot with `LinearKernel`,
+            which is the delta kernel.
+        kernel_y: Likewise.
+        num_features: Even integer.
+        seed: Integer or `keras.random.SeedGenerator`.
+
+    Returns:
+        Scalar tensor.
+
+    Reference:
+        [Rahimi and Recht, 2007](https://papers.nips.cc/paper/3182);
+        [Zhang et al., 2018](https://arxiv.org/abs/1606.07892)
+    """
+    phi_x, phi_y = fourier_features(
+        x, y, kernel_x, kernel_y, num_features, seed
+    )
+    n = ops.cast(ops.shape(phi_x)[0], phi_x.dtype)
+    covariance = ops.matmul(ops.transpose(phi_x), phi_y) / n
+    return ops.sum(ops.square(covariance))
+
+
+def fourier_features(x, y, kernel_x, kernel_y, num_features, seed):
+    """Centered Φ(x) and Φ(y), `(n, num_features)`."""
+    if num_features < 2 or num_features % 2:
+        raise ValueError(
+            "Expected an even number of features, sines and cosines. "
+            f"Received: num_features={num_features}"
+        )
+    grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased")
+    seed = keras.random.SeedGenerator(seed) if seed is None else seed
+    if isinstance(seed, int):
+        seed = keras.random.SeedGenerator(seed)
+    return [
+        ops.subtract(phi, ops.mean(phi, axis=0, keepdims=True))
+        for phi in (_fourier(gram, num_features // 2, seed) for gram in grams)
+    ]
+
+
+def _fourier(gram, frequencies, seed):
+    if isinstance(gram.kernel, LinearKernel):
+        return gram.features
+    if not isinstance(gram.kernel, GaussianKernel):
+        raise ValueError(
+            "Random Fourier features are those of GaussianKernel (LinearKernel "
+            f"needs none). Received: {gram.kernel!r}"
+        )
+    x = gram.features
+    # exp(−d²) is the mean of cos(w·(x₁ − x₂)) over w ~ N(0, 2I).
+    w = keras.random.normal(
+        (x.shape[-1], frequencies), stddev=2**0.5, seed=seed, dtype=x.dtype
+    )
+    phase = ops.matmul(x, w)
+    waves = ops.concatenate([ops.cos(phase), ops.sin(phase)], axis=-1)
+    return waves / frequencies**0.5
+
+
+class Gram:
+    """A kernel with the features of a sample: its matrix, row by row."""
+
+    def __init__(self, kernel, features):
+        self.kernel = kernel
+        self.features = features
+
+    def rows(self, index):
+        return self.kernel.rows(self.features, index)
+
+    def matrix(self):
+        return self.kernel.rows(self.features, None)
+
+
+def prepare(x, y, kernel_x, kernel_y, mask, estimator):
+    """Checks; then two `Gram`s and the weights, `(..., n)` or `None`."""
+    kernels = as_kernel(kernel_x), as_kernel(kernel_y)
+    x, y = columns(floating(x)), columns(floating(y))
+    dtype = keras.backend.result_type(x.dtype, y.dtype)
+    x, y = ops.cast(x, dtype), ops.cast(y, dtype)
+    n, other = x.shape[-2], y.shape[-2]
+    if n is not None and other is not None and n != other:
+        raise ValueError(
+            "Expected as many samples of `x` as of `y`. Received: "
+            f"x.shape={tuple(x.shape)}, y.shape={tuple(y.shape)}"
+        )
+    for name, kernel, values in zip("xy", kernels, (x, y), strict=True):
+        square = values.shape[-1] == values.shape[-2]
+        if isinstance(kernel, PrecomputedKernel) and not square:
+            raise ValueError(
+                f"Expected `{name}` to be an n × n kernel matrix. Received: "
+                f"shape {tuple(values.shape)}"
+            )
+    if estimator == "unbiased" and n is not None and n < 4:
+        raise ValueError(
+            "The unbiased form divides by n − 3: it needs at least 4 samples. "
+            f"Received: n={n}"
+        )
+    weight = None
+    if mask is not None:
+        weight = ops.cast(mask, dtype)
+        weight = ops.broadcast_to(weight, ops.shape(x)[:-1])
+    grams = []
+    for name, kernel, values in zip("xy", kernels, (x, y), strict=True):
+        if weight is not None:
+            values = ops.where(weight[..., :, None] > 0, values, 0.0)
+            if isinstance(kernel, PrecomputedKernel):
+                values = ops.where(weight[..., None, :] > 0, values, 0.0)
+        require_finite(name, values)
+        grams.append(Gram(kernel, kernel.features(values, weight)))
+    return grams, weight
+
+
+def require_finite(name, values):
+    if not backend.is_concrete(values):
+        return
+    if not np.isfinite(ops.convert_to_numpy(values)).all():
+        raise ValueError(
+            f"`{name}` holds NaN or infinity. Leave these samples out, or mask "
+            f"them. Received: {name} of shape {tuple(values.shape)}"
+        )
+
+
+def measure(weight, like):
+    """Number of samples `(...)` and their shares `(..., n)`, of sum 1."""
+    if weight is None:
+        n = like.shape[-2] or ops.shape(like)[-2]
+        n = ops.cast(n, like.dtype)
+        return n, ops.ones(ops.shape(like)[-2:-1], like.dtype) / n
+    total = ops.sum(weight, axis=-1)
+    squares = ops.sum(ops.square(weight), axis=-1)
+    p = weight / ops.maximum(total, 1e-30)[..., None]
+    return ops.square(total) / ops.maximum(squares, 1e-30), p
+
+
+def statistics(grams, weight, pairs, estimator):
+    """HSIC of each pair of `grams`, as a list of tensors `(...)`.
+
+    A row of K is centered by its own mean, which a tile of whole rows has at
+    hand. With k_i the mean of row i and c_i the covariance of row i of K and
+    row i of L:
+
+        biased:    mean_i c_i − cov(k, l)
+        unbiased:  [(n − 1) Σ c_i − n(n − 1)/(n − 2) Σ (k_i − k̄)(l_i − l̄)]
+                   / (n(n − 3)),   means over all other columns
+
+    which is the definition, but never subtracts large equal numbers.
+    """
+    unbiased = estimator == "unbiased"
+    if all(isinstance(g.kernel, LinearKernel) for g in grams):
+        n = grams[0].features.shape[-2]
+        dims = [g.features.shape[-1] for g in grams]
+        if n and max(dims) <= n:
+            return _linear(grams, weight, pairs, estimator)
+    like = grams[0].features
+    if unbiased and weight is not None:
+        weight = ops.cast(weight > 0, like.dtype)
+    known = not any(isinstance(g.kernel, CustomKernel) for g in grams)
+    if (
+        known
+        and backend.is_concrete(like)
+        and _tile_rows(like) < like.shape[-2]
+    ):
+        compiled = _compiled(
+            tuple(g.kernel for g in grams), tuple(pairs), estimator
+        )
+        return compiled([g.features for g in grams], weight)
+    n, p = measure(weight, like)
+    size = like.shape[-2] or ops.shape(like)[-2]
+    everyone = ops.arange(size, dtype="int32")
+
+    def tile(index):
+        rows = [gram.rows(index) for gram in grams]  # (..., b, n)
+        if unbiased:
+            others = ops.cast(index[:, None] != everyone, like.dtype)
+            share = p[..., None, :] * others
+            share = share / ops.maximum(
+                ops.sum(share, axis=-1, keepdims=True), 1e-30
+            )
+
+            def mean(values):
+                return ops.sum(values * share, axis=-1)
+        else:
+
+            def mean(values):
+                return ops.matmul(values, p[..., None])[..., 0]
+
+        means = [mean(row) for row in rows]
+        rows = [r - m[..., None] for r, m in zip(rows, means, strict=True)]
+        covariances = [mean(rows[i] * rows[j]) for i, j in pairs]
+        # (..., b) each; the tile's rows go first for `map_blocks`.
+        return [ops.moveaxis(t, -1, 0) for t in [*means, *covariances]]
+
+    found = map_blocks(tile, everyone, _tile_rows(like))
+    found = [ops.moveaxis(t, 0, -1) for t in found]  # (..., n)
+    means, covariances = found[: len(grams)], found[len(grams) :]
+    centers = [ops.sum(m * p, axis=-1, keepdims=True) for m in means]
+    means = [m - c for m, c in zip(means, centers, strict=True)]
+    values = []
+    for (i, j), covariance in zip(pairs, covariances, strict=True):
+        within = ops.sum(p * covariance, axis=-1)
+        between = ops.sum(p * means[i] * means[j], axis=-1)
+        values.append(_combine(within, between, n, estimator))
+    return values
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(kernels, pairs, estimator):
+    """`statistics` under XLA, for samples too many to do at once."""
+
+    def fn(features, weight):
+        grams = map(Gram, kernels, features)
+        return statistics(list(grams), weight, pairs, estimator)
+
+    return backend.jit(fn)
+
+
+def _combine(within, between, n, estimator):
+    if estimator == "biased":
+        return within - between
+    if estimator == "blog":
+        factor = ops.square(n / ops.maximum(n - 1, 1e-30))
+        return ops.where(n > 1, factor * (within - between), 0.0)
+    value = (n - 1) * (within - n / ops.maximum(n - 2, 1) * between)
+    return ops.where(n > 3, value / ops.maximum(n - 3, 1), 0.0)
+
+
+def _linear(grams, weight, pairs, estimator):
+    """The same for linear kernels without any n × n number.
+
+    Features have mean zero, so Σ_j K_ij = 0 and the sums over all other
+    columns are those of the diagonal.
+    """
+    like = grams[0].features
+    if estimator == "unbiased" and weight is not None:
+        weight = ops.cast(weight > 0, like.dtype)
+    n, p = measure(weight, like)
+    features = [g.features for g in grams]
+    if weight is not None and estimator == "unbiased":
+        # They were centered by the weights, not by in and out.
+        features = [
+            f - ops.sum(f * p[..., None], axis=-2, keepdims=True)
+            for f in features
+        ]
+    values = []
+    for i, j in pairs:
+        x, y = features[i], features[j]
+        covariance = ops.matmul(ops.swapaxes(x * p[..., None], -1, -2), y)
+        full = ops.sum(ops.square(covariance), axis=(-2, -1))
+        if estimator != "unbiased":
+            values.append(_combine(full, 0.0, n, estimator))
+            continue
+        # Row i: sum over the others is −d_i, with d_i = K_ii.
+        d, e = ops.sum(x * x, axis=-1), ops.sum(y * y, axis=-1)
+        d_mean = ops.sum(p * d, axis=-1, keepdims=True)
+        e_mean = ops.sum(p * e, axis=-1, keepdims=True)
+        others = ops.maximum(n - 1, 1)
+        product = ops.sum(p * d * e, axis=-1)
+        # Σ_{j≠i} K_ij L_ij − (n−1) k̃_i l̃_i, over (n − 1), averaged over i.
+        within = (n * full - product) / others - product / others**2
+        between = ops.sum(p * (d - d_mean) * (e - e_mean), axis=-1) / others**2
+        values.append(_combine(within, between, n, estimator))
+    return values
+
+
+def _tile_rows(like):
+    leading = 1
+    for size in like.shape[:-2]:
+        leading *= size or 1
+    n = like.shape[-2]
+    if n is None:
+        return 64
+    tile = EAGER_TILE if backend.is_concrete(like) else TILE
+    return min(n, max(8, tile // (n * leading)))
