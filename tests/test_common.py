@@ -11,7 +11,23 @@ from keras import ops
 import blogkeras
 
 # (class, constructor arguments, input array or list of them)
-LAYERS = []
+LAYERS = [
+    (
+        blogkeras.WordMoverDistance,
+        {"regularization": 0.05, "pairwise": True},
+        [toy.DENSE[:12].reshape(4, 3, 3), toy.DENSE[12:20].reshape(4, 2, 3)],
+    ),
+    (
+        blogkeras.WordRotatorDistance,
+        {"weighting": "idf", "tolerance": 0.01},
+        [
+            toy.DENSE[:12].reshape(4, 3, 3),
+            toy.DENSE[12:20].reshape(4, 2, 3),
+            toy.WEIGHTS[:12].reshape(4, 3),
+            toy.WEIGHTS[12:20].reshape(4, 2),
+        ],
+    ),
+]
 # (class, constructor arguments, y_true, y_pred)
 LOSSES = []
 # (class, constructor arguments, y_true, y_pred)
@@ -28,6 +44,7 @@ ELSEWHERE = {
     "GradientPenalty": "test_adversarial",
     "NoiseStability": "test_virtual",
     "Robustness": "test_robustness",
+    "TransportIndex": "test_transport_text",
     "VirtualAdversarialTraining": "test_virtual",
 }
 

@@ -1,0 +1,49 @@
+"""EMD, WMD and WRD between sequences of vectors (post 7388).
+
+从EMD、WMD到WRD：文本向量序列的相似度计算, https://kexue.fm/archives/7388
+"""
+
+from blogkeras.transport.alignment import plot_alignment
+from blogkeras.transport.distances import (
+    relaxed_wasserstein_distances,
+    transport_plan,
+    wasserstein_distance,
+    word_centroid_distance,
+    word_mover_distance,
+    word_rotator_bound,
+    word_rotator_distance,
+    word_rotator_similarity,
+)
+from blogkeras.transport.index import TransportIndex
+from blogkeras.transport.layers import WordMoverDistance, WordRotatorDistance
+from blogkeras.transport.sinkhorn import sinkhorn
+from blogkeras.transport.weighting import (
+    all_but_the_top,
+    common_components,
+    inverse_document_frequency,
+    remove_components,
+    sif_weights,
+    usif_weights,
+)
+
+__all__ = [
+    "TransportIndex",
+    "WordMoverDistance",
+    "WordRotatorDistance",
+    "all_but_the_top",
+    "common_components",
+    "inverse_document_frequency",
+    "plot_alignment",
+    "relaxed_wasserstein_distances",
+    "remove_components",
+    "sif_weights",
+    "sinkhorn",
+    "transport_plan",
+    "usif_weights",
+    "wasserstein_distance",
+    "word_centroid_distance",
+    "word_mover_distance",
+    "word_rotator_bound",
+    "word_rotator_distance",
+    "word_rotator_similarity",
+]

@@ -1,0 +1,93 @@
+"""A picture of a transport plan."""
+
+import numpy as np
+
+
+def plot_alignment(plan, x_words, y_words, path=None, minimum=0.01):
+    """Draws which word goes where, as ribbons between two rows of words.
+
+    The width of a word's bar is its mass, the width of a ribbon the mass that
+    moves along it.
+
+    Args:
+        plan: `(n, m)`, as from `transport_plan`.
+        x_words: Sequence of n strings, the upper row.
+        y_words: Sequence of m strings, the lower row.
+        path: Where to write the figure (`.png`, `.svg`, `.pdf`), if anywhere.
+            Words in scripts that matplotlib's fonts lack need a font that has
+            them, as `matplotlib.rcParams["font.family"]`.
+        minimum: Float. Share of the mass below which a ribbon is left out.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Example:
+
+    >>> plan = transport_plan(x, y)  # doctest: +SKIP
+    >>> plot_alignment(plan, words, other_words, "alignment.png")
+    """
+    plan = np.asarray(plan, "float64")
+    if plan.shape != (len(x_words), len(y_words)) or not plan.sum() > 0:
+        raise ValueError(
+            "Expected a plan (n, m) with mass, for n and m words. Received: "
+            f"plan.shape={plan.shape}, {len(x_words)} and {len(y_words)} words"
+        )
+    plan = plan / plan.sum()
+    # Imported here: `import blogkeras` needs no matplotlib.
+    from matplotlib.figure import Figure
+
+    from blogkeras import report
+
+    figure = Figure(
+        figsize=(max(4.0, 0.9 * max(plan.shape)), 3.2),
+        dpi=150,
+        layout="constrained",
+    )
+    axes = figure.add_subplot()
+    gap = 0.6 / max(plan.shape)
+    left_x, left_y = (_lefts(plan.sum(a), gap) for a in (1, 0))
+    _row(axes, left_x, plan.sum(1), x_words, 1.0, "bottom")
+    _row(axes, left_y, plan.sum(0), y_words, 0.0, "top")
+    colors = [f"C{i % 10}" for i in range(len(x_words))]
+    height = np.linspace(0, 1, 30)
+    bend = height**2 * (3 - 2 * height)  # leaves and arrives upright
+    for i, j in zip(*np.nonzero(plan), strict=True):
+        mass = plan[i, j]
+        start, end = left_y[j], left_x[i]
+        left_x[i] += mass
+        left_y[j] += mass
+        if mass >= minimum:
+            path_left = start + bend * (end - start)
+            axes.fill_betweenx(
+                height,
+                path_left,
+                path_left + mass,
+                color=colors[i],
+                alpha=0.45,
+                linewidth=0,
+            )
+    axes.set_axis_off()
+    axes.set_ylim(-0.25, 1.25)
+    if path is not None:
+        report.save_figure(figure, path)
+    return figure
+
+
+def _lefts(masses, gap):
+    """Left ends of bars, the row centred at 0.5."""
+    total = masses.sum() + gap * (len(masses) - 1)
+    return 0.5 - total / 2 + np.cumsum(masses + gap) - (masses + gap)
+
+
+def _row(axes, lefts, masses, words, y, side):
+    for left, mass, word in zip(lefts, masses, words, strict=True):
+        axes.plot([left, left + mass], [y, y], color="black", linewidth=3)
+        axes.annotate(
+            word,
+            (left + mass / 2, y),
+            (0, 6 if side == "bottom" else -6),
+            textcoords="offset points",
+            ha="center",
+            va=side,
+            fontsize=12,
+        )

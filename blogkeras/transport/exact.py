@@ -1,0 +1,93 @@
+"""Exact transport: POT's network simplex, in NumPy float64."""
+
+import functools
+
+import numpy as np
+
+_MAX_ITERATIONS = 10_000_000
+_OPTIMAL = 1  # POT's result code
+
+
+@functools.cache
+def simplex():
+    """The solver of one problem: `(p, q, D) -> (plan, value, f, g)`.
+
+    `ot.emd2` spends some 60 µs in Python for each pair, several times what a
+    sentence takes to solve. Its compiled core has no public name; where that is
+    gone or answers differently, `ot.emd2` itself is used.
+    """
+    import ot
+
+    def public(p, q, cost):
+        value, log = ot.emd2(
+            p, q, cost, numItermax=_MAX_ITERATIONS, log=True, return_matrix=True
+        )
+        _check(log["warning"] is None, log["warning"])
+        return log["G"], value, log["u"], log["v"]
+
+    try:
+        from ot.lp.emd_wrap import emd_c
+    except ImportError:
+        return public
+
+    def private(p, q, cost):
+        plan, value, f, g, code = emd_c(p, q, cost, _MAX_ITERATIONS, 1)
+        _check(code == _OPTIMAL, f"result code {code}")
+        return plan, value, f, g
+
+    p, q = np.array([0.75, 0.25]), np.array([0.5, 0.5])
+    try:
+        plan, value, _, _ = private(p, q, 1 - np.eye(2))
+    except (RuntimeError, TypeError, ValueError):
+        return public
+    expected = np.array([[0.5, 0.25], [0, 0.25]])
+    same = np.allclose(plan, expected) and abs(value - 0.25) < 1e-12
+    return private if same else public
+
+
+def _check(optimal, received):
+    if not optimal:
+        raise RuntimeError(
+            "POT's network simplex found no optimum. Check that the costs are "
+            f"finite. Received: {received}"
+        )
+
+
+def solve(p, q, cost, duals=False):
+    """Solves a batch of problems exactly.
+
+    Args:
+        p: `(batch, n)`, each row a distribution.
+        q: `(batch, m)`, each row a distribution.
+        cost: `(batch, n, m)`, finite.
+        duals: Boolean. Whether potentials are wanted too.
+
+    Returns:
+        `(value, plan)` or `(value, plan, f, g)`, float64. `f[i] + g[j] <=
+        cost[i, j]` wherever `p[i]` or `q[j]` is positive.
+    """
+    p, q, cost = (np.ascontiguousarray(a, "float64") for a in (p, q, cost))
+    # The simplex ends only if both sides have the same mass.
+    p = p / p.sum(-1, keepdims=True)
+    q = q / q.sum(-1, keepdims=True)
+    solver = simplex()
+    value, plan = np.empty(len(p)), np.empty(cost.shape)
+    f, g = np.empty(p.shape), np.empty(q.shape)
+    if 1 in cost.shape[1:]:
+        # One word on one side: there is only one plan.
+        np.multiply(p[:, :, None], q[:, None, :], out=plan)
+        value = (plan * cost).sum((1, 2))
+        f = cost[:, :, 0] if p.shape[1] > 1 else np.zeros_like(p)
+        g = cost[:, 0, :] if p.shape[1] == 1 else np.zeros_like(q)
+    else:
+        for k, problem in enumerate(zip(p, q, cost, strict=True)):
+            plan[k], value[k], f[k], g[k] = solver(*problem)
+    if not duals:
+        return value, plan
+    # The simplex ignores words without mass; their potentials are the largest
+    # that the others admit.
+    far = np.inf
+    rows, columns = p > 0, q > 0
+    g = np.min(np.where(rows[:, :, None], cost - f[:, :, None], far), 1)
+    f = np.min(np.where(columns[:, None, :], cost - g[:, None, :], far), 2)
+    return value, plan, f, g

@@ -1,0 +1,232 @@
+"""The distances of post 7388 as Keras layers."""
+
+import keras
+from keras import ops
+
+from blogkeras.transport import measures
+from blogkeras.transport.distances import SOLVERS, distance_of_tensors
+from blogkeras.transport.sinkhorn import check_settings
+
+
+class _TransportLayer(keras.layers.Layer):
+    """What `WordMoverDistance` and `WordRotatorDistance` share."""
+
+    def __init__(
+        self,
+        cost,
+        weighting,
+        solver,
+        regularization,
+        tolerance,
+        pairwise,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        measures.check_options(cost, weighting)
+        check_settings(regularization, tolerance)
+        if not isinstance(weighting, str):
+            raise ValueError(
+                f"Expected `weighting` one of {measures.WEIGHTS}; weights of "
+                'your own go in with weighting="idf", as '
+                f"[x, y, x_idf, y_idf]. Received: {weighting!r}"
+            )
+        if solver not in SOLVERS:
+            raise ValueError(
+                f"Expected `solver` one of {SOLVERS}. Received: {solver!r}"
+            )
+        self.cost = cost
+        self.weighting = weighting
+        self.solver = solver
+        self.regularization = regularization
+        self.tolerance = tolerance
+        self.pairwise = pairwise
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        count = 4 if self.weighting == "idf" else 2
+        if len(input_shape) != count or len(input_shape[0]) != 3:
+            raise ValueError(
+                "Expected the inputs [x, y] of shape (batch, length, dim), "
+                'and, with weighting="idf" only, [x, y, x_idf, y_idf] with '
+                f"(batch, length). Received: input_shape={input_shape}"
+            )
+        super().build(input_shape)
+
+    def call(self, inputs, mask=None):
+        # Marginals need more digits than half precision has.
+        x, y, *idf = (
+            ops.cast(z, keras.backend.result_type(z.dtype, "float32"))
+            for z in inputs
+        )
+        kind = self.weighting
+        idf = idf or (None, None)
+        masks = (None, None) if mask is None else mask[:2]
+        masks = [None if m is None else ops.cast(m, "bool") for m in masks]
+        p, x = measures.mass_and_vectors(
+            ops, x, masks[0], self.cost, kind, idf[0]
+        )
+        q, y = measures.mass_and_vectors(
+            ops, y, masks[1], self.cost, kind, idf[1]
+        )
+        settings = (self.solver, self.regularization, self.tolerance)
+        if not self.pairwise:
+            d = measures.cost_matrix(ops, x, y, self.cost)
+            distance = distance_of_tensors(p, q, d, *settings)
+        else:
+            distance = self._all_pairs(p, q, x, y, settings)
+        return ops.cast(distance, self.compute_dtype)
+
+    def _all_pairs(self, p, q, x, y, settings):
+        (a, n, dim), (b, m, _) = ops.shape(x), ops.shape(y)
+        d = measures.cost_matrix(
+            ops,
+            ops.reshape(x, (a * n, dim)),
+            ops.reshape(y, (b * m, dim)),
+            self.cost,
+        )
+        d = ops.transpose(ops.reshape(d, (a, n, b, m)), (0, 2, 1, 3))
+        p = ops.broadcast_to(p[:, None], (a, b, n))
+        q = ops.broadcast_to(q[None], (a, b, m))
+        flat = [
+            ops.reshape(p, (a * b, n)),
+            ops.reshape(q, (a * b, m)),
+            ops.reshape(d, (a * b, n, m)),
+        ]
+        return ops.reshape(distance_of_tensors(*flat, *settings), (a, b))
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None
+
+    def compute_output_shape(self, input_shape):
+        x, y = input_shape[:2]
+        return (x[0], y[0]) if self.pairwise else (x[0],)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "cost": self.cost,
+            "weighting": self.weighting,
+            "solver": self.solver,
+            "regularization": self.regularization,
+            "tolerance": self.tolerance,
+            "pairwise": self.pairwise,
+        }
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class WordMoverDistance(_TransportLayer):
+    """Word mover's distance between two sequences of vectors, differentiable.
+
+        WMD = min_γ Σ γᵢⱼ ‖wᵢ − w'ⱼ‖   with  Σⱼ γᵢⱼ = pᵢ,  Σᵢ γᵢⱼ = qⱼ,  γ ≥ 0
+
+    The distance and its gradient come from Sinkhorn's iteration: the distance
+    is an upper bound, typically within 1 % (see
+    `sinkhorn` for the certified gap); the gradient takes the plan and the
+    potentials as constant, which at the optimum is right. It is finite at equal
+    words and at zero vectors. Everything is computed in float32 at least.
+
+    Masked words have no mass, and no values under the mask have influence. An
+    empty or fully masked sequence counts as one zero vector.
+
+    Args:
+        cost: `"euclidean"`, `"cosine"` or `"rms"`, Euclidean divided by √dim.
+        weighting: Masses of the words, divided by their sum: `"uniform"`, 1;
+            `"norm"`, ‖w‖; `"idf"`, given as two more inputs, nonnegative and
+            differentiable: the idf of the words, or any other importance.
+        solver: `"sinkhorn"`; `"relaxed"`, the lower bound RWMD; `"exact"`,
+            outside of compiled functions only (`run_eagerly=True`).
+        regularization: Float > 0. The ε of Sinkhorn, relative to the largest
+            cost of each pair. Larger is faster, smoother and further off.
+        tolerance: Float > 0. Marginal error at which Sinkhorn stops.
+        pairwise: Boolean. Whether every x of the batch is compared with every
+            y, for in-batch negatives. Takes batch² · n · m numbers.
+
+    Input shape: `[x, y]` of `(batch, n, dim)` and `(batch, m, dim)`; with
+        `weighting="idf"` `[x, y, x_idf, y_idf]`, the latter two `(batch, n)`
+        and `(batch, m)`. With `pairwise=True` the batches may differ.
+    Output shape: `(batch,)`; with `pairwise=True` `(batch_x, batch_y)`.
+
+    Example:
+
+    >>> tokens = [keras.Input((None,), dtype="int32") for _ in range(2)]
+    >>> embedding = keras.layers.Embedding(100, 16, mask_zero=True)
+    >>> distance = WordMoverDistance()([embedding(t) for t in tokens])
+    >>> model = keras.Model(tokens, distance)
+
+    Reference:
+        [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf);
+        [blog post](https://kexue.fm/archives/7388)
+    """
+
+    def __init__(
+        self,
+        cost="euclidean",
+        weighting="uniform",
+        solver="sinkhorn",
+        regularization=0.005,
+        tolerance=1e-3,
+        pairwise=False,
+        **kwargs,
+    ):
+        super().__init__(
+            cost,
+            weighting,
+            solver,
+            regularization,
+            tolerance,
+            pairwise,
+            **kwargs,
+        )
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class WordRotatorDistance(_TransportLayer):
+    """Word rotator's distance between two sequences of vectors, differentiable.
+
+        WRD = min_γ Σ γᵢⱼ (1 − cos(wᵢ, w'ⱼ))
+        with  Σⱼ γᵢⱼ = ‖wᵢ‖/Z,  Σᵢ γᵢⱼ = ‖w'ⱼ‖/Z',  γ ≥ 0
+
+    `WordMoverDistance` with other defaults; see there for the arguments, masks
+    and shapes. Between 0 and 2; 1 − WRD is the post's similarity. The gradient
+    passes through the costs and through the norms that weigh the words. A zero
+    vector has no mass.
+
+    Args:
+        cost: Defaults to `"cosine"`.
+        weighting: Defaults to `"norm"`.
+        solver: Defaults to `"sinkhorn"`.
+        regularization: Defaults to 0.005.
+        tolerance: Defaults to 1e-3.
+        pairwise: Defaults to `False`.
+
+    Example:
+
+    >>> x = np.array([[[2.0, 0.0]]])
+    >>> y = np.array([[[0.0, 3.0], [3.0, 0.0]]])
+    >>> float(WordRotatorDistance()([x, y])[0])
+    0.5
+
+    Reference:
+        [Yokoi et al., 2020](https://arxiv.org/abs/2004.15003);
+        [blog post](https://kexue.fm/archives/7388)
+    """
+
+    def __init__(
+        self,
+        cost="cosine",
+        weighting="norm",
+        solver="sinkhorn",
+        regularization=0.005,
+        tolerance=1e-3,
+        pairwise=False,
+        **kwargs,
+    ):
+        super().__init__(
+            cost,
+            weighting,
+            solver,
+            regularization,
+            tolerance,
+            pairwise,
+            **kwargs,
+        )

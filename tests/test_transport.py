@@ -1,0 +1,438 @@
+"""EMD, WMD, WRD: exact and approximate, against POT, scipy and closed forms."""
+
+import itertools
+import warnings
+
+import keras
+import numpy as np
+import ot
+import pytest
+from keras import ops
+from scipy.optimize import linprog
+
+from blogkeras import backend
+from blogkeras.transport import (
+    exact,
+    measures,
+    relaxed_wasserstein_distances,
+    sinkhorn,
+    transport_plan,
+    wasserstein_distance,
+    word_centroid_distance,
+    word_mover_distance,
+    word_rotator_bound,
+    word_rotator_distance,
+    word_rotator_similarity,
+)
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(6, 5))
+Y = RNG.normal(size=(4, 5))
+
+
+def numpy(x):
+    return np.asarray(ops.convert_to_numpy(x))
+
+
+def distribution(rng, size, zeros=0):
+    p = rng.random(size)
+    p[..., :zeros] = 0
+    return p / p.sum(-1, keepdims=True)
+
+
+def post_wasserstein(p, q, D):
+    """The post's linear program, re-expressed."""
+    m, n = D.shape
+    rows = np.kron(np.eye(m), np.ones(n))
+    columns = np.kron(np.ones(m), np.eye(n))
+    A, b = np.concatenate([rows, columns]), np.concatenate([p, q])
+    return linprog(D.ravel(), A_eq=A[:-1], b_eq=b[:-1]).fun
+
+
+def post_word_mover(x, y):
+    D = np.sqrt(np.square(x[:, None] - y[None]).mean(2))
+    m, n = D.shape
+    return post_wasserstein(np.full(m, 1 / m), np.full(n, 1 / n), D)
+
+
+def post_word_rotator(x, y):
+    a, b = (np.sqrt((z**2).sum(1)) for z in (x, y))
+    D = 1 - (x / a[:, None]) @ (y / b[:, None]).T
+    return post_wasserstein(a / a.sum(), b / b.sum(), D)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (5, 1), (6, 4), (9, 9)])
+def test_exact_is_the_linear_program_and_pot(shape):
+    rng = np.random.default_rng(1)
+    p, q = distribution(rng, shape[0]), distribution(rng, shape[1])
+    for D in (rng.random(shape), rng.normal(size=shape), np.ones(shape)):
+        value = wasserstein_distance(p, q, D)
+        assert value.dtype == np.float64 and value.shape == ()
+        assert abs(value - post_wasserstein(p, q, D)) <= 1e-6
+        assert abs(value - ot.emd2(p, q, D)) <= 1e-9
+
+
+def test_word_distances_are_the_post_s():
+    for x, y in ((X, Y), (X[:1], Y), (X, X[:2]), (3 * X, Y[:1])):
+        mover = post_word_mover(x, y)
+        assert abs(word_mover_distance(x, y, cost="rms") - mover) <= 1e-6
+        assert abs(word_mover_distance(x, y) - mover * np.sqrt(5)) <= 1e-6
+        rotator = post_word_rotator(x, y)
+        assert abs(word_rotator_distance(x, y) - rotator) <= 1e-6
+        assert abs(word_rotator_similarity(x, y) - 1 + rotator) <= 1e-6
+
+
+def test_cost_and_weights_span_the_family():
+    """Each pair of options against POT on masses and costs made by hand."""
+    norms = [np.linalg.norm(z, axis=1) for z in (X, Y)]
+    idf = RNG.random(6), RNG.random(4)
+    masses = {
+        "uniform": (np.ones(6), np.ones(4)),
+        "norm": norms,
+        "idf": idf,
+    }
+    euclidean = np.linalg.norm(X[:, None] - Y, axis=2)
+    cosine = 1 - (X / norms[0][:, None]) @ (Y / norms[1][:, None]).T
+    costs = {
+        "euclidean": euclidean,
+        "rms": euclidean / np.sqrt(5),
+        "cosine": cosine,
+    }
+    for (weights, (a, b)), (cost, D) in itertools.product(
+        masses.items(), costs.items()
+    ):
+        p, q = a / a.sum(), b / b.sum()
+        expected = ot.emd2(p, q, D)
+        found = word_mover_distance(X, Y, None, cost, weights, idf)
+        assert abs(found - expected) <= 1e-9
+        found = word_mover_distance(X, Y, None, cost, (p, q))
+        assert abs(found - expected) <= 1e-9
+        plan = transport_plan(X, Y, None, cost, weights, idf)
+        np.testing.assert_allclose(plan, ot.emd(p, q, D), atol=1e-9)
+
+
+def test_closed_forms():
+    x, y = X[:1], Y[:1]
+    cosine = x[0] @ y[0] / np.linalg.norm(x) / np.linalg.norm(y)
+    assert abs(word_rotator_distance(x, y) - (1 - cosine)) < 1e-12
+    assert abs(word_mover_distance(x, y) - np.linalg.norm(x - y)) < 1e-12
+    # A shift moves every word by the same vector.
+    shift = np.arange(5.0)
+    assert abs(word_mover_distance(X, X + shift) - 30**0.5) < 1e-12
+    # On a line the distance is that of the distribution functions.
+    a, b = RNG.random((7, 1)), RNG.random((7, 1))
+    line = np.abs(np.sort(a, 0) - np.sort(b, 0)).mean()
+    assert abs(word_mover_distance(a, b) - line) < 1e-12
+
+
+def test_metric_properties():
+    Z = RNG.normal(size=(3, 5))
+    for distance in (word_mover_distance, word_rotator_distance):
+        xy, yx = distance(X, Y), distance(Y, X)
+        assert abs(xy - yx) < 1e-12 and xy > 0
+        order = RNG.permutation(6)
+        assert abs(distance(X[order], Y) - xy) < 1e-12
+        assert distance(X, X[order]) < 1e-12
+        # A word that is said twice has twice the mass.
+        twice = np.repeat(X, 2, axis=0)
+        assert abs(distance(twice, Y) - xy) < 1e-12
+    sides = [word_mover_distance(*p) for p in ((X, Y), (Y, Z), (X, Z))]
+    assert sides[2] <= sides[0] + sides[1]
+    scaled = word_rotator_distance(3 * X, Y / 7)
+    assert abs(scaled - word_rotator_distance(X, Y)) < 1e-12
+    assert abs(word_rotator_distance(X, -X) - 2) > 1e-3  # not all at once
+    assert abs(word_rotator_distance(X[:1], -X[:1]) - 2) < 1e-12
+
+
+@pytest.mark.parametrize("cost", ["euclidean", "cosine", "rms"])
+@pytest.mark.parametrize("weights", ["uniform", "norm"])
+def test_bounds_are_below(cost, weights):
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(20, 6, 3)), rng.normal(size=(20, 4, 3))
+    x[3, 2] = y[4, 0] = 0
+    y[5, :] = x[5, :4]
+    options = {"cost": cost, "weights": weights}
+    distance = word_mover_distance(x, y, **options)
+    relaxed = word_mover_distance(x, y, solver="relaxed", **options)
+    assert (word_centroid_distance(x, y, **options) <= distance + 1e-12).all()
+    assert (numpy(relaxed) <= distance + 1e-6).all()
+    # Both bounds are tight for one word each.
+    one = word_mover_distance(x[:, :1], y[:, :1], **options)
+    tight = word_mover_distance(x[:, :1], y[:, :1], solver="relaxed", **options)
+    np.testing.assert_allclose(numpy(tight), one, atol=1e-6)
+
+
+def test_bounds_are_the_formulas():
+    expected = np.linalg.norm(X.mean(0) - Y.mean(0))
+    assert abs(word_centroid_distance(X, Y) - expected) < 1e-12
+    a, b = (z.sum(0) / np.linalg.norm(z, axis=1).sum() for z in (X, Y))
+    expected = 0.5 * np.square(a - b).sum()
+    assert abs(word_rotator_bound(X, Y) - expected) < 1e-12
+    p, q = np.array([0.5, 0.5, 0]), np.array([0.25, 0.75])
+    D = np.array([[1.0, 2.0], [5.0, 3.0], [0.0, 0.0]])
+    # The third row has no mass: 1/2·1 + 1/2·3 and 1/4·1 + 3/4·2.
+    both = relaxed_wasserstein_distances(p, q, D)
+    np.testing.assert_allclose(both, (2.0, 1.75))
+    relaxed = wasserstein_distance(p, q, D, solver="relaxed")
+    np.testing.assert_allclose(numpy(relaxed), 2.0)
+
+
+def test_batches_and_masks():
+    x, y = RNG.normal(size=(2, 3, 6, 5)), RNG.normal(size=(2, 3, 4, 5))
+    x_mask = RNG.random((2, 3, 6)) < 0.7
+    y_mask = RNG.random((2, 3, 4)) < 0.7
+    x_mask[..., 0] = y_mask[..., 1] = True
+    dirty = np.where(x_mask[..., None], x, np.nan)
+    for distance, post in (
+        (word_mover_distance, post_word_mover),
+        (word_rotator_distance, post_word_rotator),
+    ):
+        found = distance(dirty, y, (x_mask, y_mask))
+        assert found.shape == (2, 3)
+        factor = 5**0.5 if distance is word_mover_distance else 1
+        for i, j in np.ndindex(2, 3):
+            expected = post(x[i, j][x_mask[i, j]], y[i, j][y_mask[i, j]])
+            assert abs(found[i, j] - factor * expected) < 1e-6
+        near = distance(
+            dirty, y, (x_mask, y_mask), solver="sinkhorn", regularization=2e-3
+        )
+        np.testing.assert_allclose(numpy(near), found, rtol=0.01, atol=1e-3)
+
+
+def test_empty_sequences_count_as_one_zero_vector():
+    none, masked = np.zeros((0, 5)), (np.zeros(6, bool), None)
+    padded = np.concatenate([X, np.zeros((2, 5))])
+    mean_norm = np.linalg.norm(X, axis=1).mean()
+    for distance, x, y, mask, expected in (
+        (word_mover_distance, X, none, None, mean_norm),
+        (word_mover_distance, X, X, masked, mean_norm),
+        (word_mover_distance, none, none, None, 0),
+        (word_rotator_distance, none, none, None, 0),
+        (word_rotator_distance, X, none, None, 1),
+        (word_rotator_distance, X, np.zeros((2, 5)), None, 1),
+        (word_rotator_distance, X, X, masked, 1),
+        # Beside other words a zero vector has no mass in WRD.
+        (word_rotator_distance, padded, X, None, 0),
+    ):
+        assert abs(distance(x, y, mask) - expected) < 1e-12
+        relaxed = distance(x, y, mask, solver="relaxed")
+        assert abs(float(relaxed) - expected) < 1e-5
+    # The approximate solver, on a batch of them in one compiled shape.
+    x, y = np.stack([X, X, padded[2:]]), np.stack([X, 0 * X, X[:, ::-1]])
+    mask = np.ones((3, 6), bool), np.ones((3, 6), bool)
+    mask[0][0] = mask[1][2] = False
+    for distance in (word_mover_distance, word_rotator_distance):
+        found = distance(x, y, mask, solver="sinkhorn")
+        np.testing.assert_allclose(
+            numpy(found), distance(x, y, mask), rtol=0.01, atol=1e-3
+        )
+
+
+def test_the_public_solver_is_used_where_the_private_one_is_gone(monkeypatch):
+    args = [distribution(RNG, (3, 5)), distribution(RNG, (3, 4))]
+    args.append(RNG.random((3, 5, 4)))
+    expected = exact.solve(*args, duals=True)
+    name = exact.simplex().__name__
+    monkeypatch.setattr(ot.lp.emd_wrap, "emd_c", lambda *args: None)
+    exact.simplex.cache_clear()
+    try:
+        assert exact.simplex().__name__ == "public" != name
+        value, plan, f, g = exact.solve(*args, duals=True)
+        np.testing.assert_allclose(value, expected[0], atol=1e-12)
+        np.testing.assert_allclose(plan, expected[1], atol=1e-12)
+        # A constant may go from one potential to the other.
+        np.testing.assert_allclose(
+            f[:, :, None] + g[:, None],
+            expected[2][:, :, None] + expected[3][:, None],
+            atol=1e-12,
+        )
+    finally:
+        monkeypatch.undo()
+        exact.simplex.cache_clear()
+    assert exact.simplex().__name__ == name
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (5, 1), (6, 4)])
+def test_exact_potentials_are_feasible_and_reach_the_value(shape):
+    p = distribution(RNG, (10, shape[0]), zeros=shape[0] // 4)
+    q = distribution(RNG, (10, shape[1]), zeros=shape[1] // 4)
+    D = RNG.random((10, *shape))
+    value, plan, f, g = exact.solve(p, q, D, duals=True)
+    np.testing.assert_allclose((p * f).sum(1) + (q * g).sum(1), value)
+    assert (f[:, :, None] + g[:, None] <= D + 1e-12)[:, shape[0] // 4 :].all()
+    np.testing.assert_allclose(plan.sum(2), p, atol=1e-12)
+    np.testing.assert_allclose(plan.sum(1), q, atol=1e-12)
+
+
+def random_problems(rng, count, n, m, dim=6):
+    """Vectors with repeats and zeros, masses with zeros, float32."""
+    x = rng.normal(size=(count, n, dim)) * np.exp(
+        rng.normal(size=(count, n, 1))
+    )
+    y = rng.normal(size=(count, m, dim)) * np.exp(
+        rng.normal(size=(count, m, 1))
+    )
+    common = min(n, m) // 2
+    y[::3, :common] = x[::3, :common]
+    if n > 2:
+        x[::4, 1] = 0
+        x[1::4, 2] = x[1::4, 0]
+    problems = []
+    for cost, weights in (("euclidean", "uniform"), ("cosine", "norm")):
+        p, a = measures.mass_and_vectors(np, x, None, cost, weights)
+        q, b = measures.mass_and_vectors(np, y, None, cost, weights)
+        if n > 3:
+            p[::5, n // 2] = 0
+            p /= p.sum(-1, keepdims=True)
+        problems.append((p, q, measures.cost_matrix(np, a, b, cost)))
+    return [
+        np.concatenate(parts).astype("float32")
+        for parts in zip(*problems, strict=True)
+    ]
+
+
+def check_certificate(rng, count, n, m, **options):
+    p, q, D = random_problems(rng, count, n, m)
+    solution = sinkhorn(p, q, D, **options)
+    value, _ = exact.solve(p, q, D)
+    lower, upper = numpy(solution.lower), numpy(solution.upper)
+    assert (lower <= value).all() and (value <= upper).all()
+    assert (numpy(solution.distance) <= upper).all()
+    plan = numpy(solution.plan)
+    assert plan.min() >= 0
+    np.testing.assert_allclose(plan.sum(2), p, atol=1e-6)
+    np.testing.assert_allclose(plan.sum(1), q, atol=1e-6)
+    return upper - lower, D.max(axis=(1, 2)), len(p)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (8, 8), (16, 5)])
+def test_sinkhorn_is_certified(shape):
+    gap, scale, _ = check_certificate(np.random.default_rng(3), 20, *shape)
+    # ε = 0.005 costs at most ε log(nm) and what the tolerance leaves.
+    assert (gap <= 0.04 * scale).all() and gap.max() > 0
+
+
+def test_the_certificate_holds_however_early_it_stops():
+    rng = np.random.default_rng(3)
+    short, _, _ = check_certificate(rng, 20, 8, 8, max_iterations=1)
+    rng = np.random.default_rng(3)
+    whole, _, _ = check_certificate(rng, 20, 8, 8)
+    assert short.mean() > 2 * whole.mean()
+
+
+@pytest.mark.verify
+def test_the_certificate_holds_on_ten_thousand_pairs():
+    rng = np.random.default_rng(4)
+    total, gaps = 0, []
+    shapes = [(1, 1), (1, 2), (2, 3), (5, 8), (8, 8), (16, 13), (32, 32)]
+    shapes += [(1, 128), (64, 47), (128, 100), (128, 128)]
+    for n, m in shapes:
+        count = 1000 if n * m <= 1024 else 64
+        gap, scale, number = check_certificate(rng, count, n, m)
+        total += number
+        gaps.append((gap / scale).max())
+        print(f"{n:4d} x {m:4d}: {number} pairs, largest gap {gaps[-1]:.4f}")
+    assert total >= 10_000
+
+
+def test_the_log_domain_takes_over_where_floats_end():
+    """Masses of 1e-42: their products leave float32, a few iterations on."""
+    p = np.array([[1e-42, 1 - 2e-42, 1e-42], [0.2, 0.3, 0.5]], "float32")
+    q = np.array([[0.5, 0.25, 0.25], [0.3, 0.3, 0.4]], "float32")
+    D = np.abs(np.arange(3.0)[:, None] - np.arange(3.0)).astype("float32")
+    D = np.stack([D, D])
+    solution = sinkhorn(p, q, D)
+    value, _ = exact.solve(p, q, D)
+    assert np.isfinite(numpy(solution.distance)).all()
+    assert (numpy(solution.lower) <= value).all()
+    assert (value <= numpy(solution.upper)).all()
+
+
+def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
+    p, q = distribution(RNG, (4, 6)), distribution(RNG, (4, 5))
+    D = RNG.random((4, 6, 5))
+    plan = np.stack([ot.emd(*a) for a in zip(p, q, D, strict=True)])
+
+    def total(D):
+        return ops.sum(
+            wasserstein_distance(
+                ops.cast(p, "float32"),
+                ops.cast(q, "float32"),
+                D,
+                solver="sinkhorn",
+                regularization=1e-3,
+                tolerance=1e-4,
+            )
+        ), ()
+
+    (value, _), gradient = backend.value_and_grad(
+        total, ops.convert_to_tensor(D, "float32")
+    )
+    expected = wasserstein_distance(p, q, D).sum()
+    assert abs(float(value) - expected) < 5e-3 * expected
+    assert np.abs(numpy(gradient) - plan).sum((1, 2)).max() < 0.02
+
+
+def test_errors():
+    p, q, D = np.full(2, 0.5), np.full(3, 1 / 3), np.ones((2, 3))
+    cases = [
+        ("sum 1", wasserstein_distance, (2 * p, q, D)),
+        ("sum 1", wasserstein_distance, (2 * p, 2 * q, D)),
+        ("nonnegative", wasserstein_distance, (p - [1, -1], q, D)),
+        ("finite", wasserstein_distance, (p, q, D * np.nan)),
+        ("finite", wasserstein_distance, (p * np.nan, q, D)),
+        ("leading axes", wasserstein_distance, (q, p, D)),
+        ("at least one place", wasserstein_distance, (p[:0], q, D[:0])),
+        ("`solver`", wasserstein_distance, (p, q, D, "simplex")),
+        ("above zero", wasserstein_distance, (p, q, D, "sinkhorn", 0.0)),
+        ("leading axes", word_mover_distance, (X, Y[:, :4])),
+        ("leading axes", word_mover_distance, (X, Y[None])),
+        ("finite", word_mover_distance, (X * np.inf, Y)),
+        ("mask of x", word_mover_distance, (X, Y, (np.ones(4, bool), None))),
+        ("`cost`", word_mover_distance, (X, Y, None, "manhattan")),
+        ("`weights`", word_mover_distance, (X, Y, None, "cosine", "tf")),
+        ("needs the idf", word_mover_distance, (X, Y, None, "rms", "idf")),
+        (
+            "weights of y of shape",
+            word_mover_distance,
+            (X, Y, None, "rms", (np.full(6, 1 / 6), np.full(3, 1 / 3))),
+        ),
+        (
+            "weights of x of sum 1",
+            word_mover_distance,
+            (X, Y, None, "rms", (np.ones(6), np.full(4, 1 / 4))),
+        ),
+        (
+            "no plan",
+            transport_plan,
+            (X, Y, None, "rms", "norm", None, "relaxed"),
+        ),
+    ]
+    for match, function, args in cases:
+        with pytest.raises(ValueError, match=match):
+            function(*args)
+    with pytest.raises(ValueError, match="Received"):
+        sinkhorn(p, q, D, max_iterations=0)
+
+
+def test_exact_inside_a_compiled_function_is_a_clear_error():
+    x, y = (ops.convert_to_tensor(z, "float32") for z in (X, Y))
+    with pytest.raises(ValueError, match='solver="sinkhorn"'):
+        backend.jit(word_mover_distance)(x, y)
+    with pytest.raises(ValueError, match='solver="sinkhorn"'):
+        word_mover_distance(keras.Input((4, 5)), keras.Input((3, 5)))
+    # Tensors outside of one are welcome.
+    found = word_mover_distance(x, y)
+    assert abs(found - word_mover_distance(X, Y)) < 1e-6
+
+
+def test_no_warnings_on_degenerate_costs():
+    p = q = np.array([0.5, 0.5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for D in (np.zeros((2, 2)), np.full((2, 2), 3.0), -np.eye(2)):
+            for solver in ("exact", "sinkhorn", "relaxed"):
+                found = wasserstein_distance(p, q, D, solver=solver)
+                np.testing.assert_allclose(
+                    numpy(found), ot.emd2(p, q, D), atol=1e-4
+                )

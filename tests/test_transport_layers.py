@@ -1,0 +1,238 @@
+"""WMD and WRD in models: gradients, masks, XLA, training."""
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+
+from blogkeras import WordMoverDistance, WordRotatorDistance, backend
+from blogkeras.transport import (
+    sinkhorn,
+    word_mover_distance,
+    word_rotator_distance,
+)
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(3, 4, 5)).astype("float32")
+Y = RNG.normal(size=(3, 3, 5)).astype("float32")
+
+
+def numpy(x):
+    return np.asarray(ops.convert_to_numpy(x), "float64")
+
+
+@pytest.mark.parametrize(
+    ("cls", "function"),
+    [
+        (WordMoverDistance, word_mover_distance),
+        (WordRotatorDistance, word_rotator_distance),
+    ],
+)
+def test_layers_are_the_functions(cls, function):
+    mask = RNG.random((3, 4)) < 0.6, np.ones((3, 3), bool)
+    mask[0][2] = False
+    x = np.where(mask[0][..., None], X, np.nan)
+    expected = function(x, Y, mask)
+    near = cls()([x, Y], mask=list(mask))
+    np.testing.assert_allclose(numpy(near), expected, rtol=0.01, atol=2e-3)
+    exact = cls(solver="exact")([x, Y], mask=list(mask))
+    np.testing.assert_allclose(numpy(exact), expected, rtol=1e-5)
+    below = numpy(cls(solver="relaxed")([x, Y], mask=list(mask)))
+    relaxed = numpy(function(x, Y, mask, solver="relaxed"))
+    np.testing.assert_allclose(below, relaxed, rtol=1e-6)
+    assert (below <= expected + 1e-5).all()
+
+
+@pytest.mark.parametrize("cls", [WordMoverDistance, WordRotatorDistance])
+def test_pairwise_is_every_pair(cls):
+    mask = [RNG.random((3, 4)) < 0.6, None]
+    layer = cls(pairwise=True, solver="exact")
+    found = numpy(layer([X, Y[:2]], mask=mask))
+    assert found.shape == (3, 2)
+    single = cls(solver="exact")
+    for i, j in np.ndindex(3, 2):
+        one = single(
+            [X[i : i + 1], Y[j : j + 1]], mask=[mask[0][i : i + 1], None]
+        )
+        np.testing.assert_allclose(found[i, j], numpy(one)[0], rtol=1e-5)
+    near = cls(pairwise=True)([X, Y[:2]], mask=mask)
+    np.testing.assert_allclose(numpy(near), found, rtol=0.01, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("cls", "function", "weighting"),
+    [
+        (WordMoverDistance, word_mover_distance, "idf"),
+        (WordRotatorDistance, word_rotator_distance, "norm"),
+    ],
+)
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn"])
+def test_gradients_are_finite_differences(cls, function, weighting, solver):
+    """By the vectors and by the weights; of the exact distance, in float64."""
+    inputs = [X[:1], Y[:1]]
+    if weighting == "idf":
+        inputs += [z + 0.5 for z in (RNG.random((1, 4)), RNG.random((1, 3)))]
+    inputs = [np.asarray(z, "float32") for z in inputs]
+
+    def exact(*values):
+        x, y, *idf = values
+        return function(x, y, None, weights=weighting, idf=idf or None)[0]
+
+    layer = cls(
+        weighting=weighting,
+        solver=solver,
+        regularization=1e-3,
+        tolerance=1e-5,
+    )
+
+    def value(values):
+        return ops.sum(layer(list(values))), ()
+
+    tensors = tuple(map(ops.convert_to_tensor, inputs))
+    _, gradients = backend.value_and_grad(value, tensors)
+    step = 1e-5
+    for number, gradient in enumerate(gradients):
+        expected = np.zeros(inputs[number].shape)
+        for place in np.ndindex(expected.shape):
+            sides = []
+            for sign in (1, -1):
+                moved = [z.astype("float64") for z in inputs]
+                moved[number][place] += sign * step
+                sides.append(exact(*moved))
+            expected[place] = (sides[0] - sides[1]) / (2 * step)
+        size = np.abs(expected).max()
+        error = np.abs(numpy(gradient) - expected).max()
+        assert error < (1e-3 if solver == "exact" else 0.03) * size
+
+
+@pytest.mark.parametrize("cls", [WordMoverDistance, WordRotatorDistance])
+def test_gradients_are_finite_at_equal_words_and_zeros(cls):
+    x = np.stack([X[0], X[0], 0 * X[0], X[1]])
+    y = np.stack([X[0], X[0][::-1], 0 * X[0], 0 * X[0]])
+    x[1, 2] = 0
+    mask = np.ones((4, 4), bool)
+    mask[3] = False
+    layer = cls()
+
+    def value(tensors):
+        distance = layer(list(tensors), mask=[mask, mask])
+        return ops.sum(distance), distance
+
+    run = backend.jit(lambda x, y: backend.value_and_grad(value, (x, y)))
+    (_, distance), gradients = run(
+        ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+    )
+    assert np.isfinite(numpy(distance)).all()
+    for gradient in gradients:
+        assert np.isfinite(numpy(gradient)).all()
+    # Fully masked on both sides: no word has a say.
+    assert np.abs(numpy(gradients[0])[3]).max() == 0
+
+
+def test_the_solver_is_not_differentiated():
+    """The memory of a compiled gradient does not grow with the iterations."""
+    if keras.backend.backend() != "jax":
+        pytest.skip("memory is counted on JAX")
+    import jax
+
+    def bytes_needed(tolerance):
+        layer = WordRotatorDistance(tolerance=tolerance)
+        fn = jax.jit(jax.grad(lambda x: ops.sum(layer([x, Y]))))
+        compiled = fn.lower(X).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert bytes_needed(1e-6) == bytes_needed(1e-1)
+
+
+def siamese(**options):
+    tokens = [keras.Input((5,), dtype="int32") for _ in range(2)]
+    embedding = layers.Embedding(toy.VOCABULARY, 8, mask_zero=True)
+    vectors = [layers.Dense(8)(embedding(t)) for t in tokens]
+    distance = WordRotatorDistance(**options)(vectors)
+    return keras.Model(tokens, distance)
+
+
+def pairs():
+    """Equal texts with their words in another order, and different ones."""
+    order = RNG.permutation(5)
+    x = np.concatenate([toy.TOKENS[:32]] * 2)
+    y = np.concatenate([toy.TOKENS[:32][:, order], toy.TOKENS[32:64]])
+    return [x, y], np.repeat([0.0, 1.0], 32).astype("float32")
+
+
+def test_a_siamese_model_trains_end_to_end_under_xla():
+    model = siamese(regularization=0.02)
+    model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=True)
+    x, y = pairs()
+    weight = np.ones(64, "float32")
+    losses = model.fit(
+        x, y, sample_weight=weight, batch_size=64, epochs=30, verbose=0
+    ).history["loss"]
+    assert losses[-1] < 0.6 * losses[0]
+    distance = model.predict(x, batch_size=64, verbose=0)
+    # Masks passed through: the order of words, and padding, do not matter.
+    assert distance[:32].max() < 0.01 < distance[32:].mean()
+
+
+def test_mixed_precision_trains_and_exact_refuses_a_compiled_step():
+    keras.config.set_dtype_policy("mixed_float16")
+    model = siamese(regularization=0.02)
+    assert model.output.dtype == "float16"
+    x, y = pairs()
+    model.compile("adam", "mse", jit_compile=False)
+    loss = model.train_on_batch(x, y)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(w).all() for w in model.get_weights())
+    keras.config.set_dtype_policy("float32")
+    model = siamese(solver="exact")
+    model.compile("adam", "mse", jit_compile=True)
+    with pytest.raises(ValueError, match="run_eagerly=True"):
+        model.train_on_batch(x, y)
+    model.compile("adam", "mse", run_eagerly=True)
+    before = model.get_weights()
+    model.train_on_batch(x, y)
+    assert toy.difference(model.get_weights(), before) > 0
+
+
+def test_one_compiled_shape_whatever_the_values():
+    count = []
+    layer = WordMoverDistance()
+
+    def run(x, y):
+        count.append(1)
+        return layer([x, y])
+
+    compiled = backend.jit(run)
+    for scale in (1.0, 3.0, 1e-3):
+        compiled(ops.convert_to_tensor(scale * X), ops.convert_to_tensor(Y))
+    assert len(count) == 1
+
+
+def test_layer_errors():
+    with pytest.raises(ValueError, match="x_idf"):
+        WordMoverDistance(weighting=(X, Y))
+    with pytest.raises(ValueError, match="`solver`"):
+        WordMoverDistance(solver="simplex")
+    with pytest.raises(ValueError, match="above zero"):
+        WordRotatorDistance(tolerance=0)
+    with pytest.raises(ValueError, match="x_idf"):
+        WordMoverDistance(weighting="idf")([X, Y])
+    with pytest.raises(ValueError, match="batch, length, dim"):
+        WordMoverDistance()([X[0], Y[0]])
+
+
+def test_functions_compile_where_they_are_traced():
+    run = backend.jit(
+        lambda x, y: word_rotator_distance(x, y, solver="sinkhorn")
+    )
+    found = run(ops.convert_to_tensor(X), ops.convert_to_tensor(Y))
+    expected = word_rotator_distance(X, Y)
+    np.testing.assert_allclose(numpy(found), expected, rtol=0.01)
+    p, q = np.full((3, 4), 0.25, "float32"), np.full((3, 3), 1 / 3, "float32")
+    D = np.abs(RNG.normal(size=(3, 4, 3))).astype("float32")
+    inside = backend.jit(lambda p, q, D: tuple(sinkhorn(p, q, D)[:3]))(
+        *map(ops.convert_to_tensor, (p, q, D))
+    )
+    for a, b in zip(inside, sinkhorn(p, q, D)[:3], strict=True):
+        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5)

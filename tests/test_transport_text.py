@@ -1,0 +1,189 @@
+"""Weights of words, the index, the figure."""
+
+import numpy as np
+import pytest
+
+from blogkeras import TransportIndex
+from blogkeras.transport import (
+    all_but_the_top,
+    common_components,
+    inverse_document_frequency,
+    plot_alignment,
+    remove_components,
+    sif_weights,
+    transport_plan,
+    usif_weights,
+    word_mover_distance,
+)
+
+RNG = np.random.default_rng(0)
+VECTORS = RNG.normal(size=(60, 6)) * np.exp(RNG.normal(size=(60, 1)))
+VECTORS[7] = 0
+IDS = [RNG.integers(0, 60, RNG.integers(1, 9)) for _ in range(200)]
+IDS[5] = np.array([], "int64")
+IDS[9] = np.array([7, 7])
+IDS[20] = IDS[21] = IDS[10]
+
+
+def brute_force(documents, query, cost, weights, idf=None):
+    """Distances by the function, which the other tests hold to POT."""
+
+    def mass(d):
+        a = idf[d]
+        return a / a.sum() if len(d) and a.sum() else np.zeros(len(d))
+
+    found = []
+    for d in documents:
+        given = weights if idf is None else (mass(query), mass(d))
+        x, y = (
+            VECTORS[z] if idf is not None or z.ndim == 1 else z
+            for z in (query, d)
+        )
+        found.append(word_mover_distance(x, y, None, cost, given))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("cost", ["cosine", "euclidean", "rms"])
+@pytest.mark.parametrize("weights", ["norm", "uniform", "idf"])
+def test_search_is_brute_force(cost, weights, tmp_path):
+    index = TransportIndex(IDS, VECTORS, cost, weights, verbose=0)
+    assert len(index) == 200
+    index.save(tmp_path / "index.npz")
+    loaded = TransportIndex.load(tmp_path / "index.npz")
+    assert [p.name for p in tmp_path.iterdir()] == ["index.npz"]
+    spared = 0
+    for query in (IDS[0], IDS[10], IDS[5], np.array([3, 7, 3, 11])):
+        expected = brute_force(IDS, query, cost, weights, index.idf)
+        for k in (1, 10, 500):
+            order = np.argsort(expected.round(10), kind="stable")[:k]
+            indices, distances, num_exact = index.search(query, k)
+            np.testing.assert_allclose(
+                distances, expected[order], rtol=1e-9, atol=1e-9
+            )
+            np.testing.assert_allclose(
+                expected[indices], expected[order], rtol=1e-9, atol=1e-9
+            )
+            assert len(set(indices)) == len(indices) == min(k, 200)
+            assert min(k, 200) <= num_exact <= 200
+            spared += 200 - num_exact
+            again = loaded.search(query, k)
+            np.testing.assert_array_equal(again.indices, indices)
+            np.testing.assert_array_equal(again.distances, distances)
+            assert again.num_exact == num_exact
+    assert spared > 200  # and not by comparing everything
+
+
+def test_search_in_token_vectors():
+    documents = [VECTORS[ids].astype("float32") for ids in IDS]
+    index = TransportIndex(documents, verbose=0)
+    expected = brute_force(documents, documents[3], "cosine", "norm")
+    indices, distances, _ = index.search(documents[3], k=5)
+    order = np.argsort(expected)[:5]
+    np.testing.assert_allclose(distances, expected[order], atol=1e-9)
+    assert indices[0] == 3
+    empty = index.search(np.zeros((0, 6)), k=2)
+    assert set(empty.indices) == {5, 9} and empty.distances.max() == 0
+
+
+def test_progress_and_errors(capsys, tmp_path):
+    TransportIndex(IDS, VECTORS)
+    assert "200/200" in capsys.readouterr().out
+    TransportIndex(IDS, VECTORS, verbose=0)
+    assert capsys.readouterr().out == ""
+    index = TransportIndex(IDS, VECTORS, verbose=0)
+    documents = [VECTORS[:2], VECTORS[:3, :2]]
+    for match, call in [
+        ("at least one document", lambda: TransportIndex([])),
+        ("`cost`", lambda: TransportIndex(IDS, VECTORS, "manhattan")),
+        ("`weights`", lambda: TransportIndex(IDS, VECTORS, "cosine", "tf")),
+        ("word ids", lambda: TransportIndex(documents[:1], weights="idf")),
+        ("one dimension", lambda: TransportIndex(documents)),
+        ("finite", lambda: TransportIndex([VECTORS * np.nan])),
+        ("word ids from 0", lambda: TransportIndex([[60]], VECTORS)),
+        ("at least 1", lambda: index.search(IDS[0], k=0)),
+        ("word ids from 0", lambda: index.search([-1])),
+        (
+            "the query",
+            lambda: TransportIndex(documents[:1], verbose=0).search(
+                VECTORS[:2, :3]
+            ),
+        ),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(FileNotFoundError):
+        index.save(tmp_path / "missing" / "index.npz")
+
+
+def test_idf_sif_and_usif_are_the_formulas():
+    idf = inverse_document_frequency([[0, 1, 1], [0, 2], []], 4)
+    np.testing.assert_allclose(idf, np.log([3 / 2, 3, 3, 3]))
+    p = np.array([0.4, 0.3, 0.2, 0.05, 0.05])
+    np.testing.assert_allclose(sif_weights(p, 0.1), 0.1 / (0.1 + p))
+    # The author's usif.py by hand: V = 5, n = 1, threshold 1/5, α = 2/5
+    # (0.4 and 0.3), Z = 5/2, a = (3/5)/(2/5 · 5/2) = 3/5.
+    np.testing.assert_allclose(usif_weights(p, 1), 0.6 / (0.3 + p))
+
+
+def test_components():
+    common = np.array([0.6, 0.8, 0.0])
+    noise = RNG.normal(size=(50, 3)) * 0.01
+    v = RNG.normal(size=(50, 1)) * 3 * common + noise
+    components, shares = common_components(v, 2)
+    _, singular, right = np.linalg.svd(v, full_matrices=False)
+    np.testing.assert_allclose(np.abs(components), np.abs(right[:2]), atol=1e-9)
+    np.testing.assert_allclose(
+        shares, singular[:2] ** 2 / (singular[:2] ** 2).sum(), rtol=1e-9
+    )
+    left = remove_components(v, components[:1])
+    expected = v - v @ np.outer(right[0], right[0])
+    np.testing.assert_allclose(left, expected, atol=1e-9)
+    # usif.py: one component after the other, each by its share.
+    expected = v.copy()
+    for share, c in zip(shares, components, strict=True):
+        expected = expected - share * (expected @ c)[:, None] * c
+    np.testing.assert_allclose(
+        remove_components(v, components, shares), expected, atol=1e-12
+    )
+    top = all_but_the_top(v + 5, 1)
+    centred = v - v.mean(0)
+    main = np.linalg.svd(centred)[2][0]
+    np.testing.assert_allclose(
+        top, centred - np.outer(centred @ main, main), atol=1e-9
+    )
+    assert all_but_the_top(v.astype("float32"), 0).dtype == np.float32
+
+
+def test_weighting_errors():
+    for match, call in [
+        ("ids from 0", lambda: inverse_document_frequency([[3]], 3)),
+        ("at least one", lambda: inverse_document_frequency([], 3)),
+        ("probabilities", lambda: sif_weights([3, 1])),
+        ("`a`", lambda: sif_weights([0.5], a=0)),
+        ("whole vocabulary", lambda: usif_weights([0.5, 0.5])),
+        ("sentence_length", lambda: usif_weights([0.9, 0.1], 0)),
+        ("num_components", lambda: common_components(np.ones((3, 2)), 3)),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+def test_alignment_figure(tmp_path):
+    x, y = VECTORS[:3], VECTORS[2:6]
+    plan = transport_plan(x, y)
+    path = tmp_path / "new" / "alignment.png"
+    figure = plot_alignment(plan, ["a", "b", "c"], list("defg"), path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    (axes,) = figure.axes
+    assert [t.get_text() for t in axes.texts] == list("abcdefg")
+    # One ribbon for each entry of the plan that is large enough, and of its
+    # width.
+    ribbons = axes.collections
+    shown = plan[plan >= 0.01]
+    assert len(ribbons) == len(shown)
+    for ribbon, mass in zip(ribbons, shown, strict=True):
+        corners = ribbon.get_paths()[0].vertices
+        bottom = corners[corners[:, 1] == 0][:, 0]
+        np.testing.assert_allclose(np.ptp(bottom), mass, rtol=1e-6)
+    with pytest.raises(ValueError, match="3 and 3 words"):
+        plot_alignment(plan, list("abc"), list("def"))
