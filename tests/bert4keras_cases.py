@@ -3,7 +3,7 @@
 CONFIG = {
     "vocab_size": 60,
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "intermediate_size": 48,
     "hidden_act": "gelu",
@@ -15,8 +15,8 @@ CONFIG = {
 MODELS = {
     "bert": {},
     "roberta": {"with_mlm": True},
-    "albert": {"embedding_size": 16},
-    "albert_unshared": {"embedding_size": 16},
+    "albert": {"embedding_size": 16, "num_hidden_layers": 2},
+    "albert_unshared": {"embedding_size": 16, "num_hidden_layers": 2},
     "electra": {"with_discriminator": True},
     "nezha": {},
     "roformer": {"with_mlm": "linear"},
@@ -49,7 +49,10 @@ MODELS |= {
     "bert custom positions": {"custom_position_ids": True},
     "bert keep tokens": {"keep_tokens": list(range(55))},
     "bert compound tokens": {"compound_tokens": [[1, 2], [3, 4]]},
-    "bert residual": {"residual_attention_scores": True},
+    "bert residual": {
+        "residual_attention_scores": True,
+        "num_hidden_layers": 2,
+    },
     "bert condition": {"condition": 8},
     "bert condition hidden": {
         "condition": 8,
@@ -80,18 +83,49 @@ MODELS |= {
         "hidden_act": ["gelu", "linear"],
     },
 }
-# What `make test` runs; `make verify` runs all.
+# What `make test` runs; `make verify` runs all, and all layers of these.
 QUICK = [
-    "bert",
+    "bert nsp mlm",
     "albert",
     "electra",
     "nezha",
     "roformer_v2 unilm",
     "t5.1.1",
-    "bert nsp mlm",
     "bert residual",
     "bert condition hidden",
     "roformer custom positions",
+]
+CHECKPOINTS = QUICK[:3]
+FULL = {"num_hidden_layers": 2}
+QUICK_LAYERS = [
+    f"layer {name}"
+    for name in (
+        "average pooling",
+        "max pooling",
+        "scale condition",
+        "norm",
+        "norm condition",
+        "concatenate",
+        "split",
+        "attention",
+        "attention sizes",
+        "attention bool bias",
+        "attention relative",
+        "attention t5 causal",
+        "gau",
+        "gau rotary",
+        "gau bias",
+        "position",
+        "position hierarchical",
+        "sinusoidal",
+        "sinusoidal custom",
+        "feed forward gated",
+        "crf",
+        "memm",
+        "pointer",
+        "efficient pointer",
+        "loss",
+    )
 ]
 
 
@@ -250,7 +284,7 @@ def optimizer_cases():
     decay = o.extend_with_weight_decay(o.Adam, "AdamDecay")
     lamb = o.extend_with_layer_adaptation(decay, "Lamb")
     linear = o.extend_with_piecewise_linear_lr(o.Adam, "AdamLinear")
-    schedule = {"lr_schedule": {4: 1.0, 8: 0.1}}
+    schedule = {"lr_schedule": {2: 1.0, 5: 0.1}}
     return {
         "adam": o.Adam(**adam),
         "adam without correction": o.Adam(**adam, bias_correction=False),

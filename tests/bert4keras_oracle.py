@@ -14,9 +14,12 @@ import zlib
 
 import numpy as np
 from bert4keras_cases import (
+    CHECKPOINTS,
     CONFIG,
+    FULL,
     MODELS,
     QUICK,
+    QUICK_LAYERS,
     layer_cases,
     optimizer_cases,
 )
@@ -73,7 +76,7 @@ def outputs_and_gradients(model, name):
     result = {}
     inputs = [tf.constant(x) for x in padded_batch(model)]
     inputs = inputs if len(inputs) > 1 else inputs[0]
-    with tf.GradientTape(persistent=True) as tape:
+    with tf.GradientTape() as tape:
         outputs = as_list(model(inputs, training=False))
         loss = 0.0
         for i, y in enumerate(outputs):
@@ -81,12 +84,14 @@ def outputs_and_gradients(model, name):
             finite = tf.where(tf.math.is_finite(y), y, 0.0)
             loss += tf.reduce_sum(finite * tf.constant(weights, y.dtype))
             result[f"{name}/output/{i}"] = y.numpy()
-    for layer in model.layers:
-        gradients = tape.gradient(loss, layer.trainable_weights)
-        for i, gradient in enumerate(gradients):
-            if gradient is not None:
-                key = f"{name}/gradient/{layer.name}/{i}"
-                result[key] = tf.convert_to_tensor(gradient).numpy()
+    weights = {
+        f"{name}/gradient/{layer.name}/{i}": weight
+        for layer in model.layers
+        for i, weight in enumerate(layer.trainable_weights)
+    }
+    for key, gradient in tape.gradient(loss, weights).items():
+        if gradient is not None:
+            result[key] = tf.convert_to_tensor(gradient).numpy()
     return result
 
 
@@ -106,8 +111,19 @@ def build(name, **kwargs):
     return model
 
 
-def run_model(name):
-    return outputs_and_gradients(build(name), name)
+@functools.cache
+def built(name):
+    """Returns the model of a case, for tests that leave it as it is."""
+    return build(name)
+
+
+def run_model(name, checkpoint=False, **kwargs):
+    """Runs the model of a case, and again with the values of a checkpoint."""
+    transformer = build(name, return_keras_model=False, **kwargs)
+    result = outputs_and_gradients(transformer.model, name)
+    if checkpoint:
+        result.update(run_checkpoint(transformer, name))
+    return result
 
 
 def checkpoint_values(transformer):
@@ -127,11 +143,10 @@ def checkpoint_values(transformer):
     return values
 
 
-def run_checkpoint(name):
-    """Reads a TensorFlow checkpoint into the model of a case."""
+def run_checkpoint(transformer, name):
+    """Reads a TensorFlow checkpoint and computes the outputs."""
     import tensorflow as tf
 
-    transformer = build(name, return_keras_model=False)
     values = checkpoint_values(transformer)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "model.ckpt")
@@ -144,10 +159,7 @@ def run_checkpoint(name):
         transformer.load_weights_from_checkpoint(path)
     model = transformer.model
     outputs = as_list(model([*padded_batch(model)], training=False))
-    return {
-        f"checkpoint {name}/output/{i}": y.numpy()
-        for i, y in enumerate(outputs)
-    }
+    return {f"{name}/checkpoint/{i}": y.numpy() for i, y in enumerate(outputs)}
 
 
 def run_layer(name, function):
@@ -279,9 +291,11 @@ def run_snippets():
         @snippets.AutoRegressiveDecoder.wraps(default_rtype="logits")
         def predict(self, inputs, output_ids, states):
             ids = np.concatenate([inputs[0], output_ids], axis=1)
-            return 4 * self.last_token(model).predict(ids, verbose=0)
+            last = self.last_token(model)
+            last.run_eagerly = True  # each length would be traced anew
+            return 4 * last.predict(ids, verbose=0)
 
-    decoder = Decoder(start_id=None, end_id=7, maxlen=6)
+    decoder = Decoder(start_id=None, end_id=7, maxlen=4)
     np.random.seed(3)
     result = {
         "beam": decoder.beam_search([[3, 5, 9]], topk=3),
@@ -321,7 +335,7 @@ def run_snippets():
     return {f"snippet {k}": np.array(v) for k, v in result.items()}
 
 
-def run_optimizer(name, optimizer, steps=12):
+def run_optimizer(name, optimizer, steps=7):
     """Trains an embedding and a dense layer; returns all steps' weights."""
     import tensorflow as tf
     from bert4keras.backend import keras
@@ -375,11 +389,12 @@ def main(path, full=False):
     tf.keras.optimizers.Optimizer = tf.keras.optimizers.legacy.Optimizer
     results = {}
     for name in MODELS if full else QUICK:
-        results.update(run_model(name))
-        if full or name in QUICK[:3]:
-            results.update(run_checkpoint(name))
+        options = FULL if full else {}
+        checkpoint = full or name in CHECKPOINTS
+        results.update(run_model(name, checkpoint, **options))
     for name, function in layer_cases().items():
-        results.update(run_layer(name, function))
+        if full or name in QUICK_LAYERS:
+            results.update(run_layer(name, function))
     results.update(run_functions())
     results.update(run_snippets())
     for name, optimizer in optimizer_cases().items():

@@ -46,27 +46,31 @@ def run_python(code, **environment):
 
 @pytest.mark.parametrize("name", oracle.QUICK)
 def test_model_equals_reference(name):
-    model = oracle.build(name)
-    assert isinstance(model, keras.Model)
-    assert_same_as_reference(oracle.outputs_and_gradients(model, name))
+    results = oracle.run_model(name, checkpoint=name in oracle.CHECKPOINTS)
+    assert_same_as_reference(results)
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("name", oracle.MODELS)
 def test_every_model_equals_reference(name):
-    assert_same_as_reference(
-        oracle.run_model(name), oracle.reference(full=True)
-    )
+    results = oracle.run_model(name, checkpoint=True, **oracle.FULL)
+    assert_same_as_reference(results, oracle.reference(full=True))
+
+
+def test_models_are_models_of_keras():
+    assert isinstance(oracle.built("bert"), keras.Model)
 
 
 def test_add_of_mask_and_scores_is_an_error():
     with pytest.raises(ValueError, match="expects tensors of one kind"):
-        oracle.build("bert lm", residual_attention_scores=True)
+        oracle.build(
+            "bert lm", residual_attention_scores=True, num_hidden_layers=2
+        )
 
 
-@pytest.mark.parametrize("name", ["bert", "albert", "roformer"])
+@pytest.mark.parametrize("name", ["albert", "roformer"])
 def test_padding_does_not_matter(name):
-    model = oracle.build(name)
+    model = oracle.built(name)
     batch = oracle.padded_batch(model, lengths=(4,))
     longer = [np.pad(x, ((0, 0), (0, 5))) for x in batch]
     np.testing.assert_allclose(
@@ -74,10 +78,9 @@ def test_padding_does_not_matter(name):
     )
 
 
-SAVED = ["bert nsp mlm", "albert", "electra", "nezha", "roformer"]
-
-
-@pytest.mark.parametrize("name", [*SAVED, "roformer_v2 unilm"])
+@pytest.mark.parametrize(
+    "name", ["bert nsp mlm", "albert", "nezha", "roformer_v2 unilm"]
+)
 def test_saves_and_loads_without_custom_objects(name, tmp_path):
     model = oracle.build(name)
     model.save(tmp_path / "model.keras")
@@ -97,16 +100,13 @@ def test_every_model_saves_and_loads(name, tmp_path):
 def test_trains_under_xla():
     from bert4keras.models import build_transformer_model
 
-    keras.utils.set_random_seed(1)
     bert = build_transformer_model(
-        **{**oracle.CONFIG, "num_hidden_layers": 1},
-        dropout_rate=0.1,
-        attention_dropout_rate=0.1,
+        **oracle.CONFIG, dropout_rate=0.1, attention_dropout_rate=0.1
     )
     logits = keras.layers.Dense(2)(bert.output[:, 0])
     model = keras.Model(bert.inputs, logits)
     model.compile(
-        keras.optimizers.Adam(5e-3),
+        keras.optimizers.SGD(0.2),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         jit_compile=True,
     )

@@ -95,17 +95,20 @@ def test_positions_are_not_rounded(policy):
     )
 
 
-@HALF
+VERIFY = [pytest.mark.verify]
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("policy", "options"),
     [
-        {"run_eagerly": True},
-        pytest.param({"jit_compile": True}, marks=pytest.mark.verify),
+        ("mixed_float16", {"run_eagerly": True}),
+        pytest.param("mixed_float16", {"jit_compile": True}, marks=VERIFY),
+        pytest.param("mixed_bfloat16", {"run_eagerly": True}, marks=VERIFY),
+        pytest.param("mixed_bfloat16", {"jit_compile": True}, marks=VERIFY),
     ],
-    ids=["eager", "xla"],
+    indirect=["policy"],
 )
 def test_trains_in_half_precision(policy, options):
-    keras.utils.set_random_seed(0)
     bert = oracle.build(
         "albert",
         dropout_rate=0.1,
@@ -129,7 +132,7 @@ def test_trains_in_half_precision(policy, options):
 
 @pytest.mark.verify
 def test_lengths_in_buckets_compile_once_each():
-    bert = oracle.build("bert", num_hidden_layers=1)
+    bert = oracle.build("bert")
     model = keras.Model(
         bert.inputs, keras.layers.Dense(2, "softmax")(bert.output[:, 0])
     )
@@ -150,7 +153,7 @@ def test_lengths_in_buckets_compile_once_each():
 
 @pytest.mark.parametrize("Model", [keras.Model, backend.keras.models.Model])
 def test_functional_surgery(Model, tmp_path):
-    bert = oracle.build("bert", with_pool=True)
+    bert = oracle.built("bert pool")
     inner = bert.get_layer("Transformer-0-FeedForward-Norm").output
     outputs = keras.layers.Dense(3, name="Head")(inner)
     model = Model(bert.inputs, outputs)
@@ -182,13 +185,13 @@ def test_nested_model_and_frozen_layers():
 
 def test_summary_names_the_layers():
     lines = []
-    oracle.build("bert").summary(print_fn=lines.append, line_length=120)
+    oracle.built("bert").summary(print_fn=lines.append, line_length=120)
     text = "".join(lines)
     assert "MultiHeadAttention" in text and "Total params" in text
 
 
 def test_one_model_of_each_keras_in_one_graph():
-    bert = oracle.build("bert")
+    bert = oracle.built("bert")
     x = keras.layers.LayerNormalization()(bert.output)
     x = keras.layers.MultiHeadAttention(2, 8)(x, x)
     x = layers.GlobalPointer(2, 8)(x)
@@ -200,7 +203,11 @@ def test_adversarial_training_of_a_bridged_model():
     bert = oracle.build("bert")
     outputs = keras.layers.Dense(2, "softmax", name="Head")(bert.output[:, 0])
     model = keras.Model(bert.inputs, outputs)
-    model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
+    model.compile(
+        keras.optimizers.SGD(0.1),
+        "sparse_categorical_crossentropy",
+        run_eagerly=True,
+    )
     x, y = oracle.padded_batch(bert), np.array([0, 1, 0])
     start = model.get_weights()
     model.train_on_batch(x, y)

@@ -18,26 +18,8 @@ from blogkeras.bert4keras import read_safetensors
 from bert4keras.backend import keras as keras_of_scripts
 from bert4keras.models import build_transformer_model, data_parallel
 
-CHECKPOINTS = ["bert nsp mlm", "albert", "t5.1.1"]
 
-
-def assert_checkpoint_equals_reference(name, reference):
-    for key, value in oracle.run_checkpoint(name).items():
-        np.testing.assert_allclose(value, reference[key], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", oracle.QUICK[:3])
-def test_checkpoint_is_read_as_by_reference(name):
-    assert_checkpoint_equals_reference(name, oracle.reference())
-
-
-@pytest.mark.verify
-@pytest.mark.parametrize("name", oracle.MODELS)
-def test_every_checkpoint_is_read_as_by_reference(name):
-    assert_checkpoint_equals_reference(name, oracle.reference(full=True))
-
-
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", ["bert nsp mlm", "albert", "t5.1.1"])
 def test_checkpoint_round_trip(name, tmp_path):
     transformer = oracle.build(name, return_keras_model=False)
     values = oracle.checkpoint_values(transformer)
@@ -193,7 +175,7 @@ def test_reads_hugging_face_bert(tmp_path, prefix, dtype):
     model = build_transformer_model(
         checkpoint_path=read_safetensors(tmp_path),
         with_nsp=True,
-        **{**oracle.CONFIG, "num_hidden_layers": 1},
+        **oracle.CONFIG,
     )
     ids = np.array([[3, 7, 12, 59], [8, 8, 1, 2]])
     segments = np.array([[0, 0, 1, 1], [0, 1, 1, 1]])
@@ -223,7 +205,7 @@ def test_names_of_model_files_of_old_scripts(tmp_path):
 
 
 def test_data_parallel_splits_the_batch():
-    model = oracle.build("bert")
+    model = oracle.built("bert")
     parallel = data_parallel(model, devices=["/cpu:0", "/cpu:0"])
     batch = oracle.padded_batch(model, [7, 5, 3, 2])
     np.testing.assert_allclose(parallel(batch), model(batch), atol=1e-6)
