@@ -112,6 +112,11 @@ if BACKEND == "tensorflow":
         """
         return jit(fn)
 
+    def hlo_text(fn, *args):
+        """What XLA is given to compile for `fn(*args)`, as text."""
+        fn = tf.function(fn, jit_compile=True, autograph=False)
+        return fn.experimental_get_compiler_ir(*args)(stage="hlo")
+
     def _trace(fn):
         tf.function(fn, autograph=False).get_concrete_function()
 
@@ -209,6 +214,9 @@ elif BACKEND == "jax":
 
         compiled = jax.jit(pure)
         return lambda *args: compiled([v.value for v in layer.variables], *args)
+
+    def hlo_text(fn, *args):
+        return jax.jit(fn).lower(*args).compiler_ir("hlo").as_hlo_text()
 
     def _trace(fn):
         jax.eval_shape(fn)

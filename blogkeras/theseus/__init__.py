@@ -1,0 +1,26 @@
+"""BERT-of-Theseus (post 7575): compression by replacing modules."""
+
+from blogkeras.theseus.baselines import Distillation
+from blogkeras.theseus.bert import bert_of_theseus
+from blogkeras.theseus.compression import CompressionReport, compression_report
+from blogkeras.theseus.cutting import cut_model, keep_blocks, spaced
+from blogkeras.theseus.model import Theseus
+from blogkeras.theseus.replacement import (
+    CosineReplacement,
+    LinearReplacement,
+    ModuleReplacement,
+)
+
+__all__ = [
+    "CompressionReport",
+    "CosineReplacement",
+    "Distillation",
+    "LinearReplacement",
+    "ModuleReplacement",
+    "Theseus",
+    "bert_of_theseus",
+    "compression_report",
+    "cut_model",
+    "keep_blocks",
+    "spaced",
+]

@@ -1,0 +1,132 @@
+"""The post's one call, for the transformers of bert4keras and KerasHub."""
+
+import keras
+
+from blogkeras.theseus.baselines import Distillation
+from blogkeras.theseus.cutting import (
+    block_boundaries,
+    copied,
+    cut_model,
+    whole_model,
+)
+from blogkeras.theseus.model import Theseus
+
+METHODS = ("theseus", "distillation", "direct")
+
+
+def bert_of_theseus(
+    predecessor,
+    successor,
+    classifier,
+    replacement_rate=0.5,
+    *,
+    method="theseus",
+    mapping=None,
+    replace_embedding=True,
+    **kwargs,
+):
+    """A model that compresses a transformer into one of fewer blocks.
+
+    The predecessor's blocks are divided among the successor's; embedding and
+    modules are replaced at random, each by its successor, and the classifier
+    follows. Side inputs of the blocks (relative positions, attention biases,
+    masks) are carried along: BERT, RoBERTa, ALBERT, NEZHA, RoFormer and others
+    of bert4keras, and the backbones of KerasHub.
+
+    Args:
+        predecessor: The large transformer, trained: an object of bert4keras
+            (`build_transformer_model(..., return_keras_model=False)`), or a
+            functional model, such as a KerasHub backbone. It will be frozen.
+        successor: The small transformer, likewise. `keep_blocks(predecessor,
+            3)` makes one of the predecessor's first blocks.
+        classifier: Model or layer from the transformer's output to the
+            prediction, trained with the predecessor; `None` where the
+            transformers have their heads: the predecessor's is then shared.
+        replacement_rate: Float or schedule, the probability of the successor.
+        method: `"theseus"`, or a baseline of the same parts, that leaves them
+            as they are, since it trains a copy of successor and classifier:
+            `"direct"`, a plain model for direct fine-tuning, or
+            `"distillation"`, which learns the predecessor's predictions.
+        mapping: How many of the predecessor's blocks each module has, in order:
+            integers, or pairs (predecessor's blocks, successor's blocks).
+            Defaults to one block of the successor in each module and an even
+            division of the predecessor's; 12 onto 5 is 2, 2, 3, 2, 3.
+        replace_embedding: Boolean. Whether the embedding is a module to be
+            replaced, too; else the predecessor's is shared.
+        **kwargs: For `Theseus` (`mode`, `train_shared`, ...) or `Distillation`.
+
+    Returns:
+        A model to compile and fit: a `Theseus`, a `Distillation` (both with
+        `detach()`), or a plain `keras.Model`.
+
+    Example:
+
+    >>> theseus = bert_of_theseus(predecessor, successor, classifier)
+    >>> theseus.compile("adam", "sparse_categorical_crossentropy")
+    >>> theseus.fit(x, y)
+    >>> model = theseus.detach()
+
+    Reference:
+        [Xu et al., 2020](https://arxiv.org/abs/2002.02925);
+        [blog post](https://kexue.fm/archives/7575)
+
+    Departs from the post: the model comes uncompiled; the depths need not
+    divide; NEZHA and other blocks with side inputs work.
+    """
+    if method not in METHODS:
+        raise ValueError(
+            f"Expected `method` to be one of {', '.join(map(repr, METHODS))}. "
+            f"Received: method={method!r}"
+        )
+    old, new = whole_model(predecessor), whole_model(successor)
+    if isinstance(classifier, keras.Model):
+        classifier = cut_model(classifier, [])[0]
+    if method != "theseus":
+        student = copied(_with_head(new, classifier))
+        if method == "direct":
+            return student
+        return Distillation(_with_head(old, classifier), student, **kwargs)
+
+    boundaries = [block_boundaries(m) for m in (old, new)]
+    steps = _steps(mapping, *(len(b) - 1 for b in boundaries))
+    segments = []
+    for model, found, counts in zip(
+        (old, new), boundaries, zip(*steps, strict=True), strict=True
+    ):
+        cuts = [found[sum(counts[:i])] for i in range(len(counts) + 1)]
+        segments.append(cut_model(model, cuts))
+    size = len(steps) + 1
+    # What follows the blocks (a pooler, say) is the predecessor's.
+    head = segments[0][size:] + ([] if classifier is None else [classifier])
+    old, new = (s[:size] for s in segments)
+    stem = None
+    if not replace_embedding:
+        stem, old, new = old[0], old[1:], new[1:]
+    return Theseus(
+        old, new, head or None, replacement_rate, stem=stem, **kwargs
+    )
+
+
+def _with_head(model, classifier):
+    outputs = model._outputs_struct
+    if classifier is not None:
+        # A segment is spelt out, in its layers.
+        call = getattr(classifier, "cut", None) and classifier.call
+        outputs = (call or classifier)(outputs)
+    return keras.Model(model._inputs_struct, outputs)
+
+
+def _steps(mapping, old, new):
+    """Pairs: how many blocks of either model a module has."""
+    if mapping is None:
+        mapping = [(i + 1) * old // new - i * old // new for i in range(new)]
+    steps = [(m, 1) if isinstance(m, int) else tuple(m) for m in mapping]
+    sums = tuple(sum(s) for s in zip(*steps, strict=True))
+    if sums != (old, new) or min(map(min, steps)) < 1:
+        raise ValueError(
+            f"Expected `mapping` to divide the predecessor's {old} blocks and "
+            f"the successor's {new} into modules of at least one block each; "
+            "the successor cannot be the deeper one. "
+            f"Received: mapping={mapping}"
+        )
+    return steps

@@ -1,0 +1,303 @@
+"""Compression by module replacement as a Keras model."""
+
+import keras
+from keras import tree
+
+from blogkeras.theseus.cutting import Segment, _Cut
+from blogkeras.theseus.replacement import (
+    ModuleReplacement,
+    as_list,
+    chain,
+    deserialized,
+    output_shape,
+    serialized_rate,
+)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class Theseus(keras.Model):
+    """Compresses a model by replacing its modules at random while it learns.
+
+    The predecessor, trained and frozen, is given as n modules, the smaller
+    successor likewise. In training each predecessor module gives way to its
+    successor with the probability `replacement_rate` (see `ModuleReplacement`),
+    and the task's own loss trains the successors:
+
+        x → stem → module 1 → … → module n → head → prediction
+
+    In inference (`predict`, `evaluate`, validation) all modules are successors.
+    `detach()` then gives the successor as a plain Keras model. The three phases
+    (train the predecessor, replace, train the detached successor on) are
+    ordinary `compile` and `fit` calls; saved with `save`, the replacing goes on
+    where it stopped, schedule and random state included.
+
+    A module is a layer, a model, or a list of them called one after another. It
+    may return a list of tensors, which the next module takes. `cut_model` makes
+    such modules from a functional model; `bert_of_theseus` does all of it for
+    transformers.
+
+    Args:
+        predecessor_modules: List of modules, built. Their layers are frozen
+            (`trainable = False`).
+        successor_modules: List of as many modules, smaller, whose inputs and
+            outputs have the shapes of the predecessor's.
+        head: Layer, model or list of layers after the modules, shared by
+            predecessor and successor; `None` for none.
+        replacement_rate: Float in [0, 1] or a schedule, the probability that
+            the *successor* runs; see `ModuleReplacement`.
+        stem: Layers before the modules, likewise shared: an embedding that is
+            not replaced.
+        mode: String, see `ModuleReplacement`.
+        train_shared: Boolean. Whether stem and head learn, too; else they are
+            frozen until `detach`.
+        predecessor_dropout: Boolean, see `ModuleReplacement`.
+        seed: Integer or `None`.
+
+    Example:
+
+    >>> big = [[keras.layers.Dense(16, "relu") for _ in range(2)] for _ in "ab"]
+    >>> predecessor = keras.Sequential(
+    ...     [keras.Input((8,)), *big[0], *big[1], keras.layers.Dense(3)]
+    ... )  # compile and fit it
+    >>> small = [keras.layers.Dense(16, "relu") for _ in "ab"]
+    >>> theseus = Theseus(big, small, head=predecessor.layers[-1])
+    >>> theseus.compile("adam", "mse")
+    >>> # theseus.fit(x, y)
+    >>> successor = theseus.detach()
+
+    Reference:
+        [Xu et al., 2020](https://arxiv.org/abs/2002.02925);
+        [blog post](https://kexue.fm/archives/7575)
+
+    Departs from the post: `replacement_rate` is the successor's probability,
+    where the post's ε = 1 is the predecessor; see `ModuleReplacement` for more.
+    """
+
+    def __init__(
+        self,
+        predecessor_modules,
+        successor_modules,
+        head=None,
+        replacement_rate=0.5,
+        *,
+        stem=None,
+        mode="batch",
+        train_shared=False,
+        predecessor_dropout=False,
+        seed=None,
+        **kwargs,
+    ):
+        # The modules cast by themselves, each layer what it takes.
+        super().__init__(**{"autocast": False, **kwargs})
+        check_modules(predecessor_modules, successor_modules)
+        self.predecessor_modules = list(predecessor_modules)
+        self.successor_modules = list(successor_modules)
+        self.head, self.stem = head, stem
+        self.replacement_rate = replacement_rate
+        self.mode = mode
+        self.train_shared = train_shared
+        self.predecessor_dropout = predecessor_dropout
+        self.seed = seed
+        self.supports_masking = True
+        self.replacements = [
+            ModuleReplacement(
+                predecessor,
+                successor,
+                replacement_rate,
+                mode,
+                predecessor_dropout,
+                None if seed is None else seed + i,
+                name=f"module_{i}",
+                dtype=self.dtype_policy,
+            )
+            for i, (predecessor, successor) in enumerate(
+                zip(predecessor_modules, successor_modules, strict=True)
+            )
+        ]
+        if not train_shared:
+            self._set_shared_trainable(False)
+        known = self._known_inputs()
+        if known is not None:
+            self.build(tree.map_structure(lambda x: tuple(x.shape), known))
+
+    def build(self, input_shape):
+        shape = self._input_shape = input_shape
+        for layer in self._layers_in_order():
+            if not layer.built:
+                layer.build(shape)
+            shape = output_shape(layer, shape)
+
+    def call(self, inputs, training=False, mask=None):
+        return chain(self._layers_in_order(), inputs, bool(training))
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None  # the layers have set the masks that there are
+
+    def detach(self, inputs=None):
+        """The successor as a plain Keras model, ready for its own training.
+
+        It consists of stem, successor modules and head. Layers and weights are
+        this model's own, not copies; stem and head become trainable.
+
+        Args:
+            inputs: `keras.Input`, or a structure of them, where this model does
+                not begin with a functional one and its inputs differ from
+                floating tensors of the shapes that it has been built for.
+
+        Returns:
+            A functional `keras.Model`.
+        """
+        if inputs is None:
+            inputs = self._fresh_inputs()
+        x = inputs
+        for layer in [
+            *_optional(self.stem),
+            *(y for s in self.successor_modules for y in as_list(s)),
+            *_optional(self.head),
+        ]:
+            # A segment is spelt out, in the layers that it was cut from.
+            x = layer.call(x) if isinstance(layer, Segment) else layer(x)
+        self._set_shared_trainable(True)
+        return keras.Model(inputs, x)
+
+    def _layers_in_order(self):
+        return [
+            *_optional(self.stem),
+            *self.replacements,
+            *_optional(self.head),
+        ]
+
+    def _set_shared_trainable(self, trainable):
+        for layer in [*_optional(self.stem), *_optional(self.head)]:
+            layer.trainable = trainable
+
+    def _first(self):
+        stem = _optional(self.stem)
+        return (stem or as_list(self.successor_modules[0]))[0]
+
+    def _known_inputs(self):
+        """The first layer's symbolic inputs if it has some of its own."""
+        first = self._first()
+        if isinstance(first, Segment):
+            return first.cut.crossing[first.index]
+        return getattr(first, "_inputs_struct", None)
+
+    def _fresh_inputs(self):
+        known = self._known_inputs()
+        if known is not None:
+            return tree.map_structure(
+                lambda x: keras.Input(
+                    batch_shape=x.shape, dtype=x.dtype, name=x.name
+                ),
+                known,
+            )
+        if not self.built:
+            raise ValueError(
+                "The shape of the inputs is not known yet: call `fit`, `build` "
+                "or the model first, or give `inputs`. Received: inputs=None"
+            )
+        return tree.map_shape_structure(
+            lambda shape: keras.Input(shape[1:]), self._input_shape
+        )
+
+    def get_config(self):
+        cuts = []
+        parts = {
+            name: _packed(getattr(self, name), cuts)
+            for name in (
+                "predecessor_modules",
+                "successor_modules",
+                "head",
+                "stem",
+            )
+        }
+        return {
+            **super().get_config(),
+            **parts,
+            "cuts": [cut.get_config() for cut in cuts],
+            "replacement_rate": serialized_rate(self.replacement_rate),
+            "mode": self.mode,
+            "train_shared": self.train_shared,
+            "predecessor_dropout": self.predecessor_dropout,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        cuts = [_Cut.from_config(c) for c in config.pop("cuts")]
+        for name in (
+            "predecessor_modules",
+            "successor_modules",
+            "head",
+            "stem",
+        ):
+            config[name] = _unpacked(config[name], cuts)
+        config["replacement_rate"] = deserialized(config["replacement_rate"])
+        return cls(**config)
+
+
+def check_modules(predecessor_modules, successor_modules):
+    """Raises a ValueError that names the module where something is wrong."""
+    counts = len(predecessor_modules), len(successor_modules)
+    if counts[0] != counts[1] or not counts[0]:
+        raise ValueError(
+            "Expected as many predecessor modules as successor modules, at "
+            "least one; a list inside of the list is one module. "
+            f"Received: {counts[0]} and {counts[1]}"
+        )
+    seen, frozen = {}, {}
+    for role, modules in (
+        ("predecessor", predecessor_modules),
+        ("successor", successor_modules),
+    ):
+        for i, module in enumerate(modules):
+            for layer in as_list(module):
+                if not isinstance(layer, keras.Layer):
+                    raise ValueError(
+                        f"Module {i} of the {role}: expected a Keras layer, a "
+                        f"model or a list of them. Received: {layer!r}"
+                    )
+                place = seen.setdefault(id(layer), (role, i))
+                if place != (role, i):
+                    raise ValueError(
+                        f"Module {i} of the {role}: expected each module to "
+                        "stand in one place only; make a copy. Received: "
+                        f"{layer.name!r}, also in module {place[1]} of the "
+                        f"{place[0]}"
+                    )
+                for variable in layer.variables:
+                    if role == "predecessor":
+                        frozen[id(variable)] = i
+                    elif id(variable) in frozen:
+                        raise ValueError(
+                            f"Module {i} of the successor: expected weights "
+                            "of its own, as the predecessor is frozen; make a "
+                            f"copy. Received: {variable.path!r}, also in "
+                            f"module {frozen[id(variable)]} of the predecessor"
+                        )
+
+
+def _optional(layers):
+    return [] if layers is None else as_list(layers)
+
+
+def _packed(layers, cuts):
+    """A configuration, in which segments of one model are known as such."""
+    if layers is None:
+        return None
+    if isinstance(layers, (list, tuple)):
+        return [_packed(x, cuts) for x in layers]
+    if isinstance(layers, Segment):
+        if layers.cut not in cuts:
+            cuts.append(layers.cut)
+        return {"cut": cuts.index(layers.cut), "segment": layers.index}
+    return keras.saving.serialize_keras_object(layers)
+
+
+def _unpacked(config, cuts):
+    if isinstance(config, (list, tuple)):
+        return [_unpacked(x, cuts) for x in config]
+    if config is None or "cut" not in config:
+        return deserialized(config)
+    return cuts[config["cut"]].segments[config["segment"]]
