@@ -222,13 +222,13 @@ def full_model(name):
 @pytest.mark.parametrize(
     ("name", "weights", "batch_size"),
     [
-        ("functional", None, 32),
-        ("own loss", toy.WEIGHTS, 35),
-        ("subclassed", toy.WEIGHTS, 35),
-        ("old style", None, 35),
+        ("functional", None, 48),
+        ("own loss", toy.WEIGHTS, 32),
+        ("subclassed", toy.WEIGHTS, 32),
+        ("old style", None, 32),
         # Equal batches: on TensorFlow, Keras averages the losses of single
         # outputs over batches as if they were equally large.
-        ("two outputs", {"a": toy.WEIGHTS, "b": toy.WEIGHTS}, 35),
+        ("two outputs", {"a": toy.WEIGHTS, "b": toy.WEIGHTS}, 32),
     ],
 )
 def test_epsilon_zero_is_evaluate(name, weights, batch_size):
@@ -293,7 +293,7 @@ def test_nothing_of_the_model_changes(monkeypatch):
         for layer, attributes in zip(model.layers, instances, strict=True):
             assert vars(layer).keys() == attributes.keys()
 
-    evaluated(model, toy.TOKENS, toy.LABELS, batch_size=70)
+    evaluated(model, toy.TOKENS, toy.LABELS, batch_size=64)
     unchanged()
 
     def interrupted(*args, **kwargs):
@@ -302,7 +302,7 @@ def test_nothing_of_the_model_changes(monkeypatch):
     # In the middle of the model, under the gradient.
     monkeypatch.setattr(layers.Dense, "call", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        evaluated(model, toy.TOKENS, toy.LABELS, batch_size=70)
+        evaluated(model, toy.TOKENS, toy.LABELS, batch_size=64)
     unchanged()
     monkeypatch.undo()
     model.fit(toy.TOKENS, toy.LABELS, verbose=0)
@@ -331,7 +331,7 @@ def test_few_shapes_are_compiled(monkeypatch):
 def test_half_precision():
     keras.config.set_dtype_policy("mixed_float16")
     model = toy.compiled(toy.classifier())
-    result = evaluated(model, toy.TOKENS, toy.LABELS, (0.0, 0.5), batch_size=35)
+    result = evaluated(model, toy.TOKENS, toy.LABELS, (0.0, 0.5), batch_size=32)
     clean, attacked = result.column("loss")
     expected = model.evaluate(toy.TOKENS, toy.LABELS, verbose=0)[0]
     np.testing.assert_allclose(clean, expected, rtol=1e-3)

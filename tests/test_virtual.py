@@ -34,7 +34,9 @@ def divergence(x, moved):
     return (p * np.log(p / q)).sum(-1).mean()
 
 
-def linear(activation="softmax", reduction="sum_over_batch_size", rate=0.0):
+def linear(
+    activation="softmax", reduction="sum_over_batch_size", rate=0.0, jit=False
+):
     model = keras.Sequential(
         [
             keras.Input((3,)),
@@ -46,7 +48,8 @@ def linear(activation="softmax", reduction="sum_over_batch_size", rate=0.0):
         keras.losses.SparseCategoricalCrossentropy(
             from_logits=activation is None, reduction=reduction
         ),
-        jit_compile=True,
+        jit_compile=jit,
+        run_eagerly=not jit,
     )
     model.set_weights([W])
     return model
@@ -181,7 +184,9 @@ def test_unlabelled_rows(reduction, share):
 
 
 def test_strength_zero_trains_plainly():
-    expected, ours = (toy.compiled(toy.classifier()) for _ in range(2))
+    expected, ours = (
+        toy.compiled(toy.classifier(), run_eagerly=True) for _ in range(2)
+    )
     ours.set_weights(expected.get_weights())
     blogkeras.virtual_adversarial_training(ours, epsilon=0.0)
     for model in (expected, ours):
@@ -211,7 +216,11 @@ def test_padding_takes_no_noise():
     model = keras.Model(
         tokens, layers.Dense(2, activation="softmax", use_bias=False)(h)
     )
-    model.compile(keras.optimizers.SGD(0.0), "sparse_categorical_crossentropy")
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        "sparse_categorical_crossentropy",
+        run_eagerly=True,
+    )
     padded = np.array([[1, 2, 3, 0]])
     losses = []
     for epsilon in (0.0, 5.0):
@@ -229,7 +238,7 @@ def stability(x):
 
 @pytest.mark.parametrize("activation", ["softmax", None])
 def test_stability_estimator_is_unbiased(activation):
-    model = linear(activation)
+    model = linear(activation, jit=True)
     blogkeras.adversarial_training(model, method=NoiseStability(1.0))
     x, y = np.tile(X, (50, 1)), np.tile(Y, 50)
     draws = np.array([toy.batch_loss(model, x, y) for _ in range(60)])
@@ -291,6 +300,7 @@ def test_one_sigmoid_unit():
             "sparse_categorical_crossentropy"
             if units == 2
             else "binary_crossentropy",
+            run_eagerly=True,
         )
         columns = [0 * w, w] if units == 2 else [w]
         model.set_weights([np.stack(columns, axis=1)])
