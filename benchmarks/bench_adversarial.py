@@ -1,16 +1,32 @@
-"""FGM and gradient penalty against plain steps and the blog's recipe.
+"""Every adversarial method against plain steps and its peers.
 
     make bench-adversarial
 
 A bert4keras classifier, trained step by step in turn by every contender. The
-peer is the recipe of the blog (post 7234) re-expressed for tf_keras in graph
-mode, which runs the same bert4keras: the gradient of the embedding comes out as
-an array, the perturbation is added to the weights, the step is made, and the
-perturbation is taken away again.
+peers are
+
+- the recipe of the blog (post 7234) re-expressed for tf_keras in graph mode,
+  which runs the same bert4keras: the gradient of the embedding comes out as an
+  array, the perturbation is added to the weights, the step is made, and the
+  perturbation is taken away again;
+- bert4torch's FGM on its own BERT of the same size, on PyTorch, in a virtual
+  environment of its own (`--torch-python`). Its step follows the sum of the
+  clean and the adversarial gradient: two whole passes.
+
+`--group` runs one of the groups and rewrites its section of the table. FLOPs
+are XLA's own count, on the JAX backend, for a Keras transformer of that size.
 """
 
 import argparse
+import importlib.machinery
+import importlib.util
+import json
+import os
 import pathlib
+import re
+import subprocess
+import sys
+import tempfile
 
 import numpy as np
 from interleaved import Worker, environment, measure, ratio, serve
@@ -18,37 +34,71 @@ from interleaved import Worker, environment, measure, ratio, serve
 TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/adversarial.md"
 LEGACY = {"TF_KERAS": "1", "TF_USE_LEGACY_KERAS": "1"}
 
-# name: (label, environment)
+# name: label. The first word of a name is the method.
 CONTENDERS = {
-    "plain": ("plain, XLA", {}),
-    "fgm": ("FGM, matrix, XLA", {}),
-    "fgm-output": ("FGM, output, XLA", {}),
-    "penalty": ("gradient penalty, XLA", {}),
-    "plain-graph": ("plain, no XLA", {}),
-    "fgm-graph": ("FGM, matrix, no XLA", {}),
-    "legacy": ("plain, tf_keras", LEGACY),
-    "legacy-recipe": ("the blog's FGM recipe, tf_keras", LEGACY),
-    "plain-mixed": ("plain, XLA, lengths 32-128 in buckets", {}),
-    "fgm-mixed": ("FGM, XLA, lengths 32-128 in buckets", {}),
-    "legacy-mixed": ("plain, tf_keras, the same batches", LEGACY),
+    "plain": "plain, XLA",
+    "fgm": "FGM, matrix, XLA",
+    "plain-graph": "plain, no XLA",
+    "fgm-graph": "FGM, matrix, no XLA",
+    "plain-legacy": "plain, tf_keras",
+    "fgm-legacy": "the blog's FGM recipe, tf_keras",
+    "plain-torch": "plain, bert4torch",
+    "fgm-torch": "FGM, bert4torch (clean + adversarial)",
+    "fgm-output": "FGM, output",
+    "fgsm": "FGSM, matrix",
+    "pgd": "PGD, 3 steps, matrix",
+    "freelb": "FreeLB, 3 steps",
+    "penalty": "gradient penalty, squared",
+    "penalty-norm": "gradient penalty, norm",
+    "vat": "VAT, 1 iteration",
+    "noise": "VAT, 0 iterations (random noise)",
+    "stability": "noise stability",
+    "plain-mixed": "plain, XLA, lengths 32-128 in buckets",
+    "fgm-mixed": "FGM, XLA, lengths 32-128 in buckets",
+    "plain-mixed-legacy": "plain, tf_keras, the same batches",
 }
-# label, contender, base, target ("<=" or ">=", number) or None
-RATIOS = [
-    ("FGM / plain, XLA", "fgm", "plain", ("<=", 1.70)),
-    ("FGM at the output / plain, XLA", "fgm-output", "plain", None),
-    ("gradient penalty / plain, XLA", "penalty", "plain", None),
-    ("FGM / plain, no XLA", "fgm-graph", "plain-graph", None),
-    ("blog's recipe / plain, tf_keras", "legacy-recipe", "legacy", None),
-    ("blog's recipe / FGM, XLA", "legacy-recipe", "fgm", (">=", 1.3)),
-    ("plain tf_keras / plain, XLA", "legacy", "plain", (">=", 1.5)),
-    ("mixed lengths: FGM / plain, XLA", "fgm-mixed", "plain-mixed", None),
-    (
-        "mixed lengths: tf_keras / plain, XLA",
-        "legacy-mixed",
-        "plain-mixed",
-        None,
-    ),
-]
+# Those of a row run at the same time: memory bounds how many.
+GROUPS = {
+    "peers": [
+        "plain fgm plain-graph fgm-graph plain-legacy fgm-legacy".split()
+    ],
+    "torch": ["plain fgm plain-torch fgm-torch".split()],
+    "methods": [
+        "plain fgm fgm-output fgsm penalty penalty-norm".split(),
+        "plain pgd freelb vat noise stability".split(),
+    ],
+    "mixed": ["plain-mixed fgm-mixed plain-mixed-legacy".split()],
+}
+TITLES = {
+    "peers": "FGM, and tf_keras",
+    "torch": "bert4torch",
+    "methods": "The cost of each method, under XLA",
+    "mixed": "Mixed lengths",
+}
+# group: (label, contender, base, target ("<=" or ">=", number) or None)
+RATIOS = {
+    "peers": [
+        ("FGM / plain, XLA", "fgm", "plain", ("<=", 1.70)),
+        ("FGM / plain, no XLA", "fgm-graph", "plain-graph", None),
+        ("blog's recipe / plain, tf_keras", "fgm-legacy", "plain-legacy", None),
+        ("blog's recipe / FGM, XLA", "fgm-legacy", "fgm", (">=", 1.3)),
+        ("plain, tf_keras / XLA", "plain-legacy", "plain", (">=", 1.5)),
+    ],
+    "torch": [
+        ("bert4torch: FGM / plain", "fgm-torch", "plain-torch", None),
+        ("plain, bert4torch / XLA", "plain-torch", "plain", None),
+        ("FGM, bert4torch / XLA", "fgm-torch", "fgm", None),
+    ],
+    "methods": [
+        (CONTENDERS[name], name, "plain", None)
+        for row in GROUPS["methods"]
+        for name in row[1:]
+    ],
+    "mixed": [
+        ("FGM / plain, XLA", "fgm-mixed", "plain-mixed", None),
+        ("plain, tf_keras / XLA", "plain-mixed-legacy", "plain-mixed", None),
+    ],
+}
 
 
 def batches(name, options):
@@ -87,6 +137,25 @@ def classifier(keras, options):
     return keras.models.Model(bert.inputs, outputs)
 
 
+def method(name):
+    """The adversarial method of a contender, or None."""
+    import blogkeras as b
+
+    return {
+        "plain": lambda: None,
+        "fgm": lambda: b.FGM(0.5),
+        "fgm-output": lambda: b.FGM(0.5, site="output"),
+        "fgsm": lambda: b.FGSM(0.003),
+        "pgd": lambda: b.PGD(0.5, steps=3),
+        "freelb": lambda: b.FreeLB(0.5, steps=3),
+        "penalty": lambda: b.GradientPenalty(1.0),
+        "penalty-norm": lambda: b.GradientPenalty(1.0, "norm"),
+        "vat": lambda: b.VirtualAdversarialTraining(1.0),
+        "noise": lambda: b.VirtualAdversarialTraining(1.0, iters=0),
+        "stability": lambda: b.NoiseStability(1.0),
+    }[name.removesuffix("-graph").removesuffix("-mixed")]()
+
+
 def keras_3(name, options):
     import keras
 
@@ -99,14 +168,10 @@ def keras_3(name, options):
         "sparse_categorical_crossentropy",
         jit_compile="graph" not in name,
     )
-    kind = name.split("-")[0]
-    if kind == "fgm":
-        site = "output" if "output" in name else "matrix"
-        method = blogkeras.FGM(0.5, site=site)
-        blogkeras.adversarial_training(model, "Embedding-Token", method=method)
-    elif kind == "penalty":
-        method = blogkeras.GradientPenalty(1.0)
-        blogkeras.adversarial_training(model, "Embedding-Token", method=method)
+    if method(name):
+        blogkeras.adversarial_training(
+            model, "Embedding-Token", method=method(name)
+        )
     return stepper(model.train_on_batch, name, options)
 
 
@@ -117,7 +182,7 @@ def tf_keras(name, options):
     model = classifier(keras, options)
     optimizer = keras.optimizers.Adam(2e-5)
     model.compile(optimizer, "sparse_categorical_crossentropy")
-    if name != "legacy-recipe":
+    if name != "fgm-legacy":
         return stepper(model.train_on_batch, name, options)
     table = model.get_layer("Embedding-Token").embeddings
     loss = keras.losses.SparseCategoricalCrossentropy()
@@ -151,54 +216,214 @@ def stepper(train, name, options):
     return step
 
 
-def report(seconds, options, packages):
-    lines = [
-        "# Benchmark: adversarial training",
-        "",
-        f"bert4keras BERT, {options.layers} layers × {options.hidden}, "
-        f"vocabulary {options.vocabulary}, batch {options.batch} × "
-        f"{options.length}, Adam, dropout 0.1; {options.rounds} rounds of "
-        "interleaved steps after warm-up.",
-        "",
-        environment(packages),
-        "",
+def torch(name, options):
+    """bert4torch's BERT; FGM by its own callback's class."""
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:  # needed by its video models alone
+        part = ""
+        for word in ("torchvision", "transforms", "v2", "functional"):
+            part = f"{part}.{word}".strip(".")
+            spec = importlib.machinery.ModuleSpec(part, None)
+            sys.modules[part] = importlib.util.module_from_spec(spec)
+    from bert4torch.callbacks import FGM
+    from bert4torch.models import build_transformer_model
+
+    config = {
+        "model": "bert",
+        "vocab_size": options.vocabulary,
+        "hidden_size": options.hidden,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": max(options.hidden // 32, 1),
+        "intermediate_size": 4 * options.hidden,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1,
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "initializer_range": 0.02,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder, "bert4torch_config.json")
+        path.write_text(json.dumps(config), encoding="utf-8")
+        bert = build_transformer_model(config_path=str(path))
+    head = torch.nn.Linear(options.hidden, 2)
+    model = torch.nn.ModuleDict({"bert": bert, "head": head}).train()
+    optimizer = torch.optim.Adam(model.parameters(), 2e-5)
+    entropy, attack = torch.nn.CrossEntropyLoss(), FGM(model)
+
+    def backward(x, y):
+        mask = (x[0] > 0)[..., None]
+        h = (model["bert"](x) * mask).sum(1) / mask.sum(1)
+        entropy(model["head"](h), y).backward()
+
+    def step(x, y):
+        x, y = [torch.from_numpy(a).long() for a in x], torch.from_numpy(y)
+        optimizer.zero_grad()
+        backward(x, y)
+        if "fgm" in name:
+            attack.attack(0.5, "word_embeddings")
+            backward(x, y)
+            attack.restore("word_embeddings")
+        optimizer.step()
+
+    return stepper(step, name, options)
+
+
+def count_flops(options):
+    """Prints XLA's operations per step of every method, as JSON."""
+    import jax
+    import keras
+    from keras import layers
+
+    from blogkeras import adversarial_training
+
+    tokens = keras.Input((options.length,), dtype="int32")
+    h = layers.Embedding(options.vocabulary, options.hidden)(tokens)
+    heads = max(options.hidden // 32, 1)
+    for _ in range(options.layers):
+        a = layers.MultiHeadAttention(heads, options.hidden // heads)(h, h)
+        h = layers.LayerNormalization()(layers.Add()([h, a]))
+        f = layers.Dense(4 * options.hidden, "gelu")(h)
+        f = layers.Dense(options.hidden)(f)
+        h = layers.LayerNormalization()(layers.Add()([h, f]))
+    h = layers.GlobalAveragePooling1D()(h)
+    model = keras.Model(tokens, layers.Dense(2, activation="softmax")(h))
+    model.compile("adam", "sparse_categorical_crossentropy", jit_compile=False)
+    x = np.zeros((options.batch, options.length), "int32")
+    y = np.zeros((options.batch,), "int32")
+    model.train_on_batch(x[:1], y[:1])  # builds everything
+    state = [
+        [v.value for v in variables]
+        for variables in (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+    ]
+    counts = {}
+    for name in sum(GROUPS["methods"], []):
+        if name not in counts:
+            if method(name):
+                adversarial_training(model, method=method(name))
+            program = jax.jit(model.train_step).lower(state, (x, y)).compile()
+            counts[name] = program.cost_analysis()["flops"]
+    print(json.dumps(counts))
+
+
+def flops(sizes):
+    """XLA's operations per step of every method, from a process on JAX."""
+    answer = subprocess.run(
+        [sys.executable, __file__, "--count-flops", *sizes],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={
+            **os.environ,
+            "KERAS_BACKEND": "jax",
+            # The count does not depend on how well the code is compiled.
+            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+            "--xla_llvm_disable_expensive_passes=true",
+        },
+    )
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def section(group, contests, sizes, options):
+    """The group's part of the page: its clocks and its ratios."""
+    machine = environment(
+        ["keras", "tensorflow", "tf_keras", "bert4keras", "numpy"]
+    )
+    if group == "torch":
+        machine += f"; peer: {torch_versions(options.torch_python)}"
+    lines = [f"## {TITLES[group]}", "", machine, ""]
+    lines += [
         "| contender | seconds per step, median | minimum |",
         "|---|---|---|",
     ]
-    for name, values in seconds.items():
-        count = 4 if "mixed" in name else 1
-        lines.append(
-            f"| {CONTENDERS[name][0]} | {np.median(values) / count:.3f} | "
-            f"{values.min() / count:.3f} |"
-        )
+    for seconds in contests:
+        for name, values in seconds.items():
+            count = 4 if "mixed" in name else 1
+            if seconds is contests[0] or name != "plain":
+                lines.append(
+                    f"| {CONTENDERS[name]} | {np.median(values) / count:.3f} | "
+                    f"{values.min() / count:.3f} |"
+                )
+    counted = flops(sizes) if group == "methods" else None
+    last = "FLOPs / plain" if counted else "target"
     lines += [
         "",
-        "| ratio | median | 95 % interval | target |",
+        f"| ratio | median | 95 % interval | {last} |",
         "|---|---|---|---|",
     ]
-    for label, name, base, target in RATIOS:
-        if name in seconds and base in seconds:
-            middle, low, high = ratio(seconds, name, base)
-            row = (
-                label,
-                f"{middle:.2f}",
-                f"{low:.2f} to {high:.2f}",
-                f"{target[0]} {target[1]:.2f}" if target else "",
-            )
-            lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "Regenerate: `make bench-adversarial`.", ""]
-    return "\n".join(lines)
+    for label, name, base, target in RATIOS[group]:
+        (seconds,) = (s for s in contests if name in s)
+        middle, low, high = ratio(seconds, name, base)
+        if counted:
+            end = f"{counted[name] / counted[base]:.2f}"
+        else:
+            end = f"{target[0]} {target[1]:.2f}" if target else ""
+        lines.append(
+            f"| {label} | {middle:.2f} | {low:.2f} to {high:.2f} | {end} |"
+        )
+    return "\n".join([*lines, ""])
 
 
-def contest(names, arguments, rounds):
+def write(group, text, options):
+    """Puts the section in its place on the page; the others stay."""
+    path = options.table
+    old = path.read_text(encoding="utf-8") if path.exists() else ""
+    parts = {}
+    for name, title in TITLES.items():
+        found = re.search(rf"^## {title}\n.*?(?=^## |\Z)", old, re.M | re.S)
+        if found:
+            parts[name] = found[0].rstrip() + "\n"
+    parts[group] = text
+    head = (
+        "# Benchmark: adversarial training\n\n"
+        f"bert4keras BERT, {options.layers} layers × {options.hidden}, "
+        f"vocabulary {options.vocabulary}, batch {options.batch} × "
+        f"{options.length}, Adam, dropout 0.1; interleaved steps after "
+        f"warm-up, {options.rounds} rounds. Ratios are medians of the ratios "
+        "within a round.\n\nRegenerate: `make bench-adversarial`.\n"
+    )
+    body = [parts[name] for name in TITLES if name in parts]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join([head, *body]), encoding="utf-8")
+
+
+def torch_versions(python):
+    code = (
+        "from importlib.metadata import version as v;"
+        "print('bert4torch', v('bert4torch') + ', torch', v('torch'))"
+    )
+    return subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+def contest(names, arguments, options):
     """Seconds per step of contenders that take turns."""
     workers = []
     for name in names:
         print("starting", name, flush=True)
-        workers.append(Worker(__file__, name, arguments, CONTENDERS[name][1]))
+        legacy, peer = "legacy" in name, "torch" in name
+        python = options.torch_python if peer else sys.executable
+        workers.append(
+            Worker(
+                __file__,
+                name,
+                arguments,
+                LEGACY if legacy else {},
+                python=python,
+            )
+        )
     seconds = measure(
         workers,
-        rounds,
+        options.rounds,
         progress=lambda i, n: print(f"round {i} of {n}", flush=True),
     )
     for worker in workers:
@@ -207,37 +432,44 @@ def contest(names, arguments, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--worker", choices=CONTENDERS)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--count-flops", action="store_true")
+    parser.add_argument(
+        "--group", nargs="*", choices=GROUPS, default=list(GROUPS)
+    )
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=384)
     parser.add_argument("--vocabulary", type=int, default=21128)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--torch-python", help="a Python that has bert4torch")
     parser.add_argument("--table", type=pathlib.Path, default=TABLE)
     options = parser.parse_args()
+    if options.count_flops:
+        return count_flops(options)
     if options.worker:
-        make = tf_keras if "legacy" in options.worker else keras_3
-        return serve(lambda: make(options.worker, options))
+        name = options.worker
+        make = next(
+            (f for word, f in FACTORIES.items() if word in name), keras_3
+        )
+        return serve(lambda: make(name, options))
     sizes = [
         f"--{name}={getattr(options, name)}"
         for name in ("layers", "hidden", "vocabulary", "batch", "length")
     ]
-    seconds = {}
-    for mixed in (False, True):  # all at once would fill 24 GiB
-        names = [n for n in options.only if ("mixed" in n) == mixed]
-        seconds.update(contest(names, sizes, options.rounds))
-    text = report(
-        seconds,
-        options,
-        ["keras", "tensorflow", "tf_keras", "bert4keras", "numpy"],
-    )
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(text, encoding="utf-8")
-    print(text)
+    for group in options.group:
+        if group == "torch" and not options.torch_python:
+            print("no --torch-python: bert4torch is left out")
+            continue
+        contests = [contest(row, sizes, options) for row in GROUPS[group]]
+        text = section(group, contests, sizes, options)
+        write(group, text, options)
+        print(text)
 
+
+FACTORIES = {"legacy": tf_keras, "torch": torch}
 
 if __name__ == "__main__":
     main()

@@ -33,12 +33,19 @@ def serve(prepare):
 
 
 class Worker:
-    """A contender in a process of its own."""
+    """A contender in a process of its own, of another Python if need be."""
 
-    def __init__(self, script, name, arguments=(), environment=()):
+    def __init__(
+        self,
+        script,
+        name,
+        arguments=(),
+        environment=(),
+        python=sys.executable,
+    ):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, script, "--worker", name, *arguments],
+            [python, script, "--worker", name, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
