@@ -1,0 +1,31 @@
+"""VQ-VAE (post 6760): vectors to codes, pictures to codes, codes to pictures."""
+
+from blogkeras.quantization.codebook import (
+    VectorQuantizer,
+    nearest_codes,
+    perplexity,
+    usage,
+)
+from blogkeras.quantization.prior import CodePrior
+from blogkeras.quantization.residual import ResidualVectorQuantizer
+from blogkeras.quantization.scalar import FiniteScalarQuantizer
+from blogkeras.quantization.vqvae import (
+    VQVAE,
+    CodebookUsage,
+    blog_autoencoder,
+    sonnet_autoencoder,
+)
+
+__all__ = [
+    "VQVAE",
+    "CodePrior",
+    "CodebookUsage",
+    "FiniteScalarQuantizer",
+    "ResidualVectorQuantizer",
+    "VectorQuantizer",
+    "blog_autoencoder",
+    "nearest_codes",
+    "perplexity",
+    "sonnet_autoencoder",
+    "usage",
+]

@@ -1,0 +1,602 @@
+"""Vectors to codes and back: what all quantizers share, and the codebook."""
+
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.ops import (
+    map_blocks,
+    masked_mean,
+    safe_norm,
+    straight_through,
+)
+
+# A block of distances is at most this many numbers: it stays in the cache.
+BLOCK = 2**19
+
+
+def nearest_codes(z, codebook):
+    """The index of the nearest row of `codebook`, for each vector.
+
+        k = argmin_j ||z - e_j||²
+
+    Ties go to the lowest index. Distances are computed block by block: the
+    whole matrix of distances is never in memory.
+
+    Args:
+        z: `(n, dim)`, float32.
+        codebook: `(num_codes, dim)`, float32.
+
+    Returns:
+        `(n,)`, int32.
+    """
+    z, codebook = ops.stop_gradient(z), ops.stop_gradient(codebook)
+    center = ops.mean(codebook, axis=0)
+    num_codes = codebook.shape[0]
+    # ||z - e||² = ||z||² - 2 (z·e - ||e||²/2), around the codebook's mean for
+    # the sake of digits.
+    e = ops.transpose(codebook - center)
+    half = ops.sum(ops.square(e), axis=0) / 2
+    indices = ops.arange(num_codes, dtype="int32")
+
+    def assign(rows):
+        score = ops.matmul(rows - center, e) - half
+        best = ops.max(score, axis=-1, keepdims=True)
+        # XLA turns this into two plain reductions; `argmax` is much slower.
+        found = ops.where(score >= best, indices, num_codes - 1)
+        return ops.min(found, axis=-1)
+
+    return map_blocks(assign, z, max(BLOCK // num_codes, 8))
+
+
+def perplexity(counts):
+    """How many codes are in use, effectively: exp of the entropy, in [1, K].
+
+        exp(-Σ p log(p + 1e-10)),  p = counts / Σ counts
+
+    Args:
+        counts: `(num_codes,)`, how often each code was used. All zero gives 1.
+
+    Returns:
+        Scalar, float32.
+    """
+    counts = ops.convert_to_tensor(counts, "float32")
+    p = counts / ops.maximum(ops.sum(counts), 1)
+    return ops.exp(-ops.sum(p * ops.log(p + 1e-10)))
+
+
+def usage(counts):
+    """The share of codes that were used at all, in [0, 1]."""
+    counts = ops.convert_to_tensor(counts, "float32")
+    return ops.mean(ops.cast(counts > 0, "float32"))
+
+
+class Quantizer(keras.layers.Layer):
+    """What all quantizers share. Abstract: subclasses say `_quantize`,
+    `_decode`, `num_codes`, and the number of codes for one vector.
+
+    """
+
+    codes_per_vector = ()  # trailing axes of the codes
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        # Inputs are wanted as they are; the arithmetic is in float32.
+        self.autocast = False
+        self.supports_masking = True
+
+    def codebooks(self):
+        """The layers that count codes: the quantizer itself, or its stages."""
+        return [self]
+
+    def _add_state(self, shape, name):
+        return self.add_weight(
+            shape=shape,
+            initializer="zeros",
+            trainable=False,
+            dtype="float32",
+            autocast=False,
+            # Every replica assigns the same, reduced value.
+            aggregation="only_first_replica",
+            name=name,
+        )
+
+    def _build_counts(self):
+        self.batch_counts = self._add_state((self.num_codes,), "batch_counts")
+        self.total_counts = self._add_state((self.num_codes,), "total_counts")
+
+    def count(self, codes, weights=None):
+        """How often each code occurs, over all replicas; `(num_codes,)`.
+
+        Args:
+            codes: Integers of any shape.
+            weights: Floats of the shape of `codes`: how much each counts.
+        """
+        codes = ops.reshape(codes, [-1])
+        if weights is None:
+            weights = ops.ones_like(codes, dtype="float32")
+        counts = ops.segment_sum(
+            ops.reshape(weights, [-1]), codes, num_segments=self.num_codes
+        )
+        return backend.all_reduce_sum(counts)
+
+    def _keep_counts(self, counts):
+        self.batch_counts.assign(counts)
+        self.total_counts.assign(self.total_counts + counts)
+
+    def reset_counts(self):
+        """Starts `total_counts` again from zero."""
+        for codebook in self.codebooks():
+            counts = codebook.total_counts
+            counts.assign(ops.zeros_like(counts))
+
+    def call(self, inputs, training=False, return_codes=False, mask=None):
+        z = self._vectors(inputs)
+        quantized, codes, loss = self._quantize(
+            z, _weights(z, mask), bool(training)
+        )
+        if loss is not None:
+            self.add_loss(loss)
+        quantized = ops.cast(quantized, self.compute_dtype)
+        return (quantized, codes) if return_codes else quantized
+
+    def encode(self, inputs):
+        """The codes of vectors.
+
+        Args:
+            inputs: `(..., dim)`, floating.
+
+        Returns:
+            Integers, `(...)`; `(..., num_quantizers)` for residual codes.
+        """
+        if not self.built:
+            self.build(tuple(inputs.shape))
+        return self._encode(self._vectors(inputs))
+
+    def decode(self, codes):
+        """The vectors that codes stand for.
+
+        Args:
+            codes: Integers shaped as `encode` gives them.
+
+        Returns:
+            `(..., dim)`, of the layer's compute dtype.
+
+        Raises:
+            ValueError: If the codes are not integers, or out of range. (In a
+                compiled function values are not known: there they are not
+                checked.)
+        """
+        codes = ops.convert_to_tensor(codes)
+        if "int" not in keras.backend.standardize_dtype(codes.dtype):
+            raise ValueError(
+                "Expected integer codes, as `encode` returns them. Received: "
+                f"codes of dtype {keras.backend.standardize_dtype(codes.dtype)}"
+            )
+        if backend.is_concrete(codes) and 0 not in codes.shape:
+            low, high = int(ops.min(codes)), int(ops.max(codes))
+            if low < 0 or high >= self.num_codes:
+                raise ValueError(
+                    f"Expected codes from 0 to {self.num_codes - 1}. Received: "
+                    f"codes from {low} to {high}"
+                )
+        if not self.built:
+            raise ValueError(
+                f"The layer {self.name!r} has no codebook yet. Call it once, "
+                "or `build` it. Received: `decode` before `build`"
+            )
+        vectors = self._decode(ops.cast(codes, "int32"))
+        return ops.cast(vectors, self.compute_dtype)
+
+    def _vectors(self, inputs):
+        dim = self.input_spec.axes[-1]
+        z = ops.cast(inputs, "float32")
+        if len(z.shape) == 0 or z.shape[-1] != dim:
+            raise ValueError(
+                f"Expected vectors of size {dim} along the last axis. "
+                f"Received: inputs.shape={tuple(z.shape)}"
+            )
+        if backend.is_concrete(z) and not bool(ops.all(ops.isfinite(z))):
+            raise ValueError(
+                "Expected finite vectors: a NaN or an infinity has no nearest "
+                "code. Look for what made them: too high a learning rate, or "
+                "float16 overflow. Received: inputs with non-finite values"
+            )
+        return z
+
+    def compute_output_spec(
+        self, inputs, training=False, return_codes=False, mask=None
+    ):
+        quantized = keras.KerasTensor(inputs.shape, self.compute_dtype)
+        if not return_codes:
+            return quantized
+        shape = (*inputs.shape[:-1], *self.codes_per_vector)
+        return quantized, keras.KerasTensor(shape, "int32")
+
+
+def _weights(z, mask):
+    """1 for each vector that counts, else 0; `(...)`, or None for all."""
+    if mask is None:
+        return None
+    mask = ops.cast(mask, "float32")
+    for _ in range(len(z.shape) - 1 - len(mask.shape)):
+        mask = ops.expand_dims(mask, -1)
+    return ops.broadcast_to(mask, ops.shape(z)[:-1])
+
+
+def _mean_square(x, weights):
+    return masked_mean(ops.square(x), weights)
+
+
+def _unit(x):
+    """x / ||x||; zero stays zero."""
+    norm = safe_norm(x, axis=-1, keepdims=True)
+    return x / ops.where(norm > 0, norm, 1)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class VectorQuantizer(Quantizer):
+    """Replaces each vector by its nearest code, with straight-through gradients.
+
+    With encoder output z and codebook e_1 … e_K:
+
+        k = argmin_j ||z - e_j||²
+        output = z + sg[e_k - z]
+        loss = β ||sg[z] - e_k||² + γ ||z - sg[e_k]||²
+
+    Symbols: K is `num_codes`, β `codebook_cost`, γ `commitment_cost`; squares
+    are averaged over all elements. The loss is given to `add_loss`. γ < β: the
+    codes should follow the vectors rather than the vectors the codes.
+
+    **Codebook.** By default it is a weight like any other, trained by the loss.
+    With `ema_decay` it is the moving average of the vectors assigned to each
+    code instead, and the loss keeps only the term of γ:
+
+        n_k, s_k = averages of the count and the sum of the vectors of code k,
+                   divided by 1 - decay^t
+        ñ_k = (n_k + ε) / (Σn + K ε) · Σn
+        e_k = s_k / ñ_k
+
+    The code that answers a step is that of before the step. Counts and sums are
+    reduced over replicas before they are averaged.
+
+    **Collapse.** A codebook far from the data leaves most codes unused for ever.
+    `adapt(vectors)` starts from k-means. `restart_threshold` moves dead codes,
+    those with less than this fraction of an equal share, to vectors of the
+    batch; this is done inside the compiled step, for `ema_decay` only.
+    `batch_counts` and `total_counts` say how often each code was used in the
+    last training batch and since `reset_counts`.
+
+    **Cosine.** With `metric="cosine"` vectors and codes are first divided by
+    their norms; the output is a unit vector, and the losses compare unit
+    vectors.
+
+    Distances, losses and state are float32 under any dtype policy. Masked
+    vectors are quantized, but have no part in losses, counts and codebook. In a
+    compiled step a non-finite vector comes out as NaN and leaves counts and
+    moving averages as they were.
+
+    The three choices are three methods: `assign` (which code),
+    `update_codebook` (how codes move), `estimate_gradient` (what flows back).
+
+    Args:
+        num_codes: Integer ≥ 2. Number of codes K.
+        codebook_cost: Float ≥ 0. Weight β; without effect under `ema_decay`.
+        commitment_cost: Float ≥ 0. Weight γ.
+        ema_decay: Float in [0, 1), say 0.99, or `None` for a trained codebook.
+        metric: `"euclidean"` or `"cosine"`.
+        restart_threshold: Float in [0, 1), say 0.1. A code used less than this
+            fraction of an equal share (vectors / K) is restarted.
+        embeddings_initializer: Initializer of the codebook, shape
+            `(num_codes, dim)`.
+
+    Call arguments:
+        inputs: `(..., dim)`, floating.
+        training: Boolean. Whether to count, and to move an averaged codebook.
+        return_codes: Boolean. Whether to return `(quantized, codes)`.
+        mask: Boolean, `(...)`. Which vectors count.
+
+    Input shape:  `(..., dim)`.
+    Output shape: `(..., dim)`, compute dtype; codes `(...)`, int32.
+
+    Example:
+
+    >>> layer = VectorQuantizer(num_codes=512)
+    >>> quantized, codes = layer(keras.ops.ones((2, 8, 8, 64)), return_codes=True)
+    >>> quantized.shape, codes.shape
+    ((2, 8, 8, 64), (2, 8, 8))
+
+    Departs from the post: means over unmasked elements; the moving average,
+    which the post only mentions, follows Sonnet's `VectorQuantizerEMA`.
+
+    Reference:
+        [van den Oord et al., 2017](https://arxiv.org/abs/1711.00937);
+        [blog post 6760](https://kexue.fm/archives/6760)
+    """
+
+    def __init__(
+        self,
+        num_codes,
+        codebook_cost=1.0,
+        commitment_cost=0.25,
+        *,
+        ema_decay=None,
+        metric="euclidean",
+        restart_threshold=0.0,
+        embeddings_initializer="uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not isinstance(num_codes, int) or num_codes < 2:
+            raise ValueError(
+                "Expected an integer of at least 2: one code carries no "
+                f"information. Received: num_codes={num_codes}"
+            )
+        for name, cost in (
+            ("codebook_cost", codebook_cost),
+            ("commitment_cost", commitment_cost),
+        ):
+            if not cost >= 0:
+                raise ValueError(
+                    f"Expected a weight ≥ 0. Received: {name}={cost}"
+                )
+        if ema_decay is not None and not 0 <= ema_decay < 1:
+            raise ValueError(
+                "Expected a decay in [0, 1), or None for a codebook that is "
+                f"trained by its loss. Received: ema_decay={ema_decay}"
+            )
+        if metric not in ("euclidean", "cosine"):
+            raise ValueError(
+                f'Expected "euclidean" or "cosine". Received: metric={metric!r}'
+            )
+        if not 0 <= restart_threshold < 1:
+            raise ValueError(
+                "Expected a fraction of an equal share, in [0, 1). Received: "
+                f"restart_threshold={restart_threshold}"
+            )
+        if restart_threshold and ema_decay is None:
+            raise ValueError(
+                "Codes can be restarted only where the layer itself moves "
+                "them: set `ema_decay`, such as 0.99. Received: "
+                f"restart_threshold={restart_threshold}, ema_decay=None"
+            )
+        self.num_codes = num_codes
+        self.codebook_cost = codebook_cost
+        self.commitment_cost = commitment_cost
+        self.ema_decay = ema_decay
+        self.metric = metric
+        self.restart_threshold = restart_threshold
+        self.embeddings_initializer = keras.initializers.get(
+            embeddings_initializer
+        )
+
+    def build(self, input_shape):
+        dim = input_shape[-1]
+        if dim is None:
+            raise ValueError(
+                "Expected a known size of the last axis. Received: "
+                f"input_shape={input_shape}"
+            )
+        self.input_spec = keras.layers.InputSpec(axes={-1: dim})
+        averaged = self.ema_decay is not None
+        self.embeddings = self.add_weight(
+            shape=(self.num_codes, dim),
+            initializer=self.embeddings_initializer,
+            trainable=not averaged,
+            dtype="float32",
+            autocast=False,
+            aggregation="only_first_replica" if averaged else "mean",
+            name="embeddings",
+        )
+        self._build_counts()
+        if averaged:
+            self.ema_steps = self._add_state((), "ema_steps")
+            self.ema_counts = self._add_state((self.num_codes,), "ema_counts")
+            self.ema_sums = self._add_state((self.num_codes, dim), "ema_sums")
+
+    # The three choices.
+
+    def assign(self, z, codebook):
+        """Which code: `(n, dim)`, `(num_codes, dim)` → `(n,)`."""
+        return nearest_codes(z, codebook)
+
+    def update_codebook(self, z, codes, counts, weights):
+        """How codes move in training, where no optimizer moves them.
+
+        Args:
+            z: `(n, dim)`, the vectors.
+            codes: `(n,)`, their codes.
+            counts: `(num_codes,)`, over all replicas.
+            weights: `(n,)`, 1 for each vector that counts, else 0.
+        """
+        if self.ema_decay is None:
+            return
+        sums = backend.all_reduce_sum(
+            ops.segment_sum(
+                ops.where(weights[:, None] > 0, z, 0),
+                codes,
+                num_segments=self.num_codes,
+            )
+        )
+        steps = self.ema_steps + 1
+        new = 1 - self.ema_decay
+        ema_counts = self.ema_counts - new * (self.ema_counts - counts)
+        ema_sums = self.ema_sums - new * (self.ema_sums - sums)
+        debias = 1 - ops.power(
+            ops.convert_to_tensor(self.ema_decay, "float32"), steps
+        )
+        embeddings = self._average(ema_counts / debias, ema_sums / debias)
+        if self.restart_threshold:
+            total = ops.sum(ema_counts)
+            share = self.restart_threshold * total / self.num_codes
+            dead = ema_counts < share
+            chosen = _spread(z, weights, dead, steps)
+            embeddings = ops.where(dead[:, None], chosen, embeddings)
+            ema_counts = ops.where(dead, share, ema_counts)
+            ema_sums = ops.where(dead[:, None], share * chosen, ema_sums)
+        any_vectors = ops.sum(counts) > 0
+        for variable, value in (
+            (self.embeddings, embeddings),
+            (self.ema_steps, steps),
+            (self.ema_counts, ema_counts),
+            (self.ema_sums, ema_sums),
+        ):
+            old = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(any_vectors, value, old))
+
+    def estimate_gradient(self, quantized, z):
+        """What flows back: the value of `quantized`, the gradient of `z`."""
+        return straight_through(quantized, z)
+
+    def _average(self, counts, sums):
+        """The codes that moving averages of counts and sums say."""
+        if self.metric == "cosine":
+            empty = ops.all(sums == 0, axis=-1, keepdims=True)
+            return ops.where(empty, self._codebook(), _unit(sums))
+        total, epsilon = ops.sum(counts), 1e-5
+        counts = (counts + epsilon) / (total + self.num_codes * epsilon) * total
+        return sums / ops.maximum(counts, 1e-30)[:, None]
+
+    def _codebook(self):
+        # Through a product, the gradient of the gathered rows is dense:
+        # TensorFlow's sparse one would square slice by slice in Adam.
+        codebook = self.embeddings * ops.ones((), "float32")
+        return _unit(codebook) if self.metric == "cosine" else codebook
+
+    def _normalized(self, z):
+        return _unit(z) if self.metric == "cosine" else z
+
+    def _quantize(self, z, weights, training):
+        z = self._normalized(z)
+        quantized, codes, loss = self._quantize_raw(z, weights, training)
+        return self.estimate_gradient(quantized, z), codes, loss
+
+    def _quantize_raw(self, z, weights, training):
+        """`(e_k, k, loss)`, and the step of the codebook in training."""
+        dim, shape = z.shape[-1], ops.shape(z)[:-1]
+        flat = ops.reshape(ops.stop_gradient(z), [-1, dim])
+        codebook = self._codebook()
+        flat_codes = self.assign(flat, ops.stop_gradient(codebook))
+        codes = ops.reshape(flat_codes, shape)
+        quantized = ops.take(codebook, codes, axis=0)
+        commitment = _mean_square(z - ops.stop_gradient(quantized), weights)
+        loss = self.commitment_cost * commitment
+        if self.ema_decay is None:
+            error = ops.stop_gradient(z) - quantized
+            loss += self.codebook_cost * _mean_square(error, weights)
+        if training:
+            finite = ops.all(ops.isfinite(flat), axis=-1)
+            kept = ops.cast(finite, "float32")
+            if weights is not None:
+                kept *= ops.reshape(weights, [-1])
+            counts = self.count(flat_codes, kept)
+            self._keep_counts(counts)
+            self.update_codebook(flat, flat_codes, counts, kept)
+        return quantized, codes, loss
+
+    def _encode(self, z):
+        flat = ops.reshape(self._normalized(z), [-1, z.shape[-1]])
+        codes = self.assign(flat, self._codebook())
+        return ops.reshape(codes, ops.shape(z)[:-1])
+
+    def _decode(self, codes):
+        return ops.take(self._codebook(), codes, axis=0)
+
+    def adapt(self, vectors, iterations=10, seed=0):
+        """Sets the codebook to the k-means clusters of vectors.
+
+        Lloyd's iterations from vectors drawn at random; a cluster that is left
+        empty goes to the vector farthest from its code. With `ema_decay` the
+        clusters count as the first step of the moving average.
+
+        Args:
+            vectors: `(..., dim)`, concrete: encoder outputs, say. Fewer vectors
+                than codes leave the other codes as they were, with a warning.
+            iterations: Integer ≥ 1.
+            seed: Integer, of the draw.
+        """
+        vectors = ops.convert_to_tensor(vectors, "float32")
+        if not self.built:
+            self.build(tuple(vectors.shape))
+        z = self._normalized(self._vectors(vectors))
+        z = ops.reshape(z, [-1, z.shape[-1]])
+        n, clusters = z.shape[0], min(z.shape[0], self.num_codes)
+        if n == 0:
+            raise ValueError(
+                "Expected at least one vector. Received: "
+                f"vectors.shape={tuple(vectors.shape)}"
+            )
+        if n < self.num_codes:
+            warnings.warn(
+                f"k-means of {n} vectors fills {n} of {self.num_codes} codes; "
+                "the others stay as they were. Give more vectors.",
+                stacklevel=2,
+            )
+        chosen = np.random.default_rng(seed).permutation(n)[:clusters]
+        codes = ops.take(z, chosen.astype("int32"), axis=0)
+        for _ in range(iterations):
+            counts, sums, worst = _lloyd_step(z, codes)
+            empty = counts == 0
+            rank = ops.cumsum(ops.cast(empty, "int32")) - 1
+            worst = ops.take(z, worst, axis=0)
+            codes = ops.where(
+                empty[:, None],
+                ops.take(worst, ops.maximum(rank, 0), axis=0),
+                self._normalized(sums / ops.maximum(counts, 1)[:, None]),
+            )
+        embeddings = ops.concatenate([codes, self.embeddings[clusters:]])
+        self.embeddings.assign(embeddings)
+        if self.ema_decay is None:
+            return
+        counts, _, _ = _lloyd_step(z, codes)
+        counts = ops.pad(counts, [[0, self.num_codes - clusters]])
+        # A code without a vector counts a little: it keeps its place.
+        counts = ops.maximum(counts, 1e-3) * (1 - self.ema_decay)
+        self.ema_steps.assign(1.0)
+        self.ema_counts.assign(counts)
+        self.ema_sums.assign(counts[:, None] * embeddings)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_codes": self.num_codes,
+            "codebook_cost": self.codebook_cost,
+            "commitment_cost": self.commitment_cost,
+            "ema_decay": self.ema_decay,
+            "metric": self.metric,
+            "restart_threshold": self.restart_threshold,
+            "embeddings_initializer": keras.initializers.serialize(
+                self.embeddings_initializer
+            ),
+        }
+
+
+def _lloyd_step(z, codes):
+    """Counts and sums of clusters, and the vectors farthest from their code."""
+    assigned = nearest_codes(z, codes)
+    size = codes.shape[0]
+    counts = ops.segment_sum(ops.ones_like(z[:, 0]), assigned, size)
+    sums = ops.segment_sum(z, assigned, size)
+    error = ops.sum(ops.square(z - ops.take(codes, assigned, axis=0)), axis=-1)
+    return counts, sums, ops.top_k(error, size)[1]
+
+
+def _spread(z, weights, dead, steps):
+    """For each dead code a vector of the batch, spread evenly over it.
+
+    Fixed shapes, and no random numbers: a resumed training makes the same
+    choices. Where in the batch they begin moves on by the golden ratio.
+    """
+    z, weights = backend.all_gather(z), backend.all_gather(weights)
+    filled = ops.cumsum(weights)
+    rank = ops.cumsum(ops.cast(dead, "float32")) - 1
+    count = ops.maximum(ops.sum(ops.cast(dead, "float32")), 1)
+    turn = steps * 0.6180339887
+    place = (rank + turn - ops.floor(turn)) / count * filled[-1]
+    # The vector of the place: the first with more vectors up to it.
+    rows = ops.cast(ops.searchsorted(filled, place, side="right"), "int32")
+    rows = ops.clip(rows, 0, ops.shape(z)[0] - 1)
+    return ops.take(z, rows, axis=0)

@@ -1,0 +1,150 @@
+"""Residual quantization: what one codebook leaves goes to the next."""
+
+import keras
+from keras import ops
+
+from blogkeras.ops import straight_through
+from blogkeras.quantization.codebook import Quantizer, VectorQuantizer
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class ResidualVectorQuantizer(Quantizer):
+    """Quantizes vectors by a sum of codes, one from each of several codebooks.
+
+        r_0 = z,  r_i = r_{i-1} - sg[e_i],  e_i = nearest code to r_{i-1}
+        output = z + sg[Σ e_i - z]
+
+    Each stage is a `VectorQuantizer`, in `stages`, with its own losses, state
+    and usage. The gradient of the output is exactly the identity,
+    however many stages there are.
+
+    Args:
+        num_quantizers: Integer ≥ 1. Number of stages.
+        num_codes, codebook_cost, commitment_cost, ema_decay, restart_threshold,
+            embeddings_initializer: as of `VectorQuantizer`, for every stage.
+
+    Call arguments: as of `VectorQuantizer`.
+
+    Input shape:  `(..., dim)`, floating.
+    Output shape: `(..., dim)`; codes `(..., num_quantizers)`, int32. `decode`
+        takes the codes of the first stages alone too: a coarser vector.
+
+    Example:
+
+    >>> layer = ResidualVectorQuantizer(4, 256, ema_decay=0.99)
+    >>> layer.encode(keras.ops.ones((2, 50, 16))).shape
+    (2, 50, 4)
+
+    Reference:
+        [Zeghidour et al., 2021](https://arxiv.org/abs/2107.03312), residual
+        vector quantizer
+    """
+
+    def __init__(
+        self,
+        num_quantizers,
+        num_codes,
+        codebook_cost=1.0,
+        commitment_cost=0.25,
+        *,
+        ema_decay=None,
+        restart_threshold=0.0,
+        embeddings_initializer="uniform",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if not isinstance(num_quantizers, int) or num_quantizers < 1:
+            raise ValueError(
+                "Expected an integer of at least 1. Received: "
+                f"num_quantizers={num_quantizers}"
+            )
+        self.num_quantizers = num_quantizers
+        self.num_codes = num_codes
+        self.codebook_cost = codebook_cost
+        self.commitment_cost = commitment_cost
+        self.ema_decay = ema_decay
+        self.restart_threshold = restart_threshold
+        self.embeddings_initializer = keras.initializers.get(
+            embeddings_initializer
+        )
+        self.codes_per_vector = (num_quantizers,)
+        self.stages = [
+            VectorQuantizer(
+                num_codes,
+                codebook_cost,
+                commitment_cost,
+                ema_decay=ema_decay,
+                restart_threshold=restart_threshold,
+                # One initializer would give every stage the same numbers.
+                embeddings_initializer=self.embeddings_initializer.clone(),
+                dtype=self.dtype_policy,
+                name=f"stage_{index}",
+            )
+            for index in range(num_quantizers)
+        ]
+
+    def codebooks(self):
+        return self.stages
+
+    def build(self, input_shape):
+        for stage in self.stages:
+            stage.build(input_shape)
+        self.input_spec = self.stages[0].input_spec
+
+    def _quantize(self, z, weights, training):
+        residual, total, codes, losses = z, 0, [], []
+        for stage in self.stages:
+            quantized, code, loss = stage._quantize_raw(
+                residual, weights, training
+            )
+            quantized = ops.stop_gradient(quantized)
+            residual, total = residual - quantized, total + quantized
+            codes.append(code)
+            losses.append(loss)
+        return straight_through(total, z), ops.stack(codes, -1), sum(losses)
+
+    def _encode(self, z):
+        codes = []
+        for stage in self.stages:
+            code = stage._encode(z)
+            z = z - stage._decode(code)
+            codes.append(code)
+        return ops.stack(codes, -1)
+
+    def _decode(self, codes):
+        if codes.shape[-1] not in range(1, self.num_quantizers + 1):
+            raise ValueError(
+                "Expected the codes of the stages along the last axis, at most "
+                f"{self.num_quantizers}. Received: codes.shape={codes.shape}"
+            )
+        return sum(
+            stage._decode(codes[..., index])
+            for index, stage in enumerate(self.stages[: codes.shape[-1]])
+        )
+
+    def adapt(self, vectors, iterations=10, seed=0):
+        """Sets each codebook to the k-means clusters of what is left to it.
+
+        Args: as of `VectorQuantizer.adapt`.
+        """
+        vectors = ops.convert_to_tensor(vectors, "float32")
+        if not self.built:
+            self.build(tuple(vectors.shape))
+        residual = self._vectors(vectors)
+        for stage in self.stages:
+            stage.adapt(residual, iterations, seed)
+            residual = residual - stage._decode(stage._encode(residual))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_quantizers": self.num_quantizers,
+            "num_codes": self.num_codes,
+            "codebook_cost": self.codebook_cost,
+            "commitment_cost": self.commitment_cost,
+            "ema_decay": self.ema_decay,
+            "restart_threshold": self.restart_threshold,
+            "embeddings_initializer": keras.initializers.serialize(
+                self.embeddings_initializer
+            ),
+        }
