@@ -371,9 +371,9 @@ def _array(x, solver, dtype=None):
 
 def _refuse():
     raise ValueError(
-        "The exact solver runs in NumPy, outside of compiled functions: use "
-        'solver="sinkhorn" there (or run_eagerly=True). Received: '
-        'solver="exact" inside a traced function'
+        "The exact solver runs in NumPy, outside of compiled and traced "
+        'functions: use solver="sinkhorn" there. Received: solver="exact" '
+        "inside a traced function"
     )
 
 

@@ -133,8 +133,9 @@ class WordMoverDistance(_TransportLayer):
         weighting: Masses of the words, divided by their sum: `"uniform"`, 1;
             `"norm"`, ‖w‖; `"idf"`, given as two more inputs, nonnegative and
             differentiable: the idf of the words, or any other importance.
-        solver: `"sinkhorn"`; `"relaxed"`, the lower bound RWMD; `"exact"`,
-            outside of compiled functions only (`run_eagerly=True`).
+        solver: `"sinkhorn"`; `"relaxed"`, the lower bound RWMD; `"exact"`, for
+            calls with values only: not in a compiled step nor, on JAX, under a
+            gradient.
         regularization: Float > 0. The ε of Sinkhorn, relative to the largest
             cost of each pair. Larger is faster, smoother and further off.
         tolerance: Float > 0. Marginal error at which Sinkhorn stops.

@@ -90,7 +90,9 @@ def sinkhorn(
         ops.reshape(a, (-1, *ops.shape(a)[len(shape) :])) for a in (p, q, D)
     ]
     settings = (regularization, tolerance, max_iterations)
-    if all(map(backend.is_concrete, flat)):
+    # Inside a graph of TensorFlow a compiled function would force XLA on it,
+    # which tf.distribute does not bear on CPU.
+    if backend.BACKEND == "jax" or all(map(backend.is_concrete, flat)):
         solution = _compiled(*settings)(*flat)
     else:
         solution = solve(*flat, *settings)
