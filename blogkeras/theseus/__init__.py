@@ -3,7 +3,7 @@
 from blogkeras.theseus.baselines import Distillation
 from blogkeras.theseus.bert import bert_of_theseus
 from blogkeras.theseus.compression import CompressionReport, compression_report
-from blogkeras.theseus.cutting import cut_model, keep_blocks, spaced
+from blogkeras.theseus.cutting import cut_model, keep_blocks, spaced_blocks
 from blogkeras.theseus.model import Theseus
 from blogkeras.theseus.replacement import (
     CosineReplacement,
@@ -22,5 +22,5 @@ __all__ = [
     "compression_report",
     "cut_model",
     "keep_blocks",
-    "spaced",
+    "spaced_blocks",
 ]

@@ -4,12 +4,14 @@ import keras
 
 from blogkeras.theseus.baselines import Distillation
 from blogkeras.theseus.cutting import (
+    Segment,
     block_boundaries,
     copied,
     cut_model,
     whole_model,
 )
 from blogkeras.theseus.model import Theseus
+from blogkeras.theseus.replacement import as_list
 
 METHODS = ("theseus", "distillation", "direct")
 
@@ -39,9 +41,9 @@ def bert_of_theseus(
             functional model, such as a KerasHub backbone. It will be frozen.
         successor: The small transformer, likewise. `keep_blocks(predecessor,
             3)` makes one of the predecessor's first blocks.
-        classifier: Model or layer from the transformer's output to the
-            prediction, trained with the predecessor; `None` where the
-            transformers have their heads: the predecessor's is then shared.
+        classifier: Model or layer, or a list of them, from the transformer's
+            output to the prediction, trained with the predecessor; `None` where
+            the transformers have their heads: the predecessor's is then shared.
         replacement_rate: Float or schedule, the probability of the successor.
         method: `"theseus"`, or a baseline of the same parts, that leaves them
             as they are, since it trains a copy of successor and classifier:
@@ -79,8 +81,11 @@ def bert_of_theseus(
             f"Received: method={method!r}"
         )
     old, new = whole_model(predecessor), whole_model(successor)
-    if isinstance(classifier, keras.Model):
-        classifier = cut_model(classifier, [])[0]
+    classifier = [] if classifier is None else as_list(classifier)
+    classifier = [
+        cut_model(x, [])[0] if isinstance(x, keras.Model) else x
+        for x in classifier
+    ]
     if method != "theseus":
         student = copied(_with_head(new, classifier))
         if method == "direct":
@@ -97,7 +102,7 @@ def bert_of_theseus(
         segments.append(cut_model(model, cuts))
     size = len(steps) + 1
     # What follows the blocks (a pooler, say) is the predecessor's.
-    head = segments[0][size:] + ([] if classifier is None else [classifier])
+    head = segments[0][size:] + classifier
     old, new = (s[:size] for s in segments)
     stem = None
     if not replace_embedding:
@@ -107,13 +112,12 @@ def bert_of_theseus(
     )
 
 
-def _with_head(model, classifier):
-    outputs = model._outputs_struct
-    if classifier is not None:
+def _with_head(model, head):
+    x = model._outputs_struct
+    for layer in head:
         # A segment is spelt out, in its layers.
-        call = getattr(classifier, "cut", None) and classifier.call
-        outputs = (call or classifier)(outputs)
-    return keras.Model(model._inputs_struct, outputs)
+        x = layer.call(x) if isinstance(layer, Segment) else layer(x)
+    return keras.Model(model._inputs_struct, x)
 
 
 def _steps(mapping, old, new):

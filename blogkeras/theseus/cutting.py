@@ -63,7 +63,7 @@ def keep_blocks(model, keep, boundaries=None):
     Args:
         model: As for `cut_model`.
         keep: The blocks' numbers, counted from 0; or an integer k, the first k.
-            `spaced(12, 3)` is `[0, 4, 8]`.
+            `spaced_blocks(12, 3)` is `[0, 4, 8]`.
         boundaries: As for `cut_model`; block i lies between the boundaries i
             and i + 1. `None` finds the blocks of a transformer.
 
@@ -99,7 +99,7 @@ def keep_blocks(model, keep, boundaries=None):
     return copied(keras.Model(inputs, outputs))
 
 
-def spaced(blocks, count):
+def spaced_blocks(blocks, count):
     """`count` numbers out of `range(blocks)`, evenly spaced from 0 on."""
     if not 1 <= count <= blocks:
         raise ValueError(

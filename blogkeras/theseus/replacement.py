@@ -173,7 +173,7 @@ class ModuleReplacement(keras.layers.Layer):
             if not layer.built:
                 raise ValueError(
                     f"Module {self.name!r}: the predecessor has no weights "
-                    "yet. Train it, or load its weights, before it is replaced. "
+                    "yet. Train it, or load its weights, before. "
                     f"Received: predecessor layer {layer.name!r}, not built"
                 )
         self.predecessor = predecessor
@@ -210,9 +210,8 @@ class ModuleReplacement(keras.layers.Layer):
         """The replacement rate of the next training step, a float32 scalar."""
         rate = self.replacement_rate
         if callable(rate):
-            rate = ops.clip(
-                ops.cast(rate(self.iterations.value), "float32"), 0.0, 1.0
-            )
+            step = ops.cast(self.iterations.value, "float32")
+            rate = ops.clip(ops.cast(rate(step), "float32"), 0.0, 1.0)
         return ops.convert_to_tensor(rate, "float32")
 
     def call(self, inputs, training=False, mask=None):

@@ -1,0 +1,802 @@
+"""Module replacement: gates, gradients, state, schedules, cuts, saving."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+
+from blogkeras import backend
+from blogkeras.theseus import (
+    CosineReplacement,
+    Distillation,
+    LinearReplacement,
+    ModuleReplacement,
+    Theseus,
+    compression_report,
+    cut_model,
+    keep_blocks,
+    spaced_blocks,
+)
+from blogkeras.theseus.compression import matmul_flops
+
+MODES = ("batch", "sample", "mixing", "annealing")
+X = toy.DENSE[:16]
+Y = toy.LABELS[:16]
+# TensorFlow misses the gradient of what does not run.
+no_gradient = pytest.mark.filterwarnings("ignore:Gradients do not exist")
+
+
+def value(x):
+    return np.asarray(ops.convert_to_numpy(x))
+
+
+def built(layer, *shape):
+    layer.build((None, *shape))
+    return layer
+
+
+def dense(units=3, **kwargs):
+    kwargs.setdefault("kernel_initializer", "random_normal")
+    return built(layers.Dense(units, "tanh", **kwargs), 3)
+
+
+def exact():
+    """A layer whose sums of eighths no rounding can change."""
+    layer = built(layers.Dense(3, "relu"), 3)
+    layer.set_weights([np.round(8 * w) / 8 for w in layer.get_weights()])
+    return layer
+
+
+def constants(rate, mode="batch", seed=0):
+    """A module that says 0 for the predecessor, 1 for the successor."""
+    zero, one = (
+        built(layers.Dense(1, kernel_initializer=k), 1)
+        for k in ("zeros", "ones")
+    )
+    return built(ModuleReplacement(zero, one, rate, mode, seed=seed), 1)
+
+
+def draws(module, count, size=1):
+    """Outputs for inputs of 1 in `count` training steps, one after another."""
+    fixed = [v.value for v in module.trainable_variables]
+    state = [v.value for v in module.non_trainable_variables]
+
+    def step(state):
+        outputs, state = module.stateless_call(
+            fixed, state, ops.ones((size, 1)), training=True
+        )
+        return outputs[:, 0], state
+
+    step = backend.jit(step)
+    found = []
+    for _ in range(count):
+        outputs, state = step(state)
+        found.append(value(outputs))
+    return np.array(found)
+
+
+def stack(name, **kwargs):
+    """Dropout, moving averages and a loss of its own."""
+    return built(
+        keras.Sequential(
+            [
+                layers.Dense(3, name=f"{name}_dense"),
+                layers.BatchNormalization(name=f"{name}_normalization"),
+                layers.Dropout(0.4, seed=5, name=f"{name}_dropout"),
+                toy.ActivityLoss(name=f"{name}_loss"),
+            ],
+            name=name,
+        ),
+        3,
+    )
+
+
+def ship(rate=0.5, mode="batch", seed=1, **kwargs):
+    """A predecessor of two modules, a successor, and Theseus of both."""
+    old = [[stack("old_a"), dense(name="old_b")], dense(name="old_c")]
+    new = [stack("new_a"), dense(name="new_b")]
+    head = built(layers.Dense(3, "softmax", name="head"), 3)
+    return Theseus(old, new, head, rate, mode=mode, seed=seed, **kwargs)
+
+
+# The gate
+
+
+@pytest.mark.parametrize("rate", [0.3])
+def test_gate_frequencies(rate, count=300):
+    """χ² of the four patterns of two modules: p ≥ 1e-3 for three freedoms."""
+    two = np.array(
+        [draws(constants(rate, seed=s), count)[:, 0] for s in (1, 2)]
+    )
+    assert set(np.unique(two)) == {0, 1}
+    pattern = (2 * two[0] + two[1]).astype(int)
+    found = np.bincount(pattern, minlength=4)
+    p = np.array([1 - rate, rate])
+    expected = count * np.outer(p, p).ravel()
+    assert ((found - expected) ** 2 / expected).sum() < 16.27
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_gate_frequencies_of_many_steps(rate):
+    test_gate_frequencies(rate, count=20_000)
+
+
+def test_gate_of_samples():
+    rows = draws(constants(0.3, "sample"), 2, size=4000)
+    assert set(np.unique(rows)) == {0, 1}
+    assert not np.array_equal(*rows)
+    # Three standard deviations of a mean of 4000 draws.
+    assert np.abs(rows.mean(1) - 0.3).max() < 3 * math.sqrt(0.21 / 4000)
+
+
+@pytest.mark.parametrize(("rate", "power"), [(0.5, 1.0), (0.8, 0.25)])
+def test_mixing_weights(rate, power, count=300):
+    """P(w ≤ x) = x^(1/power); Kolmogorov-Smirnov, p ≥ 1e-3."""
+    w = np.sort(draws(constants(rate, "mixing"), count)[:, 0])
+    steps = np.arange(count + 1) / count
+    model = w ** (1 / power)
+    distance = max(np.max(steps[1:] - model), np.max(model - steps[:-1]))
+    assert distance < 1.95 / math.sqrt(count)
+
+
+def test_annealing_is_the_rate():
+    module = constants(LinearReplacement(0.25, 0.1), "annealing")
+    found = draws(module, 5)[:, 0]
+    np.testing.assert_allclose(found, [0.1, 0.35, 0.6, 0.85, 1.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ends_of_the_rate_are_one_branch_to_the_bit(mode):
+    x = ops.convert_to_tensor(np.round(8 * X) / 8)
+    old = [exact(), layers.Dropout(0.5)]
+    for rate in (0.0, 1.0):
+        new = [exact(), layers.Dropout(0.5, seed=3)]
+        module = ModuleReplacement(old, new, rate, mode)
+        expected = (
+            layers.Dropout(0.5, seed=3)(new[0](x), training=True)
+            if rate
+            else old[0](x)
+        )
+        found = module(x, training=True)
+        np.testing.assert_array_equal(value(found), value(expected))
+
+
+def test_inference_is_the_successor():
+    module = ModuleReplacement(dense(), dense(), 0.0)
+    x = ops.convert_to_tensor(X)
+    np.testing.assert_array_equal(value(module(x)), value(module.successor(x)))
+    assert int(module.iterations.value) == 0
+
+
+def test_dropout_of_the_predecessor_is_optional():
+    x = ops.ones((50, 3))
+    drop = layers.Dropout(0.5, seed=3)
+    for dropout in (False, True):
+        module = ModuleReplacement(
+            drop, dense(), 0.0, predecessor_dropout=dropout
+        )
+        zeros = (value(module(x, training=True)) == 0).any()
+        assert zeros == dropout
+
+
+# Gradients and state
+
+
+def slopes(rates):
+    """Gradients of the mean square of two modules' output, by weight."""
+    old, new = [dense() for _ in "ab"], [dense() for _ in "ab"]
+    modules = [
+        ModuleReplacement(p, s, r)
+        for p, s, r in zip(old, new, rates, strict=True)
+    ]
+    weights = [v for layer in [*old, *new] for v in layer.weights]
+    kinds = [w.value for w in weights]
+
+    def loss(values):
+        with keras.StatelessScope([*zip(weights, values, strict=True)]):
+            x = ops.convert_to_tensor(X)
+            for module in modules:
+                x = module(x, training=True)
+            return ops.mean(x**2), None
+
+    (_, _), found = backend.value_and_grad(loss, kinds)
+
+    return old, new, [value(g) for g in found]
+
+
+@pytest.mark.parametrize("rates", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_gradients_reach_the_chosen_modules_only(rates):
+    """Against central differences of the same net in NumPy, float64."""
+    old, new, found = slopes(rates)
+    chosen = [new[i] if rate else old[i] for i, rate in enumerate(rates)]
+    values = [
+        [value(w).astype("float64") for w in layer.weights] for layer in chosen
+    ]
+
+    def loss():
+        x = X.astype("float64")
+        for kernel, bias in values:
+            x = np.tanh(x @ kernel + bias)
+        return np.mean(x**2)
+
+    for i, rate in enumerate(rates):
+        ours = found[4 + 2 * i]  # the successor's kernel
+        if not rate:
+            np.testing.assert_array_equal(ours, np.zeros((3, 3)))
+            continue
+        kernel = values[i][0]
+        for place in np.ndindex(3, 3):
+            ends = []
+            for sign in (1, -1):
+                kernel[place] += sign * 1e-5
+                ends.append(loss())
+                kernel[place] -= sign * 1e-5
+            slope = (ends[0] - ends[1]) / 2e-5
+            np.testing.assert_allclose(ours[place], slope, rtol=1e-3, atol=1e-6)
+
+
+@no_gradient
+@pytest.mark.parametrize("mode", ["batch", "mixing"])
+def test_frozen_weights_stay_to_the_bit(mode):
+    theseus = ship(mode=mode)
+    frozen = [
+        w
+        for m in [*theseus.predecessor_modules[0], theseus.head]
+        for w in m.weights
+    ]
+    before = [value(w) for w in frozen]
+    first = [value(w) for m in theseus.successor_modules for w in m.weights]
+    toy.compiled(theseus).fit(X, Y, batch_size=4, epochs=2, verbose=0)
+    for w, old in zip(frozen, before, strict=True):
+        np.testing.assert_array_equal(value(w), old)
+    last = [value(w) for m in theseus.successor_modules for w in m.weights]
+    assert toy.difference(first, last) > 1e-3
+    assert len(theseus.trainable_variables) == 2 + 2 + 2
+
+
+@no_gradient
+@pytest.mark.parametrize("jit", [False, True])
+def test_dropout_normalization_and_losses_in_a_branch(jit):
+    """At rate 1: the losses and weights of the successor trained plainly."""
+    results = []
+    for plain in (False, True):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(3)
+        theseus = ship(rate=1.0)
+        model = theseus
+        if plain:
+            model = keras.Sequential(
+                [keras.Input((3,)), *theseus.successor_modules, theseus.head]
+            )
+        toy.compiled(model, jit_compile=jit or backend.BACKEND == "jax")
+        history = model.fit(
+            X, Y, batch_size=4, shuffle=False, verbose=0
+        ).history
+        state = [
+            value(v) for m in theseus.successor_modules for v in m.variables
+        ]
+        results.append((state, history["loss"]))
+    (ours, loss), (expected, plain_loss) = results
+    assert toy.difference(ours, expected) <= 1e-6
+    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
+
+
+@no_gradient
+def test_state_of_the_successor_rests_while_the_predecessor_runs():
+    theseus = ship(rate=0.0)
+    moving = [
+        v for v in theseus.successor_modules[0].variables if "moving" in v.path
+    ]
+    before = [value(v) for v in moving]
+    toy.compiled(theseus).fit(X, Y, batch_size=8, verbose=0)
+    assert len(moving) == 2
+    assert toy.difference(before, [value(v) for v in moving]) == 0
+
+
+def test_only_the_chosen_branch_is_computed():
+    """The products stand in the branches of a conditional, none outside."""
+    module = ModuleReplacement(dense(), dense())
+    both = ModuleReplacement(dense(), dense(), mode="mixing")
+
+    def main(module):
+        state = [v.value for v in module.variables]
+
+        def run(state, x):
+            with keras.StatelessScope(
+                [*zip(module.variables, state, strict=True)]
+            ):
+                return module(x, training=True)
+
+        text = backend.hlo_text(run, state, ops.convert_to_tensor(X))
+        return text.split("ENTRY")[1]
+
+    assert " conditional(" in main(module) and " dot(" not in main(module)
+    assert main(both).count(" dot(") == 2
+
+
+# Schedules
+
+
+def test_schedules():
+    linear = LinearReplacement(0.0006, 0.3)
+    np.testing.assert_allclose(
+        [float(linear(t)) for t in (0, 500, 1000, 5000)],
+        [0.3, 0.6, 0.9, 1.0],
+        rtol=1e-6,
+    )
+    cosine = CosineReplacement(100, 0.2)
+    np.testing.assert_allclose(
+        [float(cosine(t)) for t in (0, 50, 100, 500)],
+        [0.2, 0.6, 1.0, 1.0],
+        rtol=1e-6,
+    )
+    module = constants(lambda t: 3.0 - t)
+    assert float(module.rate()) == 1
+    module.iterations.assign(5)
+    assert float(module.rate()) == 0
+
+
+@no_gradient
+def test_saved_and_resumed(tmp_path):
+    """Three steps, saved, loaded, three more: six steps in one go."""
+    x, y = toy.DENSE[:24], toy.LABELS[:24]
+
+    def model():
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(3)
+        adam = keras.optimizers.Adam(0.01)
+        return toy.compiled(ship(CosineReplacement(6, 0.2)), adam)
+
+    def fit(model, *rows):
+        model.fit(
+            x[rows[0] :][:12],
+            y[rows[0] :][:12],
+            batch_size=4,
+            shuffle=False,
+            verbose=0,
+        )
+
+    one = model()
+    fit(one, 0)
+    fit(one, 12)
+    two = model()
+    fit(two, 0)
+    two.save(tmp_path / "theseus.keras")
+    three = keras.saving.load_model(
+        tmp_path / "theseus.keras",
+        custom_objects={"ActivityLoss": toy.ActivityLoss},
+    )
+    assert [int(m.iterations.value) for m in three.replacements] == [3, 3]
+    assert three.get_config() == two.get_config()
+    fit(three, 12)
+    assert toy.difference(toy.state(one), toy.state(three)) <= 1e-6
+
+
+# Theseus
+
+
+def test_predict_is_the_successor_and_detach_gives_it(tmp_path):
+    theseus = ship(rate=0.0)
+    expected = X
+    for layer in [*theseus.successor_modules, theseus.head]:
+        expected = layer(expected)
+    np.testing.assert_array_equal(theseus(X), value(expected))
+    assert not theseus.head.trainable
+    model = theseus.detach()
+    np.testing.assert_array_equal(value(model(X)), value(expected))
+    assert type(model) is keras.Model or "Functional" in type(model).__name__
+    ours = {w.path for m in theseus.predecessor_modules[0] for w in m.weights}
+    assert not ours & {w.path for w in model.weights}
+    assert all(layer.trainable for layer in model.layers)
+    model.save(tmp_path / "successor.keras")
+    text = str(keras.saving.serialize_keras_object(model))
+    assert "blogkeras" not in text.replace("blogkeras>ActivityLoss", "")
+
+
+@no_gradient
+@pytest.mark.parametrize("mode", ["batch", "sample"])
+def test_half_precision_sample_weights_and_checkpoints(mode, tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    theseus = ship(mode=mode)
+    toy.compiled(theseus, keras.optimizers.Adam(0.01))
+    best = tmp_path / "best.weights.h5"
+    theseus.fit(
+        X,
+        Y,
+        sample_weight=toy.WEIGHTS[:16],
+        validation_data=(X, Y),
+        callbacks=[
+            keras.callbacks.ModelCheckpoint(
+                best, save_weights_only=True, monitor="loss"
+            )
+        ],
+        batch_size=8,
+        verbose=0,
+    )
+    assert best.exists()
+    assert all(np.isfinite(w).all() for w in theseus.get_weights())
+    assert all(w.dtype == "float32" for w in theseus.trainable_weights)
+
+
+@no_gradient
+def test_stem_and_head_learn_if_told():
+    stem = dense(name="stem")
+    theseus = Theseus(
+        [dense()], [dense()], [dense()], stem=stem, train_shared=True
+    )
+    before = value(stem.kernel)
+    toy.compiled(theseus, run_eagerly=True).fit(X, Y, verbose=0)
+    assert np.abs(value(stem.kernel) - before).max() > 0
+    frozen = Theseus([dense()], [dense()], [dense()], stem=dense(name="s"))
+    assert not frozen.stem.trainable and not frozen.head[0].trainable
+    frozen.build((None, 3))
+    assert all(layer.trainable for layer in frozen.detach().layers)
+
+
+def test_convolutions():
+    old, new = (
+        [built(layers.Conv2D(4, 3, padding="same"), 6, 6, 2)] for _ in "ab"
+    )
+    old.append(built(layers.Conv2D(4, 3, padding="same"), 6, 6, 4))
+    head = [layers.GlobalAveragePooling2D(), layers.Dense(2)]
+    theseus = Theseus([old], [new], head, mode="sample", seed=0)
+    images = np.random.default_rng(0).normal(size=(20, 6, 6, 2))
+    x = ops.convert_to_tensor(images.astype("float32"))
+    assert theseus(x, training=True).shape == (20, 2)
+    module = theseus.replacements[0]
+    old_y, new_y = old[1](old[0](x)), new[0](x)
+    mixed = value(module(x, training=True))
+    is_old, is_new = (
+        (mixed == value(y)).all((1, 2, 3)) for y in (old_y, new_y)
+    )
+    assert (is_old ^ is_new).all() and is_old.any() and is_new.any()
+
+
+# Masks and cuts
+
+
+@keras.saving.register_keras_serializable(package="test_theseus")
+class Scaled(layers.Layer):
+    """Multiplies each position; the mask is that of the first input."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, inputs):
+        return inputs[0] * inputs[1][..., None]
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return previous_mask[0]
+
+
+def tagger(blocks=3, prefix=""):
+    """Tokens → a class for each, with a mask, a bias and a second input."""
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    scale = keras.Input((5,), name="scale")
+    x = layers.Embedding(11, 4, mask_zero=True, name=f"{prefix}embedding")(
+        tokens
+    )
+    bias = layers.Dense(4, name=f"{prefix}bias")(x)
+    for i in range(blocks):
+        h = layers.LSTM(4, return_sequences=True, name=f"{prefix}lstm_{i}")(x)
+        h = Scaled(name=f"{prefix}scaled_{i}")([h, scale])
+        x = layers.Add(name=f"{prefix}add_{i}")([x, h, bias])
+    x = layers.Dense(3, "softmax", name=f"{prefix}classes")(x)
+    return keras.Model({"tokens": tokens, "scale": scale}, x)
+
+
+TEXT = {
+    "tokens": toy.TOKENS[:16],
+    "scale": np.abs(toy.DENSE[:16, [0, 1, 2, 0, 1]]),
+}
+TAGS = np.random.default_rng(1).integers(0, 3, (16, 5))
+
+
+def cuts(blocks, prefix=""):
+    names = ["embedding", *(f"add_{i}" for i in blocks)]
+    return [prefix + name for name in names]
+
+
+def test_cut_model_computes_the_same():
+    model = tagger()
+    segments = cut_model(model, cuts(range(3)))
+    x = {k: ops.convert_to_tensor(v) for k, v in TEXT.items()}
+    expected = value(model(x))
+    for segment in segments:
+        x = segment(x)
+    np.testing.assert_array_equal(value(x), expected)
+    names = [[p.name for p in s.parts] for s in segments]
+    assert names[0] == ["embedding"] and names[-1] == ["classes"]
+    assert "bias" in names[1] and "lstm_1" in names[2]
+
+
+def test_keep_blocks():
+    """Against the layers called by hand; the copy is independent."""
+    model = tagger()
+    small = keep_blocks(model, [0, 2], cuts(range(3)))
+    get = model.get_layer
+    x = get("embedding")(TEXT["tokens"])
+    bias = get("bias")(x)
+    for i in (0, 2):
+        h = get(f"lstm_{i}")(x) * TEXT["scale"][..., None]
+        x = get(f"add_{i}")([x, h, bias])
+    expected = value(get("classes")(x))
+    mask = TEXT["tokens"] != 0
+    np.testing.assert_allclose(
+        value(small(TEXT))[mask], expected[mask], atol=1e-6
+    )
+    small.get_layer("lstm_2").set_weights(
+        [0 * w for w in small.get_layer("lstm_2").get_weights()]
+    )
+    assert np.abs(get("lstm_2").get_weights()[0]).max() > 0
+    assert spaced_blocks(12, 3) == [0, 4, 8] and spaced_blocks(12, 5) == [
+        0,
+        2,
+        4,
+        7,
+        9,
+    ]
+    with pytest.raises(ValueError, match="Expected numbers of the model's 3"):
+        keep_blocks(model, [3], cuts(range(3)))
+    with pytest.raises(ValueError, match="left out makes what another"):
+        keep_blocks(model, [1, 2], cuts(range(3)))
+
+
+def sailing_tagger(rate, **kwargs):
+    old = cut_model(tagger(), cuts([1, 2]))
+    new = cut_model(tagger(2, "new_"), cuts([0, 1], "new_"))
+    return Theseus(old[:3], new[:3], old[3], rate, seed=0, **kwargs)
+
+
+@no_gradient
+def test_masks_and_side_inputs_cross_the_modules(tmp_path):
+    """At rate 1 and 0: the loss of the whole models, masked positions out."""
+    keras.utils.set_random_seed(1)
+    theseus = sailing_tagger(1.0)
+    old, new = (
+        m[0].cut.model
+        for m in (theseus.predecessor_modules, theseus.successor_modules)
+    )
+    new.get_layer("new_classes").set_weights(
+        old.get_layer("classes").get_weights()
+    )
+    for rate, model in ((1.0, new), (0.0, old)):
+        for module in theseus.replacements:
+            module.replacement_rate = rate
+        losses = []
+        for m in (theseus, model):
+            m.compile("sgd", "sparse_categorical_crossentropy")
+            x = {k: ops.convert_to_tensor(v) for k, v in TEXT.items()}
+            y_pred = m(x, training=True)
+            losses.append(float(m.compute_loss(x, TAGS, y_pred)))
+        np.testing.assert_allclose(*losses, rtol=1e-6)
+    # The mask makes the difference.
+    free = keras.losses.SparseCategoricalCrossentropy()
+    assert abs(float(free(TAGS, value(y_pred))) - losses[0]) > 1e-3
+    toy.compiled(theseus).fit(TEXT, TAGS, batch_size=8, verbose=0)
+    theseus.save(tmp_path / "theseus.keras")
+    loaded = keras.saving.load_model(tmp_path / "theseus.keras")
+    expected = theseus.predict(TEXT, verbose=0)
+    found = loaded.predict(TEXT, verbose=0)
+    np.testing.assert_array_equal(found, expected)
+    found = theseus.detach().predict(TEXT, verbose=0)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_layers_used_in_several_segments(tmp_path):
+    """One block called three times is one set of weights, saved as such."""
+
+    def shared(count, name):
+        x = inputs = keras.Input((3,), name=f"{name}_input")
+        block = layers.Dense(3, "tanh", name=name)
+        for _ in range(count):
+            x = block(x)
+        return keras.Model(inputs, layers.Dense(3, name=f"{name}_head")(x))
+
+    old, new = shared(4, "old"), shared(2, "new")
+    theseus = Theseus(
+        cut_model(old, "old")[1:4:2],
+        cut_model(new, "new")[:2],
+        cut_model(old, "old")[4],
+    )
+    assert len(theseus.trainable_variables) == 2
+    np.testing.assert_allclose(
+        value(theseus(X)),
+        value(old.layers[-1](new.layers[1](new.layers[1](X)))),
+        atol=1e-6,
+    )
+    theseus.save(tmp_path / "theseus.keras")
+    loaded = keras.saving.load_model(tmp_path / "theseus.keras")
+    assert len(loaded.trainable_variables) == 2
+    np.testing.assert_array_equal(value(loaded(X)), value(theseus(X)))
+
+
+# Baselines and report
+
+
+def test_distillation_loss():
+    """(1 - α) cross-entropy + α T² KL, recomputed with NumPy."""
+    teacher, student = (
+        keras.Sequential([keras.Input((3,)), dense(), layers.Softmax()])
+        for _ in "ab"
+    )
+    model = Distillation(teacher, student, temperature=3.0, weight=0.25)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    p, q = (value(m(X)).astype("float64") for m in (teacher, student))
+    weights = toy.WEIGHTS[:16]
+
+    def softened(p):
+        p = p ** (1 / 3)
+        return p / p.sum(-1, keepdims=True)
+
+    a, b = softened(p), softened(q)
+    divergence = (a * np.log(a / b)).sum(-1)
+    hard = -np.log(q[np.arange(16), Y])
+    expected = np.mean(weights * (0.75 * hard + 0.25 * 9 * divergence))
+    x = ops.convert_to_tensor(X)
+    found = model.compute_loss(x, Y, student(x), weights)
+    np.testing.assert_allclose(float(found), expected, rtol=1e-5)
+    plain = model.compute_loss(x, Y, student(x), training=False)
+    np.testing.assert_allclose(float(plain), hard.mean(), rtol=1e-5)
+
+
+def test_distillation_learns_the_student_only(tmp_path):
+    teacher, student = (
+        keras.Sequential([keras.Input((3,)), dense(), layers.Softmax()])
+        for _ in "ab"
+    )
+    model = Distillation(teacher, student)
+    before = toy.weights(teacher), toy.weights(student)
+    toy.compiled(model).fit(X, Y, batch_size=8, verbose=0)
+    assert toy.difference(before[0], toy.weights(teacher)) == 0
+    assert toy.difference(before[1], toy.weights(student)) > 0
+    model.save(tmp_path / "distillation.keras")
+    loaded = keras.saving.load_model(tmp_path / "distillation.keras")
+    np.testing.assert_array_equal(
+        loaded.predict(X, verbose=0), model.predict(X, verbose=0)
+    )
+    assert model.detach() is student
+    with pytest.raises(ValueError, match="Received: temperature=0"):
+        Distillation(teacher, student, temperature=0)
+
+
+def test_flops():
+    """2·8·3·5 for the product; 2·(2·6·6·4)·(3·3·2) for the convolution."""
+    kernel = np.ones((3, 3, 2, 4), "float32")
+
+    def run(x, image):
+        return (
+            ops.matmul(x, ops.ones((3, 5))),
+            ops.conv(image, kernel, padding="same"),
+        )
+
+    text = backend.hlo_text(run, ops.ones((8, 3)), ops.ones((2, 6, 6, 2)))
+    assert matmul_flops(text) == 2 * 8 * 3 * 5 + 2 * 2 * 6 * 6 * 4 * 3 * 3 * 2
+
+
+def test_compression_report(tmp_path, capsys):
+    def model(*widths):
+        parts = [layers.Dense(w, "relu") for w in widths]
+        model = keras.Sequential([keras.Input((3,)), *parts, layers.Dense(3)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, metrics=["accuracy"], jit_compile=False)
+        return model
+
+    models = {"large": model(32, 32), "small": model(32)}
+    report = compression_report(
+        models,
+        X,
+        Y,
+        training_seconds={"small": 2.0},
+        batch_size=8,
+        rounds=3,
+        verbose=0,
+    )
+    # (3 + 1)·32 + (32 + 1)·32 + (32 + 1)·3, without the middle layer's.
+    assert report.column("parameters") == [1283, 227]
+    np.testing.assert_allclose(
+        report.column("gflops"),
+        [2e-9 * 8 * (192 + 32 * 32), 2e-9 * 8 * 192],
+        rtol=1e-12,
+    )
+    assert all(
+        4e-6 * n < mb < 4e-6 * n + 0.003
+        for n, mb in zip([1283, 227], report.column("megabytes"), strict=True)
+    )
+    assert math.isnan(report.rows[0]["training seconds"])
+    assert report.rows[1]["training seconds"] == 2
+    assert all(ms > 0 for ms in report.column("milliseconds"))
+    accuracy = models["small"].evaluate(X, Y, verbose=0)[1]
+    assert report.rows[1]["accuracy"] == accuracy
+    report.table()
+    assert "small" in capsys.readouterr().out
+    assert report.plot(tmp_path / "a.png").endswith("a.png")
+    with pytest.raises(ValueError, match=r"Received: \['other'\]"):
+        compression_report(models, X, Y, training_seconds={"other": 1.0})
+    with pytest.raises(ValueError, match="Received: name='speed'"):
+        report.column("speed")
+    with pytest.raises(ValueError, match="built and compiled"):
+        compression_report({"a": keras.Sequential([layers.Dense(1)])}, X, Y)
+
+
+# Bad input
+
+
+def test_bad_rates_and_modes():
+    for rate in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="a probability in"):
+            ModuleReplacement(dense(), dense(), rate)
+        with pytest.raises(ValueError, match="Received: start="):
+            LinearReplacement(0.1, rate)
+    with pytest.raises(ValueError, match="Received: slope=-1"):
+        LinearReplacement(-1)
+    with pytest.raises(ValueError, match="Received: steps=0"):
+        CosineReplacement(0)
+    with pytest.raises(ValueError, match="Received: mode='token'"):
+        ModuleReplacement(dense(), dense(), mode="token")
+
+
+def test_bad_modules_are_named():
+    a, b, c, d = (dense(name=name) for name in "abcd")
+    with pytest.raises(ValueError, match="Received: 2 and 1"):
+        Theseus([a, b], [c])
+    with pytest.raises(ValueError, match="Module 1 of the predecessor.*'a'"):
+        Theseus([a, a], [c, d])
+    with pytest.raises(ValueError, match="Module 0 of the successor.*'a'"):
+        Theseus([a, b], [[c, a], d])
+    with pytest.raises(ValueError, match="'module_1': the predecessor has no"):
+        Theseus([a, layers.Dense(3)], [c, d])
+    with pytest.raises(ValueError, match="Module 0 of the successor.*None"):
+        Theseus([a], [None])
+    wrapped = keras.Sequential([keras.Input((3,)), b])
+    with pytest.raises(ValueError, match="Module 1 of the successor.*b/kernel"):
+        Theseus([a, b], [c, wrapped])
+    wide = layers.Dense(4)
+    with pytest.raises(
+        ValueError, match=r"'module_0': expected.*\(None, 3\).*\(None, 4\)"
+    ):
+        Theseus([a], [wide]).build((None, 3))
+
+
+def test_bad_branches_are_named():
+    def pair(x):
+        return keras.Model(x, [x + 1.0, x + 2.0])
+
+    module = ModuleReplacement(
+        pair(keras.Input((3,))), pair(keras.Input((3,))), name="two"
+    )
+    assert len(module(ops.ones((2, 3)), training=True)) == 2
+    single = keras.Input((3,))
+    module = ModuleReplacement(
+        pair(keras.Input((3,))), keras.Model(single, single + 1.0), name="odd"
+    )
+    module.built = True
+    with pytest.raises(ValueError, match="'odd': expected as many outputs"):
+        module(ops.ones((2, 3)), training=True)
+    masked = built(layers.Embedding(11, 4, mask_zero=True), 5)
+    plain = built(layers.Embedding(11, 4), 5)
+    module = ModuleReplacement(masked, plain, name="unmasked")
+    with pytest.raises(ValueError, match="'unmasked': expected a mask"):
+        module(toy.TOKENS, training=True)
+
+
+def test_bad_cuts():
+    model = tagger()
+    with pytest.raises(ValueError, match="Received: nowhere"):
+        cut_model(model, ["nowhere"])
+    with pytest.raises(ValueError, match="in the order of the computation"):
+        cut_model(model, ["add_1", "add_0"])
+    with pytest.raises(ValueError, match="to depend on the one before"):
+        cut_model(model, ["lstm_0", "bias", "add_1"])
+    with pytest.raises(ValueError, match="Found no blocks"):
+        cut_model(model)
+    with pytest.raises(ValueError, match="Expected a functional model"):
+        cut_model(toy.Subclassed())
+    segment = cut_model(model, cuts([0]))[1]
+    with pytest.raises(ValueError, match="takes . tensors.*Received: 1"):
+        segment(ops.ones((2, 5, 4)))

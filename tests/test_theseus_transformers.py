@@ -1,0 +1,263 @@
+"""Theseus on the transformers of bert4keras and KerasHub."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+
+from blogkeras.theseus import (
+    Distillation,
+    Theseus,
+    bert_of_theseus,
+    cut_model,
+    keep_blocks,
+)
+
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
+needs_bert4keras = pytest.mark.skipif(
+    not ON_TENSORFLOW, reason="bert4keras runs on TensorFlow"
+)
+no_gradient = pytest.mark.filterwarnings("ignore:Gradients do not exist")
+RNG = np.random.default_rng(0)
+TOKENS = RNG.integers(1, 30, (6, 7))
+TOKENS[::2, 4:] = 0  # padding
+LABELS = RNG.integers(0, 3, 6)
+SIZES = {
+    "vocab_size": 30,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "hidden_act": "gelu",
+    "max_position": 7,
+    "dropout_rate": 0.1,
+}
+# The name of the model, options, and what a cut between blocks carries beside
+# the vectors.
+ARCHITECTURES = [
+    ("bert", {}, 0),
+    ("roberta", {}, 0),
+    ("albert", {"embedding_size": 4}, 0),
+    ("nezha", {}, 1),  # relative positions
+    ("roformer", {}, 1),  # rotary positions
+    ("roformer_v2", {}, 1),
+    ("bert", {"residual_attention_scores": True}, 1),
+    ("nezha", {"application": "unilm"}, 2),  # and an attention bias
+    ("bert", {"with_pool": True}, 0),
+]
+
+
+def value(x):
+    return np.asarray(ops.convert_to_numpy(x))
+
+
+def transformer(name, blocks, prefix, **options):
+    import blogkeras.bert4keras  # noqa: F401
+
+    # isort: split
+    from bert4keras.models import build_transformer_model
+
+    return build_transformer_model(
+        model=name,
+        num_hidden_layers=blocks,
+        prefix=prefix,
+        return_keras_model=False,
+        **SIZES,
+        **options,
+    )
+
+
+def classifier(transformer):
+    """As in the post; for each token if the transformer has no pooler."""
+    x = keras.Input(transformer.output.shape[1:])
+    return keras.Model(x, layers.Dense(3, activation="softmax")(x))
+
+
+def inputs(transformer):
+    count = len(transformer.model.inputs)
+    x = [TOKENS, (np.arange(7) > 2) * np.ones_like(TOKENS)][:count]
+    return x if count > 1 else x[0]
+
+
+def close(found, expected):
+    """Equal where there is no padding, to 1e-6."""
+    mask = np.ones(len(TOKENS), bool) if found.ndim == 2 else TOKENS > 0
+    np.testing.assert_allclose(found[mask], expected[mask], atol=1e-6)
+
+
+@needs_bert4keras
+@pytest.mark.parametrize(("name", "options", "sides"), ARCHITECTURES)
+def test_every_architecture_equals_the_uncut_models(name, options, sides):
+    """The chain of segments, Theseus at rate 0 and 1, and predict."""
+    old = transformer(name, 3, "Predecessor-", **options)
+    new = transformer(name, 2, "Successor-", **options)
+    x = inputs(old)
+    y = [ops.convert_to_tensor(a) for a in x] if isinstance(x, list) else x
+    segments = cut_model(old)
+    carried = [len(keras.tree.flatten(s.cut.crossing[2])) for s in segments]
+    assert set(carried) == {1 + sides}
+    for segment in segments:
+        y = segment(y)
+    expected = value(old.model(x))
+    close(value(y), expected)
+
+    head = classifier(old)
+    theseus = bert_of_theseus(old, new, head)
+    assert isinstance(theseus, Theseus)
+    assert len(theseus.replacements) == 3  # the embedding and two modules
+    old_y, new_y = value(head(old.model(x))), value(head(new.model(x)))
+    if options.get("with_pool"):  # the pooler is the predecessor's
+        new.model.get_layer("Successor-Pooler-Dense").set_weights(
+            old.model.get_layer("Predecessor-Pooler-Dense").get_weights()
+        )
+        new_y = value(head(new.model(x)))
+    close(value(theseus(x)), new_y)
+    assert np.abs(old_y - new_y).max() > 1e-4
+    for layer in new.model.layers:
+        if isinstance(layer, keras.layers.Dropout):
+            layer.rate = 0.0
+    for rate, expected in ((0.0, old_y), (1.0, new_y)):
+        for module in theseus.replacements:
+            module.replacement_rate = rate
+        close(value(theseus(x, training=True)), expected)
+
+
+@needs_bert4keras
+@no_gradient
+@pytest.mark.parametrize("name", ["albert", "nezha"])
+def test_the_posts_phases(name, tmp_path):
+    options = {"embedding_size": 4} if name == "albert" else {}
+    old = transformer(name, 3, "Predecessor-", **options)
+    new = transformer(name, 2, "Successor-", **options)
+    x, tags = inputs(old), RNG.integers(0, 3, TOKENS.shape)
+    theseus = bert_of_theseus(old, new, classifier(old), seed=0)
+    theseus.compile(
+        keras.optimizers.Adam(1e-3),
+        "sparse_categorical_crossentropy",
+        jit_compile=False,
+    )
+    frozen = old.model.get_weights()
+    theseus.fit(x, tags, epochs=2, verbose=0)
+    assert toy.difference(frozen, old.model.get_weights()) == 0
+    expected = theseus.predict(x, verbose=0)
+    theseus.save(tmp_path / "theseus.keras")
+    loaded = keras.saving.load_model(tmp_path / "theseus.keras")
+    np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+    model = theseus.detach()
+    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+    names = [layer.name for layer in model.layers]
+    assert not any(n.startswith("Predecessor") for n in names)
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
+    model.fit(x, tags, verbose=0)
+    assert np.abs(model.predict(x, verbose=0) - expected).max() > 0
+
+
+@needs_bert4keras
+def test_mapping_and_baselines():
+    old = transformer("bert", 5, "Predecessor-")
+    head = classifier(old)
+    new = keep_blocks(old, [0, 2])
+    ours = [w for w in new.weights if "Transformer-2" in w.path]
+    theirs = [w for w in old.model.weights if "Transformer-2" in w.path]
+    assert toy.difference(map_values(ours), map_values(theirs)) == 0
+
+    def blocks(theseus):
+        attention = re.compile(r"-\d+-MultiHeadSelfAttention$")
+        return [
+            sum(bool(attention.search(p.name)) for p in module.parts)
+            for module in theseus.predecessor_modules
+        ]
+
+    assert blocks(bert_of_theseus(old, new, head)) == [0, 2, 3]
+    assert blocks(bert_of_theseus(old, new, head, mapping=[4, 1])) == [0, 4, 1]
+    pairs = bert_of_theseus(old, new, head, mapping=[(5, 2)])
+    assert blocks(pairs) == [0, 5]
+    shared = bert_of_theseus(old, new, head, replace_embedding=False)
+    assert blocks(shared) == [2, 3]
+    assert shared.stem.parts[0].name == "Predecessor-Embedding-Token"
+    for mapping in ([2, 2], [5], [5, 0]):
+        with pytest.raises(ValueError, match="predecessor's 5 blocks"):
+            bert_of_theseus(old, new, head, mapping=mapping)
+    with pytest.raises(ValueError, match="cannot be the deeper one"):
+        bert_of_theseus(new, old, head)
+    with pytest.raises(ValueError, match="Received: method='prune'"):
+        bert_of_theseus(old, new, head, method="prune")
+
+    x = inputs(old)
+    direct = bert_of_theseus(old, new, head, method="direct")
+    close(value(direct(x)), value(head(new(x))))
+    assert not {id(w) for w in direct.weights} & {
+        id(w) for w in [*new.weights, *head.weights]
+    }
+    distilled = bert_of_theseus(
+        old, new, head, method="distillation", temperature=4.0
+    )
+    assert isinstance(distilled, Distillation)
+    assert distilled.temperature == 4
+    close(value(distilled(x)), value(head(new(x))))
+    close(value(distilled.teacher(x)), value(head(old.model(x))))
+
+
+def map_values(weights):
+    return [value(w) for w in weights]
+
+
+def hub_backbone(kind, blocks):
+    import keras_hub
+
+    sizes = {
+        "vocabulary_size": 30,
+        "num_layers": blocks,
+        "num_heads": 2,
+        "hidden_dim": 8,
+        "intermediate_dim": 12,
+        "max_sequence_length": 7,
+    }
+    if kind == "Albert":
+        sizes["embedding_dim"] = 4
+    return getattr(keras_hub.models, f"{kind}Backbone")(**sizes)
+
+
+@no_gradient
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["Bert", "Albert", "Roberta"])
+def test_backbones_of_keras_hub(kind, tmp_path):
+    old, new = hub_backbone(kind, 3), hub_backbone(kind, 2)
+    x = {"token_ids": TOKENS, "padding_mask": (TOKENS > 0).astype("int32")}
+    if "segment_ids" in old.input:
+        x["segment_ids"] = np.zeros_like(TOKENS)
+    tensors = {k: ops.convert_to_tensor(v) for k, v in x.items()}
+
+    def whole(backbone, head):
+        outputs = backbone.output
+        if isinstance(outputs, dict):
+            outputs = outputs["sequence_output"]
+        return keras.Model(backbone.input, head(outputs))
+
+    head = layers.Dense(3, activation="softmax", name="head")
+    old_model, new_model = whole(old, head), whole(new, head)
+    expected = value(old_model(tensors))
+    y = tensors
+    for segment in cut_model(old_model):
+        y = segment(y)
+    close(value(y), expected)
+    theseus = bert_of_theseus(old_model, new_model, None)
+    close(value(theseus(tensors)), value(new_model(tensors)))
+    for module in theseus.replacements:
+        module.replacement_rate = 0.0
+    close(value(theseus(tensors, training=True)), expected)
+    if kind == "Bert":
+        for module in theseus.replacements:
+            module.replacement_rate = 0.5
+        theseus.compile(
+            "adam", "sparse_categorical_crossentropy", jit_compile=True
+        )
+        tags = np.where(TOKENS > 0, TOKENS % 3, 0)
+        theseus.fit(x, tags, verbose=0)
+        theseus.save(tmp_path / "theseus.keras")
+        loaded = keras.saving.load_model(tmp_path / "theseus.keras")
+        np.testing.assert_allclose(
+            value(loaded(tensors)), value(theseus(tensors)), atol=1e-6
+        )
