@@ -7,7 +7,7 @@ STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 
 .PHONY: help demo demo-e5 test verify matrix lint format bench bench-adversarial \
-	bench-bert4keras
+	bench-bert4keras bench-theseus
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
@@ -51,10 +51,13 @@ lint: $(VENV)/.test # ruff
 format: $(VENV)/.test # ruff, in place
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: bench-adversarial bench-bert4keras # every benchmark
+bench: bench-adversarial bench-bert4keras bench-theseus # every benchmark
 
 bench-adversarial: $(VENV)/.test # FGM, penalty and their peers
 	@$(RUN) benchmarks/bench_adversarial.py
 
 bench-bert4keras: $(VENV)/.test # the bridge and its peers
 	@$(RUN) benchmarks/bench_bert4keras.py
+
+bench-theseus: $(VENV)/.test # one branch or both, small models or large
+	@$(RUN) benchmarks/bench_theseus.py

@@ -3,7 +3,12 @@ from setuptools import find_packages, setup
 # bert4keras 0.11.5 declares keras<=2.3.1, so it can stand in no requirement
 # list: pip would find no solution. Install it with
 # `pip install --no-deps bert4keras==0.11.5`.
-examples = ["matplotlib>=3.8", "rich>=13", "snownlp>=0.12.3"]
+examples = [
+    "matplotlib>=3.8",
+    "rich>=13",
+    "scikit-learn>=1.4",
+    "snownlp>=0.12.3",
+]
 test = [
     *examples,
     "jax>=0.4.35",

@@ -10,8 +10,39 @@ from keras import ops
 
 import blogkeras
 
+
 # (class, constructor arguments, input array or list of them)
+def dense(units=3, inputs=3, activation="tanh", name=None):
+    layer = keras.layers.Dense(units, activation, name=name)
+    layer.build((None, inputs))
+    return layer
+
+
+def theseus():
+    head = dense(3, 3, "softmax", "head")
+    model = blogkeras.Theseus(
+        [[dense(4), dense(3, 4)], dense()], [dense(), dense()], head, seed=1
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
+    return model
+
+
+def distillation():
+    teacher, student = (
+        keras.Sequential([keras.Input((3,)), dense(3, 3, "softmax")])
+        for _ in range(2)
+    )
+    model = blogkeras.Distillation(teacher, student)
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
+    return model
+
+
 LAYERS = [
+    (
+        blogkeras.ModuleReplacement,
+        {"predecessor": [dense(4), dense(3, 4)], "successor": dense()},
+        toy.DENSE[:8],
+    ),
     (
         blogkeras.WordMoverDistance,
         {"regularization": 0.05, "pairwise": True},
@@ -33,9 +64,15 @@ LOSSES = []
 # (class, constructor arguments, y_true, y_pred)
 METRICS = []
 # (function that builds and compiles a model, x, y)
-MODELS = []
+MODELS = [
+    (theseus, toy.DENSE[:16], toy.LABELS[:16]),
+    (distillation, toy.DENSE[:16], toy.LABELS[:16]),
+]
 # Neither a Keras object nor tested here: say where it is.
 ELSEWHERE = {
+    "CompressionReport": "test_theseus",
+    "CosineReplacement": "test_theseus",
+    "LinearReplacement": "test_theseus",
     "AdversarialMethod": "test_adversarial",
     "FGM": "test_adversarial",
     "FGSM": "test_adversarial",
