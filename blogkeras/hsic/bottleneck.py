@@ -7,7 +7,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.hsic.kernels import one_of
-from blogkeras.hsic.layers import flat, gathered
+from blogkeras.hsic.layers import flat, gather, gathered
 from blogkeras.hsic.statistic import Resolvent
 from blogkeras.ops import squared_distances
 
@@ -210,10 +210,10 @@ class HSICBottleneck(keras.Model):
         loss = 0.0
         for block, output in zip(self.blocks, hidden, strict=True):
             if block.trainable_variables:
-                output = backend.all_gather(flat(output))
+                output = gather(flat(output))
                 loss += self.resolvent(output, weight).trace_with(target)
         if training and self.head is None:
-            self.count(backend.all_gather(flat(hidden[-1])), labels, weight)
+            self.count(gather(flat(hidden[-1])), labels, weight)
         replicas = backend.num_replicas()
         loss = sum((ops.sum(term) for term in self.losses), loss) / replicas
         if self.head is None:

@@ -433,6 +433,8 @@ def columns(x):
 def centered(x, weight):
     """`x` minus its mean: a change of origin then costs no digits."""
     if weight is None:
+        # Of a constant variable exactly nothing is left.
+        x = x - x[..., :1, :]
         return x - ops.mean(x, axis=-2, keepdims=True)
     weight = ops.cast(weight, x.dtype)[..., None]
     total = ops.maximum(ops.sum(weight, axis=-2, keepdims=True), 1e-30)

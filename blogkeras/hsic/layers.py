@@ -113,8 +113,10 @@ class HSICRegularization(keras.layers.Layer):
     The auxiliary loss that the post recommends HSIC for: makes a representation
     x independent of y (a nuisance attribute, another representation), or, with
     a negative rate, dependent. All axes but the first are features; masked time
-    steps count as zeros. Replicas are gathered as in `HSICLoss`. Sample weights
-    do not reach layers.
+    steps count as zeros. Replicas are gathered as in `HSICLoss` (there, the
+    `loss` that Keras logs counts the term of each replica after the first once
+    more for those before it; the gradients do not). Sample weights do not reach
+    layers.
 
     With the default kernels the bandwidth of each step is a median over the
     batch, so that shrinking the features does not help.
@@ -367,9 +369,9 @@ def _taps(model, name):
             and isinstance(layer.output, keras.KerasTensor)
         ]
         outputs = [layer.output for layer in layers]
-        return [layer.name for layer in layers], keras.Model(
-            model.inputs, outputs
-        )
+        sequential = isinstance(model, keras.Sequential)
+        inputs = model.inputs[0] if sequential else model.input
+        return [layer.name for layer in layers], keras.Model(inputs, outputs)
     except (AttributeError, ValueError, TypeError) as error:
         raise ValueError(
             f"Expected `{name}` to be a built Sequential or functional model, "
@@ -437,9 +439,14 @@ def per_sample(weight):
     return ops.reshape(ops.cast(weight, "float32"), [-1])
 
 
+def gather(x):
+    """The rows of all replicas; on TensorFlow they lose their static shape."""
+    return ops.reshape(backend.all_gather(x), [-1, *x.shape[1:]])
+
+
 def gathered(x, y, sample_weight):
     """The batches of all replicas."""
     weight = None
     if sample_weight is not None:
-        weight = backend.all_gather(per_sample(sample_weight))
-    return backend.all_gather(x), backend.all_gather(y), weight
+        weight = gather(per_sample(sample_weight))
+    return gather(x), gather(y), weight

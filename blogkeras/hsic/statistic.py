@@ -489,15 +489,20 @@ def statistics(grams, weight, pairs, estimator):
             def mean(values):
                 return ops.matmul(values, p[..., None])[..., 0]
 
+        # Of a constant variable exactly nothing is left.
+        first = [row[..., :1] for row in rows]
+        rows = [r - f for r, f in zip(rows, first, strict=True)]
         means = [mean(row) for row in rows]
         rows = [r - m[..., None] for r, m in zip(rows, means, strict=True)]
         covariances = [mean(rows[i] * rows[j]) for i, j in pairs]
         # (..., b) each; the tile's rows go first for `map_blocks`.
+        means = [f[..., 0] + m for f, m in zip(first, means, strict=True)]
         return [ops.moveaxis(t, -1, 0) for t in [*means, *covariances]]
 
     found = map_blocks(tile, everyone, _tile_rows(like))
     found = [ops.moveaxis(t, 0, -1) for t in found]  # (..., n)
     means, covariances = found[: len(grams)], found[len(grams) :]
+    means = [m - m[..., :1] for m in means]
     centers = [ops.sum(m * p, axis=-1, keepdims=True) for m in means]
     means = [m - c for m, c in zip(means, centers, strict=True)]
     values = []

@@ -1,0 +1,251 @@
+"""The p-value: null distributions, invariances, level and power."""
+
+import numpy as np
+import pytest
+import scipy.stats
+from test_hsic import LINEAR, definition, gaussian, median, value
+
+from blogkeras.hsic import (
+    DeltaKernel,
+    GaussianKernel,
+    PrecomputedKernel,
+    fourier_hsic,
+    hsic_test,
+)
+
+RNG = np.random.default_rng(1)
+X = RNG.normal(size=(60, 2))
+Y = np.sin(2 * X[:, 0]) + 1.3 * RNG.normal(size=60)
+
+
+def centered(k):
+    j = np.eye(len(k)) - 1 / len(k)
+    return j @ k @ j
+
+
+def grettons_test(k, l):  # noqa: E741
+    """HSIC and p of Gretton et al. 2007, for kernels with K(x, x) = 1."""
+    n = len(k)
+    statistic = np.sum(centered(k) * centered(l)) / n
+    v = (centered(k) * centered(l) / 6) ** 2
+    v = (v.sum() - np.trace(v)) / n / (n - 1)
+    v *= 72 * (n - 4) * (n - 5) / n / (n - 1) / (n - 2) / (n - 3)
+    mu_x, mu_y = ((m.sum() - n) / n / (n - 1) for m in (k, l))
+    m = (1 + mu_x * mu_y - mu_x - mu_y) / n
+    shape, scale = m**2 / v, v * n / m
+    return statistic / n, scipy.stats.gamma.sf(statistic, shape, scale=scale)
+
+
+def test_gamma():
+    k, l = gaussian(X, median(X)), gaussian(Y, median(Y))  # noqa: E741
+    statistic, p_value = grettons_test(k, l)
+    found = hsic_test(X, Y)
+    assert found.statistic == pytest.approx(statistic, rel=1e-4)
+    assert found.p_value == pytest.approx(p_value, rel=1e-3)
+    assert 1e-4 < p_value < 0.05
+    shape, scale = found.null
+    # The mean over all permutations is that of the gamma distribution.
+    draws = [
+        np.mean(centered(k) * l[order][:, order])
+        for order in (RNG.permutation(60) for _ in range(2000))
+    ]
+    assert shape * scale == pytest.approx(np.mean(draws), rel=0.05)
+    assert shape**0.5 * scale == pytest.approx(np.std(draws), rel=0.15)
+    # Kernels that are functions run uncompiled.
+    both = [GaussianKernel(median(t), form="usual") for t in (X, Y)]
+    own = hsic_test(X, Y, lambda a, b: both[0](a, b), both[1])
+    assert own.p_value == pytest.approx(p_value, rel=1e-3)
+    square = PrecomputedKernel()
+    own = hsic_test(k, l, square, square)
+    assert own.p_value == pytest.approx(p_value, rel=1e-3)
+
+
+def test_permutations():
+    k, l = gaussian(X, median(X)), gaussian(Y, median(Y))  # noqa: E741
+    orders = np.random.default_rng(3)
+    expected = [
+        np.mean(centered(k) * l[order][:, order])
+        for order in (orders.permutation(60) for _ in range(70))
+    ]
+    found = hsic_test(X, Y, null="permutation", num_permutations=70, seed=3)
+    np.testing.assert_allclose(found.null, expected, rtol=1e-3, atol=1e-6)
+    assert found.statistic == pytest.approx(
+        definition(k, l, "biased"), rel=1e-4
+    )
+    extreme = np.sum(np.array(expected) >= found.statistic)
+    assert found.p_value == (1 + extreme) / 71
+    again = hsic_test(X, Y, null="permutation", num_permutations=70, seed=3)
+    assert again.p_value == found.p_value
+    np.testing.assert_array_equal(again.null, found.null)
+    other = hsic_test(X, Y, null="permutation", num_permutations=70, seed=4)
+    assert not np.array_equal(other.null, found.null)
+    free = hsic_test(X, Y, null="permutation", num_permutations=70)
+    assert not np.array_equal(free.null, found.null)
+
+
+def test_equal_draws_count():
+    """Two labels, all pairs: of the 6 tables of 4 samples, 2 are as extreme."""
+    a = np.array([0, 0, 1, 1])
+    delta = DeltaKernel()
+    found = hsic_test(
+        *(a, a, delta, delta, "permutation"), num_permutations=300, seed=0
+    )
+    assert found.statistic == pytest.approx(0.25)
+    assert found.p_value == pytest.approx(1 / 3, abs=0.08)
+
+
+@pytest.mark.parametrize("null", ["gamma", "permutation"])
+def test_units_do_not_matter(null):
+    settings = {"null": null, "num_permutations": 70, "seed": 0}
+    p_value = hsic_test(X, Y, **settings).p_value
+    for factor in (1e3, 1e-3):
+        scaled = hsic_test(X, factor * Y, **settings).p_value
+        assert abs(scaled - p_value) <= 1e-3
+        moved = hsic_test(X * factor + 1, Y - 10, **settings).p_value
+        assert abs(moved - p_value) <= 1e-3
+
+
+def test_blocks():
+    found = hsic_test(X, Y, approximation="block", size=10)
+    blocks = [
+        definition(
+            gaussian(X[i : i + 10], median(X)),
+            gaussian(Y[i : i + 10], median(Y)),
+            "unbiased",
+        )
+        for i in range(0, 60, 10)
+    ]
+    np.testing.assert_allclose(found.null, blocks, rtol=1e-3, atol=1e-6)
+    expected = scipy.stats.ttest_1samp(blocks, 0, alternative="greater")
+    assert found.p_value == pytest.approx(expected.pvalue, rel=1e-3)
+    assert found.statistic == pytest.approx(np.mean(blocks), rel=1e-3)
+
+
+def test_fourier_features():
+    settings = {"approximation": "fourier", "size": 1024, "seed": 0}
+    found = hsic_test(X, Y, **settings)
+    exact = hsic_test(X, Y)
+    assert found.statistic == pytest.approx(exact.statistic, rel=0.2)
+    assert np.log(found.p_value) == pytest.approx(
+        np.log(exact.p_value), rel=0.2
+    )
+    x, y = X.astype("f4"), Y.astype("f4")
+    same = fourier_hsic(x, y, num_features=1024, seed=0)
+    assert found.statistic == pytest.approx(float(value(same)), rel=1e-3)
+    # Linear features are exact: the permutations are those of the matrices.
+    settings = {"null": "permutation", "num_permutations": 40, "seed": 5}
+    exact = hsic_test(X, Y, LINEAR, LINEAR, **settings)
+    found = hsic_test(X, Y, LINEAR, LINEAR, approximation="fourier", **settings)
+    np.testing.assert_allclose(found.null, exact.null, rtol=1e-3, atol=1e-6)
+    assert found.p_value == exact.p_value
+
+
+def test_a_constant_variable_depends_on_nothing():
+    for constant in (np.zeros(60), np.full((60, 2), 1e6)):
+        for settings in (
+            {},
+            {"null": "permutation", "num_permutations": 5},
+            {"approximation": "block", "size": 10},
+            {"approximation": "fourier"},
+        ):
+            for pair in ((X, constant), (constant, Y)):
+                found = hsic_test(*pair, **settings)
+                assert found[:2] == (0, 1), settings
+    assert hsic_test(X, np.zeros(60), LINEAR, LINEAR)[:2] == (0, 1)
+
+
+def test_errors(capsys):
+    for settings, message in [
+        ({"null": "chi2"}, "null='chi2'"),
+        ({"approximation": "nystrom"}, "approximation='nystrom'"),
+        ({"num_permutations": 0}, "num_permutations=0"),
+        ({"approximation": "block", "size": 40}, "n=60, size=40"),
+    ]:
+        with pytest.raises(ValueError, match=f"Received: .*{message}"):
+            hsic_test(X, Y, **settings)
+    with pytest.raises(ValueError, match="Received: n=5"):
+        hsic_test(X[:5], Y[:5])
+    with pytest.raises(ValueError, match="Received: x.shape=.1, 60, 2"):
+        hsic_test(X[None], Y[None])
+    with pytest.raises(ValueError, match="`y` holds NaN"):
+        hsic_test(X, np.where(Y > 1, np.nan, Y))
+    settings = {"null": "permutation", "num_permutations": 70, "seed": 0}
+    hsic_test(X, Y, **settings)
+    assert capsys.readouterr().out == ""
+    hsic_test(X, Y, **settings, verbose=1)
+    assert "70/70" in capsys.readouterr().out
+
+
+# Level and power
+
+
+def draw(case, rng, n=100):
+    """The cases of the calibration: `(x, y)`."""
+    if case.startswith("null"):
+        dim = int(case[4:])
+        return rng.normal(size=(n, dim)), rng.normal(size=(n, dim))
+    if case == "rotated":  # uniforms, turned by π/8
+        u, v = rng.uniform(-1, 1, (2, n))
+        c, s = np.cos(np.pi / 8), np.sin(np.pi / 8)
+        return c * u - s * v, s * u + c * v
+    x = rng.uniform(-1, 1, n) if case == "sine" else rng.normal(size=n)
+    noise = rng.normal(size=n)
+    if case == "sine":
+        return x, np.sin(4 * np.pi * x) + 0.8 * noise
+    return x, 0.4 * x**2 + noise
+
+
+def hyppos_test(x, y):
+    """p of hyppo 0.5.2's default test: one bandwidth, that of x, for both.
+
+    `benchmarks/bench_hsic.py` compares it with hyppo's own.
+    """
+
+    x, y = (t.reshape(len(t), -1) for t in (x, y))
+    n, bandwidth = len(x), median(x)
+    k, l = gaussian(x, bandwidth), gaussian(y, bandwidth)  # noqa: E741
+    xy, xx, yy = (
+        definition(a, b, "unbiased") for a, b in ((k, l), (k, k), (l, l))
+    )
+    statistic = xy / np.sqrt(xx * yy)
+    return scipy.stats.chi2.sf(n * statistic + 1, 1)
+
+
+def rejections(test, case, trials, seed=0):
+    rng = np.random.default_rng(seed)
+    return np.mean([test(*draw(case, rng)) < 0.05 for _ in range(trials)])
+
+
+def by_gamma(x, y):
+    return hsic_test(x, y).p_value
+
+
+def by_permutation(x, y):
+    return hsic_test(
+        x, y, null="permutation", num_permutations=100, seed=0
+    ).p_value
+
+
+def test_level_and_power_small():
+    """At most 6 of 40 by chance (with p = .003 more); half of the others."""
+    assert rejections(by_gamma, "null1", 40) <= 6 / 40
+    assert rejections(by_permutation, "null1", 40) <= 6 / 40
+    assert rejections(by_gamma, "quadratic", 20) >= 10 / 20
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("case", ["null1", "null10"])
+def test_level(case):
+    assert 0.03 <= rejections(by_permutation, case, 300) <= 0.075
+    # Many features make the gamma distribution cautious.
+    assert 0.02 <= rejections(by_gamma, case, 300) <= 0.075
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("test", [by_gamma, by_permutation])
+def test_power(test):
+    for case in ("sine", "quadratic"):
+        hyppo = rejections(hyppos_test, case, 300)
+        assert rejections(test, case, 300) >= hyppo - 0.06
+    hyppo = rejections(hyppos_test, "rotated", 300)
+    assert rejections(test, "rotated", 300) >= 1.5 * hyppo
