@@ -411,8 +411,14 @@ def test_errors():
     for match, function, args in cases:
         with pytest.raises(ValueError, match=match):
             function(*args)
-    with pytest.raises(ValueError, match="Received"):
-        sinkhorn(p, q, D, max_iterations=0)
+    for match, args in [
+        ("max_iterations=0", (p, q, D, 0.1, 0.1, 0)),
+        ("sum 1", (2 * p, q, D)),
+        ("finite", (p, q, D * np.nan)),
+        ("leading axes", (q, p, D)),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            sinkhorn(*args)
 
 
 def test_exact_inside_a_compiled_function_is_a_clear_error():

@@ -220,3 +220,83 @@ def test_functions_compile_where_they_are_traced():
     )
     for a, b in zip(inside, sinkhorn(p, q, D)[:3], strict=True):
         np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5)
+
+
+def check_transformer(outputs, inputs, values, mask):
+    """WRD of a model's token outputs is that of the words it does not mask."""
+    model = keras.Model(inputs, [WordRotatorDistance()(outputs), *outputs])
+    distance, x, y = model.predict(values, verbose=0)
+    expected = word_rotator_distance(x, y, mask)
+    np.testing.assert_allclose(distance, expected, rtol=0.01)
+    unmasked = word_rotator_distance(x, y)
+    assert np.abs(distance - unmasked).max() > 0.03 * expected.max()
+
+
+def token_pairs():
+    x, y = (RNG.integers(1, 20, (4, 6)) for _ in range(2))
+    x[:, 4:] = y[1:, 3:] = 0
+    return x, y
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow",
+    reason="bert4keras runs on TensorFlow",
+)
+def test_bert4keras_outputs_bring_their_masks():
+    import blogkeras.bert4keras  # noqa: F401
+
+    # isort: split
+    from bert4keras.models import build_transformer_model
+
+    bert = build_transformer_model(
+        model="bert",
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        hidden_act="gelu",
+        dropout_rate=0.0,
+        max_position=8,
+        segment_vocab_size=2,
+    )
+    inputs = [keras.Input((6,), dtype="int32") for _ in range(4)]
+    x, y = token_pairs()
+    check_transformer(
+        [bert(inputs[:2]), bert(inputs[2:])],
+        inputs,
+        [x, 0 * x, y, 0 * y],
+        (x != 0, y != 0),
+    )
+
+
+def test_keras_hub_outputs_with_their_padding_mask():
+    import keras_hub
+
+    backbone = keras_hub.models.BertBackbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=16,
+        dropout=0.0,
+        max_sequence_length=8,
+    )
+    x, y = token_pairs()
+    vectors = [
+        backbone.predict(
+            {
+                "token_ids": tokens,
+                "segment_ids": 0 * tokens,
+                "padding_mask": tokens != 0,
+            },
+            verbose=0,
+        )["sequence_output"]
+        for tokens in (x, y)
+    ]
+    mask = [x != 0, y != 0]
+    found = numpy(WordRotatorDistance()(vectors, mask=mask))
+    for k in range(4):
+        kept = [v[k][m[k]] for v, m in zip(vectors, mask, strict=True)]
+        expected = word_rotator_distance(*kept)
+        np.testing.assert_allclose(found[k], expected, rtol=0.01)

@@ -14,9 +14,9 @@ from blogkeras.transport.distances import (
     word_rotator_distance,
     word_rotator_similarity,
 )
+from blogkeras.transport.entropic import sinkhorn
 from blogkeras.transport.index import TransportIndex
 from blogkeras.transport.layers import WordMoverDistance, WordRotatorDistance
-from blogkeras.transport.sinkhorn import sinkhorn
 from blogkeras.transport.weighting import (
     all_but_the_top,
     common_components,

@@ -6,10 +6,17 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.transport import exact, measures
-from blogkeras.transport.sinkhorn import check_settings, sinkhorn
+from blogkeras.transport.checks import (
+    as_numpy,
+    check_finite,
+    check_mass,
+    check_problem,
+    check_settings,
+    check_shape,
+)
+from blogkeras.transport.entropic import approximate, as_tensor
 
 SOLVERS = ("exact", "sinkhorn", "relaxed")
-_MASS_ERROR = 1e-4  # float32 weights of a long text sum to 1 within this
 
 
 def wasserstein_distance(
@@ -35,8 +42,9 @@ def wasserstein_distance(
         `(...)`: NumPy float64 from `"exact"`, else a tensor.
 
     Raises:
-        ValueError: on negative or unnormalized weights, values that are not
-            finite, shapes that do not fit.
+        ValueError: on shapes that do not fit and, outside of compiled
+            functions, on negative or unnormalized weights and on values that
+            are not finite.
 
     Example:
 
@@ -52,21 +60,8 @@ def wasserstein_distance(
     _check_solver(solver)
     check_settings(regularization, tolerance)
     p, q, D = (_array(a, solver) for a in (p, q, D))
-    fits = p.shape == D.shape[:-1] and q.shape == (*D.shape[:-2], D.shape[-1])
-    if len(D.shape) < 2 or not fits:
-        raise ValueError(
-            "Expected p (..., m), q (..., n) and D (..., m, n) with the same "
-            f"leading axes. Received: p.shape={tuple(p.shape)}, "
-            f"q.shape={tuple(q.shape)}, D.shape={tuple(D.shape)}"
-        )
-    if 0 in D.shape[-2:]:
-        raise ValueError(
-            "Expected at least one place on each side. Received: "
-            f"D.shape={tuple(D.shape)}"
-        )
-    _check_mass("p", p)
-    _check_mass("q", q)
-    _check_finite("D", D)
+    check_problem(p, q, D)
+    check_finite("D", D)
     return _distance(p, q, D, solver, regularization, tolerance)
 
 
@@ -299,7 +294,7 @@ def _distance(p, q, D, solver, regularization, tolerance):
 def _solve(p, q, D, solver, regularization=0.005, tolerance=1e-3):
     """`(plan, (f, g))`."""
     if solver == "sinkhorn":
-        solution = sinkhorn(p, q, D, regularization, tolerance)
+        solution = approximate(p, q, D, regularization, tolerance)
         return solution.plan, solution.potentials
     p, q, D = (_array(a, "exact") for a in (p, q, D))
     lead = D.shape[:-2]
@@ -341,12 +336,12 @@ def _masses(x, y, mask, cost, weights, idf, solver):
     for name, z, z_mask, mass in zip("xy", (x, y), mask, given, strict=True):
         if z_mask is not None:
             z_mask = _array(z_mask, solver, "bool")
-            _check_shape(f"mask of {name}", z_mask, z)
+            check_shape(f"mask of {name}", z_mask, z)
         if mass is not None:
             mass = _array(mass, solver)
-            _check_shape(f"weights of {name}", mass, z)
-            _check_mass(f"weights of {name}", mass, z_mask, kind == "given")
-        _check_finite(name, z, None if z_mask is None else z_mask[..., None])
+            check_shape(f"weights of {name}", mass, z)
+            check_mass(f"weights of {name}", mass, z_mask, kind == "given")
+        check_finite(name, z, None if z_mask is None else z_mask[..., None])
         results.append(
             measures.mass_and_vectors(xp, z, z_mask, cost, kind, mass)
         )
@@ -357,16 +352,14 @@ def _masses(x, y, mask, cost, weights, idf, solver):
 def _array(x, solver, dtype=None):
     """NumPy float64 for the exact solver, else a tensor."""
     if solver != "exact":
-        x = ops.convert_to_tensor(x)
-        wide = keras.backend.standardize_dtype(x.dtype) == "float64"
-        return ops.cast(x, dtype or ("float64" if wide else "float32"))
+        return as_tensor(x, dtype)
     if isinstance(x, keras.KerasTensor) or not backend.is_concrete(x):
         # On TensorFlow NumPy arrays are concrete inside a trace.
         if not isinstance(x, (np.ndarray, list, tuple, float, int)):
             _refuse()
-    if not isinstance(x, np.ndarray):
-        x = ops.convert_to_numpy(x) if ops.is_tensor(x) else np.asarray(x)
-    return np.asarray(x, dtype or "float64")
+    return np.asarray(
+        as_numpy(x) if ops.is_tensor(x) else x, dtype or "float64"
+    )
 
 
 def _refuse():
@@ -381,51 +374,4 @@ def _check_solver(solver):
     if solver not in SOLVERS:
         raise ValueError(
             f"Expected `solver` one of {SOLVERS}. Received: {solver!r}"
-        )
-
-
-def _check_shape(name, z, x):
-    if tuple(z.shape) != tuple(x.shape[:-1]):
-        raise ValueError(
-            f"Expected the {name} of shape {tuple(x.shape[:-1])}, one for each "
-            f"word. Received: {tuple(z.shape)}"
-        )
-
-
-def _check_finite(name, x, mask=None):
-    if not backend.is_concrete(x):
-        return
-    x = np.asarray(ops.convert_to_numpy(x))
-    finite = np.isfinite(x)
-    if mask is not None:
-        finite |= ~np.asarray(ops.convert_to_numpy(mask))
-    if not finite.all():
-        raise ValueError(
-            f"Expected finite numbers in {name}; mask what is missing. "
-            f"Received: {x[~finite].ravel()[:3]} among {x.size} values"
-        )
-
-
-def _check_mass(name, p, mask=None, normalized=True):
-    """Raises on weights that are no distribution; all zeros is `empty`."""
-    if not backend.is_concrete(p):
-        return
-    p = np.asarray(ops.convert_to_numpy(p), "float64")
-    if mask is not None:
-        p = np.where(np.asarray(ops.convert_to_numpy(mask)), p, 0)
-    _check_finite(name, p)
-    if p.size and p.min() < 0:
-        raise ValueError(
-            f"Expected nonnegative numbers in {name}. Received: {p.min()}"
-        )
-    if not normalized:
-        return
-    total = p.sum(-1)
-    wrong = np.abs(total - 1) > _MASS_ERROR
-    if name not in "pq":
-        wrong &= total != 0
-    if wrong.any():
-        raise ValueError(
-            f"Expected {name} of sum 1: divide by the sum. Received: sums such "
-            f"as {np.atleast_1d(total)[np.atleast_1d(wrong)][0]:g}"
         )

@@ -4,8 +4,8 @@ import keras
 from keras import ops
 
 from blogkeras.transport import measures
+from blogkeras.transport.checks import check_settings
 from blogkeras.transport.distances import SOLVERS, distance_of_tensors
-from blogkeras.transport.sinkhorn import check_settings
 
 
 class _TransportLayer(keras.layers.Layer):
@@ -131,8 +131,9 @@ class WordMoverDistance(_TransportLayer):
     Args:
         cost: `"euclidean"`, `"cosine"` or `"rms"`, Euclidean divided by √dim.
         weighting: Masses of the words, divided by their sum: `"uniform"`, 1;
-            `"norm"`, ‖w‖; `"idf"`, given as two more inputs, nonnegative and
-            differentiable: the idf of the words, or any other importance.
+            `"norm"`, ‖w‖; `"idf"`, given as two more inputs, differentiable:
+            the idf of the words, or any other importance. Negative ones count
+            as 0.
         solver: `"sinkhorn"`; `"relaxed"`, the lower bound RWMD; `"exact"`, for
             calls with values only: not in a compiled step nor, on JAX, under a
             gradient.

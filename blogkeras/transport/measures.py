@@ -50,7 +50,7 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
     elif weights == "uniform":
         mass = xp.ones_like(norm)
     else:
-        mass = given
+        mass = xp.maximum(given, xp.zeros_like(given))
     if cost == "cosine" and weights in ("uniform", "idf"):
         mass = xp.where(norm > 0, mass, xp.zeros_like(norm))
     if mask is not None:

@@ -8,6 +8,11 @@ import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
+from blogkeras.transport.checks import (
+    check_finite,
+    check_problem,
+    check_settings,
+)
 
 _FACTOR = 4.0  # from one ε to the next
 _START = 0.1  # the first ε is at most this
@@ -65,6 +70,9 @@ def sinkhorn(
         tolerance: Float > 0. The marginal error to stop at.
         max_iterations: Integer. Of each ε.
 
+    Raises:
+        ValueError: as `wasserstein_distance`.
+
     Returns:
         `Solution`, a named tuple. Nothing in it has a gradient: `distance` of
         `wasserstein_distance(p, q, D, solver="sinkhorn")` has.
@@ -83,8 +91,17 @@ def sinkhorn(
         feasible plan
     """
     check_settings(regularization, tolerance, max_iterations)
-    dtype = _float(D)
-    p, q, D = (ops.stop_gradient(_tensor(a, dtype)) for a in (p, q, D))
+    p, q, D = map(as_tensor, (p, q, D))
+    check_problem(p, q, D)
+    solution = approximate(p, q, D, regularization, tolerance, max_iterations)
+    # One look at the distances tells the same of all the costs.
+    check_finite("D (its distances are not)", solution.distance)
+    return solution
+
+
+def approximate(p, q, D, regularization, tolerance, max_iterations=5000):
+    """`sinkhorn`, unchecked."""
+    p, q, D = (ops.stop_gradient(ops.cast(a, D.dtype)) for a in (p, q, D))
     shape = tuple(ops.shape(D)[:-2])
     flat = [
         ops.reshape(a, (-1, *ops.shape(a)[len(shape) :])) for a in (p, q, D)
@@ -110,25 +127,14 @@ def _compiled(*settings):
     return backend.jit(lambda p, q, cost: solve(p, q, cost, *settings))
 
 
-def check_settings(regularization, tolerance, max_iterations=1):
-    """Raises where no iteration could do what is asked."""
-    if not (regularization > 0 and tolerance > 0 and max_iterations >= 1):
-        raise ValueError(
-            "Expected `regularization`, `tolerance` and `max_iterations` above "
-            f"zero. Received: regularization={regularization}, "
-            f"tolerance={tolerance}, max_iterations={max_iterations}"
-        )
-
-
-def _float(x):
-    dtype = keras.backend.standardize_dtype(getattr(x, "dtype", "float32"))
-    # Half precision has too few digits for marginals; NumPy's default is
-    # float64, which Keras users do not mean.
-    wide = dtype == "float64" and not isinstance(x, np.ndarray)
-    return "float64" if wide else "float32"
-
-
-def _tensor(x, dtype):
+def as_tensor(x, dtype=None):
+    """A tensor of float32; of float64 only if `x` is a tensor of that."""
+    if dtype is None:
+        # Half precision has too few digits for marginals, and NumPy's default
+        # is float64, which Keras users do not mean.
+        wide = "float64" in str(getattr(x, "dtype", ""))
+        wide = wide and not isinstance(x, np.ndarray | np.generic)
+        dtype = "float64" if wide else "float32"
     return ops.cast(ops.convert_to_tensor(x), dtype)
 
 

@@ -1,0 +1,97 @@
+"""Errors for input that is no transport problem.
+
+Values are looked at only where there are any: nothing inside of a traced
+function is checked.
+"""
+
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+
+_MASS_ERROR = 1e-4  # float32 weights of a long text sum to 1 within this
+
+
+def check_settings(regularization, tolerance, max_iterations=1):
+    """Raises where no iteration could do what is asked."""
+    if not (regularization > 0 and tolerance > 0 and max_iterations >= 1):
+        raise ValueError(
+            "Expected `regularization`, `tolerance` and `max_iterations` above "
+            f"zero. Received: regularization={regularization}, "
+            f"tolerance={tolerance}, max_iterations={max_iterations}"
+        )
+
+
+def check_problem(p, q, D):
+    """Raises unless p `(..., m)`, q `(..., n)` and D `(..., m, n)` fit."""
+    shapes = [tuple(a.shape) for a in (p, q, D)]
+    lead = shapes[2][:-2]
+    fits = shapes[0] == shapes[2][:-1]
+    fits = fits and shapes[1] == (*lead, *shapes[2][-1:])
+    if len(shapes[2]) < 2 or not fits:
+        raise ValueError(
+            "Expected p (..., m), q (..., n) and D (..., m, n) with the same "
+            f"leading axes. Received: p.shape={shapes[0]}, "
+            f"q.shape={shapes[1]}, D.shape={shapes[2]}"
+        )
+    if 0 in shapes[2][-2:]:
+        raise ValueError(
+            "Expected at least one place on each side. Received: "
+            f"D.shape={shapes[2]}"
+        )
+    check_mass("p", p)
+    check_mass("q", q)
+
+
+def check_shape(name, z, x):
+    if tuple(z.shape) != tuple(x.shape[:-1]):
+        raise ValueError(
+            f"Expected the {name} of shape {tuple(x.shape[:-1])}, one for each "
+            f"word. Received: {tuple(z.shape)}"
+        )
+
+
+def check_finite(name, x, mask=None):
+    if not backend.is_concrete(x):
+        return
+    x = as_numpy(x)
+    finite = np.isfinite(x)
+    if mask is not None:
+        finite |= ~as_numpy(mask)
+    if not finite.all():
+        raise ValueError(
+            f"Expected finite numbers in {name}; mask what is missing. "
+            f"Received: {x[~finite].ravel()[:3]} among {x.size} values"
+        )
+
+
+def check_mass(name, p, mask=None, normalized=True):
+    """Raises on weights that are no distribution.
+
+    Weights of words may all be zero: an empty sequence.
+    """
+    if not backend.is_concrete(p):
+        return
+    p = np.asarray(as_numpy(p), "float64")
+    if mask is not None:
+        p = np.where(as_numpy(mask), p, 0)
+    check_finite(name, p)
+    if p.size and p.min() < 0:
+        raise ValueError(
+            f"Expected nonnegative numbers in {name}. Received: {p.min()}"
+        )
+    if not normalized:
+        return
+    total = np.atleast_1d(p.sum(-1))
+    wrong = np.abs(total - 1) > _MASS_ERROR
+    if name not in "pq":
+        wrong &= total != 0
+    if wrong.any():
+        raise ValueError(
+            f"Expected {name} of sum 1: divide by the sum. Received: sums such "
+            f"as {total[wrong][0]:g}"
+        )
+
+
+def as_numpy(x):
+    return x if isinstance(x, np.ndarray) else ops.convert_to_numpy(x)
