@@ -349,8 +349,9 @@ def test_the_log_domain_takes_over_where_floats_end():
 
 
 def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
-    p, q = distribution(RNG, (4, 6)), distribution(RNG, (4, 5))
-    D = RNG.random((4, 6, 5))
+    rng, tolerance = np.random.default_rng(5), 2e-3
+    p, q = distribution(rng, (4, 6)), distribution(rng, (4, 5))
+    D = rng.random((4, 6, 5))
     plan = np.stack([ot.emd(*a) for a in zip(p, q, D, strict=True)])
 
     def total(D):
@@ -360,8 +361,8 @@ def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
                 ops.cast(q, "float32"),
                 D,
                 solver="sinkhorn",
-                regularization=1e-3,
-                tolerance=1e-4,
+                regularization=2e-4,
+                tolerance=tolerance,
             )
         ), ()
 
@@ -370,7 +371,8 @@ def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
     )
     expected = wasserstein_distance(p, q, D).sum()
     assert abs(float(value) - expected) < 5e-3 * expected
-    assert np.abs(numpy(gradient) - plan).sum((1, 2)).max() < 0.02
+    error = np.abs(numpy(gradient) - plan).sum((1, 2))
+    assert error.max() <= 2 * tolerance
 
 
 def test_errors():

@@ -121,6 +121,8 @@ class TransportIndex:
         self._ids = np.concatenate(ids)
         self._masses = np.concatenate(masses)
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        # POT takes seconds to import: now, not at the first query.
+        exact.simplex()
 
     def _compact(self, document):
         """`(ids, masses, vectors)`: each word once, only words with mass.
