@@ -404,7 +404,7 @@ def main():
     add("--parts", nargs="*", choices=PARTS, default=PARTS)
     add("--peers", type=pathlib.Path, help="folder with gensim and ott-jax")
     add("--data", help="folder of STS-B, for the search")
-    add("--state", type=pathlib.Path, default="bench_transport.json")
+    add("--state", type=pathlib.Path, default="results/bench_transport.json")
     add("--table", type=pathlib.Path, default=TABLE)
     add("--worker", help=argparse.SUPPRESS)
     add("--part", help=argparse.SUPPRESS)
@@ -424,6 +424,7 @@ def main():
 
         return serve(start)
     state = {}
+    options.state.parent.mkdir(parents=True, exist_ok=True)
     if options.state.exists():
         state = json.loads(options.state.read_text())
     for part in options.parts:

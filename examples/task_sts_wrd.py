@@ -28,8 +28,8 @@ Result (STS-B English test, 1379 pairs; Keras 3.15.1, POT 0.9.7):
     WRD         0.4793
     WRD + uSIF  0.6355
 
-The norm of a GloVe word is no measure of its importance (docs/transport.md),
-so that WRD gains nothing over WMD here before the weights are made.
+The norm of a GloVe word is no measure of its importance (docs/transport.md), so
+WRD gains nothing over "WMD cos" here before the weights are made.
 """
 
 import argparse
