@@ -37,7 +37,18 @@ def distillation():
     return model
 
 
+def bottleneck():
+    model = blogkeras.HSICBottleneck([dense(4), dense(3, 4)], 3)
+    model.compile("sgd", metrics=["accuracy"], jit_compile=True)
+    return model
+
+
 LAYERS = [
+    (
+        blogkeras.HSICRegularization,
+        {"rate": 0.5, "kernel_y": blogkeras.LinearKernel()},
+        [toy.DENSE[:8], toy.TARGETS[:8]],
+    ),
     (
         blogkeras.ModuleReplacement,
         {"predecessor": [dense(4), dense(3, 4)], "successor": dense()},
@@ -60,16 +71,28 @@ LAYERS = [
     ),
 ]
 # (class, constructor arguments, y_true, y_pred)
-LOSSES = []
+LOSSES = [
+    (blogkeras.HSICLoss, {}, toy.DENSE[:8], toy.DENSE[8:16]),
+]
 # (class, constructor arguments, y_true, y_pred)
-METRICS = []
+METRICS = [
+    (blogkeras.CKA, {}, toy.DENSE[:8], toy.DENSE[8:16]),
+]
 # (function that builds and compiles a model, x, y)
 MODELS = [
+    (bottleneck, toy.DENSE[:8], toy.LABELS[:8]),
     (theseus, toy.DENSE[:16], toy.LABELS[:16]),
     (distillation, toy.DENSE[:16], toy.LABELS[:16]),
 ]
 # Neither a Keras object nor tested here: say where it is.
 ELSEWHERE = {
+    "CosineKernel": "test_hsic",
+    "DeltaKernel": "test_hsic",
+    "GaussianKernel": "test_hsic",
+    "LaplacianKernel": "test_hsic",
+    "LinearKernel": "test_hsic",
+    "PolynomialKernel": "test_hsic",
+    "PrecomputedKernel": "test_hsic",
     "CompressionReport": "test_theseus",
     "CosineReplacement": "test_theseus",
     "LinearReplacement": "test_theseus",
