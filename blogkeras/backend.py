@@ -121,7 +121,28 @@ if BACKEND == "tensorflow":
         tf.function(fn, autograph=False).get_concrete_function()
 
     def _cond(predicate, true_fn, false_fn):
-        return tf.cond(predicate, true_fn, false_fn)
+        return tf.cond(
+            predicate, lambda: _folded(true_fn), lambda: _folded(false_fn)
+        )
+
+    def _folded(branch):
+        """Traces a branch and makes constants of the integers that are fixed.
+
+        The gradient of a branch is a function of its own, to which the branch
+        hands what it has computed: XLA would not know any more, for instance,
+        the order of axes that `tensordot` puts together for an unknown batch.
+        """
+        outputs = branch()
+        if not tf.executing_eagerly():
+            graph = tf.compat.v1.get_default_graph()
+            for op in graph.get_operations():
+                for i, x in enumerate(op.inputs):
+                    if x.dtype.is_integer and x.op.type != "Const":
+                        value = tf.get_static_value(x)
+                        if value is not None:
+                            constant = tf.constant(value, x.dtype)
+                            op._update_input(i, constant)
+        return outputs
 
     def is_concrete(x):
         """Whether `x` has its values now, outside of a traced function."""

@@ -1,10 +1,13 @@
 """Cuts functional models into modules, with all that crosses a cut."""
 
+import dataclasses
 import re
+from typing import Any
 
 import keras
 from keras import tree
 
+from blogkeras.backend import get_keras_mask
 from blogkeras.theseus.replacement import as_list
 
 # How a transformer's blocks are called: one layer each (KerasHub), many layers
@@ -206,7 +209,12 @@ class Segment(keras.layers.Layer):
         for node in self.nodes.value:
             for x in node.input_tensors:
                 _value(values, x, f"layer {node.operation.name!r}")
-            args, kwargs = node.arguments.fill_in(values)
+            args, kwargs = tree.map_structure(
+                lambda x: (
+                    values[id(x)] if isinstance(x, keras.KerasTensor) else x
+                ),
+                (node.args, node.kwargs),
+            )
             if training is not None and isinstance(node.operation, keras.Layer):
                 kwargs = {**kwargs, "training": training}
             outputs = node.operation(*args, **kwargs)
@@ -225,19 +233,18 @@ class Segment(keras.layers.Layer):
     def compute_mask(self, inputs, previous_mask=None):
         return None  # the layers have set the masks that there are
 
+    # Known from the whole model. Tracing would miss the masks of the inputs,
+    # which some layers cannot do without.
     def compute_output_spec(self, *args, **kwargs):
-        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        return tree.map_structure(
+            lambda x: keras.KerasTensor(x.shape, x.dtype),
+            self.cut.crossing[self.index + 1],
+        )
 
     def compute_output_shape(self, input_shape):
-        shapes = []
-        tree.map_shape_structure(shapes.append, input_shape)
-        ours = self.cut.crossing[self.index]
-        inputs = [
-            keras.KerasTensor(shape, x.dtype)
-            for shape, x in zip(shapes, tree.flatten(ours), strict=True)
-        ]
-        outputs = self.compute_output_spec(tree.pack_sequence_as(ours, inputs))
-        return tree.map_structure(lambda x: tuple(x.shape), outputs)
+        return tree.map_structure(
+            lambda x: tuple(x.shape), self.cut.crossing[self.index + 1]
+        )
 
     def get_config(self):
         return {
@@ -315,11 +322,74 @@ class _Cut:
         return cls(model, found)
 
 
+@dataclasses.dataclass(eq=False)
+class _Call:
+    """One call of a layer or operation in a functional model."""
+
+    operation: Any
+    args: Any
+    kwargs: Any
+    outputs: list
+    number: int  # of the call among all of the operation's
+
+    @property
+    def input_tensors(self):
+        return _symbolic((self.args, self.kwargs))
+
+
 def _nodes(model):
-    """The calls that a model consists of, in an order to compute them."""
-    depths = sorted(model._nodes_by_depth, reverse=True)
+    """The calls that a model's outputs need, in an order to compute them."""
+    calls = []
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            if not node.is_input:
+                calls.append(
+                    _Call(
+                        node.operation,
+                        node.arguments.args,
+                        _without_own_masks(node),
+                        node.outputs,
+                        node.operation._inbound_nodes.index(node),
+                    )
+                )
+    needed, kept = {id(x) for x in model.outputs}, []
+    for call in reversed(calls):
+        if any(id(x) in needed for x in call.outputs):
+            needed |= {id(x) for x in call.input_tensors}
+            kept.append(call)
+    return kept[::-1]
+
+
+def _without_own_masks(node):
+    """A call's keyword arguments, but the masks that Keras has filled in.
+
+    A mask that tensors carry along, Keras fills in again at each call; some
+    graphs have it as an argument, too.
+    """
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    own = {
+        id(get_keras_mask(x))
+        for x in _symbolic((args, kwargs))
+        if get_keras_mask(x) is not None
+    }
+    names = getattr(node.operation, "call_signature_parameters", ())
+
+    def filled_in(name, value):
+        if name != "mask" and name.removesuffix("_mask") not in names:
+            return False
+        masks = _symbolic(value)
+        return bool(masks) and all(id(x) in own for x in masks)
+
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if not (name.endswith("mask") and filled_in(name, value))
+    }
+
+
+def _symbolic(structure):
     return [
-        n for d in depths for n in model._nodes_by_depth[d] if not n.is_input
+        x for x in tree.flatten(structure) if isinstance(x, keras.KerasTensor)
     ]
 
 
@@ -386,10 +456,11 @@ def _tensors(model, boundary):
 def _address(model, tensor):
     """Where a tensor is, in words that outlive saving."""
     for node in _nodes(model):
-        for i, x in enumerate(node.outputs):
-            if x is tensor:
-                calls = _calls(model, node.operation.name)
-                return [node.operation.name, calls.index(node), i]
+        if any(x is tensor for x in node.outputs):
+            name = node.operation.name
+            numbers = [n.number for n in _calls(model, name)]
+            outputs = [x is tensor for x in node.outputs]
+            return [name, numbers.index(node.number), outputs.index(True)]
     raise ValueError(f"Not a tensor of the model. Received: {tensor}")
 
 
@@ -400,7 +471,7 @@ def _tensor(model, name, call, output):
 def _calls(model, name):
     """A layer's calls in the order in which they were made."""
     calls = [n for n in _nodes(model) if n.operation.name == name]
-    return sorted(calls, key=lambda n: n.operation._inbound_nodes.index(n))
+    return sorted(calls, key=lambda n: n.number)
 
 
 def _value(values, tensor, user):
