@@ -472,7 +472,7 @@ def test_an_overflow_means_no_attack():
         keras.optimizers.SGD(0.1), initial_scale=2.0**40
     )
     model.compile(
-        optimizer, "sparse_categorical_crossentropy", run_eagerly=True
+        optimizer, "sparse_categorical_crossentropy", run_eagerly=TENSORFLOW
     )
     for method in (FGM(0.5), GradientPenalty(0.5)):
         blogkeras.adversarial_training(model, method=method)
@@ -745,7 +745,10 @@ def test_a_layer_that_takes_no_part():
 
 
 def flops(hook):
-    """XLA's count for a step of 2 layers of the benchmark's transformer."""
+    """XLA's count for a step of 2 layers of the benchmark's transformer.
+
+    Of the program as it is handed to the compiler: 0.2 % less than after it.
+    """
     import jax
 
     keras.utils.set_random_seed(0)
@@ -760,7 +763,7 @@ def flops(hook):
     model = keras.Model(tokens, layers.Dense(2, activation="softmax")(h))
     model.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy")
     x, y = np.zeros((32, 64), "int32"), np.zeros((32,), "int32")
-    model.train_on_batch(x[:1], y[:1])  # builds the optimizer
+    model.optimizer.build(model.trainable_variables)
     state = [
         [v.value for v in variables]
         for variables in (
@@ -777,8 +780,7 @@ def flops(hook):
         def step(state, data):
             return training._make_step(hook)(model, state, data)
 
-    cost = jax.jit(step).lower(state, (x, y)).compile().cost_analysis()
-    return (cost[0] if isinstance(cost, list) else cost)["flops"]
+    return jax.jit(step).lower(state, (x, y)).cost_analysis()["flops"]
 
 
 def test_cost_in_operations():
