@@ -151,6 +151,14 @@ def test_metric_properties():
     assert abs(word_rotator_distance(X[:1], -X[:1]) - 2) < 1e-12
 
 
+def test_equal_words_are_at_distance_zero_far_from_the_origin():
+    words = RNG.normal(size=(20, 300)) + 3
+    assert word_mover_distance(words, words[::-1]) == 0
+    single = words.astype("float32")
+    relaxed = word_mover_distance(single, single[::-1], solver="relaxed")
+    assert float(relaxed) == 0
+
+
 @pytest.mark.parametrize("cost", ["euclidean", "cosine", "rms"])
 @pytest.mark.parametrize("weights", ["uniform", "norm"])
 def test_bounds_are_below(cost, weights):
@@ -224,6 +232,9 @@ def test_empty_sequences_count_as_one_zero_vector():
         assert abs(distance(x, y, mask) - expected) < 1e-12
         relaxed = distance(x, y, mask, solver="relaxed")
         assert abs(float(relaxed) - expected) < 1e-5
+    no_weight = {"weights": "idf", "idf": (np.zeros(4), np.ones(6))}
+    found = word_mover_distance(Y, X, **no_weight)
+    assert abs(found - mean_norm) < 1e-12
     # The approximate solver, on a batch of them in one compiled shape.
     x, y = np.stack([X, X, padded[2:]]), np.stack([X, 0 * X, X[:, ::-1]])
     mask = np.ones((3, 6), bool), np.ones((3, 6), bool)
