@@ -7,7 +7,7 @@ STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 
 .PHONY: help demo demo-e5 test verify matrix lint format bench bench-adversarial \
-	bench-bert4keras bench-theseus bench-transport
+	bench-bert4keras bench-theseus bench-transport bench-hsic
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
@@ -51,7 +51,7 @@ lint: $(VENV)/.test # ruff
 format: $(VENV)/.test # ruff, in place
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: bench-adversarial bench-bert4keras bench-theseus bench-transport # every benchmark
+bench: bench-adversarial bench-bert4keras bench-theseus bench-transport bench-hsic # every benchmark
 
 bench-adversarial: $(VENV)/.test # FGM, penalty and their peers
 	@$(RUN) benchmarks/bench_adversarial.py
@@ -65,3 +65,8 @@ bench-theseus: $(VENV)/.test # one branch or both, small models or large
 bench-transport: $(VENV)/.test # Sinkhorn, exact, search and their peers
 	$(BIN)/pip install -q --target $(VENV)/peers gensim==4.4.0 ott-jax==0.6.0
 	@$(RUN) benchmarks/bench_transport.py --peers $(VENV)/peers
+
+bench-hsic: $(VENV)/.test # HSIC and its tests, hyppo and dcor; the bottleneck
+	test -d $(VENV)/hyppo || $(PYTHON) -m venv $(VENV)/hyppo
+	$(VENV)/hyppo/bin/pip install -q hyppo==0.5.2 dcor==0.7
+	@$(RUN) benchmarks/bench_hsic.py --peer $(VENV)/hyppo/bin/python
