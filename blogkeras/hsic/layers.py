@@ -304,7 +304,7 @@ def compare_layers(
     Args:
         model_a: A built Sequential or functional model.
         model_b: Likewise; may be the same one.
-        data: Array, or structure of arrays, for the models' inputs; or an
+        data: Array, or list or dict of arrays, for the models' inputs; or an
             iterable of batches `x`, `(x, y)` or `(x, y, sample_weight)` such as
             a `tf.data.Dataset`.
         kernel: Kernel of all layers, as in `hsic`.
@@ -381,7 +381,8 @@ def _taps(model, name):
 
 
 def _batches(data, batch_size):
-    arrays = keras.tree.flatten(data)
+    arrays = data.values() if isinstance(data, dict) else data
+    arrays = list(arrays) if isinstance(data, (dict, list, tuple)) else [data]
     if all(isinstance(a, np.ndarray) for a in arrays):
         if batch_size < 4:
             raise ValueError(
