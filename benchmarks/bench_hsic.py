@@ -3,9 +3,9 @@
     make bench-hsic
 
 `--peer` is the Python of an environment with hyppo 0.5.2 and dcor 0.7, which
-nothing else needs (make installs one); without it the contenders that need them
-are left out. One thread each (set by this script), float32 for us, float64 for the
-others, as they are used. `--only NAME` measures one of the contests.
+nothing else needs (make installs one); without it the contenders that need
+them are left out. One thread each, set by this script; float32 for us, float64
+for the others, as they are used. `--only NAME` measures one of the contests.
 """
 
 import argparse
