@@ -3,14 +3,20 @@
     git clone https://github.com/bojone/bert4keras
     python benchmarks/run_bert4keras_examples.py --examples bert4keras/examples
 
-Each script runs in a process of its own, twice: with the one line
-`import blogkeras.bert4keras` added, and untouched by
-`python -m blogkeras.bert4keras script.py`. Their checkpoints, vocabularies and
-data are made here: random and tiny. Training stops after a few steps, and a
-script that still runs well after `--seconds` counts as running.
+Each script runs in a process of its own: untouched, by
+`python -m blogkeras.bert4keras script.py`; with the line
+`import blogkeras.bert4keras` added; and, if that does not do, with the line
+`import blogkeras.bert4keras.keras2`. Checkpoints, vocabularies and data are
+made here: random and tiny. Training stops after two steps, a web server after
+one request. A script runs if it comes to its end. The table goes into
+docs/bert4keras.md once every script has been tried.
+
+The scripts also need: pip install bottle cchess jieba nltk
+opencv-python-headless pandas rouge sympy
 """
 
 import argparse
+import collections
 import json
 import os
 import pathlib
@@ -21,11 +27,12 @@ import tempfile
 
 import numpy as np
 
+DOCS = pathlib.Path(__file__).parent.parent / "docs/bert4keras.md"
+START, END = "<!-- examples -->", "<!-- end of examples -->"
 HOME = "/root"  # where the original scripts keep their files
-LAYERS, HIDDEN = 12, 16
-LINE = "import blogkeras.bert4keras\n"
+HIDDEN = 16
 LIMIT = """
-import os
+import functools, json, os, sys, wsgiref.util
 import keras
 _fit = keras.Model.fit
 def fit(self, *args, **kwargs):
@@ -41,14 +48,34 @@ def load_weights(self, path, *args, **kwargs):
     if os.path.exists(path) or os.path.exists(str(path) + ".h5"):
         _load(self, path, *args, **kwargs)
 keras.Model.load_weights = load_weights
+images = keras.applications.mobilenet_v2
+images.MobileNetV2 = functools.partial(images.MobileNetV2, weights=None)
+try:
+    import bottle
+    def serve(**kwargs):
+        app = bottle.default_app()
+        for route in app.routes:
+            request = {{}}
+            wsgiref.util.setup_testing_defaults(request)
+            request.update(PATH_INFO=route.rule, QUERY_STRING="text=a&n=2&k=1")
+            answer = json.loads(b"".join(app(request, lambda *_: None)))
+            if answer["code"]:
+                raise RuntimeError(answer["desc"])
+    bottle.run = serve
+except ImportError:
+    pass
 """
 PLAIN = LIMIT + "import runpy; runpy.run_path({0!r}, run_name='__main__')"
-UNTOUCHED = LIMIT + (
-    "from blogkeras.bert4keras.__main__ import main; main([{0!r}])"
-)
+MAIN = "from blogkeras.bert4keras.__main__ import main; main([{0!r}])"
+# name: (program, added line)
+KINDS = {
+    "untouched": (LIMIT + MAIN, ""),
+    "line": (PLAIN, "import blogkeras.bert4keras\n"),
+    "keras2": (PLAIN, "import blogkeras.bert4keras.keras2\n"),
+}
 
 
-def sentences(characters, count=24):
+def sentences(characters, count=12):
     rng = np.random.default_rng(0)
     return ["".join(rng.choice(characters, 12)) + "。" for _ in range(count)]
 
@@ -104,7 +131,7 @@ def write_data(root, examples, characters):
         write(root / f"csl/{part}.tsv", [f"{a}\t{b}" for a, b in pairs])
     for part in ("train", "valid", "test"):
         problem = {"original_text": "3加2", "equation": "x=3+2", "ans": "5"}
-        write(root / f"ape210k/{part}.ape.json", dumps([problem] * 24))
+        write(root / f"ape210k/{part}.ape.json", dumps([problem] * 12))
     words = [" ".join([t[:2], t[2:3], t[3:6], t[6:]]) for t in texts]
     write(root / "icwb2-data/training/pku_training.utf8", words)
     write(root / "icwb2-data/testing/pku_test.utf8", texts)
@@ -118,9 +145,20 @@ def write_data(root, examples, characters):
     for part in ("train", "dev", "test"):
         path = root / f"ner/china-people-daily-ner-corpus/example.{part}"
         write(path, ["\n\n".join(ner)])
+    game = {"fen": "", "iccs": "h2e2h9g7" * 4, "items": {"棋局结果": 2}}
+    write(root / "qipu.json", dumps([game] * 12))
+    image = {"id": 1, "file_name": "1.jpg", "coco_url": "1.jpg"}
+    caption = {"image_id": 1, "caption": "a train on the tracks"}
+    for part in ("train2014", "val2014"):
+        coco = {"images": [image], "annotations": [caption]}
+        path = root / f"caption/coco/annotations/captions_{part}.json"
+        write(path, [json.dumps(coco)])
+        path = root / f"caption/coco/{part}/1.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"P6 4 4 255 " + bytes(range(48)))
 
 
-def write_checkpoints(root, scripts, characters):
+def write_checkpoints(root, source, characters, layers):
     """Writes a configuration, a vocabulary and random weights per model."""
     import blogkeras.bert4keras  # noqa: F401
 
@@ -141,7 +179,7 @@ def write_checkpoints(root, scripts, characters):
         "intermediate_size": 2 * HIDDEN,
         "max_position_embeddings": 512,
         "num_attention_heads": 2,
-        "num_hidden_layers": LAYERS,
+        "num_hidden_layers": layers,
         "type_vocab_size": 2,
         "vocab_size": len(tokens),
     }
@@ -149,21 +187,20 @@ def write_checkpoints(root, scripts, characters):
     models = {
         "albert": ({"embedding_size": 8}, {"model": "albert", **heads}),
         "gpt2_ml": ({}, {"model": "gpt2_ml"}),
-        "CPM": ({}, {"model": "gpt2"}),
+        # Its longest prompt is of 680 tokens here.
+        "CPM": ({"max_position_embeddings": 1024}, {"model": "gpt2"}),
         "nezha_gpt": ({"type_vocab_size": 0}, {"with_mlm": True}),
         "mt5": ({"hidden_act": ["gelu", "linear"]}, {"model": "mt5.1.1"}),
         "": ({}, heads),
     }
-    paths = re.findall(
-        rf"_path = '{HOME}/([^']+)'", "".join(map(str, scripts.values()))
-    )
-    pieces = None  # known before it is needed: the names are sorted
-    for path in sorted(set(paths)):
+    paths = set(re.findall(rf"_path = '{HOME}/([^']+)'", source))
+    pieces = None  # known before it is needed
+    for path in sorted(paths, key=lambda path: not path.endswith(".model")):
         folder = (root / path).parent
         name = next(name for name in models if name in str(folder))
         extra, arguments = models[name]
         config = {**bert, **extra}
-        if name == "CPM" and pieces:
+        if name == "CPM":
             config["vocab_size"] = pieces
         if path.endswith(".model"):
             pieces = write_pieces(root / path, characters)
@@ -203,7 +240,9 @@ def write_pieces(path, characters):
 
 def run(code, folder, seconds):
     """Returns `ok`, or the reason why the script does not run."""
-    # The scripts share this file, but not the size of their data.
+    # The scripts share these files, but not their data or models.
+    for file in folder.glob("best_model*"):
+        file.unlink()
     (folder.parent / "random_order.json").unlink(missing_ok=True)
     try:
         process = subprocess.run(
@@ -215,53 +254,101 @@ def run(code, folder, seconds):
             timeout=seconds,
         )
     except subprocess.TimeoutExpired:
-        return f"ok (stopped after {seconds} s)"
+        return f"still running after {seconds} s"
     if process.returncode == 0:
         return "ok"
     lines = [x.strip() for x in process.stderr.splitlines() if x.strip()]
     errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)]
-    return (errors or lines)[-1][:160]
+    last = (errors or lines)[-1]
+    return (lines[-2] if "Graph execution error" in last else last)[:160]
+
+
+def prepare(folder, scripts):
+    """Writes all that the scripts need into `folder`."""
+    text = "".join(scripts.values()).encode("gbk", "ignore").decode("gbk")
+    characters = sorted(set(re.findall("[\u4e00-\u9fff]", text)))
+    # Only this script is written for a fixed number of layers.
+    deep = {name: text for name, text in scripts.items() if "theseus" in name}
+    for layers, sources in ((2, scripts), (12, deep)):
+        root = folder / f"home{layers}"
+        write_checkpoints(root, "".join(sources.values()), characters, layers)
+        for kind in KINDS:
+            write_data(root, folder / kind / "examples", characters)
+    for name, source in scripts.items():
+        root = folder / f"home{12 if name in deep else 2}"
+        source = source.replace(f"'{HOME}/", f"'{root.as_posix()}/")
+        for kind, (_, line) in KINDS.items():
+            start = source.rfind("from __future__")
+            start = source.find("\n", start) + 1 if start >= 0 else 0
+            text = source[:start] + line + source[start:]
+            write(folder / kind / "examples" / name, [text])
+
+
+def table(results):
+    """Returns the lines of the table, and those of the score."""
+    score = collections.Counter()
+    rows = []
+    for name, found in results.items():
+        ok = {kind: reason == "ok" for kind, reason in found.items()}
+        # What runs with the first line is not tried with the second.
+        ok["keras2"] = ok["line"] or ok["keras2"]
+        score.update({kind: int(value) for kind, value in ok.items()})
+        reasons = dict.fromkeys(v for v in found.values() if v != "ok")
+        reasons = "; ".join(f"`{r.replace('|', '/')}`" for r in reasons)
+        marks = (("no", "yes")[ok[kind]] for kind in KINDS)
+        rows.append(f"| {name} | {' | '.join(marks)} | {reasons} |")
+    total = len(results)
+    return [
+        f"Untouched, {score['untouched']} of {total} scripts come to their "
+        f"end; with `import blogkeras.bert4keras` {score['line']}; where that "
+        "does not do, with `import blogkeras.bert4keras.keras2` instead, "
+        f"{score['keras2']}.",
+        "",
+        "| script | untouched | line | or `.keras2` | what it says if not |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--examples", type=pathlib.Path, required=True)
     parser.add_argument("--only", nargs="*", default=[""], metavar="PART")
-    parser.add_argument("--seconds", type=int, default=120)
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument(
+        "--folder", type=pathlib.Path, help="keep files and results here"
+    )
     options = parser.parse_args()
     scripts = {
         path.name: path.read_text(encoding="utf-8")
         for path in sorted(options.examples.glob("*.py"))
     }
-    text = "".join(scripts.values()).encode("gbk", "ignore").decode("gbk")
-    characters = sorted(set(re.findall("[\u4e00-\u9fff]", text)))
-    with tempfile.TemporaryDirectory() as folder:
-        root = pathlib.Path(folder) / "root"
-        write_checkpoints(root, scripts, characters)
-        score = {"one line": 0, "untouched": 0}
-        tried = [
-            name
-            for name in scripts
-            if any(part in name for part in options.only)
-        ]
-        for kind in score:
-            examples = pathlib.Path(folder) / kind / "examples"
-            write_data(root, examples, characters)
-            for name, source in scripts.items():
-                source = source.replace(f"'{HOME}/", f"'{root.as_posix()}/")
-                if kind == "one line":
-                    start = source.rfind("from __future__")
-                    start = source.find("\n", start) + 1 if start >= 0 else 0
-                    source = source[:start] + LINE + source[start:]
-                write(examples / name, [source])
-        for name in tried:
-            for kind, template in zip(score, (PLAIN, UNTOUCHED), strict=True):
-                examples = pathlib.Path(folder) / kind / "examples"
-                reason = run(template.format(name), examples, options.seconds)
-                score[kind] += reason.startswith("ok")
-                print(f"{name:55} {kind:10} {reason}", flush=True)
-    for kind, count in score.items():
-        print(f"{kind}: {count} of {len(tried)} scripts run")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or pathlib.Path(temporary)).absolute()
+        if not (folder / "home12").exists():
+            prepare(folder, scripts)
+        record = folder / "results.json"
+        results = json.loads(record.read_text()) if record.exists() else {}
+        for name in scripts:
+            if not any(part in name for part in options.only):
+                continue
+            found = results[name] = {}
+            for kind, (template, _) in KINDS.items():
+                if kind == "keras2" and found["line"] == "ok":
+                    continue
+                examples = folder / kind / "examples"
+                code = template.format(name)
+                found[kind] = run(code, examples, options.seconds)
+                print(f"{name:50} {kind:10} {found[kind]}", flush=True)
+            record.write_text(json.dumps(results))
+    if results.keys() == scripts.keys():
+        lines = table(dict(sorted(results.items())))
+        print("\n".join(lines))
+        text = DOCS.read_text(encoding="utf-8")
+        before, _, rest = text.partition(START)
+        after = rest.partition(END)[2]
+        lines = [before + START, "", *lines, "", END + after]
+        DOCS.write_text("\n".join(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

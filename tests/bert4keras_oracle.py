@@ -162,6 +162,22 @@ def run_checkpoint(transformer, name):
     return {f"{name}/checkpoint/{i}": y.numpy() for i, y in enumerate(outputs)}
 
 
+def run_autoresize():
+    """Reads the checkpoint of a narrow model into a wide one."""
+    narrow = build("bert", return_keras_model=False)
+    wide = build(
+        "bert",
+        hidden_size=40,
+        intermediate_size=112,
+        autoresize_weights=True,
+        return_keras_model=False,
+    )
+    wide.load_weights_from_checkpoint(checkpoint_values(narrow))
+    return {
+        f"autoresize {i}": w for i, w in enumerate(wide.model.get_weights())
+    }
+
+
 def run_layer(name, function):
     """Applies one of `layer_cases` to padded vectors."""
     from bert4keras import layers
@@ -395,6 +411,8 @@ def main(path, full=False):
     for name, function in layer_cases().items():
         if full or name in QUICK_LAYERS:
             results.update(run_layer(name, function))
+    if full:
+        results.update(run_autoresize())
     results.update(run_functions())
     results.update(run_snippets())
     for name, optimizer in optimizer_cases().items():

@@ -284,6 +284,27 @@ def test_two_replicas_train_as_one():
     assert float(output.splitlines()[-1]) < 1e-5
 
 
+def test_keras_of_old_scripts_by_one_line(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    names = [n for n in sys.modules if n.partition(".")[0] == "keras"]
+    for name in names:  # put back after the test
+        monkeypatch.setitem(sys.modules, name, sys.modules[name])
+    from blogkeras.bert4keras import keras2  # noqa: F401
+
+    # isort: split
+    import keras as keras_of_scripts
+    from keras.layers import Dense
+    from keras.models import Model
+
+    assert keras_of_scripts is backend.keras and keras is not keras_of_scripts
+    bert = oracle.built("bert")
+    model = Model(bert.inputs, Dense(2)(bert.output))
+    assert isinstance(model, keras.Model)
+    model.save_weights("best_model.weights")
+    model.load_weights("best_model.weights")
+    assert (tmp_path / "best_model.weights.h5").exists()
+
+
 @pytest.mark.verify
 def test_runs_an_old_script_without_any_change(tmp_path):
     script = tmp_path / "old_script.py"

@@ -1,6 +1,8 @@
 """bert4keras's layers, functions and snippets against tf_keras."""
 
 import itertools
+import json
+import sys
 
 import keras
 import numpy as np
@@ -189,6 +191,94 @@ def test_backend_takes_symbolic_tensors(tmp_path):
     np.testing.assert_array_equal(loaded(value), model(value))
     function = K.function([x], [K.mean(x)])
     np.testing.assert_allclose(function([value])[0], value.mean(), rtol=1e-5)
+
+
+class Cubed(layers.Layer):
+    """Returns the gradient of the sum of the cubes."""
+
+    def call(self, inputs):
+        x, y = inputs
+        return backend.K.gradients(y, [x])[0]
+
+
+def test_gradients_inside_of_a_layer():
+    x = keras.Input((3,))
+    y = keras.layers.Lambda(lambda x: x**3)(x)
+    model = keras.Model(x, Cubed()([x, y]))
+    value = np.array([[1.0, 2.0, -3.0]], "float32")
+    np.testing.assert_allclose(
+        model.predict(value, verbose=0), 3 * value**2, rtol=1e-6
+    )
+    with pytest.raises(ValueError, match="run_eagerly=False"):
+        model(value)
+
+
+def test_gradient_penalty_in_a_loss():
+    K = backend.K
+    ids = np.array([[1, 2, 1], [3, 3, 0]])
+    target = np.array([[1.0], [-1.0]], "float32")
+
+    def loss(y_true, y_pred):
+        loss = K.mean(K.square(y_true - y_pred))
+        table = backend.search_layer(y_pred, "Embedding-Token").embeddings
+        penalty = K.sum(K.gradients(loss, [table])[0].values ** 2)
+        return loss + 0.5 * penalty
+
+    tokens = keras.Input((3,))
+    x = layers.Embedding(4, 5, name="Embedding-Token")(tokens)
+    x = keras.layers.Dense(1, "tanh")(keras.layers.Flatten()(x))
+    model = backend.keras.models.Model(tokens, x)
+    model.compile(keras.optimizers.SGD(0.1), loss)
+    oracle.randomize(model)
+    table, kernel, bias = model.get_weights()
+
+    def expected(kernel):
+        """By hand: each place of a token is counted for itself."""
+        x = table[ids].reshape(2, 15).astype("float64")
+        y = np.tanh(x @ kernel + bias)
+        slope = 2 * (y - target) / 2 * (1 - y**2)
+        return np.mean((y - target) ** 2) + 0.5 * np.sum(
+            np.square(slope) * np.sum(kernel**2)
+        )
+
+    np.testing.assert_allclose(
+        model.train_on_batch(ids, target), expected(kernel), rtol=1e-5
+    )
+    step = np.zeros_like(kernel, "float64")
+    for i in range(15):
+        e = np.eye(15)[:, i : i + 1] * 1e-5
+        step[i] = (expected(kernel + e) - expected(kernel - e)) / 2e-5
+    np.testing.assert_allclose(
+        model.get_weights()[1], kernel - 0.1 * step, atol=1e-5
+    )
+
+
+def test_error_of_keras_2_train_function():
+    model = oracle.built("bert")
+    for use in (model._make_train_function, lambda: model.total_loss):
+        with pytest.raises(NotImplementedError, match="adversarial_training"):
+            use()
+
+
+def test_web_serving(monkeypatch):
+    routes = {}
+
+    class Bottle:
+        class request:
+            class GET:
+                getunicode = {"n": "3"}.get
+
+        @staticmethod
+        def route(path, method):
+            return lambda function: routes.update({path: function})
+
+    monkeypatch.setitem(sys.modules, "bottle", Bottle)
+    web = snippets.WebServing(port=8864)
+    web.route("/twice", lambda n: 2 * n, {"n": (int, True)})
+    web.route("/fails", lambda n: 1 / (n - 3), {"n": (int, True)})
+    answers = {path: json.loads(call()) for path, call in routes.items()}
+    assert answers["/twice"] == {"code": 0, "desc": "succeeded", "data": 6}
+    assert answers["/fails"]["code"] == 2
 
 
 def test_learning_phase_is_that_of_the_model():

@@ -64,6 +64,40 @@ def test_lookahead_averages_fast_and_slow_weights():
     assert np.abs(adam[0] - [1.0, -2.0]).max() < 0.11
 
 
+def counterparts():
+    """What the docs name for new code, where the steps are the same."""
+    adam = {"learning_rate": 0.01, "epsilon": 1e-6}
+    decay = optimizers.extend_with_weight_decay(optimizers.Adam)
+    lamb = optimizers.extend_with_layer_adaptation(optimizers.Adam)
+    linear = optimizers.extend_with_piecewise_linear_lr(optimizers.Adam)
+    k = keras.optimizers
+    polynomial = k.schedules.PolynomialDecay(0.01, 8, 0.001)
+    return {
+        "Adam": (optimizers.Adam(**adam), k.Adam(**adam)),
+        "AdamW": (
+            decay(**adam, weight_decay_rate=0.1),
+            k.AdamW(**adam, weight_decay=0.1),
+        ),
+        "Lion": (optimizers.Lion(0.01), k.Lion(0.01, 0.95, 0.98)),
+        "Lamb": (lamb(**adam), k.Lamb(**adam)),
+        "Adafactor": (
+            optimizers.AdaFactor(0.01),
+            k.Adafactor(0.01, relative_step=False),
+        ),
+        "schedule": (
+            linear(**adam, lr_schedule={0: 1.0, 8: 0.1}),
+            k.Adam(polynomial, epsilon=1e-6),
+        ),
+    }
+
+
+def test_keras_3_takes_the_same_steps():
+    for name, pair in counterparts().items():
+        found, expected = (quadratic(optimizer, 12) for optimizer in pair)
+        np.testing.assert_allclose(found, expected, atol=2e-6, err_msg=name)
+        assert np.abs(found[-1] - found[0]).min() > 1e-3
+
+
 STACKED = (
     "weight_decay",
     "layer_adaptation",
@@ -89,7 +123,7 @@ def small_model():
             keras.Input((3,)),
             keras.layers.Embedding(6, 4),
             keras.layers.Flatten(),
-            keras.layers.Dense(1),
+            keras.layers.Dense(1, use_bias=False),
         ]
     )
 

@@ -92,15 +92,23 @@ def write_safetensors(path, tensors):
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
-def hugging_face_bert(prefix, dtype):
+def random_tensors(shapes, dtype="float32"):
     rng = np.random.default_rng(0)
+    return {
+        name: (0.3 * rng.normal(size=shape)).astype(dtype)
+        for name, shape in shapes.items()
+    }
+
+
+def encoder_shapes(prefix, embedding=32):
+    """The names that Hugging Face gives to the weights of one layer."""
     layer = "encoder.layer.0"
     shapes = {
-        "embeddings.word_embeddings.weight": (60, 32),
-        "embeddings.position_embeddings.weight": (40, 32),
-        "embeddings.token_type_embeddings.weight": (2, 32),
-        "embeddings.LayerNorm.weight": (32,),
-        "embeddings.LayerNorm.bias": (32,),
+        "embeddings.word_embeddings.weight": (60, embedding),
+        "embeddings.position_embeddings.weight": (40, embedding),
+        "embeddings.token_type_embeddings.weight": (2, embedding),
+        "embeddings.LayerNorm.weight": (embedding,),
+        "embeddings.LayerNorm.bias": (embedding,),
         f"{layer}.intermediate.dense.weight": (48, 32),
         f"{layer}.intermediate.dense.bias": (48,),
         f"{layer}.output.dense.weight": (32, 48),
@@ -109,78 +117,179 @@ def hugging_face_bert(prefix, dtype):
         f"{layer}.output.LayerNorm.bias": (32,),
         f"{layer}.attention.output.LayerNorm.weight": (32,),
         f"{layer}.attention.output.LayerNorm.bias": (32,),
-        "pooler.dense.weight": (32, 32),
-        "pooler.dense.bias": (32,),
     }
     for part in ("self.query", "self.key", "self.value", "output.dense"):
         shapes[f"{layer}.attention.{part}.weight"] = (32, 32)
         shapes[f"{layer}.attention.{part}.bias"] = (32,)
-    tensors = {
-        prefix + name: rng.normal(size=shape).astype(dtype)
-        for name, shape in shapes.items()
-    }
-    tensors["cls.seq_relationship.weight"] = rng.normal(size=(2, 32)).astype(
-        dtype
-    )
-    tensors["cls.seq_relationship.bias"] = rng.normal(size=2).astype(dtype)
-    tensors[f"{prefix}embeddings.position_ids"] = np.arange(40)
-    return tensors
+    return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def torch_like(tensors, ids, segments, prefix):
+def linear(x, tensors, name):
+    weight = tensors[f"{name}.weight"].astype("float64")
+    return x @ weight.T + tensors[f"{name}.bias"]
+
+
+def gelu(x):
+    from scipy.special import erf
+
+    return x * (1 + erf(x / np.sqrt(2))) / 2
+
+
+def encode(tensors, ids, segments, prefix):
     """BERT in NumPy, as published; one layer, two heads, no padding."""
-    from scipy.special import erf, softmax
+    from scipy.special import softmax
 
-    def get(name):
-        return tensors[prefix + name].astype("float64")
-
-    def linear(x, name):
-        return x @ get(f"{name}.weight").T + get(f"{name}.bias")
+    tensors = {
+        name.removeprefix(prefix): value.astype("float64")
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
         x = x / np.sqrt(np.square(x).mean(-1, keepdims=True) + 1e-12)
-        return x * get(f"{name}.weight") + get(f"{name}.bias")
+        return x * tensors[f"{name}.weight"] + tensors[f"{name}.bias"]
 
-    x = get("embeddings.word_embeddings.weight")[ids]
-    x = x + get("embeddings.token_type_embeddings.weight")[segments]
-    x = x + get("embeddings.position_embeddings.weight")[: ids.shape[1]]
+    x = tensors["embeddings.word_embeddings.weight"][ids]
+    x = x + tensors["embeddings.token_type_embeddings.weight"][segments]
+    x = x + tensors["embeddings.position_embeddings.weight"][: ids.shape[1]]
     x = norm(x, "embeddings.LayerNorm")
+    if "embeddings_project.weight" in tensors:
+        x = linear(x, tensors, "embeddings_project")
     layer = "encoder.layer.0"
     q, k, v = (
-        np.stack(np.split(linear(x, f"{layer}.attention.self.{n}"), 2, -1), 1)
+        np.stack(
+            np.split(linear(x, tensors, f"{layer}.attention.self.{n}"), 2, -1),
+            1,
+        )
         for n in ("query", "key", "value")
     )
     attention = softmax(q @ k.swapaxes(-1, -2) / 4, axis=-1) @ v
     attention = np.concatenate(list(attention.swapaxes(0, 1)), -1)
-    attention = linear(attention, f"{layer}.attention.output.dense")
+    attention = linear(attention, tensors, f"{layer}.attention.output.dense")
     x = norm(x + attention, f"{layer}.attention.output.LayerNorm")
-    h = linear(x, f"{layer}.intermediate.dense")
-    h = h * (1 + erf(h / np.sqrt(2))) / 2
-    x = norm(
-        x + linear(h, f"{layer}.output.dense"), f"{layer}.output.LayerNorm"
-    )
-    pooled = np.tanh(linear(x[:, 0], "pooler.dense"))
-    logits = pooled @ tensors["cls.seq_relationship.weight"].T.astype("float64")
-    logits = logits + tensors["cls.seq_relationship.bias"]
-    return softmax(logits, axis=-1)
+    h = gelu(linear(x, tensors, f"{layer}.intermediate.dense"))
+    h = linear(h, tensors, f"{layer}.output.dense")
+    return norm(x + h, f"{layer}.output.LayerNorm")
+
+
+IDS = np.array([[3, 7, 12, 59], [8, 8, 1, 2]])
+SEGMENTS = np.array([[0, 0, 1, 1], [0, 1, 1, 1]])
 
 
 @pytest.mark.parametrize(
     ("prefix", "dtype"), [("", "float32"), ("bert.", "float16")]
 )
 def test_reads_hugging_face_bert(tmp_path, prefix, dtype):
-    tensors = hugging_face_bert(prefix, dtype)
+    from scipy.special import softmax
+
+    shapes = encoder_shapes(prefix)
+    shapes[f"{prefix}pooler.dense.weight"] = (32, 32)
+    shapes[f"{prefix}pooler.dense.bias"] = (32,)
+    shapes["cls.seq_relationship.weight"] = (2, 32)
+    shapes["cls.seq_relationship.bias"] = (2,)
+    tensors = random_tensors(shapes, dtype)
+    tensors[f"{prefix}embeddings.position_ids"] = np.arange(40)
     write_safetensors(tmp_path / "model.safetensors", tensors)
     model = build_transformer_model(
         checkpoint_path=read_safetensors(tmp_path),
         with_nsp=True,
         **oracle.CONFIG,
     )
-    ids = np.array([[3, 7, 12, 59], [8, 8, 1, 2]])
-    segments = np.array([[0, 0, 1, 1], [0, 1, 1, 1]])
-    expected = torch_like(tensors, ids, segments, prefix)
-    np.testing.assert_allclose(model([ids, segments]), expected, atol=1e-5)
+    x = encode(tensors, IDS, SEGMENTS, prefix)
+    pooled = np.tanh(linear(x[:, 0], tensors, f"{prefix}pooler.dense"))
+    logits = linear(pooled, tensors, "cls.seq_relationship")
+    expected = softmax(logits, axis=-1)
+    np.testing.assert_allclose(model([IDS, SEGMENTS]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "embedding"), [("electra.", 16), ("electra.", 32), ("", 16)]
+)
+def test_reads_hugging_face_electra(tmp_path, prefix, embedding):
+    """A small, a base, and an encoder that was saved without its head."""
+    shapes = encoder_shapes(prefix, embedding)
+    if embedding != 32:
+        shapes[f"{prefix}embeddings_project.weight"] = (32, embedding)
+        shapes[f"{prefix}embeddings_project.bias"] = (32,)
+    if prefix:
+        head = "discriminator_predictions"
+        shapes[f"{head}.dense.weight"] = (32, 32)
+        shapes[f"{head}.dense.bias"] = (32,)
+        shapes[f"{head}.dense_prediction.weight"] = (1, 32)
+        shapes[f"{head}.dense_prediction.bias"] = (1,)
+    tensors = random_tensors(shapes)
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    model = build_transformer_model(
+        checkpoint_path=read_safetensors(tmp_path),
+        model="electra",
+        embedding_size=embedding,
+        with_discriminator=bool(prefix),
+        **oracle.CONFIG,
+    )
+    expected = encode(tensors, IDS, SEGMENTS, prefix)
+    if prefix:
+        h = gelu(linear(expected, tensors, f"{head}.dense"))
+        logits = linear(h, tensors, f"{head}.dense_prediction")
+        expected = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(model([IDS, SEGMENTS]), expected, atol=1e-5)
+
+
+def test_a_file_without_some_weights(tmp_path, capsys):
+    tensors = random_tensors(encoder_shapes("bert."))
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    arguments = {
+        "checkpoint_path": read_safetensors(tmp_path),
+        "with_pool": True,
+        **oracle.CONFIG,
+    }
+    with pytest.raises(KeyError, match="has no bert/pooler/dense/kernel"):
+        build_transformer_model(**arguments)
+    build_transformer_model(**arguments, ignore_invalid_weights=True)
+    assert "bert/pooler/dense/bias, but ignored" in capsys.readouterr().out
+
+
+def test_autoresize_weights_widens_a_model():
+    narrow = oracle.build("bert", return_keras_model=False)
+    values = oracle.checkpoint_values(narrow)
+    wide = oracle.build(
+        "bert",
+        hidden_size=64,
+        intermediate_size=96,
+        autoresize_weights=True,
+        return_keras_model=False,
+    )
+    wide.load_weights_from_checkpoint(values)
+    # Pairs of columns are repeated and the norm is kept.
+    old = values["bert/embeddings/word_embeddings"]
+    new = wide.layers["Embedding-Token"].get_weights()[0]
+    for column, source in ((0, 0), (1, 1), (2, 0), (3, 1), (4, 2), (63, 31)):
+        np.testing.assert_allclose(
+            new[:, column], old[:, source] / np.sqrt(2), rtol=1e-5
+        )
+    # But for what goes into scores, and through the feed-forward layer.
+    layer = "bert/encoder/layer_0"
+    for name, index, part, factor in (
+        ("MultiHeadSelfAttention", 0, "attention/self/query", 2**0.25),
+        ("MultiHeadSelfAttention", 2, "attention/self/key", 2**0.25),
+        ("MultiHeadSelfAttention", 4, "attention/self/value", 1),
+        ("FeedForward", 0, "intermediate/dense", 2**0.5),
+        ("FeedForward", 2, "output/dense", 2**-0.5),
+    ):
+        new = wide.layers[f"Transformer-0-{name}"].get_weights()[index]
+        old = values[f"{layer}/{part}/kernel"]
+        assert new.shape == (2 * old.shape[0], 2 * old.shape[1])
+        ratio = np.linalg.norm(new) / np.linalg.norm(old)
+        np.testing.assert_allclose(ratio, factor, rtol=1e-5)
+    batch = oracle.padded_batch(wide.model)
+    assert np.isfinite(wide.model(batch)).all()
+
+
+@pytest.mark.verify
+def test_autoresize_weights_equals_reference():
+    for key, value in oracle.run_autoresize().items():
+        reference = oracle.reference(full=True)[key]
+        np.testing.assert_allclose(value, reference, rtol=0, atol=1e-6)
 
 
 def test_names_of_weights_files_of_old_scripts(tmp_path):

@@ -3,28 +3,19 @@
     python -m blogkeras.bert4keras old_script.py [arguments]
 
 The script sees as `keras` what bert4keras sees: Keras 3 with the habits of
-Keras 2. In a script of your own write `import blogkeras.bert4keras` instead,
-and `keras` is plain Keras 3.
+Keras 2, as after `import blogkeras.bert4keras.keras2`.
 """
 
 import os
 import runpy
 import sys
-import types
-
-import keras
-from bert4keras.backend import keras as keras_of_scripts
 
 
 def main(arguments):
     if not arguments:
         raise SystemExit(__doc__)
-    # Submodules that are not replaced are found where Keras has them.
-    keras_of_scripts.__path__ = keras.__path__
-    for name, value in vars(keras_of_scripts).items():
-        if isinstance(value, types.ModuleType):
-            sys.modules[f"keras.{name}"] = value
-    sys.modules["keras"] = keras_of_scripts
+    import blogkeras.bert4keras.keras2  # noqa: F401
+
     sys.argv = arguments
     sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
     runpy.run_path(arguments[0], run_name="__main__")

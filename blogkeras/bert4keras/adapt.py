@@ -1,13 +1,15 @@
 """The few things of bert4keras that are replaced after its import, and why."""
 
+import contextlib
 import functools
+import importlib
 import itertools
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from blogkeras.bert4keras.models import as_tuples
+from blogkeras.bert4keras.models import as_tuples, model_at_work
 from blogkeras.bert4keras.weights import save_checkpoint
 
 
@@ -15,7 +17,8 @@ def adapt(bert4keras):
     """Adapts the imported modules of `bert4keras`."""
     backend, layers = bert4keras.backend, bert4keras.layers
     models, optimizers = bert4keras.models, bert4keras.optimizers
-    data_generator = bert4keras.snippets.DataGenerator
+    snippets = bert4keras.snippets
+    data_generator = snippets.DataGenerator
     # Matrix products; everything else computes in float32 under mixed
     # precision: norms, positions, masks with -inf and losses.
     for cls in (
@@ -37,6 +40,8 @@ def adapt(bert4keras):
     )
     # It needs the sessions of TensorFlow 1.
     optimizers.AdaFactorV1 = optimizers.AdaFactor
+    # It keeps a graph and a session of TensorFlow 1.
+    snippets.WebServing.__init__ = _serving
     # Keras 3 takes neither lists nor Nones from a generator, and fixes the
     # lengths of all batches if the first two happen to be equally long.
     data_generator.forfit = _forfit
@@ -49,7 +54,9 @@ def search_layer(inputs, name, exclude_from=None):
     """Finds the layer `name` among those that a tensor comes from.
 
     Args:
-        inputs: A symbolic tensor, or a layer (then of its first call).
+        inputs: A symbolic tensor, or a layer (then of its first call). In the
+            loss function of a bridged model any tensor: the search is through
+            the model.
         name: String. The name of the layer.
         exclude_from: Set of layers not to look at, or None.
 
@@ -57,11 +64,14 @@ def search_layer(inputs, name, exclude_from=None):
         The layer, or None if there is none of that name.
     """
     if not isinstance(inputs, (keras.Operation, keras.KerasTensor)):
+        model = model_at_work()
+        if model is not None:
+            return _first_found(model.outputs, name, exclude_from)
         raise ValueError(
             "Expected a layer or a symbolic tensor. A loss of Keras 3 sees "
-            "numbers only: take the layer by `model.get_layer(name)`; for "
-            "adversarial training and gradient penalty see "
-            f"`blogkeras.adversarial_training`. Received: inputs={inputs}"
+            "numbers only: take the layer by `model.get_layer(name)`, or Model "
+            "from bert4keras: `from bert4keras.backend import keras`. "
+            f"Received: inputs={inputs}"
         )
     seen = set() if exclude_from is None else exclude_from
     if isinstance(inputs, keras.Operation):
@@ -76,11 +86,13 @@ def search_layer(inputs, name, exclude_from=None):
     for inner in getattr(layer, "layers", []):
         if inner.name == name:
             return inner
-    for parent in layer._inbound_nodes[0].parent_nodes:
-        found = search_layer(parent.operation, name, seen)
-        if found is not None:
-            return found
-    return None
+    parents = [node.operation for node in layer._inbound_nodes[0].parent_nodes]
+    return _first_found(parents, name, seen)
+
+
+def _first_found(starts, name, seen):
+    found = (search_layer(start, name, seen) for start in starts)
+    return next((layer for layer in found if layer is not None), None)
 
 
 def _fixed_learning_rate(relative):
@@ -99,6 +111,20 @@ def _fixed_learning_rate(relative):
         )
 
     return property(get, set)
+
+
+class _Anywhere:
+    """Stands for a graph that a server's threads must enter."""
+
+    as_default = staticmethod(contextlib.nullcontext)
+
+
+def _serving(self, host="0.0.0.0", port=8000, server="paste"):
+    """Sets up bottle; a model of Keras 3 may be called in any thread."""
+    self.host, self.port, self.server = host, port, server
+    self.bottle = importlib.import_module("bottle")
+    self.graph, self.sess = _Anywhere, None
+    self.set_session = lambda session: None
 
 
 def _forfit(self, random=True):

@@ -13,7 +13,11 @@ import numpy as np
 import tensorflow as tf
 from keras._tf_keras.keras import backend as legacy
 
-from blogkeras.bert4keras.layers import is_symbolic, layer_at_work
+from blogkeras.bert4keras.layers import (
+    is_inferring,
+    is_symbolic,
+    layer_at_work,
+)
 from blogkeras.bert4keras.names import register
 
 
@@ -110,6 +114,30 @@ def in_test_phase(x, alt, training=None):
     return in_train_phase(alt, x, training)
 
 
+def gradients(loss, variables):
+    """Gradients of `loss` where a model is being compiled, None where 0.
+
+    While a layer's output is being inferred, nothing depends on anything yet:
+    there the gradients are zeros.
+    """
+    is_list = isinstance(variables, (list, tuple))
+    sources = [
+        x.value if isinstance(x, keras.Variable) else x
+        for x in (variables if is_list else [variables])
+    ]
+    if tf.executing_eagerly():
+        raise ValueError(
+            "K.gradients expects tensors of a compiled model. Compile it with "
+            "run_eagerly=False and use fit or predict, or take "
+            f"tf.GradientTape. Received: loss={loss}"
+        )
+    found = tf.gradients(loss, sources)
+    if is_inferring():
+        pairs = zip(found, sources, strict=True)
+        found = [tf.zeros_like(x) if g is None else g for g, x in pairs]
+    return found
+
+
 def print_tensor(x, message="", summarize=3):
     """Prints `x` each time it is computed, and returns it."""
     tf.print(message, x, summarize=summarize)
@@ -143,6 +171,7 @@ def function(inputs, outputs, updates=None, name=None):
 _REPLACED = (
     in_train_phase,
     in_test_phase,
+    gradients,
     print_tensor,
     dot,
     update,

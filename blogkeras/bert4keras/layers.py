@@ -19,6 +19,15 @@ from blogkeras.bert4keras.names import get_initializer
 _at_work = contextvars.ContextVar("bridged layer at work", default=None)
 
 
+# Whether a layer's `call` is running only to find out the shape of its output.
+_inferring = contextvars.ContextVar("inferring an output", default=False)
+
+
+def is_inferring():
+    """Tells whether a bridged layer's `call` runs for the output's shape."""
+    return _inferring.get()
+
+
 def layer_at_work():
     """Returns the bridged layer whose `build` or `call` is running."""
     return _at_work.get()
@@ -169,7 +178,11 @@ class Bridged:
     def compute_output_spec(self, *args, **kwargs):
         # Keras 3 would trust `compute_output_shape` and never trace `call`:
         # layers made in `build` would stay without weights.
-        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        token = _inferring.set(True)
+        try:
+            return keras.Operation.compute_output_spec(self, *args, **kwargs)
+        finally:
+            _inferring.reset(token)
 
     def get_input_at(self, node_index):
         """The input(s) of one of several calls of a shared layer."""

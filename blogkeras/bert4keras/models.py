@@ -1,9 +1,19 @@
 """The model class that bert4keras builds: Keras 3's, with Keras 2's habits."""
 
+import contextvars
+
 import keras
 import numpy as np
 
 from blogkeras.bert4keras.names import register
+
+# The model whose loss is being computed, if any.
+_at_work = contextvars.ContextVar("model at work", default=None)
+
+
+def model_at_work():
+    """Returns the bridged model whose loss is being computed."""
+    return _at_work.get()
 
 
 def _unwrapped(tensors):
@@ -50,6 +60,29 @@ class Model(keras.Model):
     @property
     def input(self):
         return _unwrapped(super().input)
+
+    @property
+    def total_loss(self):
+        """What Keras 2's train function minimizes: there is no such tensor."""
+        raise NotImplementedError(
+            "Keras 3 has no train function of symbolic tensors to build upon. "
+            "For adversarial training, take out the script's own function: "
+            "from blogkeras import adversarial_training (or "
+            "virtual_adversarial_training), then "
+            "adversarial_training(model, 'Embedding-Token', 0.5). "
+            f"Received: model={self.name!r}"
+        )
+
+    def _make_train_function(self):
+        return self.total_loss
+
+    def compute_loss(self, *args, **kwargs):
+        # For a loss that looks for layers behind its argument.
+        token = _at_work.set(self)
+        try:
+            return super().compute_loss(*args, **kwargs)
+        finally:
+            _at_work.reset(token)
 
     def predict(self, x, *args, **kwargs):
         if isinstance(x, (list, tuple)):

@@ -42,12 +42,21 @@ def save_checkpoint(self, filename, mapping=None, dtype=None):
     )
 
 
+class _Checkpoint(dict):
+    """Arrays by their names in a TensorFlow checkpoint."""
+
+    def __missing__(self, name):
+        error = KeyError(f"The file has no {name}")
+        error.message = error.args[0]  # printed by bert4keras
+        raise error
+
+
 def read_safetensors(path):
     """Reads a Hugging Face BERT or ELECTRA for `build_transformer_model`.
 
     Returns what bert4keras takes for a checkpoint: the arrays by the names of
     the original TensorFlow checkpoints. All options of bert4keras's loading
-    (`keep_tokens`, `prefix`, ...) apply.
+    (`keep_tokens`, `ignore_invalid_weights`, ...) apply.
 
     Args:
         path: String or path. The file `model.safetensors`, or its folder.
@@ -68,14 +77,15 @@ def read_safetensors(path):
         start = file.tell()
     header.pop("__metadata__", None)
     data = np.memmap(path, np.uint8, "r", start)
-    checkpoint = {}
+    checkpoint = _Checkpoint()
     for name, item in header.items():
         if item["dtype"] in _DTYPES:
             begin, end = item["data_offsets"]
             array = data[begin:end].view(_DTYPES[item["dtype"]])
             array = array.reshape(item["shape"]).astype("float32")
-            name, transposed = _tensorflow_name(name)
-            checkpoint[name] = array.T if transposed else array
+            names, transposed = _tensorflow_names(name)
+            for name in names:
+                checkpoint[name] = array.T if transposed else array
     return checkpoint
 
 
@@ -94,13 +104,15 @@ _RENAMED = (
 )
 
 
-def _tensorflow_name(name):
-    """Returns the TensorFlow name, and whether the matrix is transposed."""
+def _tensorflow_names(name):
+    """Returns the TensorFlow names, and whether the matrix is transposed."""
     for old, new in _RENAMED:
         name = name.replace(old, new)
-    if name.startswith(("embeddings.", "encoder.", "pooler.")):
-        name = f"bert.{name}"
     transposed = name.endswith(".weight")
     if transposed:
         name = name.removesuffix("weight") + "kernel"
-    return name.replace(".", "/"), transposed
+    name = name.replace(".", "/")
+    if name.startswith(("embeddings", "encoder/", "pooler/")):
+        # An encoder without a head does not say of which model it is.
+        return [f"bert/{name}", f"electra/{name}"], transposed
+    return [name], transposed
