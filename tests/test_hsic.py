@@ -583,6 +583,13 @@ def test_fourier_hsic():
         fourier_hsic(X, Y, DeltaKernel())
 
 
+def test_concrete_values_are_told_from_traced_ones():
+    seen = []
+    x = ops.convert_to_tensor(X)
+    backend.jit(lambda x: (seen.append(backend.is_concrete(x)), x)[1])(x)
+    assert (backend.is_concrete(x), seen) == (True, [False])
+
+
 # Errors
 
 
