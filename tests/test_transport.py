@@ -183,9 +183,9 @@ def test_bounds_are_the_formulas():
     a, b = (z.sum(0) / np.linalg.norm(z, axis=1).sum() for z in (X, Y))
     expected = 0.5 * np.square(a - b).sum()
     assert abs(word_rotator_bound(X, Y) - expected) < 1e-12
-    p, q = np.array([0.5, 0.5, 0]), np.array([0.25, 0.75])
-    D = np.array([[1.0, 2.0], [5.0, 3.0], [0.0, 0.0]])
-    # The third row has no mass: 1/2·1 + 1/2·3 and 1/4·1 + 3/4·2.
+    p, q = np.array([0.5, 0.5, 0]), np.array([0.25, 0.75, 0])
+    D = np.array([[1.0, 2.0, 0.0], [5.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    # Nothing to or from the third: 1/2·1 + 1/2·3 and 1/4·1 + 3/4·2.
     both = relaxed_wasserstein_distances(p, q, D)
     np.testing.assert_allclose(both, (2.0, 1.75))
     relaxed = wasserstein_distance(p, q, D, solver="relaxed")
@@ -365,20 +365,27 @@ def test_the_certificate_holds_on_ten_thousand_pairs():
 
 
 def test_the_log_domain_takes_over_where_floats_end():
-    """Masses of 1e-42: their products leave float32, a few iterations on."""
-    p = np.array([[1e-42, 1 - 2e-42, 1e-42], [0.2, 0.3, 0.5]], "float32")
-    q = np.array([[0.5, 0.25, 0.25], [0.3, 0.3, 0.4]], "float32")
-    D = np.abs(np.arange(3.0)[:, None] - np.arange(3.0)).astype("float32")
-    D = np.stack([D, D])
-    solution = sinkhorn(p, q, D)
-    value, _ = exact.solve(p, q, D)
-    assert np.isfinite(numpy(solution.distance)).all()
-    assert (numpy(solution.lower) <= value).all()
-    assert (value <= numpy(solution.upper)).all()
+    """Two words of mass 1e-20 that belong together.
+
+    At the first ε they do not: f + g is 2 there. One step further, exp(2 / ε)
+    is more than a float32 holds.
+    """
+    small = np.array([1e-20, 1.0], "float32")
+    p = np.stack([small, np.array([0.25, 0.75], "float32")])
+    D = np.stack([1 - np.eye(2, dtype="float32")] * 2)
+    solution = sinkhorn(p, p[:, ::-1], D[:, :, ::-1])
+    for number in solution[:3]:
+        np.testing.assert_allclose(numpy(number), 0, atol=1e-3)
+    np.testing.assert_allclose(numpy(solution.plan)[0].sum(1), small, rtol=0.01)
+    # The pair beside it is what it is alone.
+    alone = sinkhorn(p[1:], p[1:, ::-1], D[1:, :, ::-1])
+    np.testing.assert_allclose(
+        numpy(solution.plan)[1], numpy(alone.plan)[0], atol=1e-6
+    )
 
 
 def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
-    rng, tolerance = np.random.default_rng(5), 2e-3
+    rng, tolerance = np.random.default_rng(5), 2e-4
     p, q = distribution(rng, (4, 6)), distribution(rng, (4, 5))
     D = rng.random((4, 6, 5))
     plan = np.stack([ot.emd(*a) for a in zip(p, q, D, strict=True)])
@@ -401,7 +408,7 @@ def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
     expected = wasserstein_distance(p, q, D).sum()
     assert abs(float(value) - expected) < 5e-3 * expected
     error = np.abs(numpy(gradient) - plan).sum((1, 2))
-    assert error.max() <= 2 * tolerance
+    assert error.max() <= 10 * tolerance
 
 
 def test_errors():

@@ -171,7 +171,8 @@ def solve(p, q, cost, regularization, tolerance, max_iterations):
 
     # No row and no column gets more than its mass; what is then missing is
     # spread over all (Altschuler et al., algorithm 2).
-    kernel = _kernel(problem, f, g, regularization)
+    # Whatever f and g are, the plan stays finite.
+    kernel = _kernel(problem, f, g, regularization, largest=80.0)
     row = p / ops.maximum(ops.sum(kernel * q, axis=2, keepdims=True), 1)
     arrived = ops.sum(kernel * row, axis=1, keepdims=True)
     column = q / ops.maximum(arrived, 1)
@@ -265,8 +266,10 @@ def _iterate(body, state, goal, max_iterations, like):
     return state, error, iterations
 
 
-def _kernel(problem, f, g, epsilon):
+def _kernel(problem, f, g, epsilon, largest=None):
     exponent = (f + g - problem.c) / epsilon
+    if largest is not None:
+        exponent = ops.minimum(exponent, largest)
     return ops.where(
         problem.support, ops.exp(exponent), ops.zeros_like(exponent)
     )
