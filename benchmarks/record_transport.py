@@ -5,7 +5,8 @@
 
 Appends a row for each method to `docs/results/transport.csv`, and for each kind
 of vectors the correlation of norm and idf to `docs/results/transport_norm.csv`;
-rows that stand there are not computed again. `--table` prints them.
+rows that stand there are not computed again. `--table` writes them to
+`docs/results/transport.md`.
 
 DIR holds `stsb-{en,zh}-{train,test}.csv.gz`, lines s1,s2,score (not part of
 this repository). The pairs are those of the test split; idf and word
@@ -374,28 +375,61 @@ def record(name, folder):
 
 
 def table():
-    """Both files as Markdown."""
-    print("| vectors | stop words | method | Spearman | Pearson | gain |")
-    print("|---|---|---|---|---|---|")
-    for r in recorded(ROWS):
-        cells = [r["vectors"], r["stop_words"], r["method"]]
-        for name in ("spearman", "pearson", "gain"):
-            a, low, high = (
-                100 * float(r[f"{name}{end}"]) for end in ("", "_low", "_high")
-            )
-            sign = "+" if name == "gain" else ""
-            cells.append(f"{a:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})")
-        if r["method"] == "average":
-            cells[-1] = ""
-        print("| " + " | ".join(cells) + " |")
-    print("\n| vectors | words | Spearman of norm and idf | 95 % |")
-    print("|---|---|---|---|")
+    """Writes both files as tables to `docs/results/transport.md`."""
+    rows = recorded(ROWS)
+    cases = list(dict.fromkeys((r["vectors"], r["stop_words"]) for r in rows))
+    found = {(r["vectors"], r["stop_words"], r["method"]): r for r in rows}
+    lines = [
+        "# STS-B: agreement with people",
+        "",
+        f"Test split, {rows[0]['pairs']} pairs, no training; correlations × "
+        "100 with 95 % bootstrap intervals over pairs. What the vectors and "
+        "methods are: `benchmarks/record_transport.py`, which writes this page "
+        "with `--table`.",
+    ]
+    for name, title in (
+        ("spearman", "Spearman"),
+        ("pearson", "Pearson"),
+        ("gain", "Spearman, difference to the cosine of averaged vectors"),
+    ):
+        methods = METHODS[name == "gain" :]
+        lines += ["", f"## {title}", ""]
+        lines.append("| vectors | stop words | " + " | ".join(methods) + " |")
+        lines.append("|---|---|" + "---|" * len(methods))
+        for case in cases:
+            cells = [
+                _cell(found.get((*case, method)), name) for method in methods
+            ]
+            lines.append("| " + " | ".join([*case, *cells]) + " |")
+    lines += [
+        "",
+        "## Norm and importance",
+        "",
+        "Spearman's correlation of a word's (mean) norm and its idf, over the "
+        "words of the test split that the training split has too:",
+        "",
+        "| vectors | words | correlation | 95 % |",
+        "|---|---|---|---|",
+    ]
     for r in recorded(NORMS):
         value, low, high = (float(r[k]) for k in ("spearman", "low", "high"))
-        print(
+        lines.append(
             f"| {r['vectors']} | {r['words']} | {value:+.3f} | "
             f"{low:+.3f} to {high:+.3f} |"
         )
+    text = "\n".join([*lines, ""])
+    ROWS.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _cell(row, name):
+    if row is None:
+        return ""
+    value, low, high = (
+        100 * float(row[name + end]) for end in ("", "_low", "_high")
+    )
+    sign = "+" if name == "gain" else ""
+    return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
 
 
 def main():
