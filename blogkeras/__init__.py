@@ -38,6 +38,14 @@ from blogkeras.hsic import (
     nhsic,
 )
 from blogkeras.ops import straight_through
+from blogkeras.quantization import (
+    VQVAE,
+    CodebookUsage,
+    CodePrior,
+    FiniteScalarQuantizer,
+    ResidualVectorQuantizer,
+    VectorQuantizer,
+)
 from blogkeras.theseus import (
     CompressionReport,
     CosineReplacement,
@@ -80,12 +88,16 @@ __all__ = [
     "FGM",
     "FGSM",
     "PGD",
+    "VQVAE",
     "AdversarialMethod",
+    "CodePrior",
+    "CodebookUsage",
     "CompressionReport",
     "CosineKernel",
     "CosineReplacement",
     "DeltaKernel",
     "Distillation",
+    "FiniteScalarQuantizer",
     "FreeLB",
     "GaussianKernel",
     "GradientPenalty",
@@ -99,9 +111,11 @@ __all__ = [
     "NoiseStability",
     "PolynomialKernel",
     "PrecomputedKernel",
+    "ResidualVectorQuantizer",
     "Robustness",
     "Theseus",
     "TransportIndex",
+    "VectorQuantizer",
     "VirtualAdversarialTraining",
     "WordMoverDistance",
     "WordRotatorDistance",

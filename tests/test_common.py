@@ -43,7 +43,38 @@ def bottleneck():
     return model
 
 
+def vqvae():
+    encoder = keras.Sequential([keras.Input((3,)), dense(4)])
+    decoder = keras.Sequential([keras.Input((4,)), dense(3, 4)])
+    model = blogkeras.VQVAE(encoder, blogkeras.VectorQuantizer(5), decoder)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def code_prior():
+    model = blogkeras.CodePrior(
+        11, (5,), dim=8, num_layers=1, num_heads=2, name="code_prior"
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
 LAYERS = [
+    (
+        blogkeras.FiniteScalarQuantizer,
+        {"levels": [3, 4, 5], "activation": "sigmoid"},
+        toy.DENSE[:8],
+    ),
+    (
+        blogkeras.ResidualVectorQuantizer,
+        {"num_quantizers": 2, "num_codes": 4, "ema_decay": 0.9},
+        toy.DENSE[:24].reshape(4, 6, 3),
+    ),
+    (
+        blogkeras.VectorQuantizer,
+        {"num_codes": 5, "ema_decay": 0.9, "restart_threshold": 0.1},
+        toy.DENSE[:24].reshape(4, 6, 3),
+    ),
     (
         blogkeras.HSICRegularization,
         {"rate": 0.5, "kernel_y": blogkeras.LinearKernel()},
@@ -80,12 +111,15 @@ METRICS = [
 ]
 # (function that builds and compiles a model, x, y)
 MODELS = [
+    (code_prior, toy.TOKENS[:16], None),
+    (vqvae, toy.DENSE[:16], None),
     (bottleneck, toy.DENSE[:8], toy.LABELS[:8]),
     (theseus, toy.DENSE[:16], toy.LABELS[:16]),
     (distillation, toy.DENSE[:16], toy.LABELS[:16]),
 ]
 # Neither a Keras object nor tested here: say where it is.
 ELSEWHERE = {
+    "CodebookUsage": "test_quantization",
     "CosineKernel": "test_hsic",
     "DeltaKernel": "test_hsic",
     "GaussianKernel": "test_hsic",

@@ -187,7 +187,12 @@ def prior(architecture, num_classes=None, **kwargs):
     model.build()
     rng = np.random.default_rng(1)
     for weight in model.weights:
-        weight.assign(0.6 * rng.normal(size=weight.shape) + 0.1)
+        value = rng.normal(size=weight.shape)
+        if len(weight.shape) == 1:
+            value = 0.2 * value + ("gamma" in weight.path)
+        else:
+            value *= 2 * np.prod(weight.shape[:-1]) ** -0.5
+        weight.assign(value)
     return model
 
 

@@ -1,4 +1,4 @@
-"""VQ-VAE (post 6760): vectors to codes, pictures to codes, codes to pictures."""
+"""VQ-VAE (post 6760): vectors and pictures to codes, and back."""
 
 from blogkeras.quantization.codebook import (
     VectorQuantizer,
@@ -14,6 +14,7 @@ from blogkeras.quantization.vqvae import (
     CodebookUsage,
     blog_autoencoder,
     sonnet_autoencoder,
+    squared_error,
 )
 
 __all__ = [
@@ -27,5 +28,6 @@ __all__ = [
     "nearest_codes",
     "perplexity",
     "sonnet_autoencoder",
+    "squared_error",
     "usage",
 ]

@@ -131,7 +131,7 @@ class Quantizer(keras.layers.Layer):
         """Starts `total_counts` again from zero."""
         for codebook in self.codebooks():
             counts = codebook.total_counts
-            counts.assign(ops.zeros_like(counts))
+            counts.assign(ops.zeros(counts.shape))
 
     def call(self, inputs, training=False, return_codes=False, mask=None):
         z = self._vectors(inputs)
@@ -239,7 +239,7 @@ def _unit(x):
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class VectorQuantizer(Quantizer):
-    """Replaces each vector by its nearest code, with straight-through gradients.
+    """Replaces each vector by its nearest code, gradients straight through.
 
     With encoder output z and codebook e_1 … e_K:
 
@@ -263,10 +263,10 @@ class VectorQuantizer(Quantizer):
     The code that answers a step is that of before the step. Counts and sums are
     reduced over replicas before they are averaged.
 
-    **Collapse.** A codebook far from the data leaves most codes unused for ever.
-    `adapt(vectors)` starts from k-means. `restart_threshold` moves dead codes,
-    those with less than this fraction of an equal share, to vectors of the
-    batch; this is done inside the compiled step, for `ema_decay` only.
+    **Collapse.** A codebook far from the data leaves most codes unused for
+    ever. `adapt(vectors)` starts from k-means. `restart_threshold` moves dead
+    codes, those with less than this fraction of an equal share, to vectors of
+    the batch; this is done inside the compiled step, for `ema_decay` only.
     `batch_counts` and `total_counts` say how often each code was used in the
     last training batch and since `reset_counts`.
 
@@ -305,7 +305,8 @@ class VectorQuantizer(Quantizer):
     Example:
 
     >>> layer = VectorQuantizer(num_codes=512)
-    >>> quantized, codes = layer(keras.ops.ones((2, 8, 8, 64)), return_codes=True)
+    >>> z = keras.random.normal((2, 8, 8, 64))
+    >>> quantized, codes = layer(z, return_codes=True)
     >>> quantized.shape, codes.shape
     ((2, 8, 8, 64), (2, 8, 8))
 

@@ -513,12 +513,18 @@ class _CausalConv(layers.Layer):
         mask[-1, self.reach + self.include_self :] = 0
         self._mask = mask
 
-    def _masked(self):
-        return self.kernel * ops.cast(self._mask, self.compute_dtype)
+    def _weights(self):
+        # Outside of `call` nobody casts them.
+        kernel, bias = (
+            ops.cast(ops.convert_to_tensor(w), self.compute_dtype)
+            for w in (self.kernel, self.bias)
+        )
+        return kernel * ops.cast(self._mask, self.compute_dtype), bias
 
     def call(self, h):
+        kernel, bias = self._weights()
         padding = [[0, 0], [self.reach, 0], [self.reach] * 2, [0, 0]]
-        return ops.conv(ops.pad(h, padding), self._masked()) + self.bias
+        return ops.conv(ops.pad(h, padding), kernel) + bias
 
     def start(self, num):
         height, width = self.code_shape
@@ -539,6 +545,5 @@ class _CausalConv(layers.Layer):
             [0, t // width, t % width, 0],
             [maps.shape[0], self.reach + 1, self.size, self.channels],
         )
-        return ops.einsum("nijc,ijcf->nf", window, self._masked()) + (
-            self.bias
-        ), maps
+        kernel, bias = self._weights()
+        return ops.einsum("nijc,ijcf->nf", window, kernel) + bias, maps

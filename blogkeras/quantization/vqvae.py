@@ -26,6 +26,18 @@ class _Usage(keras.metrics.Metric):
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
+def squared_error(y_true, y_pred):
+    """The mean square over all but the first axis: a number for each row.
+
+    Keras's "mse" keeps all axes but the last, so that it cannot weigh pictures
+    by a `sample_weight` of one number each.
+    """
+    y_true = ops.cast(y_true, y_pred.dtype)
+    axes = tuple(range(1, len(y_pred.shape)))
+    return ops.mean(ops.square(y_true - y_pred), axis=axes)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
 class VQVAE(keras.Model):
     """An autoencoder whose latent vectors are codes of a codebook.
 
@@ -36,10 +48,11 @@ class VQVAE(keras.Model):
     to generate is a prior over codes, `CodePrior`.
 
     `fit(x)` reconstructs `x`; give `y` for another target. The default loss is
-    the mean square. `perplexity` is the mean over batches of the perplexity of
-    a batch's codes, `usage` the share of codes used in the epoch (both the mean
-    over the codebooks of a residual quantizer). Sample weights weigh the
-    reconstruction; the quantizer's losses and counts see every row.
+    `squared_error`, the mean square. `perplexity` is the mean over batches of
+    the perplexity of a batch's codes, `usage` the share of codes used in the
+    epoch (both the mean over the codebooks of a residual quantizer). Sample
+    weights weigh the reconstruction; the quantizer's losses and counts see
+    every row.
 
     Args:
         encoder: `keras.Model`, inputs to `(batch, ..., dim)`.
@@ -86,7 +99,7 @@ class VQVAE(keras.Model):
             len(quantizer.codebooks()), quantizer.num_codes, name="usage"
         )
 
-    def compile(self, optimizer="adam", loss="mse", **kwargs):
+    def compile(self, optimizer="adam", loss=squared_error, **kwargs):
         super().compile(optimizer, loss, **kwargs)
 
     def compile_from_config(self, config):
@@ -100,13 +113,17 @@ class VQVAE(keras.Model):
         if not self.encoder.built:
             self.encoder.build(input_shape)
         latent = self.encoder.compute_output_shape(input_shape)
-        self.quantizer.build(latent)
+        if not self.quantizer.built:
+            self.quantizer.build(latent)
         if not self.decoder.built:
             self.decoder.build(latent)
 
     def call(self, inputs, training=None):
-        # Keras hands `training` on to the parts, but only if it is named here.
-        return self.decoder(self.quantizer(self.encoder(inputs)))
+        # Named to every part: on JAX, Keras's trainer calls `call` itself, and
+        # nobody would hand it on.
+        z = self.encoder(inputs, training=training)
+        z = self.quantizer(z, training=training)
+        return self.decoder(z, training=training)
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True

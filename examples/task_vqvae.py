@@ -1,0 +1,188 @@
+"""Pictures to codes and back, and new pictures from new codes.
+
+A VQ-VAE learns to write each picture as a map of a few integers. A prior
+(PixelAtt, the post's causal self-attention) then learns which maps there are,
+for each class, and draws new ones. Written to `--output`, as `vqvae_*.png`:
+
+    reconstructions   pictures; through the autoencoder without quantization;
+                      with quantization
+    samples           drawn from the prior, one column for each class
+    interpolations    between two pictures, mixed before quantization
+    codebook          share of codes used, by epoch: as configured, and by plain
+                      moving averages without k-means and restarts
+
+Data: the 1797 handwritten digits (8×8, doubled to 16×16) inside scikit-learn.
+`--data mnist` or `--data cifar10` takes those of keras.datasets;
+`--data FILE ...` takes .npz files with `x`, (n, height, width[, channels]) of
+uint8, and `y`, classes from 0.
+
+Blog: VQ-VAE的简明介绍：量子化自编码器, https://kexue.fm/archives/6760
+
+Run: python examples/task_vqvae.py
+"""
+
+import argparse
+import os
+import time
+
+import keras
+import numpy as np
+
+from blogkeras import VQVAE, CodePrior, VectorQuantizer, report
+from blogkeras.quantization import sonnet_autoencoder
+
+BATCH_SIZE = 64
+
+
+def load(data):
+    """Pictures in [-½, ½], (n, height, width, channels), and classes."""
+    if not data:
+        from sklearn.datasets import load_digits
+
+        x, y = load_digits(return_X_y=True)
+        x = np.kron(x.reshape(-1, 8, 8) / 16, np.ones((2, 2)))
+    elif data[0] in ("mnist", "cifar10"):
+        x, y = getattr(keras.datasets, data[0]).load_data()[0]
+        x = x / 255
+    else:
+        files = [np.load(path) for path in data]
+        x = np.concatenate([file["x"] for file in files]) / 255
+        y = np.concatenate([file["y"] for file in files])
+    x = x.reshape(*x.shape[:3], -1).astype("float32") - 0.5
+    return x, y.reshape(-1).astype("int32")
+
+
+def make_model(x, args, prevent_collapse=True):
+    keras.utils.set_random_seed(args.seed)
+    quantizer = VectorQuantizer(
+        args.codes,
+        ema_decay=0.99,
+        restart_threshold=0.1 if prevent_collapse else 0.0,
+    )
+    encoder, decoder = sonnet_autoencoder(
+        x.shape[1:], dim=args.dim, hidden=args.hidden
+    )
+    model = VQVAE(encoder, quantizer, decoder)
+    # The reconstruction counts in units of the variance of the data.
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        loss_weights=[1 / x.var()],
+        metrics=["mse"],
+        # Convolutions: XLA is slower than TensorFlow's own on a CPU.
+        jit_compile=keras.backend.backend() == "jax",
+    )
+    if prevent_collapse:
+        model.adapt(x[:1024])
+    return model
+
+
+def grid(path, pictures, height=0.7):
+    """Rows of pictures: `(rows, columns, height, width, channels)`."""
+    from matplotlib.figure import Figure
+
+    rows, columns = pictures.shape[:2]
+    h, w, channels = pictures.shape[2:]
+    picture = np.pad(pictures, [[0, 0]] * 2 + [[1, 1]] * 2 + [[0, 0]] * 1)
+    picture = picture.transpose(0, 2, 1, 3, 4).reshape(
+        rows * (h + 2), columns * (w + 2), channels
+    )
+    figure = Figure(figsize=(columns * height * w / h, rows * height), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(
+        np.clip(picture + 0.5, 0, 1).squeeze(),
+        cmap="gray",
+        interpolation="nearest",
+        aspect="auto",
+    )
+    axes.axis("off")
+    print("wrote", report.save_figure(figure, path))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", nargs="*", help="a name, or .npz files")
+    parser.add_argument("--output", default="results/vqvae")
+    parser.add_argument("--codes", type=int, default=64)
+    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=32)
+    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--prior-epochs", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    x, y = load(args.data)
+    order = np.random.default_rng(0).permutation(len(x))
+    size = len(x) // 10
+    x, y, test = x[order[size:]], y[order[size:]], x[order[:size]]
+    print(f"{len(x)} pictures for training, {size} to test: {x.shape[1:]}")
+
+    start = time.perf_counter()
+    usage, rows = {}, []
+    for name in ("plain averages", "k-means and restarts"):
+        model = make_model(x, args, name != "plain averages")
+        history = model.fit(
+            x, batch_size=BATCH_SIZE, epochs=args.epochs, verbose=2
+        ).history
+        usage[name] = history["usage"]
+        logs = model.evaluate(
+            test, batch_size=BATCH_SIZE, verbose=0, return_dict=True
+        )
+        rows.append(
+            [name, logs["mse"] / x.var(), logs["perplexity"], usage[name][-1]]
+        )
+    seconds = time.perf_counter() - start
+
+    codes = model.encode(x, verbose=1)
+    prior = CodePrior(
+        args.codes,
+        codes.shape[1:],
+        num_classes=int(y.max()) + 1,
+        dim=64,
+        num_layers=3,
+        num_heads=4,
+    )
+    prior.compile(keras.optimizers.Adam(1e-3), jit_compile=True)
+    # Whole batches only: a compiled step sees one shape.
+    whole = len(x) // BATCH_SIZE * BATCH_SIZE
+    nats = prior.fit(
+        [codes[:whole], y[:whole]],
+        batch_size=BATCH_SIZE,
+        epochs=args.prior_epochs,
+        verbose=2,
+    ).history["nats"]
+
+    report.print_table(
+        ["codebook", "test error / variance", "perplexity", "codes used"],
+        rows,
+        f"{args.codes} codes, {seconds / 2:.0f} s each",
+    )
+    print(f"prior: {nats[0]:.1f} to {nats[-1]:.1f} nats a picture")
+
+    def path(name):
+        return os.path.join(args.output, f"vqvae_{name}.png")
+
+    some = test[:10]
+    grid(
+        path("reconstructions"),
+        np.stack(
+            [some, model.reconstruct(some, False), model.reconstruct(some)]
+        ),
+    )
+    labels = np.tile(np.arange(int(y.max()) + 1), 5)
+    drawn = prior.sample(len(labels), labels=labels, seed=args.seed)
+    new = model.decode(drawn)
+    grid(path("samples"), new.reshape(5, -1, *x.shape[1:]))
+    grid(path("interpolations"), model.interpolate(test[:5], test[5:10], 10))
+    epochs = range(1, args.epochs + 1)
+    print(
+        "wrote",
+        report.line_figure(
+            path("codebook"), epochs, usage, "epoch", "share of codes used"
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
