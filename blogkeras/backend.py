@@ -46,6 +46,7 @@ class RecordingScope(keras.StatelessScope):
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
+    from tensorflow.python.ops import cond_v2
 
     def value_and_grad(fn, args, unconnected="zero"):
         """Evaluates `fn` and its gradient; may be nested for second order.
@@ -121,28 +122,57 @@ if BACKEND == "tensorflow":
         tf.function(fn, autograph=False).get_concrete_function()
 
     def _cond(predicate, true_fn, false_fn):
-        return tf.cond(
-            predicate, lambda: _folded(true_fn), lambda: _folded(false_fn)
-        )
+        def run():
+            return tf.cond(
+                predicate, lambda: _marked(true_fn), lambda: _marked(false_fn)
+            )
 
-    def _folded(branch):
-        """Traces a branch and makes constants of the integers that are fixed.
+        if tf.executing_eagerly():
+            # As in a graph, what did not run has a gradient: zero.
+            return tf.function(functools.partial(run), autograph=False)()
+        return run()
 
-        The gradient of a branch is a function of its own, to which the branch
-        hands what it has computed: XLA would not know any more, for instance,
-        the order of axes that `tensordot` puts together for an unknown batch.
-        """
-        outputs = branch()
-        if not tf.executing_eagerly():
-            graph = tf.compat.v1.get_default_graph()
-            for op in graph.get_operations():
-                for i, x in enumerate(op.inputs):
-                    if x.dtype.is_integer and x.op.type != "Const":
-                        value = tf.get_static_value(x)
-                        if value is not None:
-                            constant = tf.constant(value, x.dtype)
-                            op._update_input(i, constant)
-        return outputs
+    def _marked(branch):
+        tf.compat.v1.get_default_graph()._computes_shapes_again = True
+        return branch()
+
+    # The gradient of a branch is a function of its own, to which the branch
+    # hands what it has computed. XLA must know shapes and the order of axes
+    # when it compiles, and what was handed over it does not know: a branch with
+    # `tensordot` or `broadcast_to` would not compile for an unknown batch size.
+    # So the gradient of our branches computes such numbers again.
+    _PURE = frozenset(
+        "Add AddV2 BroadcastArgs Cast ConcatV2 Const Equal ExpandDims Fill "
+        "FloorDiv FloorMod GatherV2 Greater GreaterEqual Identity "
+        "InvertPermutation Less LessEqual Maximum Minimum Mul Neg NotEqual "
+        "Pack Prod Range Rank Reshape Select SelectV2 Shape ShapeN Size Slice "
+        "Squeeze StridedSlice Sub Sum".split()
+    )
+    _capture = cond_v2._CondGradFuncGraph._capture_helper
+
+    def _capture_or_compute_again(self, tensor, name):
+        forward = self._forward_graph
+        if (
+            tensor.graph is not forward
+            or not getattr(forward, "_computes_shapes_again", False)
+            or not (tensor.dtype.is_integer or tensor.dtype.is_bool)
+            or tensor.shape.rank not in (0, 1)
+            or tensor.op.type not in _PURE
+        ):
+            return _capture(self, tensor, name)
+        again = self._captured_constants
+        if id(tensor) not in again:
+            op = tensor.op
+            copy = self._create_op_internal(
+                op.type,
+                [self.capture(x) for x in op.inputs],
+                [x.dtype for x in op.outputs],
+                attrs=dict(op.node_def.attr),
+            )
+            again[id(tensor)] = copy.outputs[tensor.value_index]
+        return again[id(tensor)]
+
+    cond_v2._CondGradFuncGraph._capture_helper = _capture_or_compute_again
 
     def is_concrete(x):
         """Whether `x` has its values now, outside of a traced function."""

@@ -348,8 +348,13 @@ def test_saved_and_resumed(tmp_path):
     def model():
         keras.utils.clear_session()
         keras.utils.set_random_seed(3)
-        adam = keras.optimizers.Adam(0.01)
-        return toy.compiled(ship(CosineReplacement(6, 0.2)), adam)
+        theseus = Theseus(  # without dropout, whose seeds Keras does not save
+            [dense(name=name) for name in "ab"],
+            [dense(name=name) for name in "cd"],
+            built(layers.Dense(3, "softmax", name="head"), 3),
+            CosineReplacement(6, 0.2),
+        )
+        return toy.compiled(theseus, keras.optimizers.Adam(0.01))
 
     def fit(model, *rows):
         model.fit(
@@ -366,13 +371,12 @@ def test_saved_and_resumed(tmp_path):
     two = model()
     fit(two, 0)
     two.save(tmp_path / "theseus.keras")
-    three = keras.saving.load_model(
-        tmp_path / "theseus.keras",
-        custom_objects={"ActivityLoss": toy.ActivityLoss},
-    )
+    keras.utils.set_random_seed(4)
+    three = keras.saving.load_model(tmp_path / "theseus.keras")
     assert [int(m.iterations.value) for m in three.replacements] == [3, 3]
     fit(three, 12)
-    assert toy.difference(toy.state(one), toy.state(three)) <= 1e-6
+    assert toy.difference(toy.weights(one), toy.weights(three)) <= 1e-6
+    assert int(three.optimizer.iterations) == 6
 
 
 # Theseus

@@ -29,7 +29,7 @@ class Theseus(keras.Model):
     `detach()` then gives the successor as a plain Keras model. The three phases
     (train the predecessor, replace, train the detached successor on) are
     ordinary `compile` and `fit` calls; saved with `save`, the replacing goes on
-    where it stopped, schedule and random state included.
+    where it stopped, schedule and draws included.
 
     A module is a layer, a model, or a list of them called one after another. It
     may return a list of tensors, which the next module takes. `cut_model` makes

@@ -122,7 +122,8 @@ class ModuleReplacement(keras.layers.Layer):
             `CosineReplacement`, any other
             `keras.optimizers.schedules.LearningRateSchedule` or function from
             the number of the training step to a rate, which is clipped to
-            [0, 1]. Steps are counted by the weight `iterations`.
+            [0, 1]. Steps are counted by the weight `iterations`, of which the
+            draws are functions, too: both go on after saving and loading.
         mode: String, see above.
         predecessor_dropout: Boolean. Whether the predecessor runs as in
             training; BatchNormalization stays in inference, as it is frozen.
@@ -186,6 +187,15 @@ class ModuleReplacement(keras.layers.Layer):
         for layer in as_list(predecessor):
             layer.trainable = False
         self.seed_generator = keras.random.SeedGenerator(seed)
+        # Keras saves no seeds: a draw is a function of two weights.
+        state = ops.convert_to_numpy(self.seed_generator.state.value)
+        self.draw_seed = self.add_weight(
+            (),
+            keras.initializers.Constant(int(state[0]) % 2**31),
+            "int32",
+            trainable=False,
+            name="draw_seed",
+        )
         self.iterations = self.add_weight(
             (),
             "zeros",
@@ -219,6 +229,13 @@ class ModuleReplacement(keras.layers.Layer):
         if not training:
             return chain(as_list(self.successor), inputs, training=False)
         rate = self.rate()
+        state = self.seed_generator.state
+        state.assign(
+            ops.cast(
+                ops.stack([self.draw_seed.value, self.iterations.value]),
+                state.dtype,
+            )
+        )
         self.iterations.assign_add(1)
         if self.mode == "batch":
             return self._choose(rate, inputs)
