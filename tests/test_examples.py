@@ -16,6 +16,8 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 
+# Keras's own `fit` of int64 inputs, under JAX 0.12.
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in EXAMPLES.glob("basic_*.py"))
 )

@@ -19,6 +19,8 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 3
 
 
+# Keras's own `fit` of int64 inputs, under JAX 0.12.
+@pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
 def test_snippet(snippet, tmp_path, monkeypatch):
     if "bert4keras" in snippet and keras.backend.backend() != "tensorflow":

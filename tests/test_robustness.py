@@ -434,9 +434,11 @@ def test_progress_table_and_figure(capsys, tmp_path):
     out = capsys.readouterr().out
     for text in ("relative_epsilon", "accuracy", "fgm", "0.5"):
         assert text in out
-    path = tmp_path / "robustness.png"
+    path = tmp_path / "robustness.svg"
     assert result.plot(path) == str(path)
-    assert path.stat().st_size > 1000
+    drawn = path.read_text("utf-8")
+    for text in ("accuracy", "epsilon: L2 norm", "Under attack (fgm)"):
+        assert text in drawn
 
 
 def test_the_result_is_a_plain_record():

@@ -76,8 +76,9 @@ class Robustness:
             path,
             self.column("epsilon"),
             {metric: self.column(metric)},
-            f"epsilon (L2 norm of the perturbation, {self.attack})",
+            "epsilon: L2 norm of each sample's perturbation",
             metric,
+            title=f"Under attack ({self.attack})",
         )
 
 
@@ -392,11 +393,16 @@ class _Build(keras.layers.Layer):
 
 
 def _build(model, batch):
+    # Of the tensors: JAX has no int64.
     x, y, sample_weight = tree.map_structure(
-        lambda a: (
-            None if a is None else keras.KerasTensor(a.shape, a.dtype.name)
+        lambda t: (
+            None
+            if t is None
+            else keras.KerasTensor(
+                t.shape, keras.backend.standardize_dtype(t.dtype)
+            )
         ),
-        batch,
+        _tensors(batch),
     )
     _Build(model).compute_output_spec(x, y=y, sample_weight=sample_weight)
 
