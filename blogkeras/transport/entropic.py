@@ -189,9 +189,13 @@ def solve(p, q, cost, regularization, tolerance, max_iterations):
 
     # The largest g with f + g <= c, then the largest f.
     far = _FAR * one
-    g = ops.min(ops.where(rows, cost - f, far), axis=1, keepdims=True)
-    f = ops.min(ops.where(columns, cost - g, far), axis=2, keepdims=True)
-    lower = ops.sum(p * f, axis=(1, 2)) + ops.sum(q * g, axis=(1, 2))
+    g_low = ops.min(ops.where(rows, cost - f, far), axis=1, keepdims=True)
+    f_low = ops.min(
+        ops.where(columns, cost - g_low, far), axis=2, keepdims=True
+    )
+    lower = ops.sum(p * f_low, axis=(1, 2)) + ops.sum(q * g_low, axis=(1, 2))
+    # The iteration says nothing on words without mass.
+    f, g = ops.where(rows, f, f_low), ops.where(columns, g, g_low)
     distance = ops.sum(plan * c, axis=(1, 2))
     # A sum of k terms of size at most 1/k is off by at most k units in the
     # last place; masses, and their sums, are off likewise.

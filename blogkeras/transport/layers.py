@@ -121,9 +121,10 @@ class WordMoverDistance(_TransportLayer):
 
     The distance and its gradient come from Sinkhorn's iteration: the distance
     is an upper bound, typically within 1 % (see
-    `sinkhorn` for the certified gap); the gradient takes the plan and the
-    potentials as constant, which at the optimum is right. It is finite at equal
-    words and at zero vectors. Everything is computed in float32 at least.
+    `sinkhorn` for the certified gap); the gradient is that of the regularized
+    optimum at this ε: the plan and the potentials, taken as constant. It is
+    finite at equal words and at zero vectors. Everything is computed in float32
+    at least.
 
     Masked words have no mass, and no values under the mask have influence. An
     empty or fully masked sequence counts as one zero vector.
@@ -141,7 +142,8 @@ class WordMoverDistance(_TransportLayer):
             cost of each pair. Larger is faster, smoother and further off.
         tolerance: Float > 0. Marginal error at which Sinkhorn stops.
         pairwise: Boolean. Whether every x of the batch is compared with every
-            y, for in-batch negatives. Takes batch² · n · m numbers.
+            y, for in-batch negatives. Takes batch² · n · m numbers. Under
+            `tf.distribute` the batch is that of a replica.
 
     Input shape: `[x, y]` of `(batch, n, dim)` and `(batch, m, dim)`; with
         `weighting="idf"` `[x, y, x_idf, y_idf]`, the latter two `(batch, n)`
