@@ -1,8 +1,8 @@
 """HSIC on two columns of numbers: the post's experiment, and shapes.
 
 First the experiment of the post: independent normals, and y = x + 0.1 ε. Then
-eight shapes of dependence, most of which correlation does not see, with the
-p-values of HSIC and of Pearson's correlation. `--figure PATH` draws them.
+eight shapes, two of them of independent columns, with the p-values of HSIC and
+of Pearson's correlation. `--figure PATH` draws them.
 
 Blog: HSIC简介：一个有意思的判断相关性的思路, https://kexue.fm/archives/6910
 """
@@ -33,21 +33,24 @@ def make_shapes(size, rng):
         ),
         "turned square": (cos * u - sin * v, sin * u + cos * v),
         "spread": (u, noise * (0.2 + np.abs(u))),
-        "four clouds": (corner[0] + 0.3 * x, corner[1] + 0.3 * noise),
+        "four clouds (independent)": (
+            corner[0] + 0.3 * x,
+            corner[1] + 0.3 * noise,
+        ),
     }
 
 
 def draw(shapes, found, path):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.6, 5.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(9.6, 5.4), dpi=110, layout="constrained")
     for axes, (name, (x, y)) in zip(
         figure.subplots(2, 4).flat, shapes.items(), strict=True
     ):
         axes.scatter(x, y, s=5, linewidths=0)
         p_hsic, p_pearson = found[name]
         axes.set_title(
-            f"{name}\nHSIC p = {p_hsic:.2g}, Pearson p = {p_pearson:.2g}",
+            f"{name}\nHSIC: p = {p_hsic:.2g}\nPearson: p = {p_pearson:.2g}",
             fontsize=9,
         )
         axes.set_xticks([])

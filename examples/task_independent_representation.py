@@ -112,8 +112,8 @@ def main():
     )
     parser.add_argument("--data", help="folder of the digits")
     parser.add_argument("--size", type=int, default=10_000, help="pictures")
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--rate", type=float, default=100.0)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--rate", type=float, default=30.0)
     parser.add_argument(
         "--figure", default="results/hsic_independent_representation.png"
     )

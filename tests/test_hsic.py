@@ -446,7 +446,7 @@ def test_costs():
         extra = program.memory_analysis().temp_size_in_bytes
         assert extra <= 16e6
     program = compiled(hsic_from_kernels, (300, 300), (300, 300))
-    assert program.cost_analysis()["flops"] < 20 * 300**2
+    assert program.cost_analysis()["flops"] < 30 * 300**2
 
 
 # Gradients

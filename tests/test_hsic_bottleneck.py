@@ -150,7 +150,7 @@ def test_learns(readout):
                 layers.ReLU(),
             ]
         )
-        for units in (8, 3)
+        for units in (16, 6)
     ]
     model = HSICBottleneck(normalized, 3, readout)
     # XLA is tried in the conformance suite.
