@@ -303,6 +303,7 @@ def test_nothing_unmasked_leaves_the_codebook():
     assert float(ops.sum(layer.batch_counts)) == 0
 
 
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable")
 def test_in_a_compiled_step_nan_stays_out_of_the_codebook():
     bad = Z.copy()
     bad[0, 0, 0, 0], bad[1, 0, 0, 1] = np.nan, np.inf

@@ -293,7 +293,7 @@ def test_sampling_with_a_cache_is_sampling_without(kind, classes):
     drawn = model.sample(3, *options, labels=labels, seed=4)
     u = numpy(keras.random.uniform((12, 3), seed=4))
     np.testing.assert_array_equal(drawn, uncached(model, u, *options, labels))
-    assert drawn.dtype == "int32" and len(np.unique(drawn)) > 2
+    assert drawn.dtype == "int32" and len(np.unique(drawn)) > 1
 
 
 def test_sampling_compiles_once_and_follows_the_weights():
@@ -337,6 +337,7 @@ def test_the_loss_is_in_nats(kind):
     weight = np.arange(7, dtype="float32")
     logs = model.evaluate(
         [MAPS, LABELS],
+        MAPS,  # without a target Keras forgets the weights
         sample_weight=weight,
         batch_size=7,
         verbose=0,

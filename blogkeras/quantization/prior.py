@@ -28,7 +28,8 @@ class CodePrior(keras.Model):
 
     `fit(codes)`, or `fit([codes, labels])` with `num_classes`; the loss is the
     cross entropy in nats per code, the metric `nats` is per map. `model(codes)`
-    gives the logits, `(batch, *code_shape, num_codes)`, float32.
+    gives the logits, `(batch, *code_shape, num_codes)`, float32. Keras forgets
+    sample weights where there is no `y`: then give the codes as `y` too.
 
     `sample` draws code by code inside one compiled loop. What earlier positions
     have computed is kept (keys and values; feature maps), so that a step costs

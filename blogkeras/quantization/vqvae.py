@@ -52,7 +52,8 @@ class VQVAE(keras.Model):
     the perplexity of a batch's codes, `usage` the share of codes used in the
     epoch (both the mean over the codebooks of a residual quantizer). Sample
     weights weigh the reconstruction; the quantizer's losses and counts see
-    every row.
+    every row. Keras forgets sample weights where there is no `y`: then say
+    `fit(x, x, sample_weight=...)`.
 
     Args:
         encoder: `keras.Model`, inputs to `(batch, ..., dim)`.
