@@ -132,6 +132,12 @@ if BACKEND == "tensorflow":
             return tf.function(functools.partial(run), autograph=False)()
         return run()
 
+    @tf.custom_gradient
+    def _inside_branch(x):
+        # XLA wants gradients of one shape from both branches, where those of a
+        # lookup would have as many rows as there were looked up.
+        return tf.identity(x), tf.convert_to_tensor
+
     def _marked(branch):
         tf.compat.v1.get_default_graph()._computes_shapes_again = True
         return branch()
@@ -275,6 +281,9 @@ elif BACKEND == "jax":
     def _cond(predicate, true_fn, false_fn):
         return jax.lax.cond(predicate, true_fn, false_fn)
 
+    def _inside_branch(x):
+        return x
+
     def is_concrete(x):
         return not isinstance(x, jax.core.Tracer)
 
@@ -303,7 +312,8 @@ def cond(predicate, true_fn, false_fn, layers):
     `keras.ops.cond` cannot run Dropout, BatchNormalization or `add_loss` in a
     branch. Here each branch sees the variables' values of the moment, and what
     it assigns is assigned after the branches have met. Only the chosen branch
-    is computed.
+    is computed, forward and backward; variables that are not trainable are
+    constants to the gradient.
 
     Args:
         predicate: Scalar boolean tensor.
@@ -331,9 +341,16 @@ def cond(predicate, true_fn, false_fn, layers):
     with AutocastScope(None):
         mapping = [(v, ops.convert_to_tensor(v)) for v in variables.values()]
 
+    def inside(variable, value):
+        if not keras.backend.is_float_dtype(variable.dtype):
+            return value
+        if not variable.trainable:
+            return ops.stop_gradient(value)
+        return _inside_branch(value)
+
     def run(fn):
         with AutocastScope(None):
-            scope = RecordingScope(mapping)
+            scope = RecordingScope([(v, inside(v, x)) for v, x in mapping])
         with scope:
             outputs = fn()
         loss = sum(

@@ -318,6 +318,37 @@ def test_only_the_chosen_branch_is_computed():
     assert main(both).count(" dot(") == 2
 
 
+class Positions(layers.Layer):
+    """Adds vectors that it spreads over a batch of any size."""
+
+    def build(self, input_shape):
+        self.table = self.add_weight(input_shape[1:], name="table")
+
+    def call(self, x):
+        return x + ops.broadcast_to(self.table, ops.shape(x))
+
+
+@no_gradient
+def test_branches_of_unknown_batch_size_under_xla():
+    """The same weights with and without; `fit` hides the batch's size."""
+    x = np.random.default_rng(0).normal(size=(8, 2, 3)).astype("float32")
+
+    def model(name):
+        inputs = keras.Input((2, 3))
+        y = Positions(name=f"{name}_positions")(dense(name=name)(inputs))
+        return keras.Model(inputs, y, name=f"{name}_model")
+
+    results = []
+    for jit in (True, False):
+        keras.utils.set_random_seed(1)
+        # The draws may differ, so that there is no choice.
+        theseus = Theseus([model("a")], [model("b")], replacement_rate=1.0)
+        theseus.compile("sgd", "mse", jit_compile=jit)
+        theseus.fit(x, x, batch_size=2, shuffle=False, verbose=0)
+        results.append(toy.weights(theseus))
+    assert toy.difference(*results) <= 1e-6
+
+
 # Schedules
 
 

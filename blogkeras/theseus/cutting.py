@@ -310,8 +310,17 @@ class _Cut:
         ]
 
     def get_config(self):
+        model = keras.saving.serialize_keras_object(self.model)
+        # Without the masks that Keras will fill in again: revived as arguments
+        # they would be strangers to the tensors that they belong to.
+        for layer in model["config"].get("layers", []):
+            calls = _calls(self.model, layer["name"])
+            nodes = layer["inbound_nodes"]
+            for node, call in zip(nodes, calls, strict=False):
+                for name in set(node["kwargs"]) - set(call.kwargs):
+                    node["kwargs"][name] = None
         return {
-            "model": keras.saving.serialize_keras_object(self.model),
+            "model": model,
             "boundaries": [_address(self.model, x) for x in self.boundaries],
         }
 
