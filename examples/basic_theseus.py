@@ -1,10 +1,10 @@
 """A network of four layers gives way, part by part, to one of two.
 
 Handwritten digits (those of scikit-learn, 8 × 8). The large network is trained
-and frozen. Then, in every batch, each of its two halves is replaced at random by
-a single new layer, and the new layers learn in the company of the old ones. What
-has been learnt is detached and trained a little longer. For comparison the same
-small network is trained directly, for as many epochs.
+and frozen. Then, in every batch, each of its two halves is replaced at random
+by a single new layer, and the new layers learn in the company of the old ones.
+What has been learnt is detached and trained a little longer. For comparison the
+same small network is trained directly, for as many epochs.
 
 Blog: BERT-of-Theseus：基于模块替换的模型压缩方法,
 https://kexue.fm/archives/7575

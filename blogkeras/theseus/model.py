@@ -9,6 +9,7 @@ from blogkeras.theseus.replacement import (
     as_list,
     chain,
     deserialized,
+    freeze,
     output_shape,
     serialized_rate,
 )
@@ -38,7 +39,7 @@ class Theseus(keras.Model):
 
     Args:
         predecessor_modules: List of modules, built. Their layers are frozen
-            (`trainable = False`).
+            (`trainable = False`), here and again by `compile`.
         successor_modules: List of as many modules, smaller, whose inputs and
             outputs have the shapes of the predecessor's.
         head: Layer, model or list of layers after the modules, shared by
@@ -114,8 +115,7 @@ class Theseus(keras.Model):
                 zip(predecessor_modules, successor_modules, strict=True)
             )
         ]
-        if not train_shared:
-            self._set_shared_trainable(False)
+        self._freeze()
         known = self._known_inputs()
         if known is not None:
             self.build(tree.map_structure(lambda x: tuple(x.shape), known))
@@ -126,6 +126,11 @@ class Theseus(keras.Model):
             if not layer.built:
                 layer.build(shape)
             shape = output_shape(layer, shape)
+
+    def compile(self, *args, **kwargs):
+        # The layers are others', too, who may have trained them since.
+        self._freeze()
+        super().compile(*args, **kwargs)
 
     def call(self, inputs, training=False, mask=None):
         return chain(self._layers_in_order(), inputs, bool(training))
@@ -157,7 +162,8 @@ class Theseus(keras.Model):
         ]:
             # A segment is spelt out, in the layers that it was cut from.
             x = layer.call(x) if isinstance(layer, Segment) else layer(x)
-        self._set_shared_trainable(True)
+        for layer in [*_optional(self.stem), *_optional(self.head)]:
+            layer.trainable = True
         return keras.Model(inputs, x)
 
     def _layers_in_order(self):
@@ -167,9 +173,11 @@ class Theseus(keras.Model):
             *_optional(self.head),
         ]
 
-    def _set_shared_trainable(self, trainable):
-        for layer in [*_optional(self.stem), *_optional(self.head)]:
-            layer.trainable = trainable
+    def _freeze(self):
+        for module in self.predecessor_modules:
+            freeze(as_list(module))
+        if not self.train_shared:
+            freeze([*_optional(self.stem), *_optional(self.head)])
 
     def _first(self):
         stem = _optional(self.stem)

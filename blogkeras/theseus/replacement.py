@@ -184,8 +184,7 @@ class ModuleReplacement(keras.layers.Layer):
         self.predecessor_dropout = predecessor_dropout
         self.seed = seed
         self.supports_masking = True
-        for layer in as_list(predecessor):
-            layer.trainable = False
+        freeze(as_list(predecessor))
         self.seed_generator = keras.random.SeedGenerator(seed)
         # Keras saves no seeds: a draw is a function of two weights.
         state = ops.convert_to_numpy(self.seed_generator.state.value)
@@ -412,6 +411,17 @@ class _Outputs:
 
 def as_list(layers):
     return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+
+
+def freeze(layers):
+    """Freezes layers and all their variables.
+
+    Keras leaves out those that a frozen layer makes later, when it is built.
+    """
+    for layer in layers:
+        layer.trainable = False
+        for variable in layer.variables:
+            variable.trainable = False
 
 
 def chain(layers, x, training):
