@@ -208,19 +208,28 @@ def scripts_bottleneck(sigma=5.0, label_weight=50.0, rate=1e-4):
 
     forward(x)
 
-    @tf.function
-    def one_step(x, y):
-        for i, block in enumerate(blocks):
+    # A program for each layer, as the script calls `backward` for each.
+    def program(i):
+        @tf.function
+        def one_layer(x, y):
+            layers = blocks[: i + 1]
+            weights = [[v.value for v in b.trainable_variables] for b in layers]
             with tf.GradientTape() as tape:
                 z = forward(x)[i]
                 loss = nhsic(z, x) - label_weight * nhsic(z, y)
-            weights = [v.value for v in block.trainable_variables]
-            for w, g in zip(weights, tape.gradient(loss, weights), strict=True):
+            gradients = tape.gradient(loss, weights)
+            for w, g in zip(weights[i], gradients[i], strict=True):
                 w.assign_sub(rate * g)
-        return loss
+            return gradients
+
+        return one_layer
+
+    programs = [program(i) for i in range(len(blocks))]
 
     def step():
-        return one_step(x, y).numpy()
+        for one_layer in programs:
+            gradients = one_layer(x, y)
+        return gradients[0][0].numpy()
 
     step()
     return step

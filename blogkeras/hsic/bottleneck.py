@@ -203,15 +203,15 @@ class HSICBottleneck(keras.Model):
         scores = y_pred["scores"] if training else y_pred
         labels = self.one_hot(y)
         x, labels, weight = gathered(flat(x), labels, sample_weight)
-        target = self.resolvent(x, weight).correlations
+        target = self.resolvent(x, weight).correlations()
         target -= (
-            self.label_weight * self.resolvent(labels, weight).correlations
+            self.label_weight * self.resolvent(labels, weight).correlations()
         )
         loss = 0.0
         for block, output in zip(self.blocks, hidden, strict=True):
             if block.trainable_variables:
                 output = gather(flat(output))
-                loss += self.resolvent(output, weight).trace_with(target)
+                loss += sum(self.resolvent(output, weight).trace_with(target))
         if training and self.head is None:
             self.count(gather(flat(hidden[-1])), labels, weight)
         replicas = backend.num_replicas()

@@ -371,51 +371,47 @@ def _median(x):
         return 1.0
     x = x - x.mean(axis=0, dtype="float64").astype(x.dtype)
     norms = np.square(x).sum(axis=1)
-    step = max(1, 2**19 // n)
+    step = max(1, 2**17 // n)
 
     def blocks():
         for start in range(0, n, step):
             some = x[start : start + step]
-            d = norms[start : start + step, None] + norms[None, start:]
-            d -= 2 * (some @ x[start:].T)
+            d = (-2 * some) @ x[start:].T
+            d += norms[start : start + step, None]
+            d += norms[start:]
             # Of the square on the diagonal, the part above it.
-            d[np.tril_indices(len(some), 0, d.shape[1])] = -math.inf
-            yield d.ravel()
+            d[np.tril_indices(len(some), 0, d.shape[1])] = math.inf
+            yield d
 
-    def middle(floor, low, high, pairs):
-        """Of the pairs above `floor`; `None` if it is not in (low, high]."""
+    def middle(low, high, pairs, skip=0):
+        """Of all pairs but the `skip` smallest, if it is in (low, high]."""
         below, inside = 0, []
         for d in blocks():
-            within = d[d <= high]
-            inside.append(within[within > low])
-            below += len(within) - len(inside[-1])
-            below -= np.count_nonzero(within <= floor)
+            below += np.count_nonzero(d <= low)
+            inside.append(d[(d > low) & (d <= high)])
         inside = np.concatenate(inside)
-        ranks = np.array([(pairs - 1) // 2, pairs // 2]) - below
+        ranks = np.array([(pairs - 1) // 2, pairs // 2]) + (skip - below)
         if ranks[0] < 0 or ranks[1] >= len(inside):
             return None
         found = np.partition(inside, ranks)[ranks].astype("float64")
         return np.sqrt(np.maximum(found, 0)).mean()
 
     # A bracket from a sample of pairs: few values are left to be sorted.
-    i, j = np.random.default_rng(0).integers(0, n, (2, 4096))
+    i, j = np.random.default_rng(0).integers(0, n, (2, 2**15))
     i, j = i[i != j], j[i != j]
     sample = np.sort(np.square(x[i] - x[j]).sum(axis=1))
     center, width = len(sample) // 2, int(3 * math.sqrt(len(sample)))
-    pairs = n * (n - 1) // 2
+    pairs, largest = n * (n - 1) // 2, np.finfo(x.dtype).max
+    median = middle(sample[center - width], sample[center + width], pairs)
+    if median is None:
+        median = middle(-math.inf, largest, pairs)
     # The mean over all n² pairs is twice the variance.
     tiny = COINCIDENT * 2 * norms.mean(dtype="float64")
-    ends = (
-        sample[max(center - width, 0)],
-        sample[min(center + width, len(sample) - 1)],
-    )
-    median = middle(-math.inf, *ends, pairs)
-    if median is None:
-        median = middle(-math.inf, -math.inf, math.inf, pairs)
     if median**2 > tiny:
         return float(median)
-    pairs = sum(np.count_nonzero(d > tiny) for d in blocks())
-    return float(middle(tiny, tiny, math.inf, pairs)) if pairs else 1.0
+    equal = sum(np.count_nonzero(d <= tiny) for d in blocks())
+    pairs -= equal
+    return float(middle(tiny, largest, pairs, equal)) if pairs else 1.0
 
 
 def floating(x):
