@@ -170,6 +170,16 @@ def test_learns(readout):
     )
 
 
+def test_the_format_layer_does_not_touch_the_layers():
+    plain, formatted = bottleneck(), bottleneck(readout="format")
+    for a, b in zip(plain.blocks, formatted.blocks, strict=True):
+        b.set_weights(a.get_weights())
+    stepped(plain)
+    stepped(formatted)
+    for a, b in zip(plain.blocks, formatted.blocks, strict=True):
+        assert toy.difference(toy.weights(a), toy.weights(b)) <= 1e-6
+
+
 def test_format_layer_alone():
     """Frozen layers have no objective; the loss is the cross-entropy."""
     model = bottleneck(readout="format")
