@@ -1,10 +1,14 @@
 """bert4keras on Keras 3 against itself on tf_keras and against KerasHub.
 
     make bench-bert4keras
+    python benchmarks/bench_bert4keras.py --layers 12 --hidden 768
 
 The same BERT classifier, trained and applied step by step in turn by every
 contender: bert4keras through the bridge, the same bert4keras on tf_keras, for
-which it was written, and KerasHub's BertBackbone.
+which it was written, and KerasHub's BertBackbone. NumPy does the matrix
+products of a train step alone, the bound for all of them. Each size has its own
+part of the table. Where memory is short for all contenders at once, `--only
+bridge legacy numpy --record` measures some.
 """
 
 import argparse
@@ -26,6 +30,7 @@ CONTENDERS = {
     "bridge-predict": ("prediction, Keras 3, XLA", {}),
     "legacy-predict": ("prediction, tf_keras", LEGACY),
     "hub-predict": ("prediction, KerasHub, XLA", {}),
+    "numpy": ("training's matrix products alone, NumPy", {}),
 }
 # label, contender, base
 RATIOS = [
@@ -33,6 +38,7 @@ RATIOS = [
     ("tf_keras / Keras 3, both without XLA", "legacy", "bridge-graph"),
     ("tf_keras / Keras 3, both with XLA", "legacy-xla", "bridge"),
     ("KerasHub / bert4keras, both with XLA", "hub", "bridge"),
+    ("Keras 3 with XLA / its matrix products", "bridge", "numpy"),
     ("prediction: tf_keras / Keras 3", "legacy-predict", "bridge-predict"),
     ("prediction: KerasHub / bert4keras", "hub-predict", "bridge-predict"),
 ]
@@ -84,8 +90,39 @@ def hub_classifier(keras, options):
     return keras.Model(bert.input, outputs)
 
 
+def matrix_products(options):
+    """Returns a step of nothing but a train step's large matrix products."""
+    size = sizes(options)
+    heads, inner, hidden = size["heads"], size["inner"], options.hidden
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return rng.normal(size=shape).astype("float32")
+
+    rows = options.batch * options.length
+    x, h = random(rows, hidden), random(rows, inner)
+    square, wide = random(hidden, hidden), random(hidden, inner)
+    per_head = (options.batch, heads, options.length)
+    q = random(*per_head, hidden // heads)
+    scores = random(*per_head, options.length)
+
+    def step():
+        # Each product forward has two of its size backward.
+        for _ in range(3 * size["layers"]):
+            for _ in range(4):  # query, key, value, output
+                x @ square
+            q @ q.swapaxes(-1, -2)
+            scores @ q
+            x @ wide
+            h @ wide.T
+
+    return step
+
+
 def prepare(name, options):
     """Returns the step of a contender."""
+    if name == "numpy":
+        return matrix_products(options)
     kind, _, mode = name.partition("-")
     if kind == "legacy":
         from bert4keras.backend import keras
@@ -125,13 +162,19 @@ def prepare(name, options):
     return lambda: model.train_on_batch(x, labels)
 
 
-def table(seconds, options):
+def title(options):
+    return (
+        f"{options.layers} layers × {options.hidden}, batch {options.batch} × "
+        f"{options.length}"
+    )
+
+
+def section(seconds, options):
     lines = [
-        "# Benchmark: bert4keras on Keras 3",
+        f"## {title(options)}",
         "",
-        f"BERT, {options.layers} layers × {options.hidden}, vocabulary "
-        f"{options.vocabulary}, batch {options.batch} × {options.length}, "
-        f"Adam, dropout 0.1; {options.rounds} rounds of interleaved steps.",
+        f"Vocabulary {options.vocabulary}, Adam, dropout 0.1; {options.rounds} "
+        "rounds of interleaved steps.",
         "",
         environment(["keras", "tensorflow", "tf_keras", "keras-hub"]),
         "",
@@ -150,13 +193,29 @@ def table(seconds, options):
             lines.append(
                 f"| {label} | {middle:.2f} | {low:.2f} to {high:.2f} |"
             )
-    return "\n".join([*lines, "", "Regenerate: `make bench-bert4keras`.", ""])
+    return "\n".join([*lines, ""])
+
+
+def write(text, options):
+    """Puts a section in the place of an older one of that title."""
+    old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+    parts = ["## " + part.strip() for part in old.split("\n## ")[1:]]
+    parts = [p for p in parts if not p.startswith(f"## {title(options)}\n")]
+    parts = sorted([*parts, text.strip()], key=lambda p: int(p.split()[1]))
+    head = (
+        "# Benchmark: bert4keras on Keras 3\n\nRegenerate: "
+        "`make bench-bert4keras`, for other sizes with `--layers`, `--hidden`, "
+        "`--batch` and `--length`."
+    )
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    TABLE.write_text("\n\n".join([head, *parts, ""]).rstrip() + "\n", "utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--worker", choices=CONTENDERS)
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--record", action="store_true")
     for name, default in {
         "rounds": 20,
         "layers": 6,
@@ -181,11 +240,10 @@ def main():
     seconds = measure(workers, options.rounds)
     for worker in workers:
         worker.close()
-    text = table(seconds, options)
+    text = section(seconds, options)
     print(text)
-    if options.only == list(CONTENDERS):
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(text, encoding="utf-8")
+    if options.record or options.only == list(CONTENDERS):
+        write(text, options)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ Each script runs in a process of its own: untouched, by
 `python -m blogkeras.bert4keras script.py`; with the line
 `import blogkeras.bert4keras` added; and, if that does not do, with the line
 `import blogkeras.bert4keras.keras2`. Checkpoints, vocabularies and data are
-made here: random and tiny. Training stops after two steps, a web server after
-one request. A script runs if it comes to its end. The table goes into
-docs/bert4keras.md once every script has been tried.
+made here: random and tiny. Texts are short, training stops after two steps and
+a web server after one request. A script runs if it comes to its end. The table
+goes into docs/bert4keras.md; with `--folder` it grows from call to call.
 
 The scripts also need: pip install bottle cchess jieba nltk
 opencv-python-headless pandas rouge sympy
@@ -17,13 +17,16 @@ opencv-python-headless pandas rouge sympy
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import pathlib
 import re
-import subprocess
+import shutil
+import signal
 import sys
 import tempfile
+import traceback
 
 import numpy as np
 
@@ -31,6 +34,8 @@ DOCS = pathlib.Path(__file__).parent.parent / "docs/bert4keras.md"
 START, END = "<!-- examples -->", "<!-- end of examples -->"
 HOME = "/root"  # where the original scripts keep their files
 HIDDEN = 16
+# Lengths of texts, and numbers of sampling steps.
+SIZES = r"^(max\w*len|\w*steps) = (\d+)\b"
 LIMIT = """
 import functools, json, os, sys, wsgiref.util
 import keras
@@ -238,26 +243,55 @@ def write_pieces(path, characters):
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
-def run(code, folder, seconds):
+def run(code, template, seconds):
     """Returns `ok`, or the reason why the script does not run."""
-    # The scripts share these files, but not their data or models.
-    for file in folder.glob("best_model*"):
-        file.unlink()
-    (folder.parent / "random_order.json").unlink(missing_ok=True)
-    try:
-        process = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=folder,
-            env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-            capture_output=True,
-            text=True,
-            timeout=seconds,
-        )
-    except subprocess.TimeoutExpired:
-        return f"still running after {seconds} s"
-    if process.returncode == 0:
+    with tempfile.TemporaryDirectory() as folder:
+        examples = pathlib.Path(folder) / "examples"
+        shutil.copytree(template, examples)
+        return run_in(code, examples, seconds)
+
+
+def in_a_process(function, seconds=None, log=None):
+    """Calls `function` in a fork of this process; returns the exit status.
+
+    TensorFlow is imported but idle here, so that each fork has it at once.
+    """
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            if log:
+                descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+                os.dup2(descriptor, 1)
+                os.dup2(descriptor, 2)
+            signal.alarm(seconds or 0)
+            function()
+            status = 0
+        except SystemExit as error:
+            status = int(bool(error.code))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run_in(code, folder, seconds):
+    def script():
+        os.chdir(folder)
+        sys.path.insert(0, "")
+        exec(code, {"__name__": "__main__"})
+
+    log = folder.parent / "log"
+    status = in_a_process(script, seconds, log)
+    if status == 0:
         return "ok"
-    lines = [x.strip() for x in process.stderr.splitlines() if x.strip()]
+    if status == -signal.SIGALRM:
+        return f"still running after {seconds} s"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = [x.strip() for x in lines if x.strip()]
     errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)]
     last = (errors or lines)[-1]
     return (lines[-2] if "Graph execution error" in last else last)[:160]
@@ -277,11 +311,18 @@ def prepare(folder, scripts):
     for name, source in scripts.items():
         root = folder / f"home{12 if name in deep else 2}"
         source = source.replace(f"'{HOME}/", f"'{root.as_posix()}/")
+        source = re.sub(SIZES, small, source, flags=re.MULTILINE)
         for kind, (_, line) in KINDS.items():
             start = source.rfind("from __future__")
             start = source.find("\n", start) + 1 if start >= 0 else 0
             text = source[:start] + line + source[start:]
             write(folder / kind / "examples" / name, [text])
+
+
+def small(match):
+    name, size = match[1], int(match[2])
+    size = max(size // 100, 1) if "steps" in name else min(size, 32)
+    return f"{name} = {size}"
 
 
 def table(results):
@@ -323,16 +364,16 @@ def main():
         path.name: path.read_text(encoding="utf-8")
         for path in sorted(options.examples.glob("*.py"))
     }
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    importlib.import_module("keras")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or pathlib.Path(temporary)).absolute()
         if not (folder / "home12").exists():
-            prepare(folder, scripts)
-        record = folder / "results.json"
-        results = json.loads(record.read_text()) if record.exists() else {}
+            in_a_process(lambda: prepare(folder, scripts))
         for name in scripts:
             if not any(part in name for part in options.only):
                 continue
-            found = results[name] = {}
+            found = {}
             for kind, (template, _) in KINDS.items():
                 if kind == "keras2" and found["line"] == "ok":
                     continue
@@ -340,9 +381,17 @@ def main():
                 code = template.format(name)
                 found[kind] = run(code, examples, options.seconds)
                 print(f"{name:50} {kind:10} {found[kind]}", flush=True)
-            record.write_text(json.dumps(results))
-    if results.keys() == scripts.keys():
-        lines = table(dict(sorted(results.items())))
+            write(folder / f"{name}.json", [json.dumps(found)])
+        results = {
+            name: json.loads((folder / f"{name}.json").read_text())
+            for name in scripts
+            if (folder / f"{name}.json").exists()
+        }
+    if results:
+        lines = table(results)
+        left = sorted(scripts.keys() - results.keys())
+        if left:
+            lines += ["", f"Not tried: {', '.join(left)}."]
         print("\n".join(lines))
         text = DOCS.read_text(encoding="utf-8")
         before, _, rest = text.partition(START)

@@ -121,10 +121,7 @@ def gradients(loss, variables):
     there the gradients are zeros.
     """
     is_list = isinstance(variables, (list, tuple))
-    sources = [
-        x.value if isinstance(x, keras.Variable) else x
-        for x in (variables if is_list else [variables])
-    ]
+    sources = list(variables) if is_list else [variables]
     if tf.executing_eagerly():
         raise ValueError(
             "K.gradients expects tensors of a compiled model. Compile it with "
