@@ -168,7 +168,10 @@ class CodePrior(keras.Model):
         # One row of codes for each map: so a weight for each map fits.
         y = ops.reshape(self._split(x)[0], [-1, positions])
         y_pred = ops.reshape(y_pred, [-1, positions, self.num_codes])
-        loss = super().compute_loss(x, y, y_pred, sample_weight)
+        weight = sample_weight
+        if weight is not None:
+            weight = ops.reshape(weight, [-1, 1])
+        loss = super().compute_loss(x, y, y_pred, weight)
         nats = keras.losses.sparse_categorical_crossentropy(
             y, y_pred, from_logits=True
         )
@@ -239,8 +242,8 @@ class CodePrior(keras.Model):
 
         def body(t, state):
             codes, cache = state
-            # At t = 0 this is the last row, still 0; the network knows.
-            before = ops.take(codes, (t - 1) % positions, axis=0)
+            # At t = 0 there is none; the network knows.
+            before = ops.take(codes, ops.maximum(t - 1, 0), axis=0)
             logits, cache = self.network.step(t, before, condition, cache)
             drawn = _draw(logits, u[t], temperature, top_k)
             return ops.slice_update(codes, [t, 0], drawn[None]), cache
@@ -279,8 +282,11 @@ class _PixelAttention(layers.Layer):
     ):
         super().__init__(**kwargs)
         self.positions = math.prod(code_shape)
-        self.code_shape = code_shape
         self.dim = dim
+        # The index of each position along each axis.
+        self._places = np.indices(code_shape, "int32").reshape(
+            len(code_shape), -1
+        )
         # Token 0 stands before the first code.
         self.tokens = self._sublayer(
             layers.Embedding, num_codes + 1, dim, name="tokens"
@@ -309,13 +315,11 @@ class _PixelAttention(layers.Layer):
         for layer in (*self.blocks, *self.normalizations, self.head):
             layer.build(hidden)
 
-    def _embed(self, tokens, positions, condition):
-        """`(batch, length)` tokens at `(length,)` positions."""
+    def _embed(self, tokens, places, condition):
+        """`(batch, length)` tokens at `(axes, length)` places."""
         h = self.tokens(tokens)
-        stride = self.positions
-        for size, axis in zip(self.code_shape, self.axes, strict=True):
-            stride //= size
-            h = h + axis(positions // stride % size)
+        for index, axis in enumerate(self.axes):
+            h = h + axis(places[index])
         if condition is not None:
             h = h + condition[:, None]
         return self.normalizations[0](h)
@@ -324,7 +328,7 @@ class _PixelAttention(layers.Layer):
         shape = ops.shape(codes)
         tokens = ops.reshape(codes, [-1, self.positions]) + 1
         tokens = ops.pad(tokens[:, :-1], [[0, 0], [1, 0]])
-        h = self._embed(tokens, ops.arange(self.positions), condition)
+        h = self._embed(tokens, self._places, condition)
         for block, norm in zip(
             self.blocks, self.normalizations[1:], strict=True
         ):
@@ -337,7 +341,8 @@ class _PixelAttention(layers.Layer):
 
     def step(self, t, before, condition, cache):
         token = ops.where(t == 0, 0, before + 1)
-        h = self._embed(token[:, None], ops.reshape(t, [1]), condition)
+        place = ops.take(self._places, ops.reshape(t, [1]), axis=1)
+        h = self._embed(token[:, None], place, condition)
         new = []
         for block, norm, kept in zip(
             self.blocks, self.normalizations[1:], cache, strict=True
@@ -510,6 +515,11 @@ class _CausalConv(layers.Layer):
         self.bias = self.add_weight(
             shape=(self.filters,), initializer="zeros", name="bias"
         )
+        # Row and column of each position, and of the one before it. Before the
+        # first there is none: that goes below the map.
+        self._places = np.indices(self.code_shape, "int32").reshape(2, -1)
+        self._before = np.roll(self._places, 1, axis=1)
+        self._before[:, 0] = self.code_shape[0], 0
         mask = np.ones((rows, self.size, 1, 1), "float32")
         mask[-1, self.reach + self.include_self :] = 0
         self._mask = mask
@@ -535,15 +545,16 @@ class _CausalConv(layers.Layer):
 
     def step(self, t, h, maps):
         """One position: `h` is `(num, channels)`, `maps` what came before."""
-        width = self.code_shape[1]
-        written = t if self.include_self else t - 1
-        # t = 0 has nothing before it; -1 // width is -1: below the map.
-        row = ops.where(written < 0, self.code_shape[0], written // width)
-        place = [0, row + self.reach, written % width + self.reach, 0]
+        row, column = (ops.take(p, t) for p in self._places)
+        if self.include_self:
+            place = [0, row + self.reach, column + self.reach, 0]
+        else:
+            before = (ops.take(p, t) for p in self._before)
+            place = [0, *(p + self.reach for p in before), 0]
         maps = ops.slice_update(maps, place, h[:, None, None])
         window = ops.slice(
             maps,
-            [0, t // width, t % width, 0],
+            [0, row, column, 0],
             [maps.shape[0], self.reach + 1, self.size, self.channels],
         )
         kernel, bias = self._weights()
