@@ -1,5 +1,7 @@
 """The distances of post 7388 as functions."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
@@ -124,8 +126,22 @@ def word_mover_distance(
     """
     _check_solver(solver)
     check_settings(regularization, tolerance)
-    p, q, D = _problem(x, y, mask, cost, weights, idf, solver)
-    return _distance(p, q, D, solver, regularization, tolerance)
+    *texts, kind = _checked(x, y, mask, cost, weights, idf, solver)
+    settings = (cost, kind, solver, regularization, tolerance)
+    # On TensorFlow a tape may be watching, which cannot look inside.
+    if solver == "sinkhorn" and backend.BACKEND == "jax":
+        return _compiled(*settings)(*texts)
+    return _distance_of_words(*texts, *settings)
+
+
+@functools.cache
+def _compiled(*settings):
+    return backend.jit(lambda *texts: _distance_of_words(*texts, *settings))
+
+
+def _distance_of_words(x, y, masks, given, cost, kind, solver, *settings):
+    p, q, D = _problem(x, y, masks, given, cost, kind, solver)
+    return _distance(p, q, D, solver, *settings)
 
 
 def word_rotator_distance(
@@ -190,7 +206,8 @@ def word_centroid_distance(
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf);
         [blog post](https://kexue.fm/archives/7388)
     """
-    x, y, p, q = _masses(x, y, mask, cost, weights, idf, "exact")
+    *texts, kind = _checked(x, y, mask, cost, weights, idf, "exact")
+    x, y, p, q = _masses(*texts, cost, kind, "exact")
     return measures.centroid_bound(
         np,
         measures.centroid(np, p, x, cost),
@@ -253,7 +270,8 @@ def transport_plan(
             "The relaxed problem has no plan with both marginals. Use "
             f'solver="exact" or "sinkhorn". Received: solver={solver!r}'
         )
-    p, q, D = _problem(x, y, mask, cost, weights, idf, solver)
+    *texts, kind = _checked(x, y, mask, cost, weights, idf, solver)
+    p, q, D = _problem(*texts, cost, kind, solver)
     return _solve(p, q, D, solver)[0]
 
 
@@ -304,16 +322,25 @@ def _solve(p, q, D, solver, regularization=0.005, tolerance=1e-3):
     return plan, (f, g)
 
 
-def _problem(x, y, mask, cost, weights, idf, solver):
+def _problem(x, y, masks, given, cost, kind, solver):
     """`(p, q, D)` of two sequences."""
-    x, y, p, q = _masses(x, y, mask, cost, weights, idf, solver)
+    x, y, p, q = _masses(x, y, masks, given, cost, kind, solver)
     xp = np if solver == "exact" else ops
     return p, q, measures.cost_matrix(xp, x, y, cost)
 
 
-def _masses(x, y, mask, cost, weights, idf, solver):
-    measures.check_options(cost, weights)
+def _masses(x, y, masks, given, cost, kind, solver):
     xp = np if solver == "exact" else ops
+    (p, x), (q, y) = (
+        measures.mass_and_vectors(xp, z, mask, cost, kind, mass)
+        for z, mask, mass in zip((x, y), masks, given, strict=True)
+    )
+    return x, y, p, q
+
+
+def _checked(x, y, mask, cost, weights, idf, solver):
+    """`(x, y, masks, given, kind)` as arrays that fit."""
+    measures.check_options(cost, weights)
     x, y = _array(x, solver), _array(y, solver)
     same = x.shape[:-2] == y.shape[:-2] and x.shape[-1:] == y.shape[-1:]
     if len(x.shape) < 2 or len(x.shape) != len(y.shape) or not same:
@@ -331,7 +358,7 @@ def _masses(x, y, mask, cost, weights, idf, solver):
         )
     if kind in ("uniform", "norm"):
         given = (None, None)
-    results = []
+    masks, masses = [], []
     mask = (None, None) if mask is None else mask
     for name, z, z_mask, mass in zip("xy", (x, y), mask, given, strict=True):
         if z_mask is not None:
@@ -342,11 +369,9 @@ def _masses(x, y, mask, cost, weights, idf, solver):
             check_shape(f"weights of {name}", mass, z)
             check_mass(f"weights of {name}", mass, z_mask, kind == "given")
         check_finite(name, z, None if z_mask is None else z_mask[..., None])
-        results.append(
-            measures.mass_and_vectors(xp, z, z_mask, cost, kind, mass)
-        )
-    (p, x), (q, y) = results
-    return x, y, p, q
+        masks.append(z_mask)
+        masses.append(mass)
+    return x, y, tuple(masks), tuple(masses), kind
 
 
 def _array(x, solver, dtype=None):

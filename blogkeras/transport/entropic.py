@@ -101,30 +101,33 @@ def sinkhorn(
 
 def approximate(p, q, D, regularization, tolerance, max_iterations=5000):
     """`sinkhorn`, unchecked."""
-    p, q, D = (ops.stop_gradient(ops.cast(a, D.dtype)) for a in (p, q, D))
-    shape = tuple(ops.shape(D)[:-2])
-    flat = [
-        ops.reshape(a, (-1, *ops.shape(a)[len(shape) :])) for a in (p, q, D)
-    ]
     settings = (regularization, tolerance, max_iterations)
+    if backend.BACKEND == "tensorflow":
+        # Here: a tape would follow them into the compiled function.
+        p, q, D = map(ops.stop_gradient, (p, q, D))
     # Inside a graph of TensorFlow a compiled function would force XLA on it,
     # which tf.distribute does not bear on CPU.
-    if backend.BACKEND == "jax" or all(map(backend.is_concrete, flat)):
-        solution = _compiled(*settings)(*flat)
-    else:
-        solution = solve(*flat, *settings)
-    if len(shape) == 1:
-        return solution
-    *values, iterations = solution
-    values = tree.map_structure(
-        lambda a: ops.reshape(a, (*shape, *ops.shape(a)[1:])), values
-    )
-    return Solution(*values, iterations)
+    if backend.BACKEND == "jax" or backend.is_concrete(D):
+        return _compiled(*settings)(p, q, D)
+    return _solve_any_rank(p, q, D, *settings)
 
 
 @functools.cache
 def _compiled(*settings):
-    return backend.jit(lambda p, q, cost: solve(p, q, cost, *settings))
+    return backend.jit(lambda p, q, D: _solve_any_rank(p, q, D, *settings))
+
+
+def _solve_any_rank(p, q, D, *settings):
+    p, q, D = (ops.stop_gradient(ops.cast(a, D.dtype)) for a in (p, q, D))
+    shape = tuple(ops.shape(D)[:-2])
+    flat = (
+        ops.reshape(a, (-1, *ops.shape(a)[len(shape) :])) for a in (p, q, D)
+    )
+    *values, iterations = solve(*flat, *settings)
+    values = tree.map_structure(
+        lambda a: ops.reshape(a, (*shape, *ops.shape(a)[1:])), values
+    )
+    return Solution(*values, iterations)
 
 
 def as_tensor(x, dtype=None):
