@@ -132,6 +132,12 @@ class Theseus(keras.Model):
         self._freeze()
         super().compile(*args, **kwargs)
 
+    def compile_from_config(self, config):
+        # Keras does this itself only where `compile` is not overridden.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built and self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
+
     def call(self, inputs, training=False, mask=None):
         return chain(self._layers_in_order(), inputs, bool(training))
 
