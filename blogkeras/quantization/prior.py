@@ -380,19 +380,22 @@ class _Attention(layers.Layer):
         shape = [-1, h.shape[1], self.num_heads, self.size]
         return ops.reshape(dense(h), shape)
 
-    def _attend(self, h, keys, values, **mask):
-        attended = ops.dot_product_attention(
-            self._heads(self.query, h), keys, values, **mask
-        )
+    def _attend(self, h, keys, values, seen):
+        """`seen` is `(length of h, length of keys)`, boolean.
+
+        Not Keras's `dot_product_attention`: compiled by JAX, that refuses
+        float16 on a CPU.
+        """
+        query = self._heads(self.query, h) * self.size**-0.5
+        scores = ops.einsum("btnd,bsnd->bnts", query, keys)
+        scores = ops.where(seen, ops.cast(scores, "float32"), -1e9)
+        weights = ops.cast(ops.softmax(scores), self.compute_dtype)
+        attended = ops.einsum("bnts,bsnd->btnd", weights, values)
         return self.output_dense(ops.reshape(attended, [-1, *h.shape[1:]]))
 
     def call(self, h):
-        return self._attend(
-            h,
-            self._heads(self.key, h),
-            self._heads(self.value, h),
-            is_causal=True,
-        )
+        keys, values = (self._heads(d, h) for d in (self.key, self.value))
+        return self._attend(h, keys, values, np.tri(h.shape[1], dtype=bool))
 
     def start(self, num, positions):
         shape = (num, positions, self.num_heads, self.size)
@@ -405,9 +408,8 @@ class _Attention(layers.Layer):
             ops.slice_update(kept, [0, t, 0, 0], self._heads(dense, h))
             for dense, kept in zip((self.key, self.value), cache, strict=True)
         )
-        seen = ops.arange(keys.shape[1]) <= t
-        mask = ops.reshape(seen, [1, 1, 1, -1])
-        return self._attend(h, keys, values, mask=mask), (keys, values)
+        seen = (ops.arange(keys.shape[1]) <= t)[None]
+        return self._attend(h, keys, values, seen), (keys, values)
 
 
 class _PixelCNN(layers.Layer):
