@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from test_training import mirrored
 
 from blogkeras import backend
 
@@ -268,7 +267,7 @@ def test_sums_and_gathers_across_replicas():
             backend.num_replicas(),
         )
 
-    strategy = mirrored()
+    strategy = toy.mirrored()
     with strategy.scope():
         results = tf.function(lambda: strategy.run(replica))()
     for total, gathered, count in zip(

@@ -16,6 +16,8 @@ EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 
+# A codebook of moving averages alone has nothing that an optimizer trains.
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable")
 # Keras's own `fit` of int64 inputs, under JAX 0.12.
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_learns(readout):
         keras.optimizers.Adam(0.03), metrics=["accuracy"], jit_compile=JAX
     )
     history = model.fit(
-        X, LABELS, batch_size=48, epochs=40, verbose=0, shuffle=False
+        X, LABELS, batch_size=48, epochs=80, verbose=0, shuffle=False
     ).history
     assert history["loss"][-1] < history["loss"][0]
     logs = model.evaluate(X, LABELS, verbose=0, batch_size=48, return_dict=True)

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import toy
 from keras import ops
 
 from blogkeras import backend
@@ -596,10 +597,7 @@ def test_two_replicas_are_one():
         keras.distribution.set_distribution(keras.distribution.DataParallel())
         two = small_model()
     else:
-        import tensorflow as tf
-
-        devices = tf.config.list_logical_devices("CPU")
-        with tf.distribute.MirroredStrategy(devices).scope():
+        with toy.mirrored().scope():
             two = small_model()
     two.fit(x, x, batch_size=8, epochs=3, shuffle=False, verbose=0)
     moved = np.abs(two.get_weights()[3] - small_model().get_weights()[3]).max()

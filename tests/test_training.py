@@ -1,6 +1,5 @@
 """The train step in place: plain fit to the bit, and nothing left behind."""
 
-import functools
 import pickle
 
 import keras
@@ -498,18 +497,10 @@ def test_add_loss_alone_is_a_loss():
     assert np.isfinite(model.fit(toy.TOKENS, verbose=0).history["loss"][0])
 
 
-@functools.cache
-def mirrored():
-    """One for the process: two number their collectives alike and clash."""
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 def replicated(make):
     """A compiled model that trains on two devices."""
     if TENSORFLOW:
-        with mirrored().scope():
+        with toy.mirrored().scope():
             return make()
     devices = keras.distribution.list_devices("cpu")[:2]
     keras.distribution.set_distribution(

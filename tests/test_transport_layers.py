@@ -204,11 +204,9 @@ def test_a_siamese_model_trains_end_to_end_under_xla():
     keras.backend.backend() != "tensorflow", reason="of TensorFlow"
 )
 def test_two_replicas_predict_what_one_does():
-    import tensorflow as tf
-
     x, y = pairs()
     expected = siamese()
-    with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    with toy.mirrored().scope():
         model = siamese()
         model.compile("adam", "mse", jit_compile=False)
     model.set_weights(expected.get_weights())

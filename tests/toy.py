@@ -1,5 +1,7 @@
 """Small models and data that several tests share."""
 
+import functools
+
 import keras
 import numpy as np
 from keras import layers, ops
@@ -145,3 +147,14 @@ def weights(model):
 def difference(a, b):
     assert len(a) == len(b) > 0
     return max(np.abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True))
+
+
+@functools.cache
+def mirrored():
+    """TensorFlow's two replicas, one strategy for the process.
+
+    Two strategies number their collectives alike and clash.
+    """
+    import tensorflow as tf
+
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
