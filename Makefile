@@ -53,8 +53,12 @@ format: $(VENV)/.test # ruff, in place
 
 bench: bench-adversarial bench-bert4keras bench-theseus bench-transport bench-hsic # every benchmark
 
-bench-adversarial: $(VENV)/.test # FGM, penalty and their peers
-	@$(RUN) benchmarks/bench_adversarial.py
+bench-adversarial: $(VENV)/.test # every method, tf_keras and bert4torch
+	test -d $(VENV)/bert4torch || $(PYTHON) -m venv $(VENV)/bert4torch
+	$(VENV)/bert4torch/bin/pip install -q torch==2.13.0 bert4torch==0.6.2 \
+		transformers tokenizers pillow requests httpx packaging
+	@$(RUN) benchmarks/bench_adversarial.py \
+		--torch-python $(VENV)/bert4torch/bin/python
 
 bench-bert4keras: $(VENV)/.test # the bridge and its peers
 	@$(RUN) benchmarks/bench_bert4keras.py
