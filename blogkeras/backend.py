@@ -154,7 +154,9 @@ if BACKEND == "tensorflow":
         "Pack Prod Range Rank Reshape Select SelectV2 Shape ShapeN Size Slice "
         "Squeeze StridedSlice Sub Sum".split()
     )
-    _capture = cond_v2._CondGradFuncGraph._capture_helper
+    # This is not public: where TensorFlow has it no more, all else still works.
+    _branch_gradient = getattr(cond_v2, "_CondGradFuncGraph", None)
+    _capture = getattr(_branch_gradient, "_capture_helper", None)
 
     def _capture_or_compute_again(self, tensor, name):
         forward = self._forward_graph
@@ -178,7 +180,8 @@ if BACKEND == "tensorflow":
             again[id(tensor)] = copy.outputs[tensor.value_index]
         return again[id(tensor)]
 
-    cond_v2._CondGradFuncGraph._capture_helper = _capture_or_compute_again
+    if _capture is not None:
+        _branch_gradient._capture_helper = _capture_or_compute_again
 
     def is_concrete(x):
         """Whether `x` has its values now, outside of a traced function."""
