@@ -151,6 +151,24 @@ def test_loss_is_cross_entropy_plus_divergence(activation):
     )
 
 
+def test_the_clean_prediction_is_a_constant():
+    """∇KL(p ‖ q) is that of q alone: Xᵀ(q − p) of the moved rows."""
+    d = RNG.normal(size=X.shape)
+
+    class Along(VirtualAdversarialTraining):
+        def direction(self, *args):
+            return [ops.convert_to_tensor(d, "float32")]
+
+    model = linear(rate=1.0)
+    blogkeras.adversarial_training(model, method=Along(0.5))
+    model.train_on_batch(X, Y)
+    moved = X + 0.5 * d
+    p, q = softmax(X @ W), softmax(moved @ W)
+    gradient = X.T @ (p - np.eye(3)[Y]) + moved.T @ (q - p)
+    (weights,) = model.get_weights()
+    np.testing.assert_allclose(W - weights, gradient / len(X), atol=1e-6)
+
+
 def test_zero_iterations_are_noise():
     model = linear()
     losses = set()
