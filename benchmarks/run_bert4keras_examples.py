@@ -26,6 +26,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import traceback
 
 import numpy as np
@@ -321,7 +322,7 @@ def prepare(folder, scripts):
 
 def small(match):
     name, size = match[1], int(match[2])
-    size = max(size // 100, 1) if "steps" in name else min(size, 32)
+    size = max(size // 100, 1) if "steps" in name else min(size, 64)
     return f"{name} = {size}"
 
 
@@ -339,11 +340,14 @@ def table(results):
         marks = (("no", "yes")[ok[kind]] for kind in KINDS)
         rows.append(f"| {name} | {' | '.join(marks)} | {reasons} |")
     total = len(results)
-    return [
+    text = (
         f"Untouched, {score['untouched']} of {total} scripts come to their "
         f"end; with `import blogkeras.bert4keras` {score['line']}; where that "
         "does not do, with `import blogkeras.bert4keras.keras2` instead, "
-        f"{score['keras2']}.",
+        f"{score['keras2']}."
+    )
+    return [
+        *textwrap.wrap(text, 80, break_on_hyphens=False),
         "",
         "| script | untouched | line | or `.keras2` | what it says if not |",
         "|---|---|---|---|---|",
@@ -391,7 +395,8 @@ def main():
         lines = table(results)
         left = sorted(scripts.keys() - results.keys())
         if left:
-            lines += ["", f"Not tried: {', '.join(left)}."]
+            text = f"Not tried: {', '.join(left)}."
+            lines += ["", *textwrap.wrap(text, 80, break_on_hyphens=False)]
         print("\n".join(lines))
         text = DOCS.read_text(encoding="utf-8")
         before, _, rest = text.partition(START)
