@@ -359,6 +359,18 @@ def test_compile_again_takes_the_new_loss():
         assert abs(float(logs["loss"]) - factor) < 0.5
 
 
+def test_force_makes_the_train_function_anew():
+    """As in Keras: kept from call to call, unless `force`."""
+    model = toy.compiled(nested())
+    training.install(model, plain)
+    made = []
+    for force in (False, False, True):
+        model.make_train_function(force=force)
+        made.append(model.train_function)
+    assert made[0] is made[1]
+    assert made[1] is not made[2]
+
+
 def test_install_replaces_and_uninstall_restores():
     calls = []
 
