@@ -302,8 +302,12 @@ def prepare(folder, scripts):
     """Writes all that the scripts need into `folder`."""
     text = "".join(scripts.values()).encode("gbk", "ignore").decode("gbk")
     characters = sorted(set(re.findall("[\u4e00-\u9fff]", text)))
-    # Only this script is written for a fixed number of layers.
-    deep = {name: text for name, text in scripts.items() if "theseus" in name}
+    # Some are written for a fixed number of layers.
+    deep = {
+        name: text
+        for name, text in scripts.items()
+        if "theseus" in name or "bert_layers = 12" in text
+    }
     for layers, sources in ((2, scripts), (12, deep)):
         root = folder / f"home{layers}"
         write_checkpoints(root, "".join(sources.values()), characters, layers)
