@@ -340,7 +340,9 @@ def table(results):
         ok["keras2"] = ok["line"] or ok["keras2"]
         score.update({kind: int(value) for kind, value in ok.items()})
         reasons = dict.fromkeys(v for v in found.values() if v != "ok")
-        reasons = "; ".join(f"`{r.replace('|', '/')}`" for r in reasons)
+        reasons = "; ".join(
+            f"`{r.translate({ord('|'): '/', ord('`'): None})}`" for r in reasons
+        )
         marks = (("no", "yes")[ok[kind]] for kind in KINDS)
         rows.append(f"| {name} | {' | '.join(marks)} | {reasons} |")
     total = len(results)
