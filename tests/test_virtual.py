@@ -82,8 +82,8 @@ def hessian(x):
     return J @ (np.diag(f) - np.outer(f, f)) @ J.T
 
 
-def cosines(iters):
-    """|d · top eigenvector| where the two largest curvatures differ."""
+def cosines(iters, gap=0.3):
+    """|d · top eigenvector| where the second curvature is less than `gap`."""
     method = VirtualAdversarialTraining(
         xi=0.01, iters=iters, norm_scope="sample"
     )
@@ -91,7 +91,7 @@ def cosines(iters):
     for x, d in zip(ROWS, directions(net(), method, ROWS), strict=True):
         np.testing.assert_allclose(np.linalg.norm(d), 1, atol=1e-5)
         values, vectors = np.linalg.eigh(hessian(x))
-        if values[-2] < 0.3 * values[-1]:
+        if values[-2] < gap * values[-1]:
             found.append(abs(d @ vectors[:, -1]))
     assert len(found) >= 16
     return np.array(found)
@@ -117,14 +117,10 @@ def directions(model, method, x):
 
 
 def test_direction_is_the_top_eigenvector_of_the_hessian():
-    """One iteration finds it for most rows, three for nearly all.
-
-    A row whose noise happens to be nearly orthogonal to it takes longer.
-    """
-    one, three, ten = (cosines(iters) for iters in (1, 3, 10))
-    assert np.median(one) >= 0.8
-    assert np.median(three) >= 0.99
-    assert ten.min() >= 0.99
+    """Three iterations find it where it stands out, ten for the rest, too."""
+    assert np.median(cosines(1)) >= 0.8
+    assert cosines(3, gap=0.1).min() >= 0.99
+    assert cosines(10).min() >= 0.99
 
 
 def test_worst_direction_beats_random_ones():
