@@ -6,8 +6,10 @@ BERT4KERAS := bert4keras==0.11.5
 STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 
-.PHONY: help demo demo-e5 test verify matrix lint format bench bench-adversarial \
-	bench-bert4keras bench-theseus bench-transport bench-hsic
+BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
+	bench-hsic bench-quantization
+
+.PHONY: help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
@@ -51,7 +53,7 @@ lint: $(VENV)/.test # ruff
 format: $(VENV)/.test # ruff, in place
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: bench-adversarial bench-bert4keras bench-theseus bench-transport bench-hsic # every benchmark
+bench: $(BENCHMARKS) # every benchmark
 
 bench-adversarial: $(VENV)/.test # every method, tf_keras and bert4torch
 	test -d $(VENV)/bert4torch || $(PYTHON) -m venv $(VENV)/bert4torch
@@ -74,3 +76,11 @@ bench-hsic: $(VENV)/.test # HSIC and its tests, hyppo and dcor; the bottleneck
 	test -d $(VENV)/hyppo || $(PYTHON) -m venv $(VENV)/hyppo
 	$(VENV)/hyppo/bin/pip install -q hyppo==0.5.2 dcor==0.7
 	@$(RUN) benchmarks/bench_hsic.py --peer $(VENV)/hyppo/bin/python
+
+bench-quantization: $(VENV)/.test # codebooks, Sonnet, vector-quantize-pytorch
+	test -d $(VENV)/torch || $(PYTHON) -m venv $(VENV)/torch
+	$(VENV)/torch/bin/pip install -q vector-quantize-pytorch==1.32.0
+	$(BIN)/pip install -q --no-deps --target $(VENV)/sonnet \
+		dm-sonnet==2.0.2 dm-tree==0.1.10 tabulate==0.10.0
+	@$(RUN) benchmarks/bench_quantization.py --sonnet $(VENV)/sonnet \
+		--torch $(VENV)/torch/bin/python

@@ -55,7 +55,7 @@ class Worker:
                 **dict(environment),
             },
         )
-        self._answer()
+        self.answer = self._answer()
 
     def _answer(self):
         for line in self.process.stdout:
