@@ -1,6 +1,7 @@
 """The distances of post 7388 as functions."""
 
 import functools
+import math
 
 import keras
 import numpy as np
@@ -19,6 +20,7 @@ from blogkeras.transport.checks import (
 from blogkeras.transport.entropic import approximate, as_tensor
 
 SOLVERS = ("exact", "sinkhorn", "relaxed")
+_BLOCK = 2**17  # numbers of vectors at work at a time in NumPy
 
 
 def wasserstein_distance(
@@ -140,8 +142,29 @@ def _compiled(*settings):
 
 
 def _distance_of_words(x, y, masks, given, cost, kind, solver, *settings):
+    if solver == "exact":
+        return _exact_distance_of_words(x, y, masks, given, cost, kind)
     p, q, D = _problem(x, y, masks, given, cost, kind, solver)
     return _distance(p, q, D, solver, *settings)
+
+
+def _exact_distance_of_words(x, y, masks, given, cost, kind):
+    """Block by block: fresh memory for all of a batch costs more than EMD."""
+    lead = x.shape[:-2]
+    count = math.prod(lead)
+    arrays = [
+        None if a is None else a.reshape((count, *a.shape[len(lead) :]))
+        for a in (x, y, *masks, *given)
+    ]
+    numbers = (x.shape[-2] + y.shape[-2]) * x.shape[-1]
+    size = max(1, _BLOCK // max(1, numbers))
+    distances = np.empty(count)
+    for first in range(0, count, size):
+        block = slice(first, first + size)
+        x, y, *others = (None if a is None else a[block] for a in arrays)
+        problem = _problem(x, y, others[:2], others[2:], cost, kind, "exact")
+        distances[block] = exact.solve(*problem)[0]
+    return distances.reshape(lead)[()]
 
 
 def word_rotator_distance(
