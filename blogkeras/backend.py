@@ -46,6 +46,7 @@ class RecordingScope(keras.StatelessScope):
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
+    from tensorflow.python.eager import record
     from tensorflow.python.ops import cond_v2
 
     def value_and_grad(fn, args, unconnected="zero"):
@@ -187,6 +188,14 @@ if BACKEND == "tensorflow":
         """Whether `x` has its values now, outside of a traced function."""
         return tf.executing_eagerly()
 
+    def is_recorded():
+        """Whether a gradient may be asked for of what runs now.
+
+        A loop that `jit` has compiled has none outside of its program. (On JAX
+        what a gradient is asked for is not concrete.)
+        """
+        return record.could_possibly_record()
+
     def num_replicas():
         """How many replicas share the step: `tf.distribute`'s, else 1."""
         return tf.distribute.get_strategy().num_replicas_in_sync
@@ -289,6 +298,9 @@ elif BACKEND == "jax":
 
     def is_concrete(x):
         return not isinstance(x, jax.core.Tracer)
+
+    def is_recorded():
+        return False
 
     def num_replicas():
         return 1

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import scipy.stats
-from test_hsic import LINEAR, definition, gaussian, median, value
+from test_hsic import LINEAR, default, definition, gaussian, median, value
 
 from blogkeras.hsic import (
     DeltaKernel,
@@ -37,7 +37,7 @@ def grettons_test(k, l):  # noqa: E741
 
 
 def test_gamma():
-    k, l = gaussian(X, median(X)), gaussian(Y, median(Y))  # noqa: E741
+    k, l = default(X), default(Y)  # noqa: E741
     statistic, p_value = grettons_test(k, l)
     found = hsic_test(X, Y)
     assert found.statistic == pytest.approx(statistic, rel=1e-4)
@@ -52,7 +52,7 @@ def test_gamma():
     assert shape * scale == pytest.approx(np.mean(draws), rel=0.05)
     assert shape**0.5 * scale == pytest.approx(np.std(draws), rel=0.15)
     # Kernels that are functions run uncompiled.
-    both = [GaussianKernel(median(t), form="usual") for t in (X, Y)]
+    both = [GaussianKernel(median(t), form="blog") for t in (X, Y)]
     own = hsic_test(X, Y, lambda a, b: both[0](a, b), both[1])
     assert own.p_value == pytest.approx(p_value, rel=1e-3)
     square = PrecomputedKernel()
@@ -61,7 +61,7 @@ def test_gamma():
 
 
 def test_permutations():
-    k, l = gaussian(X, median(X)), gaussian(Y, median(Y))  # noqa: E741
+    k, l = default(X), default(Y)  # noqa: E741
     orders = np.random.default_rng(3)
     expected = [
         np.mean(centered(k) * l[order][:, order])
@@ -109,8 +109,8 @@ def test_blocks():
     found = hsic_test(X, Y, approximation="block", size=10)
     blocks = [
         definition(
-            gaussian(X[i : i + 10], median(X)),
-            gaussian(Y[i : i + 10], median(Y)),
+            default(X)[i : i + 10, i : i + 10],
+            default(Y)[i : i + 10, i : i + 10],
             "unbiased",
         )
         for i in range(0, 60, 10)
@@ -231,14 +231,15 @@ def test_level_and_power_small():
     assert rejections(by_gamma, "null1", 40) <= 6 / 40
     assert rejections(by_permutation, "null1", 40) <= 6 / 40
     assert rejections(by_gamma, "quadratic", 20) >= 10 / 20
+    # The usual, wider form of the kernel finds 8 of 20.
+    assert rejections(by_gamma, "rotated", 20) >= 10 / 20
 
 
 @pytest.mark.verify
 @pytest.mark.parametrize("case", ["null1", "null10"])
 def test_level(case):
     assert 0.03 <= rejections(by_permutation, case, 300) <= 0.075
-    # Many features make the gamma distribution cautious.
-    assert 0.02 <= rejections(by_gamma, case, 300) <= 0.075
+    assert 0.03 <= rejections(by_gamma, case, 300) <= 0.075
 
 
 @pytest.mark.verify
@@ -248,4 +249,4 @@ def test_power(test):
         hyppo = rejections(hyppos_test, case, 300)
         assert rejections(test, case, 300) >= hyppo - 0.06
     hyppo = rejections(hyppos_test, "rotated", 300)
-    assert rejections(test, "rotated", 300) >= 1.5 * hyppo
+    assert 0.1 < 1.5 * hyppo <= rejections(test, "rotated", 300)

@@ -13,9 +13,11 @@ from blogkeras.hsic.kernels import CustomKernel, one_of
 from blogkeras.hsic.statistic import (
     TILE,
     Gram,
-    fourier_features,
+    covariances,
+    fourier_variables,
     hsic_of_blocks,
     prepare,
+    waves,
 )
 from blogkeras.ops import map_blocks
 
@@ -67,7 +69,8 @@ def hsic_test(
     good from about 50 samples of few features on, cautious for many features.
 
     Exact tests need O(n) memory with `"gamma"` and two n × n matrices of
-    float32 with `"permutation"`. For large n:
+    float32 with `"permutation"` (of Fourier features, two n × size ones). For
+    large n:
 
         approximation="block"     mean of the unbiased HSIC of consecutive
                                   blocks of `size` samples, O(n · size);
@@ -134,9 +137,8 @@ def hsic_test(
     if approximation == "block":
         return _block_test(x, y, kernel_x, kernel_y, size)
     if approximation == "fourier":
-        pair = fourier_features(x, y, kernel_x, kernel_y, size, seed)
-        program = _program(_fourier_moments)
-        draw = _program(_fourier_draws)
+        pair = fourier_variables(x, y, kernel_x, kernel_y, size, seed)
+        program, draw = _program(_fourier_moments), _program(_fourier_draws)
     else:
         grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased")
         kernels = tuple(gram.kernel for gram in grams)
@@ -153,6 +155,8 @@ def hsic_test(
         return HSICTest(0.0, 1.0, nothing)
     if null == "gamma":
         return _gamma_test(statistic, mean, variance)
+    if approximation == "fourier":
+        pair = [_program(_centered_waves)(*variable) for variable in pair]
     draws = _permute(draw, pair, num_permutations, seed, verbose)
     # Draws that are equal but for rounding count as equal.
     extreme = np.sum(draws >= statistic * (1 - 1e-5))
@@ -251,7 +255,8 @@ def _moments(x, y, kernels):
     statistic, squares = map_blocks(second, everyone, rows)
     return _distribution(
         ops.mean(statistic),
-        ops.sum(squares) / (n * (n - 1)),
+        # As a float: n² is too large for an int32 tensor.
+        ops.sum(squares) / float(n * (n - 1)),
         [(mean_x, diagonal_x), (mean_y, diagonal_y)],
         n,
     )
@@ -298,20 +303,22 @@ def _matrix_draws(k, l, orders):  # noqa: E741
 
 
 def _fourier_moments(x, y):
-    n = x.shape[0]
-    xy, xx, yy = (
-        ops.matmul(ops.transpose(a), b) / n for a, b in ((x, y), (x, x), (y, y))
-    )
+    n = x[0].shape[0]
+    xy, xx, yy = covariances([x, y], [(0, 1), (0, 0), (1, 1)])
     traces = ops.sum(ops.diagonal(xx)), ops.sum(ops.diagonal(yy))
     squares = ops.sum(ops.square(xx)) * ops.sum(ops.square(yy))
-    # Φ has norm 1 for a Gaussian; a linear variable that is constant has 0.
-    constant = ops.minimum(*traces) <= CONSTANT**2
+    constant = ops.minimum(*traces) <= 0
     return (
         ops.sum(ops.square(xy)),
         traces[0] * traces[1] / n,
-        2 * squares / n**2,
+        2 * squares / float(n) ** 2,
         ops.cast(constant, "int32"),
     )
+
+
+def _centered_waves(x, frequencies):
+    features = waves(x, frequencies)
+    return features - ops.mean(features, axis=0, keepdims=True)
 
 
 def _fourier_draws(x, y, orders):
