@@ -12,6 +12,7 @@ from scipy.optimize import linprog
 
 from blogkeras import backend
 from blogkeras.transport import (
+    distances,
     exact,
     measures,
     relaxed_wasserstein_distances,
@@ -212,6 +213,20 @@ def test_batches_and_masks():
             dirty, y, (x_mask, y_mask), solver="sinkhorn", regularization=2e-3
         )
         np.testing.assert_allclose(numpy(near), found, rtol=0.01, atol=1e-3)
+
+
+def test_exact_blocks_are_the_batch(monkeypatch):
+    x, y = RNG.normal(size=(7, 6, 5)), RNG.normal(size=(7, 4, 5))
+    mask = RNG.random((7, 6)) < 0.7, None
+    weights = distribution(RNG, (7, 6)), distribution(RNG, (7, 4))
+    mask[0][:, 0] = True
+    plain = word_mover_distance(x, y, mask)
+    given = word_rotator_distance(x, y, None, weights=weights)
+    monkeypatch.setattr(distances, "_BLOCK", 3 * 50)  # 3, 3 and 1 pairs
+    np.testing.assert_array_equal(word_mover_distance(x, y, mask), plain)
+    again = word_rotator_distance(x, y, None, weights=weights)
+    np.testing.assert_array_equal(again, given)
+    assert word_mover_distance(x[:0], y[:0]).shape == (0,)
 
 
 def test_empty_sequences_count_as_one_zero_vector():
