@@ -46,7 +46,6 @@ class RecordingScope(keras.StatelessScope):
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
-    from tensorflow.python.eager import record
     from tensorflow.python.ops import cond_v2
 
     def value_and_grad(fn, args, unconnected="zero"):
@@ -194,7 +193,12 @@ if BACKEND == "tensorflow":
         A loop that `jit` has compiled has none outside of its program. (On JAX
         what a gradient is asked for is not concrete.)
         """
-        return record.could_possibly_record()
+        try:
+            from tensorflow.python.eager import record
+
+            return record.could_possibly_record()
+        except (ImportError, AttributeError):
+            return True  # TensorFlow's private function: assume the worst
 
     def num_replicas():
         """How many replicas share the step: `tf.distribute`'s, else 1."""
