@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.stats
+from keras import ops
 from test_hsic import LINEAR, default, definition, gaussian, median, value
 
 from blogkeras.hsic import (
@@ -12,6 +13,7 @@ from blogkeras.hsic import (
     fourier_hsic,
     hsic_test,
 )
+from blogkeras.hsic.statistic import covariances
 
 RNG = np.random.default_rng(1)
 X = RNG.normal(size=(60, 2))
@@ -132,6 +134,11 @@ def test_fourier_features():
     x, y = X.astype("f4"), Y.astype("f4")
     same = fourier_hsic(x, y, num_features=1024, seed=0)
     assert found.statistic == pytest.approx(float(value(same)), rel=1e-3)
+    # The draws have the mean of the gamma distribution.
+    settings = {"approximation": "fourier", "size": 64, "seed": 0}
+    shape, scale = hsic_test(X, Y, **settings).null
+    found = hsic_test(X, Y, null="permutation", num_permutations=60, **settings)
+    assert np.mean(found.null) == pytest.approx(shape * scale, rel=0.1)
     # Linear features are exact: the permutations are those of the matrices.
     settings = {"null": "permutation", "num_permutations": 40, "seed": 5}
     exact = hsic_test(X, Y, LINEAR, LINEAR, **settings)
@@ -152,6 +159,11 @@ def test_a_constant_variable_depends_on_nothing():
                 found = hsic_test(*pair, **settings)
                 assert found[:2] == (0, 1), settings
     assert hsic_test(X, np.zeros(60), LINEAR, LINEAR)[:2] == (0, 1)
+    # Exactly nothing is left of its random features.
+    constant = ops.convert_to_tensor(np.full((60, 2), 0.3, "f4"))
+    frequencies = ops.convert_to_tensor(RNG.normal(size=(2, 8)).astype("f4"))
+    (found,) = covariances([(constant, frequencies)], [(0, 0)])
+    assert not value(found).any()
 
 
 def test_errors(capsys):
