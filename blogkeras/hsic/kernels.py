@@ -271,7 +271,7 @@ def as_kernel(kernel):
 
     The post's form is narrower by √2 than the usual one. With the median
     distance as bandwidth it also sees dependence that has no large scale
-    (rotated uniforms), at little cost elsewhere; see docs/hsic.md.
+    (rotated uniforms), at some cost on smooth ones; see docs/hsic.md.
     """
     if kernel is None:
         return GaussianKernel(form="blog")
