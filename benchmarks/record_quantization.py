@@ -4,8 +4,9 @@
 
 Trains one configuration after the other and appends a row for each run to
 `docs/results/quantization.csv`; runs that stand there are not done again, so an
-interrupted recording goes on where it stopped. `--report` writes the means over
-seeds to `docs/results/quantization.md`.
+interrupted recording goes on where it stopped. With several `--steps` a run has
+a row at each. `--report` writes the means over seeds to
+`docs/results/quantization.md`.
 
 Tasks, by the files in `--data` (not part of this repository): .npz files with
 `x`, pictures of uint8, or `jpeg` and `offsets`, the bytes of JPEG files.
@@ -17,6 +18,11 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
     wide    the same with 4096 codes
     mnist   the keras.io example: 128 codes of 16, batch 128, gradient codebook,
             pictures in [-½, ½]
+    prior   PixelAtt against PixelCNN on the codes of the same `mnist` model
+            (k-means, 2000 steps, seed 0), nine tenths of the maps to train on,
+            one tenth to test; batch 128, Adam(1e-3). Rows go to
+            `docs/results/quantization_prior.csv`. On JAX, which tells how
+            much memory a compiled step needs.
 
 `nmse` (mean square error / variance of the data) and `perplexity` are the means
 of the last 100 steps; `usage` is the share of codes used in these steps.
@@ -26,7 +32,6 @@ import argparse
 import csv
 import io
 import pathlib
-import time
 
 import numpy as np
 
@@ -51,9 +56,27 @@ COLUMNS = [
     "nmse",
     "perplexity",
     "usage",
-    "seconds",
 ]
 LAST = 100  # steps that are averaged
+
+PRIOR_ROWS = ROWS.with_name("quantization_prior.csv")
+PRIOR_COLUMNS = [
+    "architecture",
+    "dim",
+    "layers",
+    "seed",
+    "steps",
+    "train_nats",
+    "test_nats",
+    "parameters",
+    "step_mib",
+]
+# Both architectures, and a PixelCNN with the parameters of the PixelAtt.
+PRIORS = [
+    ("attention", 128, 4),
+    ("convolution", 128, 4),
+    ("convolution", 96, 4),
+]
 
 
 def read(paths):
@@ -231,45 +254,147 @@ def sonnet_step(x, seed):
     return lambda batch: [value.numpy() for value in train(tf.constant(batch))]
 
 
-def run(task, method, seed, steps, x, progress):
-    """One training: the values of a row, from its last steps on."""
+def run(task, method, seed, milestones, x, progress):
+    """One training: `(steps, values of the row)` at each milestone."""
     arguments, k_means = methods(task)[method]
     if method == "Sonnet":
         step = sonnet_step(x, seed)
     else:
         step = blogkeras_step(task, arguments, k_means, x, seed)
     stream = batches(x, seed, 128 if task == "mnist" else 32)
-    start, last = time.perf_counter(), []
-    for count in range(steps):
-        found = step(next(stream))
-        if count >= steps - LAST:
-            last.append(found)
+    last = []
+    for count in range(1, max(milestones) + 1):
+        last = [*last[1 - LAST :], step(next(stream))]
+        if count in milestones:
+            nmse, perplexity, counts = zip(*last, strict=True)
+            yield (
+                count,
+                f"{np.mean(nmse):.4f}",
+                f"{np.mean(perplexity):.1f}",
+                f"{np.mean(np.sum(counts, axis=0) > 0):.4f}",
+            )
+        progress.update(count)
+
+
+def prior_maps(x, folder):
+    """Code maps of the pictures, made once, `(n, 7, 7)`."""
+    import keras
+
+    from blogkeras import VQVAE, VectorQuantizer
+
+    path = pathlib.Path(folder) / "maps.npy"
+    if path.exists():
+        return np.load(path)
+    keras.utils.set_random_seed(0)
+    encoder, decoder = keras_io_autoencoder()
+    model = VQVAE(encoder, VectorQuantizer(128), decoder)
+    model.compile(
+        keras.optimizers.Adam(1e-3),
+        loss_weights=[1 / x.var()],
+        metrics=["mse"],
+        jit_compile=keras.backend.backend() == "jax",
+    )
+    model.adapt(x[:1024])
+    stream = batches(x, 0, 128)
+    progress = keras.utils.Progbar(2000)
+    for count in range(2000):
+        logs = model.train_on_batch(next(stream), return_dict=True)
         progress.update(count + 1)
-    nmse, perplexity, counts = zip(*last, strict=True)
-    return [
-        f"{np.mean(nmse):.4f}",
-        f"{np.mean(perplexity):.1f}",
-        f"{np.mean(np.sum(counts, axis=0) > 0):.4f}",
-        f"{time.perf_counter() - start:.0f}",
-    ]
+    print("NMSE", logs["mse"] / x.var(), "perplexity", logs["perplexity"])
+    maps = model.encode(x)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, maps)
+    return maps
 
 
-def recorded():
-    if not ROWS.exists():
+def step_memory(prior, size):
+    """MiB that the compiled gradient needs beside weights and data."""
+    import jax
+    import keras
+
+    def loss(values, codes):
+        with keras.StatelessScope(
+            list(zip(prior.trainable_variables, values, strict=True))
+        ):
+            return entropy(codes, prior(codes))
+
+    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    values = [v.value for v in prior.trainable_variables]
+    codes = np.zeros((size, *prior.code_shape), "int32")
+    compiled = jax.jit(jax.grad(loss)).lower(values, codes).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+
+
+def run_prior(architecture, dim, num_layers, seed, steps, maps):
+    """One training: the values of a row after the steps."""
+    import keras
+
+    from blogkeras import CodePrior
+
+    keras.utils.set_random_seed(seed)
+    order = np.random.default_rng(0).permutation(len(maps))
+    test, train = np.split(maps[order], [len(maps) // 10])
+    prior = CodePrior(
+        128, maps.shape[1:], architecture, dim=dim, num_layers=num_layers
+    )
+    schedule = keras.optimizers.schedules.CosineDecay(1e-3, steps)
+    prior.compile(keras.optimizers.Adam(schedule), jit_compile=True)
+    stream = batches(train, seed, 128)
+    progress = keras.utils.Progbar(steps)
+    for count in range(steps):
+        logs = prior.train_on_batch(next(stream), return_dict=True)
+        if steps - count > LAST:
+            prior.reset_metrics()
+        progress.update(count + 1)
+    whole = len(test) // 128 * 128
+    found = prior.evaluate(
+        test[:whole], batch_size=128, verbose=0, return_dict=True
+    )
+    return (
+        f"{logs['nats']:.3f}",
+        f"{found['nats']:.3f}",
+        prior.count_params(),
+        f"{step_memory(prior, 128):.1f}",
+    )
+
+
+def recorded(path=ROWS):
+    if not path.exists():
         return []
-    with ROWS.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def append(row):
+def append(row, path=ROWS, columns=COLUMNS):
     """One whole line, so that an interrupt leaves no half of one."""
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    if not ROWS.exists():
-        ROWS.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(",".join(columns) + "\n", encoding="utf-8")
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(row)
-    with ROWS.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(line.getvalue())
+
+
+def record_priors(args):
+    done = {
+        (r["architecture"], r["dim"], r["seed"], r["steps"])
+        for r in recorded(PRIOR_ROWS)
+    }
+    steps = max(args.steps)
+    todo = [
+        (*prior, seed)
+        for seed in range(args.seeds)
+        for prior in PRIORS
+        if (*map(str, (*prior[:2], seed, steps)),) not in done
+    ][: args.runs]
+    if not todo:
+        return print("Everything asked for is recorded.")
+    maps = prior_maps(read(args.data), args.cache)
+    for *prior, seed in todo:
+        print("prior", *prior, "seed", seed, flush=True)
+        values = run_prior(*prior, seed, steps, maps)
+        append([*prior, seed, steps, *values], PRIOR_ROWS, PRIOR_COLUMNS)
 
 
 def report():
@@ -310,10 +435,13 @@ def main():
     )
     parser.add_argument("--data", nargs="*", help=".npz files of the task")
     parser.add_argument(
-        "--task", choices=["cifar", "wide", "mnist"], default="cifar"
+        "--task", choices=["cifar", "wide", "mnist", "prior"], default="cifar"
+    )
+    parser.add_argument(
+        "--cache", default="results/quantization", help="for the maps of prior"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, nargs="+", default=[1000])
     parser.add_argument(
         "--runs", type=int, default=10**9, help="stop after so many new runs"
     )
@@ -322,14 +450,20 @@ def main():
     args = parser.parse_args()
     if args.report:
         return report()
+    if args.task == "prior":
+        return record_priors(args)
     import keras
 
     done = {(r["task"], r["method"], r["seed"], r["steps"]) for r in recorded()}
+
+    def is_done(method, seed, steps):
+        return (args.task, method, str(seed), str(steps)) in done
+
     todo = [
         (method, seed)
         for seed in range(args.seeds)
         for method in methods(args.task)
-        if (args.task, method, str(seed), str(args.steps)) not in done
+        if not all(is_done(method, seed, steps) for steps in args.steps)
         and (not args.only or method in args.only)
     ][: args.runs]
     if not todo:
@@ -338,9 +472,12 @@ def main():
     print("pictures:", x.shape, "variance:", round(float(x.var()), 5))
     for method, seed in todo:
         print(args.task, method, "seed", seed, flush=True)
-        progress = keras.utils.Progbar(args.steps)
-        values = run(args.task, method, seed, args.steps, x, progress)
-        append([args.task, method, seed, args.steps, *values])
+        progress = keras.utils.Progbar(max(args.steps))
+        for steps, *values in run(
+            args.task, method, seed, args.steps, x, progress
+        ):
+            if not is_done(method, seed, steps):
+                append([args.task, method, seed, steps, *values])
 
 
 if __name__ == "__main__":
