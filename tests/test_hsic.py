@@ -471,7 +471,9 @@ def test_costs():
         extra = program.memory_analysis().temp_size_in_bytes
         assert extra <= 16e6
     program = compiled(hsic_from_kernels, (300, 300), (300, 300))
-    assert program.cost_analysis()["flops"] < 30 * 300**2
+    costs = program.cost_analysis()
+    costs = costs[0] if isinstance(costs, list) else costs  # JAX < 0.5
+    assert costs["flops"] < 30 * 300**2
     large = (100_000, 10)
     exact = compiled(
         lambda x, y: testing._moments(x, y, (BLOG, BLOG)), large, large

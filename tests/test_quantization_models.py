@@ -256,7 +256,7 @@ def test_pixel_attention_is_the_posts():
 def test_a_causal_convolution_is_a_masked_one():
     net = prior("convolution").network
     h = RNG.normal(size=(2, *SHAPE, 4)).astype("float32")
-    layer = net.blocks[0][1]  # 3 × 3, sees itself
+    layer = net.convolutions[0]  # 3 × 3, sees itself
     kernel, bias = numpy(layer.kernel), numpy(layer.bias)
     full = np.pad(kernel, [[0, 1], [0, 0], [0, 0], [0, 0]])
     full[1, 2] = 0
@@ -359,6 +359,8 @@ def test_a_prior_learns_and_reloads(kind, tmp_path):
     np.testing.assert_array_equal(drawn, MAPS[[0, 1, 0, 1]])
     model.save(tmp_path / "prior.keras")
     loaded = keras.saving.load_model(tmp_path / "prior.keras")
+    for old, new in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(numpy(new), numpy(old), old.path)
     np.testing.assert_array_equal(
         loaded.sample(2, top_k=1, labels=1, seed=0), MAPS[[1, 1]]
     )

@@ -207,8 +207,7 @@ def map_values(weights):
 
 
 def hub_backbone(kind, blocks):
-    import keras_hub
-
+    keras_hub = pytest.importorskip("keras_hub")
     sizes = {
         "vocabulary_size": 30,
         "num_layers": blocks,

@@ -242,7 +242,8 @@ def test_mixed_precision_trains_and_exact_refuses_a_compiled_step():
     keras.config.set_dtype_policy("float32")
     model = siamese(solver="exact")
     model.compile("adam", "mse", jit_compile=True)
-    with pytest.raises(ValueError, match='use solver="sinkhorn"'):
+    # Older versions of Keras wrap it.
+    with pytest.raises((ValueError, RuntimeError), match='solver="sinkhorn"'):
         model.train_on_batch(x, y)
 
 
@@ -338,8 +339,7 @@ def test_bert4keras_outputs_bring_their_masks():
 
 
 def test_keras_hub_outputs_with_their_padding_mask():
-    import keras_hub
-
+    keras_hub = pytest.importorskip("keras_hub")
     backbone = keras_hub.models.BertBackbone(
         vocabulary_size=20,
         num_layers=1,

@@ -423,21 +423,21 @@ class _PixelCNN(layers.Layer):
         self.first = self._sublayer(
             _CausalConv, dim, 7, code_shape, include_self=False, name="first"
         )
-        self.blocks = [
-            (
-                self._dense(dim // 2, f"narrow_{i}"),
-                self._sublayer(
-                    _CausalConv,
-                    dim // 2,
-                    3,
-                    code_shape,
-                    include_self=True,
-                    name=f"convolution_{i}",
-                ),
-                self._dense(dim, f"widen_{i}"),
+        # Not one list of triples: Keras 3.12 would not save what is in them.
+        blocks = range(num_layers)
+        self.narrow = [self._dense(dim // 2, f"narrow_{i}") for i in blocks]
+        self.convolutions = [
+            self._sublayer(
+                _CausalConv,
+                dim // 2,
+                3,
+                code_shape,
+                include_self=True,
+                name=f"convolution_{i}",
             )
-            for i in range(num_layers)
+            for i in blocks
         ]
+        self.widen = [self._dense(dim, f"widen_{i}") for i in blocks]
         self.last = [self._dense(dim, f"last_{i}") for i in range(2)]
         self.head = self._sublayer(layers.Dense, num_codes, name="head")
 
@@ -451,11 +451,9 @@ class _PixelCNN(layers.Layer):
         wide, narrow = (None, None, self.dim), (None, None, self.dim // 2)
         self.tokens.build((None, None))
         self.first.build(wide)
-        for reduce, convolution, widen in self.blocks:
-            reduce.build(wide)
-            convolution.build(narrow)
-            widen.build(narrow)
-        for dense in (*self.last, self.head):
+        for layer in (*self.convolutions, *self.widen):
+            layer.build(narrow)
+        for dense in (*self.narrow, *self.last, self.head):
             dense.build(wide)
 
     def _forward(self, h, condition, convolve):
@@ -465,7 +463,9 @@ class _PixelCNN(layers.Layer):
             axes = [1] * (len(h.shape) - 2)
             h = h + ops.reshape(condition, [-1, *axes, self.dim])
         h = ops.relu(h)
-        for reduce, convolution, widen in self.blocks:
+        for reduce, convolution, widen in zip(
+            self.narrow, self.convolutions, self.widen, strict=True
+        ):
             h = h + widen(ops.relu(convolve(convolution, reduce(h))))
         for dense in self.last:
             h = dense(h)
@@ -477,7 +477,7 @@ class _PixelCNN(layers.Layer):
         )
 
     def start(self, num):
-        convolutions = (self.first, *(block[1] for block in self.blocks))
+        convolutions = (self.first, *self.convolutions)
         return tuple(layer.start(num) for layer in convolutions)
 
     def step(self, t, before, condition, cache):
