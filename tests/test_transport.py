@@ -2,6 +2,7 @@
 
 import itertools
 import warnings
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from scipy.optimize import linprog
 from blogkeras import backend
 from blogkeras.transport import (
     distances,
+    entropic,
     exact,
     measures,
     relaxed_wasserstein_distances,
@@ -392,11 +394,116 @@ def test_the_log_domain_takes_over_where_floats_end():
     for number in solution[:3]:
         np.testing.assert_allclose(numpy(number), 0, atol=1e-3)
     np.testing.assert_allclose(numpy(solution.plan)[0].sum(1), small, rtol=0.01)
-    # The pair beside it is what it is alone.
-    alone = sinkhorn(p[1:], p[1:, ::-1], D[1:, :, ::-1])
+    # The pair beside it is what it is without that one.
+    alone = sinkhorn(p[[1, 1]], p[[1, 1], ::-1], D[:, :, ::-1])
     np.testing.assert_allclose(
         numpy(solution.plan)[1], numpy(alone.plan)[0], atol=1e-6
     )
+
+
+def plain_iterations(p, q, D, epsilon, tolerance):
+    """How many Sinkhorn's own iteration takes, in NumPy float64."""
+    kernel = np.exp(-D / epsilon)
+    b = np.ones(q.shape)
+    for count in range(1, 5000):
+        a = 1 / np.einsum("knm,km->kn", kernel, q * b)
+        arrived = np.einsum("knm,kn->km", kernel, p * a)
+        if np.abs(q * (arrived * b - 1)).sum(1).max() <= tolerance:
+            return count
+        b = 1 / arrived
+
+
+@pytest.mark.parametrize("domain", ["_scale", "_log_scale"])
+def test_it_stops_at_the_marginal_error_in_few_iterations(monkeypatch, domain):
+    if domain == "_log_scale":
+        monkeypatch.setattr(entropic, "_scale", entropic._log_scale)
+        uncached = entropic._compiled.__wrapped__
+        monkeypatch.setattr(entropic, "_compiled", uncached)
+    p, q, D = random_problems(np.random.default_rng(3), 20, 8, 8)
+    tolerance, used = 1e-4, (p[:, :, None] > 0) & (q[:, None] > 0)
+    epsilon = 0.02 * (D * used).max(axis=(1, 2), keepdims=True)
+    solution = sinkhorn(p, q, D, 0.02, tolerance)
+    f, g = (numpy(a).astype("float64") for a in solution.potentials)
+    plan = (
+        p[:, :, None]
+        * q[:, None]
+        * np.exp((f[:, :, None] + g[:, None] - D) / epsilon)
+    )
+    off = [np.abs(plan.sum(axis) - m).sum(1) for axis, m in ((1, q), (2, p))]
+    # The columns were repaired last; float32 has 1e-7 / 0.02 for them.
+    assert off[0].max() < 2e-5 < off[1].max() <= 1.2 * tolerance
+    count = plain_iterations(p, q, D, epsilon, tolerance)
+    assert 3 * int(solution.iterations) < count
+
+
+def test_over_relaxation_is_given_up_where_it_leads_away():
+    """s = -0.9 t, t = 0.9 s come to rest at 0, but not if carried on beyond."""
+    one = ops.ones((1, 1, 1))
+    *_, error, iterations = entropic._iterate(
+        (lambda t: -0.9 * t, lambda s: 0.9 * s),
+        lambda beyond, new: beyond,
+        lambda new, old: new - old,
+        one,
+        one,
+        SimpleNamespace(q=one),
+        1e-3,
+        5000,
+    )
+    assert float(error[0, 0, 0]) <= 1e-3 and int(iterations) < 5000
+
+
+def test_blocks_are_the_batch(monkeypatch):
+    p, q, D = random_problems(np.random.default_rng(3), 20, 8, 8)
+    whole = sinkhorn(p, q, D, 0.02, 1e-4)
+    # Blocks of 15, 15 and, of 40 problems, the last 15.
+    monkeypatch.setattr(entropic, "_BLOCK", 15 * 64 + 1)
+    solve_block, sizes = entropic._solve_block, set()
+
+    def spy(p, *args):
+        sizes.add(int(p.shape[0]))
+        return solve_block(p, *args)
+
+    monkeypatch.setattr(entropic, "_solve_block", spy)
+    # Not compiled: XLA would move a block that sticks out.
+    tensors = [ops.convert_to_tensor(a) for a in (p, q, D)]
+    blocks = entropic.solve(*tensors, 0.02, 1e-4, 5000)
+    assert sizes == {15}
+    assert int(blocks.iterations) == int(whole.iterations)
+    for a, b in zip(
+        keras.tree.flatten(tuple(blocks)),
+        keras.tree.flatten(tuple(whole)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-3, atol=3e-3)
+
+
+def test_any_plan_is_made_feasible():
+    """Against algorithm 2 of Altschuler et al. in NumPy."""
+    rng = np.random.default_rng(3)
+    p, q = distribution(rng, (20, 6)), distribution(rng, (20, 5), zeros=1)
+    kernel = rng.random((20, 6, 5))
+    s, t = np.exp(rng.normal(size=(20, 6))), np.exp(rng.normal(size=(20, 5)))
+    plan = (p / s)[:, :, None] * kernel * (q / t)[:, None]
+    plan *= np.minimum(p / plan.sum(2), 1)[:, :, None]
+    arrived = plan.sum(1)
+    less = arrived > q
+    assert less.any() and not less.all()
+    plan *= np.where(less, q / np.where(less, arrived, 1), 1)[:, None]
+    missing_p, missing_q = p - plan.sum(2), q - plan.sum(1)
+    assert missing_p.sum(1).min() > 0
+    spread = missing_p[:, :, None] * missing_q[:, None]
+    plan += spread / missing_p.sum(1)[:, None, None]
+    found = entropic._round(
+        SimpleNamespace(
+            p=ops.convert_to_tensor(p[:, :, None], "float32"),
+            q=ops.convert_to_tensor(q[:, None], "float32"),
+        ),
+        *(
+            ops.convert_to_tensor(a, "float32")
+            for a in (kernel, s[:, :, None], t[:, None])
+        ),
+    )
+    np.testing.assert_allclose(numpy(found), plan, atol=1e-6)
 
 
 def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
