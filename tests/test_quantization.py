@@ -53,9 +53,10 @@ def run(layer, z, embeddings=None, **kwargs):
 # Assignment.
 
 
-@pytest.mark.parametrize("block", [CODES * 8, 2**19])
-def test_nearest_codes_are_the_nearest(block, monkeypatch):
+@pytest.mark.parametrize("block, group", [(CODES * 8, 3), (2**20, 64)])
+def test_nearest_codes_are_the_nearest(block, group, monkeypatch):
     monkeypatch.setattr(codebook, "BLOCK", block)
+    monkeypatch.setattr(codebook, "GROUP", group)
     z = RNG.normal(size=(45, DIM)).astype("float32")
     for offset in (0, 1000):  # far from the origin the spread still counts
         moved = (z + offset).astype("f4"), (E + offset).astype("f4")
@@ -64,7 +65,9 @@ def test_nearest_codes_are_the_nearest(block, monkeypatch):
     assert found.dtype == "int32" and len(set(found)) > 3
 
 
-def test_of_equal_codes_the_first_is_taken():
+@pytest.mark.parametrize("group", [3, 64])
+def test_of_equal_codes_the_first_is_taken(group, monkeypatch):
+    monkeypatch.setattr(codebook, "GROUP", group)
     e = np.concatenate([E, E])
     found = numpy(nearest_codes(*map(ops.convert_to_tensor, (E, e))))
     np.testing.assert_array_equal(found, np.arange(CODES))
@@ -83,7 +86,7 @@ def test_the_distances_of_all_vectors_are_never_in_memory():
         function = backend.jit(nearest_codes)
         z, e = map(ops.convert_to_tensor, (z, e))
         hlo = function.experimental_get_compiler_ir(z, e)("optimized_hlo")
-        assert f"[{n},{k}]" not in hlo and f"[256,{k}]" in hlo
+        assert f"[{n},{k}]" not in hlo and f"[512,{k}]" in hlo
 
 
 # Quantizing, gradients.
