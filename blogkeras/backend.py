@@ -210,6 +210,11 @@ if BACKEND == "tensorflow":
             return None
         return context
 
+    def replica():
+        """The number of this replica among them, from 0 on."""
+        context = _replicas()
+        return context.replica_id_in_sync_group if context else 0
+
     def all_reduce_sum(x):
         """The sum of `x` over the replicas. On JAX arrays are global: `x`."""
         context = _replicas()
@@ -308,6 +313,9 @@ elif BACKEND == "jax":
 
     def num_replicas():
         return 1
+
+    def replica():
+        return 0
 
     def all_reduce_sum(x):
         return x

@@ -248,13 +248,13 @@ def test_second_order_is_scoped_and_thread_local():
 def test_sums_and_gathers_across_replicas():
     x = ops.convert_to_tensor([1.0, 2.0])
     if not TENSORFLOW:
-        assert backend.num_replicas() == 1
+        assert backend.num_replicas() == 1 and backend.replica() == 0
         assert backend.all_reduce_sum(x) is x
         assert backend.all_gather(x) is x
         return
     import tensorflow as tf
 
-    assert backend.num_replicas() == 1
+    assert backend.num_replicas() == 1 and backend.replica() == 0
     assert backend.all_reduce_sum(x) is x
     assert backend.all_gather(x) is x
 
@@ -264,17 +264,18 @@ def test_sums_and_gathers_across_replicas():
         return (
             backend.all_reduce_sum(mine),
             backend.all_gather(mine),
+            tf.convert_to_tensor(backend.replica()),
             backend.num_replicas(),
         )
 
     strategy = toy.mirrored()
     with strategy.scope():
         results = tf.function(lambda: strategy.run(replica))()
-    for total, gathered, count in zip(
-        *(strategy.experimental_local_results(r) for r in results[:2]),
-        [2, 2],
-        strict=True,
+    locally = strategy.experimental_local_results
+    for i, (total, gathered, number) in enumerate(
+        zip(*map(locally, results[:3]), strict=True)
     ):
         np.testing.assert_array_equal(total, [12, 14])
         np.testing.assert_array_equal(gathered, [1, 2, 11, 12])
-        assert count == 2
+        assert number == i
+    assert results[3] == 2

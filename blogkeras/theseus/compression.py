@@ -51,6 +51,8 @@ class CompressionReport:
     def plot(self, path, metric=None):
         """Draws a metric over the latency into a file (needs matplotlib).
 
+        The legend tells parameters and, where known, the time of training.
+
         Args:
             path: Ends in `.png` or `.svg`.
             metric: Its name; the last one of `evaluate` by default.
@@ -65,15 +67,19 @@ class CompressionReport:
         if metric is None:
             names = [n for n in self.rows[0] if n != "training seconds"]
             metric = names[-1]
-        figure = Figure(figsize=(6.4, 4.0), dpi=150, layout="constrained")
+        figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
         axes = figure.add_subplot()
         for row, marker in zip(self.rows, "osD^vP*X" * 9, strict=False):
+            label = f"{row['model']}: {row['parameters']:,} parameters"
+            seconds = row.get("training seconds", math.nan)
+            if math.isfinite(seconds):
+                label += f", {seconds:.0f} s of training"
             axes.scatter(
                 row["milliseconds"],
                 row[metric],
                 s=20 + 5 * row["parameters"] ** 0.5 / 100,
                 marker=marker,
-                label=row["model"],
+                label=label,
             )
         axes.set_xlabel(
             f"milliseconds per batch of {self.batch_size}", fontsize=12
@@ -81,7 +87,7 @@ class CompressionReport:
         axes.set_ylabel(metric, fontsize=12)
         axes.set_xlim(left=0)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=10, frameon=False)
+        figure.legend(loc="outside lower center", fontsize=10, frameon=False)
         return report.save_figure(figure, path)
 
 
@@ -159,7 +165,7 @@ def compression_report(
             "megabytes": _megabytes(model),
             "gflops": matmul_flops(backend.hlo_text(run, state, batch)) / 1e9,
             "milliseconds": 0.0,
-            **found[name],
+            **dict(sorted(found[name].items(), key=lambda x: x[0] != "loss")),
         }
         if training_seconds:
             row["training seconds"] = training_seconds.get(name, float("nan"))
@@ -202,7 +208,9 @@ def _megabytes(model):
         return os.path.getsize(path) / 1e6
 
 
-_LINE = re.compile(r"(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]\S* (\w+)\((.*)")
+_LINE = re.compile(
+    r"(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\((.*)"
+)
 _CALLED = re.compile(r"(?:to_apply|body|calls)=%?([\w.\-]+)")
 _HEADING = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
 

@@ -195,12 +195,13 @@ class ModuleReplacement(keras.layers.Layer):
             trainable=False,
             name="draw_seed",
         )
+        # Each replica counts for itself: to wait here for one another would mix
+        # up what their layers give to `add_loss`.
         self.iterations = self.add_weight(
             (),
             "zeros",
             "int32",
             trainable=False,
-            aggregation="only_first_replica",
             name="iterations",
         )
 
@@ -303,7 +304,10 @@ class ModuleReplacement(keras.layers.Layer):
             return rate
         seed = self.seed_generator
         if self.mode == "sample":
-            return keras.random.uniform((size,), seed=seed) < rate
+            # All replicas draw alike; each takes its own samples' share.
+            shape = backend.num_replicas(), size
+            draws = keras.random.uniform(shape, seed=seed)
+            return draws[backend.replica()] < rate
         power = (1 - rate) / ops.maximum(rate, 1e-30)
         return keras.random.uniform((), seed=seed) ** power
 
