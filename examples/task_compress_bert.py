@@ -119,11 +119,13 @@ def main():
     add("--layers", type=int, help="of the predecessor (default 6, or all)")
     add("--keep", type=int, default=2, help="layers of the successor")
     add("--epochs", type=int, default=3, help="of each phase but the last (1)")
-    add("--steps", type=int, help="of each phase, in place of --epochs")
+    add("--steps", type=int, help="of an epoch, of which there is one then")
     add("--rate", type=float, help="learning rate (default 5e-4, or 5e-5)")
     add("--seed", type=int, default=0)
     add("--output", default="results", help="folder for the figure")
     args = parser.parse_args()
+    if args.steps:
+        args.epochs = 1
     keras.utils.set_random_seed(args.seed)
 
     reviews = read_reviews(args.data)
@@ -146,9 +148,7 @@ def main():
 
     def fit(name, model, epochs):
         print(f"\n{name}")
-        rows = len(y) // BATCH_SIZE
-        if args.steps:
-            rows, epochs = min(rows, args.steps), 1
+        rows = min(len(y) // BATCH_SIZE, args.steps or len(y))
         model.compile(
             keras.optimizers.Adam(
                 keras.optimizers.schedules.CosineDecay(

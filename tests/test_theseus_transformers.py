@@ -38,11 +38,11 @@ SIZES = {
 # the vectors.
 ARCHITECTURES = [
     ("bert", {}, 0),
-    ("roberta", {}, 0),
+    pytest.param("roberta", {}, 0, marks=pytest.mark.verify),
     ("albert", {"embedding_size": 4}, 0),
     ("nezha", {}, 1),  # relative positions
     ("roformer", {}, 1),  # rotary positions
-    ("roformer_v2", {}, 1),
+    pytest.param("roformer_v2", {}, 1, marks=pytest.mark.verify),
     ("bert", {"residual_attention_scores": True}, 1),
     ("nezha", {"application": "unilm"}, 2),  # and an attention bias
     ("bert", {"with_pool": True}, 0),
@@ -91,8 +91,8 @@ def close(found, expected):
 @pytest.mark.parametrize(("name", "options", "sides"), ARCHITECTURES)
 def test_every_architecture_equals_the_uncut_models(name, options, sides):
     """The chain of segments, Theseus at rate 0 and 1, and predict."""
-    old = transformer(name, 3, "Predecessor-", **options)
-    new = transformer(name, 2, "Successor-", **options)
+    old = transformer(name, 2, "Predecessor-", **options)
+    new = transformer(name, 1, "Successor-", **options)
     x = inputs(old)
     y = [ops.convert_to_tensor(a) for a in x] if isinstance(x, list) else x
     segments = cut_model(old)
@@ -106,7 +106,7 @@ def test_every_architecture_equals_the_uncut_models(name, options, sides):
     head = classifier(old)
     theseus = bert_of_theseus(old, new, head)
     assert isinstance(theseus, Theseus)
-    assert len(theseus.replacements) == 3  # the embedding and two modules
+    assert len(theseus.replacements) == 2  # the embedding and a module
     # What is not replaced, pooler or language model, is the predecessor's.
     for layer in new.model.layers:
         name = layer.name.removeprefix("Successor-")
@@ -131,8 +131,8 @@ def test_every_architecture_equals_the_uncut_models(name, options, sides):
 @pytest.mark.parametrize("name", ["albert", "nezha"])
 def test_the_posts_phases(name, tmp_path):
     options = {"embedding_size": 4} if name == "albert" else {}
-    old = transformer(name, 3, "Predecessor-", **options)
-    new = transformer(name, 2, "Successor-", **options)
+    old = transformer(name, 2, "Predecessor-", **options)
+    new = transformer(name, 1, "Successor-", **options)
     x, tags = inputs(old), RNG.integers(0, 3, TOKENS.shape)
     theseus = bert_of_theseus(old, new, classifier(old), seed=0)
     theseus.compile(
@@ -143,17 +143,17 @@ def test_the_posts_phases(name, tmp_path):
     frozen = old.model.get_weights()
     theseus.fit(x, tags, epochs=2, verbose=0)
     assert toy.difference(frozen, old.model.get_weights()) == 0
-    expected = theseus.predict(x, verbose=0)
+    expected = value(theseus(x))
     theseus.save(tmp_path / "theseus.keras")
     loaded = keras.saving.load_model(tmp_path / "theseus.keras")
-    np.testing.assert_array_equal(loaded.predict(x, verbose=0), expected)
+    np.testing.assert_array_equal(value(loaded(x)), expected)
     model = theseus.detach()
-    np.testing.assert_array_equal(model.predict(x, verbose=0), expected)
+    np.testing.assert_array_equal(value(model(x)), expected)
     names = [layer.name for layer in model.layers]
     assert not any(n.startswith("Predecessor") for n in names)
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     model.fit(x, tags, verbose=0)
-    assert np.abs(model.predict(x, verbose=0) - expected).max() > 0
+    assert np.abs(value(model(x)) - expected).max() > 0
 
 
 @needs_bert4keras
@@ -223,8 +223,16 @@ def hub_backbone(kind, blocks):
 
 @no_gradient
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("kind", ["Bert", "Albert", "Roberta"])
-def test_backbones_of_keras_hub(kind, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "jit"),
+    [
+        ("Bert", not ON_TENSORFLOW),
+        pytest.param("Bert", True, marks=pytest.mark.verify),
+        ("Albert", None),
+        ("Roberta", None),
+    ],
+)
+def test_backbones_of_keras_hub(kind, jit, tmp_path):
     old, new = hub_backbone(kind, 3), hub_backbone(kind, 2)
     x = {"token_ids": TOKENS, "padding_mask": (TOKENS > 0).astype("int32")}
     if "segment_ids" in old.input:
@@ -249,11 +257,12 @@ def test_backbones_of_keras_hub(kind, tmp_path):
     for module in theseus.replacements:
         module.replacement_rate = 0.0
     close(value(theseus(tensors, training=True)), expected)
-    if kind == "Bert":
-        for module in theseus.replacements:
-            module.replacement_rate = 0.5
+    if jit is not None:
+        theseus = bert_of_theseus(
+            old_model, new_model, None, mapping=[(3, 2)], seed=0
+        )
         theseus.compile(
-            "adam", "sparse_categorical_crossentropy", jit_compile=True
+            "adam", "sparse_categorical_crossentropy", jit_compile=jit
         )
         tags = np.where(TOKENS > 0, TOKENS % 3, 0)
         theseus.fit(x, tags, verbose=0)
