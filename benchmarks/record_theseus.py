@@ -7,13 +7,14 @@ all-MiniLM-L6-v2 (6 layers × 384, Hugging Face layout: `config.json`,
 layers. Appends a row for each run to `docs/results/theseus.csv`; runs that
 stand there are not done again, so an interrupted recording goes on where it
 stopped. The routes of one seed share training texts, initial classifier and
-batches; small models start from the first layers of the pre-trained model and
-have the same number of epochs:
+batches; all small models have the same number of epochs:
 
     full            all 6 layers, the predecessor
-    direct-k        the first k layers, fine-tuned
+    direct-k        the first k pre-trained layers, fine-tuned
+    kept-k          the first k layers of the predecessor, fine-tuned further
     distilled-k     the same, learning the predecessor's predictions, too
-    theseus-k       replacement (rate ½), then the successor alone
+    theseus-k       the same start; replacement (rate ½), then the successor
+                    alone
     mixing-3        real-valued ε, uniform in [0, 1]   (the post's question)
     annealing-3     ε from 1 to 0, no randomness       (the post's question)
     theseus-6       a successor of the same size       (no gain, says the post)
@@ -35,20 +36,16 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 ROWS = ROOT / "docs/results/theseus.csv"
 COLUMNS = ["texts", "route", "seed", "dev", "test", "seconds"]
-ROUTES = [
-    "full",
-    "direct-3",
-    "theseus-3",
-    "distilled-3",
-    "direct-2",
-    "theseus-2",
-    "distilled-2",
-    "mixing-3",
-    "annealing-3",
-    "theseus-6",
+# In this order: all seeds of one group, then the next group.
+GROUPS = [
+    ["full", "direct-3", "kept-3", "theseus-3", "distilled-3"],
+    ["direct-2", "kept-2", "theseus-2", "distilled-2"],
+    ["mixing-3", "annealing-3", "theseus-6"],
 ]
+ROUTES = [route for group in GROUPS for route in group]
 LENGTH, BATCH, RATE = 32, 32, 1e-4
-EPOCHS = {"full": 3, "small": 4, "replacing": 3}  # replacing + 1 = small
+# Six epochs of replacing and two of the successor are the eight of the others.
+EPOCHS = {"full": 3, "small": 8, "replacing": 6}
 
 
 def read(folder):
@@ -173,42 +170,40 @@ class Runs:
             verbose=0,
         )
 
-    def parts(self, layers):
-        """Predecessor and classifier, and a successor, all pre-trained."""
+    def run(self, route):
+        """One training: (dev, test, seconds)."""
         import keras
 
+        from blogkeras import LinearReplacement, bert_of_theseus, keep_blocks
+
+        kind, _, layers = route.partition("-")
         keras.utils.set_random_seed(self.seed)
         full = self.source.transformer(6, "Predecessor-")
         head = classifier()
-        return full, head, self.source.transformer(layers, "Successor-")
-
-    def run(self, route):
-        """One training: (dev, test, seconds)."""
-
-        from blogkeras import LinearReplacement, bert_of_theseus
-
-        kind, _, layers = route.partition("-")
-        full, head, small = self.parts(int(layers or 1))
         start = time.process_time()
         if kind == "full":
             model = self.whole(full, head)
             self.fit(model, EPOCHS["full"])
             self.save(model)
         elif kind == "direct":
+            small = keep_blocks(full, int(layers))
             model = bert_of_theseus(full, small, head, method="direct")
             self.fit(model, EPOCHS["small"])
         else:
             self.load(self.whole(full, head))
+            small = keep_blocks(full, int(layers))
             options = {"seed": self.seed}
             if kind == "distilled":
                 options = {"method": "distillation"}
+            elif kind == "kept":
+                options = {"method": "direct"}
             elif kind != "theseus":
                 options["mode"] = kind
             if kind == "annealing":
                 steps = EPOCHS["replacing"] * (len(self.x) // BATCH)
                 options["replacement_rate"] = LinearReplacement(1 / steps)
             model = bert_of_theseus(full, small, head, **options)
-            if kind == "distilled":
+            if kind in ("distilled", "kept"):
                 self.fit(model, EPOCHS["small"])
             else:
                 self.fit(model, EPOCHS["replacing"])
@@ -334,8 +329,9 @@ def main():
     done = {(r["texts"], r["route"], r["seed"]) for r in recorded()}
     todo = [
         (route, seed)
+        for group in GROUPS
         for seed in range(args.seeds)
-        for route in ROUTES
+        for route in group
         if route in args.only
         and (str(args.texts), route, str(seed)) not in done
     ][: args.runs]
