@@ -536,6 +536,28 @@ def test_residual_codes_add_up():
     np.testing.assert_array_equal(codes, np.stack(expected, -1))
     np.testing.assert_allclose(quantized, Z - rest, atol=1e-6)
     np.testing.assert_allclose(loss, total, rtol=1e-5)
+
+    # A stage's loss pulls its own codes, and the vectors: no other stage's.
+    def losses(args):
+        z, *values = args
+        mapping = [
+            (stage.embeddings, value)
+            for stage, value in zip(layer.stages, values, strict=True)
+        ]
+        with keras.StatelessScope(mapping, collect_losses=True) as scope:
+            layer(z)
+        return sum(scope.losses), None
+
+    slopes = numpy(backend.value_and_grad(losses, (Z, *books))[1])
+    rest, pull = Z.astype("f8"), 0
+    for book, slope in zip(books, slopes[1:], strict=True):
+        k = brute_force(rest, book)
+        rest = rest - book[k]
+        push = np.zeros(book.shape)
+        np.add.at(push, k, -2 * rest / rest.size)
+        np.testing.assert_allclose(slope, push, atol=1e-6)
+        pull = pull + 0.25 * 2 * rest / rest.size
+    np.testing.assert_allclose(slopes[0], pull, atol=1e-6)
     np.testing.assert_array_equal(numpy(layer.encode(Z)), codes)
     np.testing.assert_allclose(numpy(layer.decode(codes)), quantized, atol=1e-6)
     np.testing.assert_array_equal(
