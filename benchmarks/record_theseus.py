@@ -21,9 +21,10 @@ batches; all small models have the same number of epochs:
 
 DIR of the data holds `train.tsv.gz`, `dev.tsv.gz` and `test.tsv.gz`, lines
 text<TAB>0/1, not part of this repository. No run looks at dev or test while it
-trains. `--table` prints means, paired differences and the share of the gap
-between direct-k and full that a route closes, with 95 % bootstrap intervals.
-Seconds are those of the processor, compilation included.
+trains. `--report` writes `docs/results/theseus.md`: means, paired differences
+and the share of the gap between direct-k and full that a route closes, with
+95 % bootstrap intervals. Seconds are those of the processor, compilation
+included.
 """
 
 import argparse
@@ -35,6 +36,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parent.parent
 ROWS = ROOT / "docs/results/theseus.csv"
+PAGE = ROWS.with_suffix(".md")
 COLUMNS = ["texts", "route", "seed", "dev", "test", "seconds"]
 # In this order: all seeds of one group, then the next group.
 GROUPS = [
@@ -258,8 +260,8 @@ def append(row):
         file.write(",".join(map(str, row)) + "\n")
 
 
-def table():
-    """Means, paired differences to direct-k, and the share of the gap."""
+def report():
+    """Writes the page: means, differences to direct-k, share of the gap."""
     import numpy as np
 
     rng = np.random.default_rng(0)
@@ -270,11 +272,22 @@ def table():
         both = (872 * float(row["dev"]) + 1821 * float(row["test"])) / 2693
         scores.setdefault(key, {})[row["seed"]] = 100 * both
         seconds.setdefault(key, {})[row["seed"]] = float(row["seconds"])
-    print(
+    lines = [
+        "# BERT-of-Theseus with pre-trained weights",
+        "",
+        "all-MiniLM-L6-v2 (6 layers) on SST-2, accuracy on the 2693 sentences "
+        "of dev and test, in points. Routes are described in "
+        "`benchmarks/record_theseus.py`, which writes this page with "
+        "`--report`: `direct` starts from the pre-trained model's first k "
+        "layers, all other small models from those of the predecessor "
+        "(`full`). Differences to `direct` with the same k and seed. Seconds "
+        "of the processor, compilation and the predecessor's training "
+        "included.",
+        "",
         "| texts | route | seeds | accuracy | to direct | 95 % | gap closed | "
-        "95 % | training, CPU s |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+        "95 % | training, CPU s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for (texts, route), found in scores.items():
         kind, _, layers = route.partition("-")
         cells = [texts, route, len(found)]
@@ -299,7 +312,8 @@ def table():
             before = seconds.get((texts, "full"), {})
             own = {s: t + before.get(s, np.nan) for s, t in own.items()}
         cells.append(f"{np.mean(list(own.values())):.0f}")
-        print("| " + " | ".join(map(str, cells)) + " |")
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    PAGE.write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
 def main():
@@ -318,10 +332,10 @@ def main():
     parser.add_argument(
         "--runs", type=int, default=10**9, help="stop after so many"
     )
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--report", action="store_true", help="write the page")
     args = parser.parse_args()
-    if args.table:
-        return table()
+    if args.report:
+        return report()
     import keras
 
     import blogkeras.bert4keras  # noqa: F401
