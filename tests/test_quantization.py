@@ -12,7 +12,7 @@ from blogkeras.quantization import (
     FiniteScalarQuantizer,
     ResidualVectorQuantizer,
     VectorQuantizer,
-    codebook,
+    nearest,
     nearest_codes,
     perplexity,
     usage,
@@ -55,8 +55,8 @@ def run(layer, z, embeddings=None, **kwargs):
 
 @pytest.mark.parametrize("block, group", [(CODES * 8, 3), (2**20, 64)])
 def test_nearest_codes_are_the_nearest(block, group, monkeypatch):
-    monkeypatch.setattr(codebook, "BLOCK", block)
-    monkeypatch.setattr(codebook, "GROUP", group)
+    monkeypatch.setattr(nearest, "BLOCK", block)
+    monkeypatch.setattr(nearest, "GROUP", group)
     z = RNG.normal(size=(45, DIM)).astype("float32")
     for offset in (0, 1000):  # far from the origin the spread still counts
         moved = (z + offset).astype("f4"), (E + offset).astype("f4")
@@ -67,7 +67,7 @@ def test_nearest_codes_are_the_nearest(block, group, monkeypatch):
 
 @pytest.mark.parametrize("group", [3, 64])
 def test_of_equal_codes_the_first_is_taken(group, monkeypatch):
-    monkeypatch.setattr(codebook, "GROUP", group)
+    monkeypatch.setattr(nearest, "GROUP", group)
     e = np.concatenate([E, E])
     found = numpy(nearest_codes(*map(ops.convert_to_tensor, (E, e))))
     np.testing.assert_array_equal(found, np.arange(CODES))

@@ -2,10 +2,10 @@
 
 from blogkeras.quantization.codebook import (
     VectorQuantizer,
-    nearest_codes,
     perplexity,
     usage,
 )
+from blogkeras.quantization.nearest import nearest_codes
 from blogkeras.quantization.prior import CodePrior
 from blogkeras.quantization.residual import ResidualVectorQuantizer
 from blogkeras.quantization.scalar import FiniteScalarQuantizer
