@@ -22,7 +22,8 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
             (k-means, 2000 steps, seed 0), nine tenths of the maps to train on,
             one tenth to test; batch 128, Adam(1e-3). Rows go to
             `docs/results/quantization_prior.csv`. On JAX, which tells how
-            much memory a compiled step needs.
+            much memory and how many operations a compiled gradient needs:
+            of such a batch, and of 16 maps of 32×32.
 
 `nmse` (mean square error / variance of the data) and `perplexity` are the means
 of the last 100 steps; `usage` is the share of codes used in these steps.
@@ -70,6 +71,9 @@ PRIOR_COLUMNS = [
     "test_nats",
     "parameters",
     "step_mib",
+    "step_gflop",
+    "large_mib",
+    "large_gflop",
 ]
 # Both architectures, and a PixelCNN with the parameters of the PixelAtt.
 PRIORS = [
@@ -307,10 +311,12 @@ def prior_maps(x, folder):
     return maps
 
 
-def step_memory(prior, size):
-    """MiB that the compiled gradient needs beside weights and data."""
+def step_cost(prior, size):
+    """MiB beside weights and data, and GFLOP, of the compiled gradient."""
     import jax
     import keras
+
+    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
     def loss(values, codes):
         with keras.StatelessScope(
@@ -318,11 +324,14 @@ def step_memory(prior, size):
         ):
             return entropy(codes, prior(codes))
 
-    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     values = [v.value for v in prior.trainable_variables]
     codes = np.zeros((size, *prior.code_shape), "int32")
     compiled = jax.jit(jax.grad(loss)).lower(values, codes).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 2**20
+    memory = compiled.memory_analysis().temp_size_in_bytes
+    return (
+        f"{memory / 2**20:.1f}",
+        f"{compiled.cost_analysis()['flops'] / 1e9:.2f}",
+    )
 
 
 def run_prior(architecture, dim, num_layers, seed, steps, maps):
@@ -346,6 +355,8 @@ def run_prior(architecture, dim, num_layers, seed, steps, maps):
         if steps - count > LAST:
             prior.reset_metrics()
         progress.update(count + 1)
+    large = CodePrior(128, (32, 32), architecture, None, dim, num_layers)
+    large.build()
     whole = len(test) // 128 * 128
     found = prior.evaluate(
         test[:whole], batch_size=128, verbose=0, return_dict=True
@@ -354,7 +365,8 @@ def run_prior(architecture, dim, num_layers, seed, steps, maps):
         f"{logs['nats']:.3f}",
         f"{found['nats']:.3f}",
         prior.count_params(),
-        f"{step_memory(prior, 128):.1f}",
+        *step_cost(prior, 128),
+        *step_cost(large, 16),
     )
 
 
@@ -425,7 +437,38 @@ def report():
                 cells.append(cell)
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *([PUBLISHED[task], ""] if task in PUBLISHED else [])]
+    lines += prior_lines()
     PAGE.write_text("\n".join(lines), encoding="utf-8")
+
+
+def prior_lines():
+    groups = {}
+    for row in recorded(PRIOR_ROWS):
+        key = row["architecture"], row["dim"], row["layers"], row["steps"]
+        groups.setdefault(key, []).append(row)
+    if not groups:
+        return []
+    lines = [
+        "## Priors: PixelAtt (attention) and PixelCNN (convolution)",
+        "",
+        "Nats per map, 7 × 7 codes of MNIST. Memory and operations are those "
+        "of a compiled gradient: of 128 such maps, and of 16 maps of 32 × 32.",
+        "",
+        "| prior | dim | layers | steps | seeds | train | test | parameters | "
+        "MiB | GFLOP | MiB, 32 × 32 | GFLOP, 32 × 32 |",
+        "|" + "---|" * 12,
+    ]
+    for key, rows in groups.items():
+        cells = [*key, str(len(rows))]
+        for name in ("train_nats", "test_nats"):
+            values = np.array([float(row[name]) for row in rows])
+            cell = f"{values.mean():.2f}"
+            if len(values) > 1:
+                cell += f" ± {values.std(ddof=1):.2f}"
+            cells.append(cell)
+        cells += [rows[0][name] for name in PRIOR_COLUMNS[-5:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def main():
