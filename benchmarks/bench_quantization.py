@@ -16,6 +16,7 @@ again for every code. Priors: training step and sampling of both networks.
 """
 
 import argparse
+import json
 import os
 import pathlib
 import resource
@@ -27,6 +28,7 @@ from interleaved import MARK, Worker, environment, measure, ratio, serve
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/quantization.md"
 SIZES = {"small": (65_536, 64, 1024), "large": (16_384, 256, 8192)}
+SECTIONS = (*SIZES, "sampling", "priors")
 JAX = {"KERAS_BACKEND": "jax"}
 # name: (label, environment)
 CONTENDERS = {
@@ -237,9 +239,9 @@ def priors():
     from blogkeras import CodePrior
 
     rows = []
-    for size, batch in ((8, 128), (32, 8)):
+    for size, batch in ((8, 32), (32, 2)):
         for architecture in ("attention", "convolution"):
-            prior = CodePrior(512, (size, size), architecture)
+            prior = CodePrior(512, (size, size), architecture, dim=128)
             prior.compile(jit_compile=True)
             maps = np.zeros((batch, size, size), "int32")
             steps = {
@@ -247,6 +249,7 @@ def priors():
                 "sample": lambda p=prior, b=batch: p.sample(b, seed=0),
             }
             cells = [architecture, f"{size} × {size}", str(batch)]
+            prior.build()
             cells.append(str(prior.count_params()))
             for step in steps.values():
                 step()
@@ -261,63 +264,86 @@ def priors():
     return rows
 
 
+def contest_lines(size, options):
+    seconds, memory = contest(size, options)
+    n, dim, k = SIZES[size]
+    lines = [
+        f"## {n} vectors of {dim}, {k} codes",
+        "",
+        f"{options.rounds} rounds of interleaved steps; threads: "
+        f"{os.environ.get('OMP_NUM_THREADS', 'all')}.",
+        "",
+        "| contender | seconds, median | minimum | peak memory, MiB | "
+        "times the bound (95 %) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, values in seconds.items():
+        cells = [
+            CONTENDERS[name][0],
+            f"{np.median(values):.3f}",
+            f"{values.min():.3f}",
+            f"{memory[name]:.0f}",
+        ]
+        if "bound" in seconds and name != "bound":
+            middle, low, high = ratio(seconds, name, "bound")
+            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
+        else:
+            cells.append("")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def sampling_lines():
+    cached, uncached = sampling(1, 32, 512)
+    return [
+        "## Sampling a 32×32 map of 512 codes, dim 256, 4 layers",
+        "",
+        f"One map: {cached:.2f} s with cached keys and values in one "
+        f"compiled loop; {uncached:.1f} s by a forward pass for each code "
+        f"(1024 times the mean of 5): {uncached / cached:.0f} times.",
+    ]
+
+
+def prior_lines():
+    return [
+        "## Priors: PixelAtt (attention) and PixelCNN (convolution)",
+        "",
+        "512 codes, dim 128, 4 layers; median of 5, XLA.",
+        "",
+        "| prior | maps | batch | parameters | training step, s | "
+        "sampling the batch, s |",
+        "|---|---|---|---|---|---|",
+        *priors(),
+    ]
+
+
 def report(options):
+    """The page of all sections measured so far."""
+    path = options.state
+    state = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    measures = {
+        "small": lambda: contest_lines("small", options),
+        "large": lambda: contest_lines("large", options),
+        "sampling": sampling_lines,
+        "priors": prior_lines,
+    }
+    for section in options.sections:
+        state[section] = measures[section]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(state), encoding="utf-8")
     lines = [
         "# Benchmark: vector quantization",
         "",
         environment(["keras", "tensorflow", "jax", "numpy"]),
         "",
         "A step: nearest codes, averaged codebook, gradient of loss and "
-        f"output. {options.rounds} rounds of interleaved steps; threads: "
-        f"{os.environ.get('OMP_NUM_THREADS', 'all')}.",
+        "output.",
+        "",
     ]
-    for size in options.sizes:
-        seconds, memory = contest(size, options)
-        n, dim, k = SIZES[size]
-        lines += [
-            "",
-            f"## {n} vectors of {dim}, {k} codes",
-            "",
-            "| contender | seconds, median | minimum | peak memory, MiB | "
-            "times the bound (95 %) |",
-            "|---|---|---|---|---|",
-        ]
-        for name, values in seconds.items():
-            cells = [
-                CONTENDERS[name][0],
-                f"{np.median(values):.3f}",
-                f"{values.min():.3f}",
-                f"{memory[name]:.0f}",
-            ]
-            if "bound" in seconds and name != "bound":
-                middle, low, high = ratio(seconds, name, "bound")
-                cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-            else:
-                cells.append("")
-            lines.append(f"| {' | '.join(cells)} |")
-    if not options.no_sampling:
-        cached, uncached = sampling(1, 32, 512)
-        lines += [
-            "",
-            "## Sampling a 32×32 map of 512 codes, dim 256, 4 layers",
-            "",
-            f"One map: {cached:.2f} s with cached keys and values in one "
-            f"compiled loop; {uncached:.1f} s by a forward pass for each code "
-            f"(1024 times the mean of 5): {uncached / cached:.0f} times.",
-        ]
-        lines += [
-            "",
-            "## Priors: PixelAtt (attention) and PixelCNN (convolution)",
-            "",
-            "512 codes, dim 256, 4 layers; median of 5, XLA.",
-            "",
-            "| prior | maps | batch | parameters | training step, s | "
-            "sampling the batch, s |",
-            "|---|---|---|---|---|---|",
-            *priors(),
-        ]
-    lines += ["", "Regenerate: `make bench-quantization`.", ""]
-    return "\n".join(lines)
+    for section in SECTIONS:
+        if section in state:
+            lines += [*state[section], ""]
+    return "\n".join([*lines, "Regenerate: `make bench-quantization`.", ""])
 
 
 def main():
@@ -328,10 +354,17 @@ def main():
     parser.add_argument("--worker", choices=CONTENDERS)
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--size", choices=SIZES)
-    parser.add_argument("--sizes", nargs="*", default=list(SIZES))
+    parser.add_argument(
+        "--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS)
+    )
+    parser.add_argument(
+        "--state",
+        type=pathlib.Path,
+        default="results/bench_quantization.json",
+        help="of sections that were measured; the page shows them all",
+    )
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--no-sampling", action="store_true")
     parser.add_argument("--sonnet", help="a folder that has dm-sonnet")
     parser.add_argument(
         "--torch", help="a Python that has vector-quantize-pytorch"
