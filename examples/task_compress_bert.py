@@ -21,6 +21,19 @@ vocab.txt), a real one, as the post does.
 Blog: BERT-of-Theseus：基于模块替换的模型压缩方法,
 https://kexue.fm/archives/7575
 
+Result (--steps 300, seed 0, 15363 reviews for training and 2000 to test; Keras
+3.15.1, TensorFlow 2.21.0, bert4keras 0.11.5, XLA on a CPU):
+
+    model      parameters  megabytes  gflops    loss  accuracy
+    6 layers      1637890      6.577   8.179  0.5025    0.7715
+    direct         844802      3.389   2.726  0.4896     0.785
+    distilled      844802      3.389   2.726  0.4831     0.783
+    Theseus        844802      3.389   2.726  0.4764    0.7815
+
+One run. The standard error of an accuracy is 0.009 here, and after 300 steps
+from scratch the deep model is not yet ahead: there is nothing to close yet.
+Latency and training time are left out, as other programs ran beside.
+
 Install: pip install 'blogkeras[examples]'
          pip install --no-deps bert4keras==0.11.5
 """
