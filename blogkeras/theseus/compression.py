@@ -51,7 +51,7 @@ class CompressionReport:
     def plot(self, path, metric=None):
         """Draws a metric over the latency into a file (needs matplotlib).
 
-        The legend tells parameters and, where known, the time of training.
+        And, side by side with it, over the training time where that is known.
 
         Args:
             path: Ends in `.png` or `.svg`.
@@ -67,27 +67,37 @@ class CompressionReport:
         if metric is None:
             names = [n for n in self.rows[0] if n != "training seconds"]
             metric = names[-1]
-        figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
-        axes = figure.add_subplot()
-        for row, marker in zip(self.rows, "osD^vP*X" * 9, strict=False):
-            label = f"{row['model']}: {row['parameters']:,} parameters"
-            seconds = row.get("training seconds", math.nan)
-            if math.isfinite(seconds):
-                label += f", {seconds:.0f} s of training"
-            axes.scatter(
-                row["milliseconds"],
-                row[metric],
-                s=20 + 5 * row["parameters"] ** 0.5 / 100,
-                marker=marker,
-                label=label,
-            )
-        axes.set_xlabel(
-            f"milliseconds per batch of {self.batch_size}", fontsize=12
+        costs = {
+            "milliseconds": f"milliseconds per batch of {self.batch_size}",
+            "training seconds": "seconds of training, all phases",
+        }
+        costs = {k: v for k, v in costs.items() if k in self.rows[0]}
+        figure = Figure(
+            figsize=(1 + 3.9 * len(costs), 4.4), dpi=150, layout="constrained"
         )
-        axes.set_ylabel(metric, fontsize=12)
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        figure.legend(loc="outside lower center", fontsize=10, frameon=False)
+        panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+        for axes, (cost, label) in zip(panels, costs.items(), strict=True):
+            for row, marker in zip(self.rows, "osD^vP*X" * 9, strict=False):
+                axes.scatter(
+                    row[cost],
+                    row[metric],
+                    s=80,
+                    marker=marker,
+                    label=f"{row['model']}: {row['parameters']:,} parameters",
+                )
+            axes.set_xlabel(label, fontsize=12)
+            axes.set_xlim(0, 1.1 * np.nanmax(self.column(cost)))
+            axes.tick_params(labelsize=11)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel(metric, fontsize=12)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(costs),
+            fontsize=11,
+            frameon=False,
+        )
         return report.save_figure(figure, path)
 
 
