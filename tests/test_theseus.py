@@ -546,9 +546,7 @@ def test_saved_and_resumed(tmp_path):
             built(layers.Dense(3, "softmax", name="head"), 3),
             CosineReplacement(6, 0.2),
         )
-        return toy.compiled(
-            theseus, keras.optimizers.Adam(0.01), run_eagerly=ON_TENSORFLOW
-        )
+        return toy.compiled(theseus, keras.optimizers.Adam(0.01))
 
     def fit(model, *rows):
         model.fit(
