@@ -18,8 +18,8 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
     wide    the same with 4096 codes
     mnist   the keras.io example: 128 codes of 16, batch 128, gradient codebook,
             pictures in [-½, ½]
-    prior   PixelAtt against PixelCNN on the codes of the same `mnist` model
-            (k-means, 2000 steps, seed 0), nine tenths of the maps to train on,
+    prior   PixelAtt against PixelCNN on the codes of the `mnist` network
+            (averages, k-means, restarts; 1000 steps, seed 0), nine tenths of the maps to train on,
             one tenth to test; batch 128, Adam(1e-3). Rows go to
             `docs/results/quantization_prior.csv`. On JAX, which tells how
             much memory and how many operations a compiled gradient needs:
@@ -291,7 +291,8 @@ def prior_maps(x, folder):
         return np.load(path)
     keras.utils.set_random_seed(0)
     encoder, decoder = keras_io_autoencoder()
-    model = VQVAE(encoder, VectorQuantizer(128), decoder)
+    quantizer = VectorQuantizer(128, ema_decay=0.99, restart_threshold=0.1)
+    model = VQVAE(encoder, quantizer, decoder)
     model.compile(
         keras.optimizers.Adam(1e-3),
         loss_weights=[1 / x.var()],
@@ -300,8 +301,8 @@ def prior_maps(x, folder):
     )
     model.adapt(x[:1024])
     stream = batches(x, 0, 128)
-    progress = keras.utils.Progbar(2000)
-    for count in range(2000):
+    progress = keras.utils.Progbar(1000)
+    for count in range(1000):
         logs = model.train_on_batch(next(stream), return_dict=True)
         progress.update(count + 1)
     print("NMSE", logs["mse"] / x.var(), "perplexity", logs["perplexity"])
