@@ -19,11 +19,11 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
     mnist   the keras.io example: 128 codes of 16, batch 128, gradient codebook,
             pictures in [-½, ½]
     prior   PixelAtt against PixelCNN on the codes of the `mnist` network
-            (averages, k-means, restarts; 1000 steps, seed 0), nine tenths of the maps to train on,
-            one tenth to test; batch 128, Adam(1e-3). Rows go to
-            `docs/results/quantization_prior.csv`. On JAX, which tells how
-            much memory and how many operations a compiled gradient needs:
-            of such a batch, and of 16 maps of 32×32.
+            (averages, k-means, restarts; 1000 steps, seed 0): nine tenths of
+            the maps to train on, one tenth to test; batch 128, Adam(1e-3).
+            Rows go to `docs/results/quantization_prior.csv`. On JAX, which
+            tells how much memory and how many operations a compiled gradient
+            needs: of such a batch, and of 16 maps of 32×32.
 
 `nmse` (mean square error / variance of the data) and `perplexity` are the means
 of the last 100 steps; `usage` is the share of codes used in these steps.
