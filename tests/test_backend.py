@@ -42,6 +42,20 @@ def test_value_and_grad_of_second_order():
     assert (float(loss), float(gradient)) == (144, 144)
 
 
+def test_what_is_differentiated_is_known():
+    """Recorded on TensorFlow, not concrete on JAX."""
+    x = ops.convert_to_tensor(2.0)
+    seen = set()
+
+    def fn(x):
+        seen.add((backend.is_recorded(), backend.is_concrete(x)))
+        return x**2, None
+
+    backend.value_and_grad(fn, x)
+    assert seen == {(True, True) if TENSORFLOW else (False, False)}
+    assert (backend.is_recorded(), backend.is_concrete(x)) == (False, True)
+
+
 def test_unconnected_gradients():
     x = [ops.ones((2,)), ops.ones((3,))]
 
