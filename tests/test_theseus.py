@@ -16,13 +16,11 @@ from blogkeras.theseus import (
     LinearReplacement,
     ModuleReplacement,
     Theseus,
-    compression,
-    compression_report,
     cut_model,
     keep_blocks,
     spaced_blocks,
 )
-from blogkeras.theseus.compression import matmul_flops
+from blogkeras.theseus.cutting import copied
 
 ON_TENSORFLOW = backend.BACKEND == "tensorflow"
 MODES = ("batch", "sample", "mixing", "annealing")
@@ -235,10 +233,17 @@ def test_masks_may_be_arguments():
     mean = layers.GlobalAveragePooling1D()
     module = ModuleReplacement(mean, layers.GlobalAveragePooling1D())
     x = np.arange(12.0, dtype="float32").reshape(2, 3, 2)
+    x = ops.convert_to_tensor(x)
     mask = ops.convert_to_tensor([[True, False, False], [True, True, False]])
-    for training in (False, True):
-        found = module(ops.convert_to_tensor(x), training=training, mask=mask)
-        np.testing.assert_allclose(value(found), [[0, 1], [7, 8]])
+    theseus = Theseus([mean], [layers.GlobalAveragePooling1D()])
+    for model in (module, theseus):
+        for training in (False, True):
+            found = model(x, training=training, mask=mask)
+            np.testing.assert_allclose(value(found), [[0, 1], [7, 8]])
+            other = model(x, training=training, mask=~mask)
+            np.testing.assert_allclose(value(other), [[3, 4], [10, 11]])
+            whole = model(x, training=training)
+            np.testing.assert_allclose(value(whole), [[2, 3], [8, 9]])
 
 
 def test_dropout_of_the_predecessor_is_optional():
@@ -611,6 +616,64 @@ def test_predict_is_the_successor_and_detach_gives_it(tmp_path):
 
 
 @no_gradient
+def test_detaching_while_it_learns_changes_nothing():
+    found = []
+    for looking in (False, True):
+        toy.reset()
+        theseus = ship()
+        head = toy.weights(theseus.head)
+        toy.compiled(theseus, keras.optimizers.Adam(0.01))
+        look = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs, model=theseus: model.detach()
+        )
+        callbacks = [look] if looking else []
+        for _ in "ab":
+            theseus.fit(
+                X, Y, batch_size=8, epochs=2, callbacks=callbacks, verbose=0
+            )
+        assert toy.difference(head, toy.weights(theseus.head)) == 0
+        found.append(toy.weights(theseus))
+    assert toy.difference(*found) == 0
+
+
+def test_what_was_frozen_learns_again_and_only_that(tmp_path):
+    """In a detached, copied, reloaded or newly replaced model."""
+    head = keras.Sequential([keras.Input((3,)), dense(name="h"), dense()])
+    head.layers[1].trainable = False
+    for shared in (False, True):
+        Theseus([dense()], [dense()], head)  # freezes it
+        theseus = Theseus([dense()], [dense()], head, train_shared=shared)
+        theseus.compile("sgd", "mse")
+        count = 4 if shared else 2  # a kernel and a bias each
+        assert len(theseus.trainable_variables) == count
+        theseus.predict(X, verbose=0)
+        theseus.save(tmp_path / "theseus.keras")
+        loaded = keras.saving.load_model(tmp_path / "theseus.keras")
+        assert len(loaded.trainable_variables) == count
+        for model in (theseus, loaded):
+            assert len(copied(model.head).trainable_variables) == 2
+            small = model.detach()
+            assert len(small.trainable_variables) == 4
+            assert not small.get_layer(head.name).layers[1].trainable
+            old = model.predecessor_modules[0]
+            assert not old.trainable
+            old.trainable = True  # the user's word counts
+            assert old.trainable_variables
+    head.trainable = False
+    small = Theseus([dense()], [dense()], head).detach(keras.Input((3,)))
+    assert not small.layers[-1].trainable
+
+
+def test_the_rate_can_be_set():
+    theseus = ship(rate=0.5)
+    theseus.replacement_rate = 1.0
+    assert [m.replacement_rate for m in theseus.replacements] == [1.0, 1.0]
+    assert theseus.get_config()["replacement_rate"] == 1.0
+    with pytest.raises(ValueError, match="Received: replacement_rate=2"):
+        theseus.replacement_rate = 2
+
+
+@no_gradient
 @pytest.mark.parametrize(
     "mode", ["batch", pytest.param("sample", marks=pytest.mark.verify)]
 )
@@ -810,6 +873,22 @@ def test_cut_model_computes_the_same():
     assert "bias" in names[1] and "sum_1" in names[2]
 
 
+def test_a_sequential_model_is_cut():
+    models = [
+        keras.Sequential(
+            [keras.Input((3,)), dense(name=f"{x}1"), dense(name=f"{x}2")]
+        )
+        for x in "ab"
+    ]
+    old, new = (cut_model(m, [m.layers[0]]) for m in models)
+    theseus = Theseus(old, new)
+    for model in (theseus, theseus.detach()):
+        np.testing.assert_allclose(
+            model.predict(X, verbose=0), value(models[1](X)), atol=1e-7
+        )
+    assert old[-1](X).shape == (16, 3)
+
+
 def test_segments_train_as_the_uncut_model():
     """Where a layer was told how to run, a functional model overrules it."""
     inputs = keras.Input((3,))
@@ -941,217 +1020,21 @@ def test_layers_used_in_several_segments(tmp_path):
     np.testing.assert_array_equal(value(loaded(X)), value(theseus(X)))
 
 
-# Baselines and report
-
-
-@pytest.mark.parametrize("from_logits", [False, True])
-def test_distillation_loss(from_logits):
-    """(1 - α) cross-entropy + α T² KL, recomputed with NumPy.
-
-    Padding and the sample weights count in both; the teacher has no dropout.
-    """
-    inputs = keras.Input((5,), dtype="int32")
-    teacher, student = (
-        keras.Model(
-            inputs,
-            layers.Dense(3, None if from_logits else "softmax")(
-                layers.Dropout(0.5)(
-                    layers.Embedding(
-                        11,
-                        4,
-                        mask_zero=True,
-                        # Far from uniform, where KL is not symmetric.
-                        embeddings_initializer=keras.initializers.RandomNormal(
-                            stddev=3.0
-                        ),
-                    )(inputs)
-                )
-            ),
-        )
-        for _ in "ab"
-    )
-    model = Distillation(
-        teacher, student, temperature=3.0, weight=0.25, from_logits=from_logits
-    )
-    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits)
-    model.compile("sgd", entropy)
-    tokens = toy.TOKENS[:16]
-    p, q = (value(m(tokens)).astype("float64") for m in (teacher, student))
-    if from_logits:
-        p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (p, q))
-    weights, mask = np.resize(toy.WEIGHTS, (16, 5)), tokens != 0
-
-    def softened(p):
-        p = p ** (1 / 3)
-        return p / p.sum(-1, keepdims=True)
-
-    a, b = softened(p), softened(q)
-    divergence = (a * np.log(a / b)).sum(-1)
-    hard = -np.log(np.take_along_axis(q, TAGS[..., None], -1)[..., 0])
-    both = weights * (0.75 * hard + 0.25 * 9 * divergence)
-    x = ops.convert_to_tensor(tokens)
-    found = model.compute_loss(x, TAGS, student(x), weights)
-    np.testing.assert_allclose(float(found), both[mask].mean(), rtol=1e-5)
-    plain = model.compute_loss(x, TAGS, student(x), training=False)
-    np.testing.assert_allclose(float(plain), hard[mask].mean(), rtol=1e-5)
-
-
-def test_distillation_learns_the_student_only(tmp_path):
-    teacher, student = (
-        keras.Sequential([keras.Input((3,)), dense(), layers.Softmax()])
-        for _ in "ab"
-    )
-    model = Distillation(teacher, student)
-    assert [w.path for w in model.trainable_weights] == [
-        w.path for w in student.trainable_weights
-    ]
-    before = toy.weights(teacher), toy.weights(student)
-    toy.compiled(model).fit(X, Y, batch_size=8, verbose=0)
-    assert toy.difference(before[0], toy.weights(teacher)) == 0
-    assert toy.difference(before[1], toy.weights(student)) > 0
-    model.save(tmp_path / "distillation.keras")
-    loaded = keras.saving.load_model(tmp_path / "distillation.keras")
-    np.testing.assert_array_equal(
-        loaded.predict(X, verbose=0), model.predict(X, verbose=0)
-    )
-    assert model.detach() is student
-    with pytest.raises(ValueError, match="Received: temperature=0"):
-        Distillation(teacher, student, temperature=0)
-
-
-def test_flops():
-    """2·8·3·5 for the product; 2·(2·6·6·4)·(3·3·2) for the convolution.
-
-    And 2·8·5·5 for what a loop repeats.
-    """
-    kernel = np.ones((3, 3, 2, 4), "float32")
-
-    def run(x, image):
-        y = ops.matmul(x, ops.ones((3, 5)))
-        return (
-            ops.fori_loop(0, 4, lambda _, y: ops.matmul(y, ops.eye(5)), y),
-            ops.conv(image, kernel, padding="same"),
-        )
-
-    text = backend.hlo_text(run, ops.ones((8, 3)), ops.ones((2, 6, 6, 2)))
-    products = 8 * 3 * 5 + 8 * 5 * 5 + 2 * 6 * 6 * 4 * 3 * 3 * 2
-    assert matmul_flops(text) == 2 * products
-
-
-def test_compression_report(tmp_path, capsys):
-    def model(*widths):
-        parts = [layers.Dense(w, "relu") for w in widths]
-        model = keras.Sequential([keras.Input((3,)), *parts, layers.Dense(3)])
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile("sgd", loss, metrics=["accuracy"], jit_compile=False)
-        return model
-
-    models = {"large": model(96, 96), "small": model(96)}
-    report = compression_report(
-        models,
-        X,
-        Y,
-        training_seconds={"small": 2.0},
-        batch_size=8,
-        rounds=3,
-        verbose=0,
-    )
-    # (3 + 1)·96 + (96 + 1)·96 + (96 + 1)·3, without the middle layer's.
-    assert report.column("parameters") == [9987, 675]
-    np.testing.assert_allclose(
-        report.column("gflops"),
-        [2e-9 * 8 * (576 + 96 * 96), 2e-9 * 8 * 576],
-        rtol=1e-12,
-    )
-    # Four bytes a number, and for each of 6 and 4 arrays a head of 128 bytes
-    # and two entries in the list of the file.
-    for bytes_, arrays, mb in zip(
-        [4 * 9987, 4 * 675], [6, 4], report.column("megabytes"), strict=True
-    ):
-        assert 128 * arrays < 1e6 * mb - bytes_ < 450 * arrays
-    assert math.isnan(report.rows[0]["training seconds"])
-    assert report.rows[1]["training seconds"] == 2
-    assert all(ms > 0 for ms in report.column("milliseconds"))
-    accuracy = models["small"].evaluate(X, Y, verbose=0)[1]
-    assert report.rows[1]["accuracy"] == accuracy
-    report.table()
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in ["small", "9987", *report.rows[0]])
-    assert report.plot(tmp_path / "a.png").endswith("a.png")
-    assert (tmp_path / "a.png").stat().st_size > 1000
-    with pytest.raises(ValueError, match=r"Received: \['other'\]"):
-        compression_report(models, X, Y, training_seconds={"other": 1.0})
-    with pytest.raises(ValueError, match="Received: name='speed'"):
-        report.column("speed")
-    with pytest.raises(ValueError, match="built and compiled"):
-        compression_report({"a": keras.Sequential([layers.Dense(1)])}, X, Y)
-
-
-def test_latency_and_its_figure(monkeypatch):
-    """The median of each model's turns, in milliseconds, in the figure."""
-    seconds = [9, 9, 0.002, 0.001, 0.004, 0.003, 0.1, 0.2]  # two to warm up
-    monkeypatch.setattr(compression, "_timed", lambda *_: seconds.pop(0))
-    figures = []
-    monkeypatch.setattr(
-        "blogkeras.report.save_figure", lambda f, p: figures.append(f) or p
-    )
-    models = {}
-    for name in ("a", "b"):
-        models[name] = keras.Sequential(
-            [
-                keras.Input((3,)),
-                layers.BatchNormalization(),
-                layers.Dropout(0.5),
-                dense(name=name),
-            ]
-        )
-        models[name].compile(loss="mse", metrics=["mae"], jit_compile=False)
-    found = compression_report(
-        models, X, X, training_seconds={"a": 7.2}, rounds=3, verbose=0
-    )
-    np.testing.assert_allclose(found.column("milliseconds"), [4.0, 3.0])
-    # BatchNormalization has two vectors more, that do not learn.
-    assert found.column("parameters") == [24, 24]
-    found.plot("a.png")
-    plain = [{**row} for row in found.rows]
-    assert [row.pop("training seconds") for row in plain][0] == 7.2
-    compression.CompressionReport(plain, 16).plot("a.png", "loss")
-    for figure, metric in zip(figures, ("mae", "loss"), strict=True):
-        axes = figure.axes[0]
-        points = [p.get_offsets()[0] for p in axes.collections]
-        expected = [[4.0, 3.0], found.column(metric)]
-        np.testing.assert_allclose(np.transpose(points), expected)
-        assert axes.get_ylabel() == metric
-        assert "batch of 16" in axes.get_xlabel()
-        assert [t.get_text() for t in figure.legends[0].get_texts()] == [
-            f"{name}: 24 parameters" for name in "ab"
-        ]
-    assert [len(figure.axes) for figure in figures] == [2, 1]
-    known, unknown = (
-        np.ma.filled(p.get_offsets()[0], np.nan)
-        for p in figures[0].axes[1].collections
-    )
-    np.testing.assert_allclose(known, [7.2, found.column("mae")[0]])
-    assert np.isnan(unknown[0])
-    run, state = compression._inference(models["a"])
-    x = ops.convert_to_tensor(X)
-    np.testing.assert_array_equal(value(run(state, x)), value(models["a"](x)))
-
-
 # Bad input
 
 
 def test_bad_rates_and_modes():
-    for rate in (-0.1, 1.5, float("nan")):
+    for rate in (-0.1, 1.5, float("nan"), None, "0.5"):
         with pytest.raises(ValueError, match="a probability in"):
             ModuleReplacement(dense(), dense(), rate)
         with pytest.raises(ValueError, match="Received: start="):
             LinearReplacement(0.1, rate)
-    for slope in (-1, float("inf")):
+    for slope in (-1, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=f"Received: slope={slope}"):
             LinearReplacement(slope)
-    with pytest.raises(ValueError, match="Received: steps=0"):
-        CosineReplacement(0)
+    for steps in (0, float("nan")):
+        with pytest.raises(ValueError, match=f"Received: steps={steps}"):
+            CosineReplacement(steps)
     with pytest.raises(ValueError, match="Received: mode='token'"):
         ModuleReplacement(dense(), dense(), mode="token")
 
@@ -1171,6 +1054,17 @@ def test_bad_modules_are_named():
     wrapped = keras.Sequential([keras.Input((3,)), b])
     with pytest.raises(ValueError, match="Module 1 of the successor.*b/kernel"):
         Theseus([a, b], [c, wrapped])
+    with pytest.raises(ValueError, match="Module 0 of the successor.*The head"):
+        Theseus([a], [b], head=b)
+    with pytest.raises(ValueError, match="weights of its own.*The stem"):
+        Theseus([a], [wrapped], stem=b)
+    Theseus([a], [wrapped], stem=b, train_shared=True)
+    with pytest.raises(ValueError, match="Module 0 of the successor.*'d'"):
+        ModuleReplacement(d, d)
+    with pytest.raises(ValueError, match="a list of predecessor modules"):
+        Theseus(a, c)
+    with pytest.raises(ValueError, match="different names.*'a' twice"):
+        Theseus([dense()], [a], head=dense(name="a"))
     wide = layers.Dense(4)
     with pytest.raises(
         ValueError, match=r"'module_0': expected.*\(None, 3\).*\(None, 4\)"
@@ -1210,6 +1104,11 @@ def test_bad_cuts():
         cut_model(model, ["sum_0", "bias", "add_1"])
     with pytest.raises(ValueError, match="Found no blocks"):
         cut_model(model)
+    x = keras.Input((3,))
+    bare = keras.Model(x, layers.Dense(3, name="transformer_layer_0")(x))
+    with pytest.raises(ValueError, match="before the first block.*layer_0"):
+        cut_model(bare)
+    assert len(cut_model(bare, ["transformer_layer_0"])) == 1
     with pytest.raises(ValueError, match="Expected a functional model"):
         cut_model(toy.Subclassed())
     segment = cut_model(model, cuts([0]))[1]

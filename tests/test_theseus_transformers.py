@@ -164,6 +164,7 @@ def test_the_posts_phases(name, tmp_path):
 
 
 @needs_bert4keras
+@pytest.mark.filterwarnings("ignore:Layer .sequential")  # has no mask
 def test_mapping_and_baselines():
     old = transformer("bert", 5, "Predecessor-")
     head = layers.Dense(3, activation="softmax", name="head")
@@ -197,14 +198,23 @@ def test_mapping_and_baselines():
         bert_of_theseus(old, new, head, method="prune")
 
     x = inputs(old)
-    direct = bert_of_theseus(old, new, head, method="direct")
+    distilled = bert_of_theseus(
+        old, new, head, method="distillation", temperature=4.0
+    )
+    # The predecessor is frozen by now, and copies are not.
+    kept = keep_blocks(old, [0, 2])
+    assert len(kept.trainable_weights) == len(new.trainable_weights) > 0
+    direct = bert_of_theseus(old, kept, head, method="direct")
+    assert len(direct.trainable_weights) == len(kept.trainable_weights) + 2
+    with pytest.raises(ValueError, match=r"Received: \['mode'\]"):
+        bert_of_theseus(old, new, head, method="direct", mode="batch")
+    unbuilt = keras.Sequential([layers.Dense(3, name="top")])
+    named = bert_of_theseus(old, new, unbuilt).detach()
+    assert named(x).shape == direct(x).shape
     close(value(direct(x)), value(head(new(x))))
     assert not {id(w) for w in direct.weights} & {
         id(w) for w in [*new.weights, *head.weights]
     }
-    distilled = bert_of_theseus(
-        old, new, head, method="distillation", temperature=4.0
-    )
     assert isinstance(distilled, Distillation)
     assert distilled.temperature == 4
     close(value(distilled(x)), value(head(new(x))))

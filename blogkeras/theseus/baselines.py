@@ -3,8 +3,8 @@
 import keras
 from keras import ops
 
-from blogkeras.backend import get_keras_mask
-from blogkeras.ops import masked_mean
+from blogkeras.backend import get_keras_mask, set_keras_mask
+from blogkeras.theseus.replacement import freeze
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -20,9 +20,11 @@ class Distillation(keras.Model):
     count in the divergence as in the loss.
 
     Args:
-        teacher: Trained model. It is frozen (`trainable = False`) and runs as
-            in inference.
-        student: Model with outputs of the same shape.
+        teacher: Trained model with one output, classes on its last axis; an
+            axis of one is the second of two classes (sigmoid). It is frozen
+            (`trainable = False`), here and again by `compile`, and runs as in
+            inference.
+        student: Model with an output of the same shape.
         temperature: Float > 0, T.
         weight: Float in [0, 1], α.
         from_logits: Boolean. Whether the models return logits, else
@@ -54,7 +56,13 @@ class Distillation(keras.Model):
                 "Expected `temperature` > 0 and `weight` in [0, 1]. Received: "
                 f"temperature={temperature}, weight={weight}"
             )
-        teacher.trainable = False
+        for name, model in (("teacher", teacher), ("student", student)):
+            if not isinstance(model, keras.Layer):
+                raise ValueError(
+                    f"Expected `{name}` to be a Keras model. "
+                    f"Received: {name}={model!r}"
+                )
+        freeze([teacher])
         self.teacher, self.student = teacher, student
         self.temperature, self.weight = temperature, weight
         self.from_logits = from_logits
@@ -64,6 +72,17 @@ class Distillation(keras.Model):
     def build(self, input_shape):
         if not self.student.built:
             self.student.build(input_shape)
+
+    def compile(self, *args, **kwargs):
+        # The teacher is others', too, who may have trained it since.
+        freeze([self.teacher])
+        super().compile(*args, **kwargs)
+
+    def compile_from_config(self, config):
+        # Keras does this itself only where `compile` is not overridden.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built and self.optimizer is not None:
+            self.optimizer.build(self.trainable_variables)
 
     def call(self, inputs, training=False):
         return self.student(inputs, training=training)
@@ -77,25 +96,33 @@ class Distillation(keras.Model):
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if not training:
             return loss
-        mask = get_keras_mask(y_pred)
-        target = self._logits(self.teacher(x, training=False))
-        target = ops.log_softmax(target / self.temperature)
-        found = ops.log_softmax(self._logits(y_pred) / self.temperature)
-        divergence = ops.sum(ops.exp(target) * (target - found), axis=-1)
-        if sample_weight is not None:
-            weights = ops.cast(sample_weight, divergence.dtype)
-            for _ in range(len(divergence.shape) - len(weights.shape)):
-                weights = ops.expand_dims(weights, -1)
-            divergence = divergence * weights
-        soft = masked_mean(divergence, mask) * self.temperature**2
+        target = self.teacher(x, training=False)
+        ends = [getattr(z, "shape", (type(z),))[-1] for z in (target, y_pred)]
+        if not isinstance(ends[1], int) or ends[0] != ends[1]:
+            raise ValueError(
+                "Expected teacher and student to have one output each, with "
+                "the same classes on its last axis; make models of the outputs "
+                f"to be learned. Received: {ends[0]} and {ends[1]}"
+            )
+        found = self._logits(y_pred)
+        set_keras_mask(found, get_keras_mask(y_pred))
+        divergence = _Divergence(self.temperature)
+        soft = divergence(
+            ops.stop_gradient(self._logits(target)), found, sample_weight
+        )
         return (1 - self.weight) * loss + self.weight * ops.cast(
             soft, loss.dtype
         )
 
     def _logits(self, outputs):
+        """Logits of two classes or more, float32."""
         outputs = ops.cast(outputs, "float32")
+        one = outputs.shape[-1] == 1
         if self.from_logits:
-            return outputs
+            other = [ops.zeros_like(outputs)] if one else []
+            return ops.concatenate([*other, outputs], axis=-1)
+        other = [1 - outputs] if one else []
+        outputs = ops.concatenate([*other, outputs], axis=-1)
         return ops.log(ops.maximum(outputs, keras.config.epsilon()))
 
     def detach(self):
@@ -119,3 +146,20 @@ class Distillation(keras.Model):
         for name in ("teacher", "student"):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)
+
+
+class _Divergence(keras.losses.Loss):
+    """T² KL(softmax(z / T) ‖ softmax(s / T)) for logits z and s.
+
+    As a loss, so that Keras sees to masks, sample weights and replicas.
+    """
+
+    def __init__(self, temperature):
+        super().__init__(name="divergence", dtype="float32")
+        self.temperature = temperature
+
+    def call(self, y_true, y_pred):
+        target = ops.log_softmax(y_true / self.temperature)
+        found = ops.log_softmax(y_pred / self.temperature)
+        kl = ops.sum(ops.exp(target) * (target - found), axis=-1)
+        return self.temperature**2 * kl

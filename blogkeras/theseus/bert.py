@@ -8,6 +8,7 @@ from blogkeras.theseus.cutting import (
     block_boundaries,
     copied,
     cut_model,
+    is_functional,
     whole_model,
 )
 from blogkeras.theseus.model import Theseus
@@ -45,10 +46,12 @@ def bert_of_theseus(
             output to the prediction, trained with the predecessor; `None` where
             the transformers have their heads: the predecessor's is then shared.
         replacement_rate: Float or schedule, the probability of the successor.
-        method: `"theseus"`, or a baseline of the same parts, that leaves them
-            as they are, since it trains a copy of successor and classifier:
-            `"direct"`, a plain model for direct fine-tuning, or
-            `"distillation"`, which learns the predecessor's predictions.
+        method: `"theseus"`, or a baseline of the same parts, which trains
+            copies of successor and classifier: `"direct"`, a plain model for
+            direct fine-tuning, or `"distillation"`, which learns the
+            predecessor's predictions (and freezes predecessor and classifier,
+            as `"theseus"` does). `replacement_rate`, `mapping` and
+            `replace_embedding` say nothing to them.
         mapping: How many of the predecessor's blocks each module has, in order:
             integers, or pairs (predecessor's blocks, successor's blocks).
             Defaults to one block of the successor in each module and an even
@@ -83,12 +86,16 @@ def bert_of_theseus(
     old, new = whole_model(predecessor), whole_model(successor)
     classifier = [] if classifier is None else as_list(classifier)
     classifier = [
-        cut_model(x, [])[0] if isinstance(x, keras.Model) else x
-        for x in classifier
+        cut_model(x, [])[0] if is_functional(x) else x for x in classifier
     ]
     if method != "theseus":
         student = copied(_with_head(new, classifier))
         if method == "direct":
+            if kwargs:
+                raise ValueError(
+                    "Expected no further arguments for method='direct', a "
+                    f"plain model. Received: {sorted(kwargs)}"
+                )
             return student
         return Distillation(_with_head(old, classifier), student, **kwargs)
 

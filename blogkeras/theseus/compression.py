@@ -123,7 +123,8 @@ def compression_report(
 
     Args:
         models: Dict from names to compiled models.
-        x: Inputs: an array, or a list, tuple or dict of arrays.
+        x: Inputs: an array, or a list, tuple or dict of arrays (no data set:
+            its first `batch_size` samples are those of the latency).
         y: Targets.
         training_seconds: Dict from some of the names to seconds, if known.
         batch_size: Integer ≥ 1.
@@ -140,6 +141,16 @@ def compression_report(
     ... )
     >>> report.table()
     """
+    if not isinstance(models, dict) or not models:
+        raise ValueError(
+            "Expected a dict from names to models, of at least one. "
+            f"Received: models={models}"
+        )
+    if batch_size < 1 or rounds < 1:
+        raise ValueError(
+            "Expected `batch_size` and `rounds` to be at least 1. "
+            f"Received: batch_size={batch_size}, rounds={rounds}"
+        )
     for name, model in models.items():
         if not model.compiled or not model.built:
             raise ValueError(

@@ -8,7 +8,7 @@ import keras
 from keras import tree
 
 from blogkeras.backend import get_keras_mask
-from blogkeras.theseus.replacement import as_list
+from blogkeras.theseus.replacement import as_list, thawed
 
 # How a transformer's blocks are called: one layer each (KerasHub), many layers
 # with the block's number (bert4keras), or many layers that all blocks share
@@ -113,8 +113,12 @@ def spaced_blocks(blocks, count):
 
 
 def copied(model):
-    """A model of the same layers, with weights of its own."""
-    copy = keras.models.clone_model(model)
+    """A model of the same layers, with weights of its own.
+
+    What learns in it is what learned in the model before `freeze`.
+    """
+    with thawed([model]):
+        copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     return copy
 
@@ -124,14 +128,24 @@ def whole_model(model):
     if not isinstance(model, keras.Model):
         model = getattr(model, "model", model)
     if isinstance(model, keras.Sequential) and model.built:
-        model = keras.Model(model.inputs, model.outputs, name=model.name)
-    if not hasattr(model, "_nodes_by_depth"):
+        ends = model.inputs, model.outputs
+        model = keras.Model(
+            *(x[0] if len(x) == 1 else x for x in ends), name=model.name
+        )
+    if not is_functional(model):
         raise ValueError(
             "Expected a functional model: only its graph can be cut. Give the "
             "layers of any other model as lists to `Theseus`. "
             f"Received: model={model}"
         )
     return model
+
+
+def is_functional(model):
+    """Whether the graph of a model's layers is known."""
+    if isinstance(model, keras.Sequential):
+        return model.built
+    return hasattr(model, "_nodes_by_depth")
 
 
 def block_boundaries(model):
@@ -160,8 +174,16 @@ def block_boundaries(model):
             f"{list(dict.fromkeys(names))}"
         )
     blocks = list(blocks.values())
+    start = blocks[0][0].input_tensors[0]
+    if any(start is x for x in model.inputs):
+        raise ValueError(
+            "Expected an embedding or something else before the first block: "
+            "nothing is there to be cut off. Give the names of the blocks as "
+            f"`boundaries`. Received: block {blocks[0][0].operation.name!r} at "
+            "the model's input"
+        )
     return [
-        blocks[0][0].input_tensors[0],
+        start,
         *(block[-1].outputs[0] for block in blocks),
     ]
 

@@ -8,10 +8,14 @@ from blogkeras.theseus.replacement import (
     ModuleReplacement,
     as_list,
     chain,
+    check_modules,
     deserialized,
     freeze,
     output_shape,
     serialized_rate,
+    thaw,
+    thawed,
+    with_masks,
 )
 
 
@@ -45,7 +49,8 @@ class Theseus(keras.Model):
         head: Layer, model or list of layers after the modules, shared by
             predecessor and successor; `None` for none.
         replacement_rate: Float in [0, 1] or a schedule, the probability that
-            the *successor* runs; see `ModuleReplacement`.
+            the *successor* runs; see `ModuleReplacement`. It may be set anew,
+            before `compile`: a compiled step keeps a float as a constant.
         stem: Layers before the modules, likewise shared: an embedding that is
             not replaced.
         mode: String, see `ModuleReplacement`.
@@ -90,11 +95,12 @@ class Theseus(keras.Model):
     ):
         # The modules cast by themselves, each layer what it takes.
         super().__init__(**{"autocast": False, **kwargs})
-        check_modules(predecessor_modules, successor_modules)
+        check_modules(
+            predecessor_modules, successor_modules, stem, head, train_shared
+        )
         self.predecessor_modules = list(predecessor_modules)
         self.successor_modules = list(successor_modules)
         self.head, self.stem = head, stem
-        self.replacement_rate = replacement_rate
         self.mode = mode
         self.train_shared = train_shared
         self.predecessor_dropout = predecessor_dropout
@@ -115,10 +121,45 @@ class Theseus(keras.Model):
                 zip(predecessor_modules, successor_modules, strict=True)
             )
         ]
+        self._check_names()
         self._freeze()
         known = self._known_inputs()
         if known is not None:
             self.build(tree.map_structure(lambda x: tuple(x.shape), known))
+
+    @property
+    def replacement_rate(self):
+        return self.replacements[0].replacement_rate
+
+    @replacement_rate.setter
+    def replacement_rate(self, rate):
+        for module in self.replacements:
+            module.replacement_rate = rate
+
+    # What learns is known from the roles. The flags of the layers are others',
+    # too, who may set them between two steps: `detach` does.
+    @property
+    def trainable_variables(self):
+        return self._learning(super().trainable_variables)
+
+    @property
+    def non_trainable_variables(self):
+        return _without(self.variables, self.trainable_variables)
+
+    @property
+    def trainable_weights(self):
+        return self._learning(super().trainable_weights)
+
+    @property
+    def non_trainable_weights(self):
+        return _without(self.weights, self.trainable_weights)
+
+    def _learning(self, variables):
+        layers = [y for s in self.successor_modules for y in as_list(s)]
+        if self.train_shared:
+            layers += [*_optional(self.stem), *_optional(self.head)]
+        ours = {id(v) for layer in layers for v in layer.variables}
+        return [v for v in variables if id(v) in ours]
 
     def build(self, input_shape):
         shape = self._input_shape = input_shape
@@ -139,6 +180,7 @@ class Theseus(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def call(self, inputs, training=False, mask=None):
+        inputs = with_masks(inputs, mask)
         return chain(self._layers_in_order(), inputs, bool(training))
 
     def compute_mask(self, inputs, previous_mask=None):
@@ -148,7 +190,8 @@ class Theseus(keras.Model):
         """The successor as a plain Keras model, ready for its own training.
 
         It consists of stem, successor modules and head. Layers and weights are
-        this model's own, not copies; stem and head become trainable.
+        this model's own, not copies; stem and head become as trainable as they
+        were given. This model may be trained on.
 
         Args:
             inputs: `keras.Input`, or a structure of them, where this model does
@@ -161,15 +204,10 @@ class Theseus(keras.Model):
         if inputs is None:
             inputs = self._fresh_inputs()
         x = inputs
-        for layer in [
-            *_optional(self.stem),
-            *(y for s in self.successor_modules for y in as_list(s)),
-            *_optional(self.head),
-        ]:
+        for layer in self._successor():
             # A segment is spelt out, in the layers that it was cut from.
             x = layer.call(x) if isinstance(layer, Segment) else layer(x)
-        for layer in [*_optional(self.stem), *_optional(self.head)]:
-            layer.trainable = True
+        thaw([*_optional(self.stem), *_optional(self.head)])
         return keras.Model(inputs, x)
 
     def _layers_in_order(self):
@@ -179,11 +217,37 @@ class Theseus(keras.Model):
             *_optional(self.head),
         ]
 
+    def _successor(self):
+        return [
+            *_optional(self.stem),
+            *(y for s in self.successor_modules for y in as_list(s)),
+            *_optional(self.head),
+        ]
+
+    def _check_names(self):
+        """`detach` would fail at equal names, after all the training."""
+        found = {}
+        for layer in self._successor():
+            operations = [layer]
+            if isinstance(layer, Segment):
+                operations = [node.operation for node in layer.nodes.value]
+            for x in operations:
+                if found.setdefault(x.name, x) is not x:
+                    raise ValueError(
+                        "Expected different names of all layers in stem, "
+                        "successor modules and head: they become one model. "
+                        f"Give one of them `name=...`. Received: {x.name!r} "
+                        "twice"
+                    )
+
     def _freeze(self):
+        shared = [*_optional(self.stem), *_optional(self.head)]
+        if self.train_shared:
+            thaw(shared)
+        else:
+            freeze(shared)
         for module in self.predecessor_modules:
             freeze(as_list(module))
-        if not self.train_shared:
-            freeze([*_optional(self.stem), *_optional(self.head)])
 
     def _first(self):
         stem = _optional(self.stem)
@@ -216,15 +280,23 @@ class Theseus(keras.Model):
 
     def get_config(self):
         cuts = []
-        parts = {
-            name: _packed(getattr(self, name), cuts)
-            for name in (
-                "predecessor_modules",
-                "successor_modules",
-                "head",
-                "stem",
-            )
-        }
+        # As they were given: `detach` thaws stem and head of a loaded model.
+        with thawed(
+            [
+                *_optional(self.stem),
+                *_optional(self.head),
+                *(x for m in self.predecessor_modules for x in as_list(m)),
+            ]
+        ):
+            parts = {
+                name: _packed(getattr(self, name), cuts)
+                for name in (
+                    "predecessor_modules",
+                    "successor_modules",
+                    "head",
+                    "stem",
+                )
+            }
         return {
             **super().get_config(),
             **parts,
@@ -251,45 +323,9 @@ class Theseus(keras.Model):
         return cls(**config)
 
 
-def check_modules(predecessor_modules, successor_modules):
-    """Raises a ValueError that names the module where something is wrong."""
-    counts = len(predecessor_modules), len(successor_modules)
-    if counts[0] != counts[1] or not counts[0]:
-        raise ValueError(
-            "Expected as many predecessor modules as successor modules, at "
-            "least one; a list inside of the list is one module. "
-            f"Received: {counts[0]} and {counts[1]}"
-        )
-    seen, frozen = {}, {}
-    for role, modules in (
-        ("predecessor", predecessor_modules),
-        ("successor", successor_modules),
-    ):
-        for i, module in enumerate(modules):
-            for layer in as_list(module):
-                if not isinstance(layer, keras.Layer):
-                    raise ValueError(
-                        f"Module {i} of the {role}: expected a Keras layer, a "
-                        f"model or a list of them. Received: {layer!r}"
-                    )
-                place = seen.setdefault(id(layer), (role, i))
-                if place != (role, i):
-                    raise ValueError(
-                        f"Module {i} of the {role}: expected each module to "
-                        "stand in one place only; make a copy. Received: "
-                        f"{layer.name!r}, also in module {place[1]} of the "
-                        f"{place[0]}"
-                    )
-                for variable in layer.variables:
-                    if role == "predecessor":
-                        frozen[id(variable)] = i
-                    elif id(variable) in frozen:
-                        raise ValueError(
-                            f"Module {i} of the successor: expected weights "
-                            "of its own, as the predecessor is frozen; make a "
-                            f"copy. Received: {variable.path!r}, also in "
-                            f"module {frozen[id(variable)]} of the predecessor"
-                        )
+def _without(variables, others):
+    others = {id(v) for v in others}
+    return [v for v in variables if id(v) not in others]
 
 
 def _optional(layers):

@@ -1,7 +1,9 @@
 """One module that is replaced at random by its successor, and how often."""
 
+import contextlib
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import keras
@@ -34,7 +36,7 @@ class LinearReplacement(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(self, slope, start=0.0):
         super().__init__()
-        if slope < 0 or not math.isfinite(slope):
+        if not 0 <= slope < math.inf:
             raise ValueError(
                 "Expected `slope` to be finite and ≥ 0: the successor takes "
                 f"over. Received: slope={slope}"
@@ -67,7 +69,7 @@ class CosineReplacement(keras.optimizers.schedules.LearningRateSchedule):
 
     def __init__(self, steps, start=0.0):
         super().__init__()
-        if steps < 1:
+        if not steps >= 1:
             raise ValueError(
                 f"Expected `steps` to be at least 1. Received: steps={steps}"
             )
@@ -107,8 +109,9 @@ class ModuleReplacement(keras.layers.Layer):
     a list of tensors. Tensors that both hand on untouched are not mixed; those
     that are not floating are the predecessor's where ε = 1, else the
     successor's. With `"sample"`, an output whose first axis is not the batch (a
-    table of positions) is the successor's. Masks go through the branches and
-    are chosen as what is not floating. What a branch's layers give to
+    table of positions) is the successor's; it is told by its length, which must
+    not be that of the batch. Masks go through the branches and are chosen as
+    what is not floating. What a branch's layers give to
     `add_loss` counts if the branch runs.
 
     The predecessor's layers are frozen by this class: `trainable = False`, and
@@ -137,7 +140,7 @@ class ModuleReplacement(keras.layers.Layer):
     >>> predecessor = keras.layers.Dense(8)
     >>> predecessor.build((None, 4))
     >>> layer = ModuleReplacement(predecessor, keras.layers.Dense(8))
-    >>> layer(keras.ops.zeros((2, 4)), training=True).shape
+    >>> tuple(layer(keras.ops.zeros((2, 4)), training=True).shape)
     (2, 8)
 
     Reference:
@@ -168,8 +171,7 @@ class ModuleReplacement(keras.layers.Layer):
                 f"Expected `mode` to be one of {', '.join(map(repr, MODES))}. "
                 f"Received: mode={mode!r}"
             )
-        if not callable(replacement_rate):
-            checked_rate(replacement_rate, "replacement_rate")
+        check_modules([predecessor], [successor])
         for layer in as_list(predecessor):
             if not layer.built:
                 raise ValueError(
@@ -216,6 +218,16 @@ class ModuleReplacement(keras.layers.Layer):
             shapes.append(shape)
         self._check(*map(flat_shapes, shapes))
 
+    @property
+    def replacement_rate(self):
+        return self._replacement_rate
+
+    @replacement_rate.setter
+    def replacement_rate(self, rate):
+        if not callable(rate):
+            checked_rate(rate, "replacement_rate")
+        self._replacement_rate = rate
+
     def rate(self):
         """The replacement rate of the next training step, a float32 scalar."""
         rate = self.replacement_rate
@@ -225,7 +237,7 @@ class ModuleReplacement(keras.layers.Layer):
         return ops.convert_to_tensor(rate, "float32")
 
     def call(self, inputs, training=False, mask=None):
-        _attach(inputs, mask)
+        inputs = with_masks(inputs, mask)
         if not training:
             return chain(as_list(self.successor), inputs, training=False)
         rate = self.rate()
@@ -413,19 +425,107 @@ class _Outputs:
     sources: list  # the number of the input that was handed on, or None
 
 
+def check_modules(
+    predecessor_modules, successor_modules, stem=None, head=None, shared=False
+):
+    """Raises a ValueError that names the module where something is wrong.
+
+    Args:
+        stem, head: Layers before and after the modules, or `None`.
+        shared: Boolean. Whether they learn, too.
+    """
+    both = predecessor_modules, successor_modules
+    old, new = (len(m) if isinstance(m, (list, tuple)) else m for m in both)
+    if old != new or not isinstance(old, int) or not old:
+        raise ValueError(
+            "Expected a list of predecessor modules and one of as many "
+            "successor modules, at least one; a list inside of the list is one "
+            f"module. Received: {old} and {new}"
+        )
+    roles = [
+        *((f"Module {i} of the predecessor", m) for i, m in enumerate(both[0])),
+        ("The stem", [] if stem is None else stem),
+        ("The head", [] if head is None else head),
+        *((f"Module {i} of the successor", m) for i, m in enumerate(both[1])),
+    ]
+    places, frozen = {}, {}
+    for role, module in roles:
+        for layer in as_list(module):
+            if not isinstance(layer, keras.Layer):
+                raise ValueError(
+                    f"{role}: expected a Keras layer, a model or a list of "
+                    f"them. Received: {layer!r}"
+                )
+            if places.setdefault(id(layer), role) != role:
+                raise ValueError(
+                    f"{role}: expected each module to stand in one place only; "
+                    f"make a copy. Received: {layer.name!r}, also in: "
+                    f"{places[id(layer)]}"
+                )
+            for variable in layer.variables:
+                if not role.endswith("successor"):
+                    if role.endswith("predecessor") or not shared:
+                        frozen.setdefault(id(variable), role)
+                elif id(variable) in frozen:
+                    raise ValueError(
+                        f"{role}: expected weights of its own, as those of the "
+                        "others are frozen; make a copy. Received: "
+                        f"{variable.path!r}, also in: {frozen[id(variable)]}"
+                    )
+
+
 def as_list(layers):
     return list(layers) if isinstance(layers, (list, tuple)) else [layers]
 
 
 def freeze(layers):
-    """Freezes layers and all their variables.
-
-    Keras leaves out those that a frozen layer makes later, when it is built.
-    """
+    """Freezes layers and all their variables; `thaw` undoes it."""
+    for part in _parts(layers):
+        if part.trainable or not hasattr(part, "_trainable_before"):
+            part._trainable_before = part.trainable
     for layer in layers:
         layer.trainable = False
+        # Keras leaves out those that a frozen layer makes when it is built.
         for variable in layer.variables:
             variable.trainable = False
+
+
+def thaw(layers):
+    """Makes layers as trainable as they were before `freeze`.
+
+    What the user has frozen, or what is made so (a table of fixed positions),
+    stays frozen.
+    """
+    parts = _parts(layers)
+    _set_trainable(parts, _before(parts))
+    for part in parts:
+        vars(part).pop("_trainable_before", None)
+
+
+@contextlib.contextmanager
+def thawed(layers):
+    """`thaw` for a while."""
+    parts = _parts(layers)
+    flags = [part.trainable for part in parts]
+    _set_trainable(parts, _before(parts))
+    try:
+        yield
+    finally:
+        _set_trainable(parts, flags)
+
+
+def _before(parts):
+    return [getattr(x, "_trainable_before", x.trainable) for x in parts]
+
+
+def _set_trainable(parts, flags):
+    for part, flag in zip(parts, flags, strict=True):
+        part.trainable = flag
+
+
+def _parts(layers):
+    """The layers and all layers in them, the outer before the inner."""
+    return [part for layer in layers for part in layer._flatten_layers()]
 
 
 def chain(layers, x, training):
@@ -437,10 +537,10 @@ def chain(layers, x, training):
 
 
 def checked_rate(rate, name):
-    if not 0 <= rate <= 1:
+    if not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
         raise ValueError(
             f"Expected `{name}` to be a probability in [0, 1]. "
-            f"Received: {name}={rate}"
+            f"Received: {name}={rate!r}"
         )
     return rate
 
@@ -500,11 +600,15 @@ def _mixed(old, new, weight, size):
     return ops.where(ops.reshape(chosen, shape), new, old)
 
 
-def _attach(inputs, masks):
-    """Sets masks that came as an argument on their tensors."""
-    if masks is None:
-        return
-    masks = masks if isinstance(masks, (list, tuple)) else [masks]
-    for x, mask in zip(tree.flatten(inputs), masks, strict=False):
-        if mask is not None and get_keras_mask(x) is None:
-            set_keras_mask(x, mask)
+def with_masks(inputs, masks):
+    """The inputs with the masks that came as an argument.
+
+    On copies: the tensors are the caller's, who may call again without them.
+    """
+    flat = tree.flatten(inputs)
+    given = [None] if masks is None else tree.flatten(masks)
+    for i, mask in enumerate(given):
+        if mask is not None and get_keras_mask(flat[i]) is not mask:
+            flat[i] = ops.copy(flat[i])
+            set_keras_mask(flat[i], mask)
+    return tree.pack_sequence_as(inputs, flat)

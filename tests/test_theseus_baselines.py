@@ -1,0 +1,323 @@
+"""What module replacement is compared with, and the bill."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+from test_training import replicated
+
+from blogkeras import backend
+from blogkeras.theseus import Distillation, compression, compression_report
+from blogkeras.theseus.compression import matmul_flops
+
+X = toy.DENSE[:16]
+Y = toy.LABELS[:16]
+TAGS = np.random.default_rng(1).integers(0, 3, (16, 5))
+
+
+def value(x):
+    return np.asarray(ops.convert_to_numpy(x))
+
+
+def dense(units=3, activation="tanh", **kwargs):
+    layer = layers.Dense(
+        units, activation, kernel_initializer="random_normal", **kwargs
+    )
+    layer.build((None, 3))
+    return layer
+
+
+def pair(units=3, activation="softmax"):
+    """A teacher and a student, far from each other."""
+    return [
+        keras.Sequential(
+            [
+                keras.Input((3,)),
+                layers.Dense(
+                    units,
+                    activation,
+                    kernel_initializer=keras.initializers.RandomNormal(
+                        stddev=2.0, seed=seed
+                    ),
+                ),
+            ]
+        )
+        for seed in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_distillation_loss(from_logits):
+    """(1 - α) cross-entropy + α T² KL, recomputed with NumPy.
+
+    Padding and the sample weights count in both; the teacher has no dropout.
+    """
+    inputs = keras.Input((5,), dtype="int32")
+    teacher, student = (
+        keras.Model(
+            inputs,
+            layers.Dense(3, None if from_logits else "softmax")(
+                layers.Dropout(0.5)(
+                    layers.Embedding(
+                        11,
+                        4,
+                        mask_zero=True,
+                        # Far from uniform, where KL is not symmetric.
+                        embeddings_initializer=keras.initializers.RandomNormal(
+                            stddev=3.0
+                        ),
+                    )(inputs)
+                )
+            ),
+        )
+        for _ in "ab"
+    )
+    model = Distillation(
+        teacher, student, temperature=3.0, weight=0.25, from_logits=from_logits
+    )
+    entropy = keras.losses.SparseCategoricalCrossentropy(from_logits)
+    model.compile("sgd", entropy)
+    tokens = toy.TOKENS[:16]
+    p, q = (value(m(tokens)).astype("float64") for m in (teacher, student))
+    if from_logits:
+        p, q = (np.exp(z) / np.exp(z).sum(-1, keepdims=True) for z in (p, q))
+    weights, mask = np.resize(toy.WEIGHTS, (16, 5)), tokens != 0
+
+    def softened(p):
+        p = p ** (1 / 3)
+        return p / p.sum(-1, keepdims=True)
+
+    a, b = softened(p), softened(q)
+    divergence = (a * np.log(a / b)).sum(-1)
+    hard = -np.log(np.take_along_axis(q, TAGS[..., None], -1)[..., 0])
+    both = weights * (0.75 * hard + 0.25 * 9 * divergence)
+    x = ops.convert_to_tensor(tokens)
+    found = model.compute_loss(x, TAGS, student(x), weights)
+    np.testing.assert_allclose(float(found), both[mask].mean(), rtol=1e-5)
+    rows = model.compute_loss(x, TAGS, student(x), weights[:, :1])
+    even = np.repeat(weights[:, :1], 5, axis=1)
+    other = model.compute_loss(x, TAGS, student(x), even)
+    np.testing.assert_allclose(float(rows), float(other), rtol=1e-6)
+    plain = model.compute_loss(x, TAGS, student(x), training=False)
+    np.testing.assert_allclose(float(plain), hard[mask].mean(), rtol=1e-5)
+
+
+def test_distillation_learns_the_student_only(tmp_path):
+    teacher, student = (
+        keras.Sequential([keras.Input((3,)), dense(), layers.Softmax()])
+        for _ in "ab"
+    )
+    model = Distillation(teacher, student)
+    assert [w.path for w in model.trainable_weights] == [
+        w.path for w in student.trainable_weights
+    ]
+    before = toy.weights(teacher), toy.weights(student)
+    toy.compiled(model).fit(X, Y, batch_size=8, verbose=0)
+    assert toy.difference(before[0], toy.weights(teacher)) == 0
+    assert toy.difference(before[1], toy.weights(student)) > 0
+    model.save(tmp_path / "distillation.keras")
+    loaded = keras.saving.load_model(tmp_path / "distillation.keras")
+    np.testing.assert_array_equal(
+        loaded.predict(X, verbose=0), model.predict(X, verbose=0)
+    )
+    assert model.detach() is student
+    with pytest.raises(ValueError, match="Received: temperature=0"):
+        Distillation(teacher, student, temperature=0)
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_one_output_is_the_sigmoid_of_two_classes(from_logits):
+    """KL of Bernoulli variables at temperature T, by NumPy."""
+    teacher, student = pair(1, None if from_logits else "sigmoid")
+    model = Distillation(teacher, student, 3.0, 1.0, from_logits)
+    model.compile("sgd", keras.losses.BinaryCrossentropy(from_logits))
+    z, s = (value(m(X)).astype("float64")[:, 0] for m in (teacher, student))
+    if not from_logits:
+        z, s = (np.log(p / (1 - p)) for p in (z, s))
+    p, q = (1 / (1 + np.exp(-z / 3)) for z in (z, s))
+    kl = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
+    y = (Y > 0).astype("float32")[:, None]
+    found = model.compute_loss(ops.convert_to_tensor(X), y, student(X))
+    np.testing.assert_allclose(float(found), 9 * kl.mean(), rtol=1e-4)
+
+
+def test_weights_of_samples_may_be_a_column():
+    model = Distillation(*pair(), weight=0.5)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    x, w = ops.convert_to_tensor(X), toy.WEIGHTS[:16]
+    found = [
+        float(model.compute_loss(x, Y, model(x), weights))
+        for weights in (w, w[:, None])
+    ]
+    assert found[0] == found[1]
+
+
+def test_the_teacher_is_frozen_again():
+    teacher, student = pair()
+    model = Distillation(teacher, student)
+    teacher.trainable = True
+    toy.compiled(teacher).fit(X, Y, verbose=0)
+    before = toy.weights(teacher)
+    toy.compiled(model).fit(X, Y, verbose=0)
+    assert toy.difference(before, toy.weights(teacher)) == 0
+
+
+@pytest.mark.filterwarnings("ignore:Using .* cross-replica")
+def test_two_replicas_distil_as_one():
+    found = []
+    for replicas in (1, 2):
+        toy.reset()
+
+        def make():
+            return toy.compiled(
+                Distillation(*pair(), weight=1.0), keras.optimizers.SGD(0.1)
+            )
+
+        model = replicated(make) if replicas == 2 else make()
+        history = model.fit(X, Y, batch_size=8, shuffle=False, verbose=0)
+        keras.distribution.set_distribution(None)
+        found.append((toy.weights(model), history.history["loss"]))
+    assert toy.difference(found[0][0], found[1][0]) <= 1e-6
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-6)
+
+
+def test_bad_distillation():
+    teacher, student = pair()
+    with pytest.raises(ValueError, match="`student` to be a Keras.*None"):
+        Distillation(teacher, None)
+    x = ops.convert_to_tensor(X)
+    inputs = keras.Input((3,))
+    two = keras.Model(inputs, {"a": student(inputs), "b": student(inputs)})
+    for other in (pair(4)[1], two):
+        model = Distillation(teacher, other)
+        y = Y if other is not two else {"a": Y, "b": Y}
+        model.compile("sgd", "sparse_categorical_crossentropy")
+        with pytest.raises(ValueError, match="one output each.*Received: 3"):
+            model.compute_loss(x, y, model(x))
+
+
+def test_flops():
+    """2·8·3·5 for the product; 2·(2·6·6·4)·(3·3·2) for the convolution.
+
+    And 2·8·5·5 for what a loop repeats.
+    """
+    kernel = np.ones((3, 3, 2, 4), "float32")
+
+    def run(x, image):
+        y = ops.matmul(x, ops.ones((3, 5)))
+        return (
+            ops.fori_loop(0, 4, lambda _, y: ops.matmul(y, ops.eye(5)), y),
+            ops.conv(image, kernel, padding="same"),
+        )
+
+    text = backend.hlo_text(run, ops.ones((8, 3)), ops.ones((2, 6, 6, 2)))
+    products = 8 * 3 * 5 + 8 * 5 * 5 + 2 * 6 * 6 * 4 * 3 * 3 * 2
+    assert matmul_flops(text) == 2 * products
+
+
+def test_compression_report(tmp_path, capsys):
+    def model(*widths):
+        parts = [layers.Dense(w, "relu") for w in widths]
+        model = keras.Sequential([keras.Input((3,)), *parts, layers.Dense(3)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("sgd", loss, metrics=["accuracy"], jit_compile=False)
+        return model
+
+    models = {"large": model(96, 96), "small": model(96)}
+    report = compression_report(
+        models,
+        X,
+        Y,
+        training_seconds={"small": 2.0},
+        batch_size=8,
+        rounds=3,
+        verbose=0,
+    )
+    # (3 + 1)·96 + (96 + 1)·96 + (96 + 1)·3, without the middle layer's.
+    assert report.column("parameters") == [9987, 675]
+    np.testing.assert_allclose(
+        report.column("gflops"),
+        [2e-9 * 8 * (576 + 96 * 96), 2e-9 * 8 * 576],
+        rtol=1e-12,
+    )
+    # Four bytes a number, and for each of 6 and 4 arrays a head of 128 bytes
+    # and two entries in the list of the file.
+    for bytes_, arrays, mb in zip(
+        [4 * 9987, 4 * 675], [6, 4], report.column("megabytes"), strict=True
+    ):
+        assert 128 * arrays < 1e6 * mb - bytes_ < 450 * arrays
+    assert math.isnan(report.rows[0]["training seconds"])
+    assert report.rows[1]["training seconds"] == 2
+    assert all(ms > 0 for ms in report.column("milliseconds"))
+    accuracy = models["small"].evaluate(X, Y, verbose=0)[1]
+    assert report.rows[1]["accuracy"] == accuracy
+    report.table()
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ["small", "9987", *report.rows[0]])
+    assert report.plot(tmp_path / "a.png").endswith("a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"Received: \['other'\]"):
+        compression_report(models, X, Y, training_seconds={"other": 1.0})
+    for wrong in ({}, [models["small"]]):
+        with pytest.raises(ValueError, match="Expected a dict from names"):
+            compression_report(wrong, X, Y)
+    with pytest.raises(ValueError, match="batch_size=32, rounds=0"):
+        compression_report(models, X, Y, rounds=0)
+    with pytest.raises(ValueError, match="Received: name='speed'"):
+        report.column("speed")
+    with pytest.raises(ValueError, match="built and compiled"):
+        compression_report({"a": keras.Sequential([layers.Dense(1)])}, X, Y)
+
+
+def test_latency_and_its_figure(monkeypatch):
+    """The median of each model's turns, in milliseconds, in the figure."""
+    seconds = [9, 9, 0.002, 0.001, 0.004, 0.003, 0.1, 0.2]  # two to warm up
+    monkeypatch.setattr(compression, "_timed", lambda *_: seconds.pop(0))
+    figures = []
+    monkeypatch.setattr(
+        "blogkeras.report.save_figure", lambda f, p: figures.append(f) or p
+    )
+    models = {}
+    for name in ("a", "b"):
+        models[name] = keras.Sequential(
+            [
+                keras.Input((3,)),
+                layers.BatchNormalization(),
+                layers.Dropout(0.5),
+                dense(name=name),
+            ]
+        )
+        models[name].compile(loss="mse", metrics=["mae"], jit_compile=False)
+    found = compression_report(
+        models, X, X, training_seconds={"a": 7.2}, rounds=3, verbose=0
+    )
+    np.testing.assert_allclose(found.column("milliseconds"), [4.0, 3.0])
+    # BatchNormalization has two vectors more, that do not learn.
+    assert found.column("parameters") == [24, 24]
+    found.plot("a.png")
+    plain = [{**row} for row in found.rows]
+    assert [row.pop("training seconds") for row in plain][0] == 7.2
+    compression.CompressionReport(plain, 16).plot("a.png", "loss")
+    for figure, metric in zip(figures, ("mae", "loss"), strict=True):
+        axes = figure.axes[0]
+        points = [p.get_offsets()[0] for p in axes.collections]
+        expected = [[4.0, 3.0], found.column(metric)]
+        np.testing.assert_allclose(np.transpose(points), expected)
+        assert axes.get_ylabel() == metric
+        assert "batch of 16" in axes.get_xlabel()
+        assert [t.get_text() for t in figure.legends[0].get_texts()] == [
+            f"{name}: 24 parameters" for name in "ab"
+        ]
+    assert [len(figure.axes) for figure in figures] == [2, 1]
+    known, unknown = (
+        np.ma.filled(p.get_offsets()[0], np.nan)
+        for p in figures[0].axes[1].collections
+    )
+    np.testing.assert_allclose(known, [7.2, found.column("mae")[0]])
+    assert np.isnan(unknown[0])
+    run, state = compression._inference(models["a"])
+    x = ops.convert_to_tensor(X)
+    np.testing.assert_array_equal(value(run(state, x)), value(models["a"](x)))
