@@ -183,6 +183,16 @@ if BACKEND == "tensorflow":
     if _capture is not None:
         _branch_gradient._capture_helper = _capture_or_compute_again
 
+    def full_precision():
+        """Products of float32 matrices inside are of float32 numbers.
+
+        Not of bfloat16 (TPU) or TF32 (GPU), to which accelerators round them.
+        TensorFlow cannot say so of a part of a program: there this does
+        nothing, and TF32 is switched off for all, by
+        `tf.config.experimental.enable_tensor_float_32_execution(False)`.
+        """
+        return contextlib.nullcontext()
+
     def is_concrete(x):
         """Whether `x` has its values now, outside of a traced function."""
         return tf.executing_eagerly()
@@ -304,6 +314,9 @@ elif BACKEND == "jax":
 
     def _inside_branch(x):
         return x
+
+    def full_precision():
+        return jax.default_matmul_precision("highest")
 
     def is_concrete(x):
         return not isinstance(x, jax.core.Tracer)

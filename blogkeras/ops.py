@@ -79,7 +79,9 @@ def map_blocks(fn, x, block_size):
     Args:
         fn: Maps `(block_size, ...)` to a tensor or structure of tensors with
             `block_size` rows, each row from its own row alone.
-        x: `(n, ...)` with known rank; `n` may be unknown.
+        x: `(n, ...)` with known rank; `n` may be unknown. Where it is a symbol,
+            as in JAX's export of a model with a free batch size, all rows are
+            one block.
         block_size: Integer. Rows per block.
 
     Returns:
@@ -94,7 +96,8 @@ def map_blocks(fn, x, block_size):
     ...     block_size=256,
     ... )
     """
-    if x.shape[0] is not None and x.shape[0] <= block_size:
+    size = x.shape[0]
+    if size is not None and (not isinstance(size, int) or size <= block_size):
         return fn(x)
     rows, rest = ops.shape(x)[0], list(x.shape[1:])
     padding = [[0, -rows % block_size], *([0, 0] for _ in rest)]

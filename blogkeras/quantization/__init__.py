@@ -1,12 +1,9 @@
 """VQ-VAE (post 6760): vectors and pictures to codes, and back."""
 
-from blogkeras.quantization.codebook import (
-    VectorQuantizer,
-    perplexity,
-    usage,
-)
+from blogkeras.quantization.codebook import VectorQuantizer
 from blogkeras.quantization.nearest import nearest_codes
 from blogkeras.quantization.prior import CodePrior
+from blogkeras.quantization.quantizer import perplexity, usage
 from blogkeras.quantization.residual import ResidualVectorQuantizer
 from blogkeras.quantization.scalar import FiniteScalarQuantizer
 from blogkeras.quantization.vqvae import (
@@ -14,7 +11,6 @@ from blogkeras.quantization.vqvae import (
     CodebookUsage,
     blog_autoencoder,
     sonnet_autoencoder,
-    squared_error,
 )
 
 __all__ = [
@@ -28,6 +24,5 @@ __all__ = [
     "nearest_codes",
     "perplexity",
     "sonnet_autoencoder",
-    "squared_error",
     "usage",
 ]

@@ -1,4 +1,4 @@
-"""Vectors to codes and back: what all quantizers share, and the codebook."""
+"""Vectors to codes of a codebook: the nearest one."""
 
 import warnings
 
@@ -9,185 +9,19 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.ops import masked_mean, safe_norm, straight_through
 from blogkeras.quantization.nearest import nearest_codes
-
-
-def perplexity(counts):
-    """How many codes are in use, effectively: exp of the entropy, in [1, K].
-
-        exp(-Σ p log(p + 1e-10)),  p = counts / Σ counts
-
-    Args:
-        counts: `(num_codes,)`, how often each code was used. All zero gives 1.
-
-    Returns:
-        Scalar, float32.
-    """
-    counts = ops.convert_to_tensor(counts, "float32")
-    p = counts / ops.maximum(ops.sum(counts), 1)
-    return ops.exp(-ops.sum(p * ops.log(p + 1e-10)))
-
-
-def usage(counts):
-    """The share of codes that were used at all, in [0, 1]."""
-    counts = ops.convert_to_tensor(counts, "float32")
-    return ops.mean(ops.cast(counts > 0, "float32"))
-
-
-class Quantizer(keras.layers.Layer):
-    """What all quantizers share. Abstract: subclasses say `_quantize`,
-    `_decode`, `num_codes`, and the number of codes for one vector.
-
-    """
-
-    codes_per_vector = ()  # trailing axes of the codes
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        # Inputs are wanted as they are; the arithmetic is in float32.
-        self.autocast = False
-        self.supports_masking = True
-
-    def codebooks(self):
-        """The layers that count codes: the quantizer itself, or its stages."""
-        return [self]
-
-    def _add_state(self, shape, name):
-        return self.add_weight(
-            shape=shape,
-            initializer="zeros",
-            trainable=False,
-            dtype="float32",
-            autocast=False,
-            # Every replica assigns the same, reduced value.
-            aggregation="only_first_replica",
-            name=name,
-        )
-
-    def _build_counts(self):
-        self.batch_counts = self._add_state((self.num_codes,), "batch_counts")
-        self.total_counts = self._add_state((self.num_codes,), "total_counts")
-
-    def count(self, codes, weights=None):
-        """How often each code occurs, over all replicas; `(num_codes,)`.
-
-        Args:
-            codes: Integers of any shape.
-            weights: Floats of the shape of `codes`: how much each counts.
-        """
-        codes = ops.reshape(codes, [-1])
-        if weights is None:
-            weights = ops.ones_like(codes, dtype="float32")
-        counts = ops.segment_sum(
-            ops.reshape(weights, [-1]), codes, num_segments=self.num_codes
-        )
-        return backend.all_reduce_sum(counts)
-
-    def _keep_counts(self, counts):
-        self.batch_counts.assign(counts)
-        self.total_counts.assign(self.total_counts + counts)
-
-    def reset_counts(self):
-        """Starts `total_counts` again from zero."""
-        for codebook in self.codebooks():
-            counts = codebook.total_counts
-            counts.assign(ops.zeros(counts.shape))
-
-    def call(self, inputs, training=False, return_codes=False, mask=None):
-        z = self._vectors(inputs)
-        quantized, codes, loss = self._quantize(
-            z, _weights(z, mask), bool(training)
-        )
-        if loss is not None:
-            self.add_loss(loss)
-        quantized = ops.cast(quantized, self.compute_dtype)
-        return (quantized, codes) if return_codes else quantized
-
-    def encode(self, inputs):
-        """The codes of vectors.
-
-        Args:
-            inputs: `(..., dim)`, floating.
-
-        Returns:
-            Integers, `(...)`; `(..., num_quantizers)` for residual codes.
-        """
-        if not self.built:
-            self.build(tuple(inputs.shape))
-        return self._encode(self._vectors(inputs))
-
-    def decode(self, codes):
-        """The vectors that codes stand for.
-
-        Args:
-            codes: Integers shaped as `encode` gives them.
-
-        Returns:
-            `(..., dim)`, of the layer's compute dtype.
-
-        Raises:
-            ValueError: If the codes are not integers, or out of range. (In a
-                compiled function values are not known: there they are not
-                checked.)
-        """
-        codes = ops.convert_to_tensor(codes)
-        if "int" not in keras.backend.standardize_dtype(codes.dtype):
-            raise ValueError(
-                "Expected integer codes, as `encode` returns them. Received: "
-                f"codes of dtype {keras.backend.standardize_dtype(codes.dtype)}"
-            )
-        if backend.is_concrete(codes) and 0 not in codes.shape:
-            low, high = int(ops.min(codes)), int(ops.max(codes))
-            if low < 0 or high >= self.num_codes:
-                raise ValueError(
-                    f"Expected codes from 0 to {self.num_codes - 1}. Received: "
-                    f"codes from {low} to {high}"
-                )
-        if not self.built:
-            raise ValueError(
-                f"The layer {self.name!r} has no codebook yet. Call it once, "
-                "or `build` it. Received: `decode` before `build`"
-            )
-        vectors = self._decode(ops.cast(codes, "int32"))
-        return ops.cast(vectors, self.compute_dtype)
-
-    def _vectors(self, inputs):
-        dim = self.input_spec.axes[-1]
-        z = ops.cast(inputs, "float32")
-        if len(z.shape) == 0 or z.shape[-1] != dim:
-            raise ValueError(
-                f"Expected vectors of size {dim} along the last axis. "
-                f"Received: inputs.shape={tuple(z.shape)}"
-            )
-        if backend.is_concrete(z) and not bool(ops.all(ops.isfinite(z))):
-            raise ValueError(
-                "Expected finite vectors: a NaN or an infinity has no nearest "
-                "code. Look for what made them: too high a learning rate, or "
-                "float16 overflow. Received: inputs with non-finite values"
-            )
-        return z
-
-    def compute_output_spec(
-        self, inputs, training=False, return_codes=False, mask=None
-    ):
-        quantized = keras.KerasTensor(inputs.shape, self.compute_dtype)
-        if not return_codes:
-            return quantized
-        shape = (*inputs.shape[:-1], *self.codes_per_vector)
-        return quantized, keras.KerasTensor(shape, "int32")
-
-
-def _weights(z, mask):
-    """1 for each vector that counts, else 0; `(...)`, or None for all."""
-    if mask is None:
-        return None
-    mask = ops.cast(mask, "float32")
-    for _ in range(len(z.shape) - 1 - len(mask.shape)):
-        mask = ops.expand_dims(mask, -1)
-    return ops.broadcast_to(mask, ops.shape(z)[:-1])
+from blogkeras.quantization.quantizer import (
+    Quantizer,
+    check_integer,
+    counted,
+)
 
 
 def _mean_square(x, weights):
-    return masked_mean(ops.square(x), weights)
+    """Over the vectors that count; 0 where there are none."""
+    if weights is not None:
+        return masked_mean(ops.square(x), weights)
+    size = ops.cast(ops.size(x), "float32")
+    return ops.sum(ops.square(x)) / ops.maximum(size, 1)
 
 
 def _unit(x):
@@ -227,16 +61,18 @@ class VectorQuantizer(Quantizer):
     codes, those with less than this fraction of an equal share, to vectors of
     the batch; this is done inside the compiled step, for `ema_decay` only.
     `batch_counts` and `total_counts` say how often each code was used in the
-    last training batch and since `reset_counts`.
+    last training batch and since `reset_counts`. With `trainable = False` codes
+    are counted, but stay where they are.
 
     **Cosine.** With `metric="cosine"` vectors and codes are first divided by
     their norms; the output is a unit vector, and the losses compare unit
     vectors.
 
     Distances, losses and state are float32 under any dtype policy. Masked
-    vectors are quantized, but have no part in losses, counts and codebook. In a
-    compiled step a non-finite vector comes out as NaN and leaves counts and
-    moving averages as they were.
+    vectors are quantized, but have no part in losses, counts and codebook; the
+    codes carry the mask too. In a compiled step a vector that is not finite
+    leaves counts and moving averages as they were, and those of its components
+    that are not finite come out as NaN.
 
     The three choices are three methods: `assign` (which code),
     `update_codebook` (how codes move), `estimate_gradient` (what flows back).
@@ -290,11 +126,6 @@ class VectorQuantizer(Quantizer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(num_codes, int) or num_codes < 2:
-            raise ValueError(
-                "Expected an integer of at least 2: one code carries no "
-                f"information. Received: num_codes={num_codes}"
-            )
         for name, cost in (
             ("codebook_cost", codebook_cost),
             ("commitment_cost", commitment_cost),
@@ -323,7 +154,7 @@ class VectorQuantizer(Quantizer):
                 "them: set `ema_decay`, such as 0.99. Received: "
                 f"restart_threshold={restart_threshold}, ema_decay=None"
             )
-        self.num_codes = num_codes
+        self.num_codes = check_integer("num_codes", num_codes, 2)
         self.codebook_cost = codebook_cost
         self.commitment_cost = commitment_cost
         self.ema_decay = ema_decay
@@ -448,13 +279,11 @@ class VectorQuantizer(Quantizer):
             error = ops.stop_gradient(z) - quantized
             loss += self.codebook_cost * _mean_square(error, weights)
         if training:
-            finite = ops.all(ops.isfinite(flat), axis=-1)
-            kept = ops.cast(finite, "float32")
-            if weights is not None:
-                kept *= ops.reshape(weights, [-1])
+            kept = ops.reshape(counted(z, weights), [-1])
             counts = self.count(flat_codes, kept)
             self._keep_counts(counts)
-            self.update_codebook(flat, flat_codes, counts, kept)
+            if self.trainable:
+                self.update_codebook(flat, flat_codes, counts, kept)
         return quantized, codes, loss
 
     def _encode(self, z):
@@ -478,6 +307,7 @@ class VectorQuantizer(Quantizer):
             iterations: Integer ≥ 1.
             seed: Integer, of the draw.
         """
+        iterations = check_integer("iterations", iterations, 1)
         vectors = ops.convert_to_tensor(vectors, "float32")
         if not self.built:
             self.build(tuple(vectors.shape))
@@ -551,10 +381,14 @@ def _spread(z, weights, dead, steps):
     choices. Where in the batch they begin moves on by the golden ratio.
     """
     z, weights = backend.all_gather(z), backend.all_gather(weights)
+    if z.shape[0] == 0:
+        return ops.zeros((dead.shape[0], z.shape[1]))
     filled = ops.cumsum(weights)
     rank = ops.cumsum(ops.cast(dead, "float32")) - 1
     count = ops.maximum(ops.sum(ops.cast(dead, "float32")), 1)
-    turn = steps * 0.6180339887
+    # A Fibonacci number of steps is a whole number of turns, nearly; later
+    # ones would leave the product no digits after the point.
+    turn = ops.mod(steps, 4181.0) * 0.6180339887
     place = (rank + turn - ops.floor(turn)) / count * filled[-1]
     # The vector of the place: the first with more vectors up to it.
     rows = ops.cast(ops.searchsorted(filled, place, side="right"), "int32")

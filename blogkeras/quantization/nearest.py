@@ -3,6 +3,7 @@
 import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.ops import map_blocks
 
 # A block of distances is at most this many numbers: it stays in the cache.
@@ -16,7 +17,10 @@ def nearest_codes(z, codebook):
         k = argmin_j ||z - e_j||²
 
     Ties go to the lowest index. Distances are computed block by block: the
-    whole matrix of distances is never in memory.
+    whole matrix of distances is never in memory. (Exported by JAX with a free
+    batch size, it is.) On JAX they are float32 on every accelerator; TensorFlow
+    may round to TF32, which only a switch for the whole program prevents:
+    `tf.config.experimental.enable_tensor_float_32_execution(False)`.
 
     Args:
         z: `(n, dim)`, float32.
@@ -25,6 +29,8 @@ def nearest_codes(z, codebook):
     Returns:
         `(n,)`, int32.
     """
+    if z.shape[0] == 0:  # Keras refuses the maximum of nothing
+        return ops.zeros((0,), "int32")
     z, codebook = ops.stop_gradient(z), ops.stop_gradient(codebook)
     center = ops.mean(codebook, axis=0)
     num_codes = codebook.shape[0]
@@ -42,7 +48,8 @@ def nearest_codes(z, codebook):
     def assign(rows):
         # The group with the best code, then the best code of the group. All
         # that looks at every score is a maximum, which XLA does on the way.
-        score = ops.matmul(rows - center, e)
+        with backend.full_precision():
+            score = ops.matmul(rows - center, e)
         best = ops.max(ops.reshape(score, [-1, groups, size]) - half, axis=-1)
         group = _first_largest(best)
         score = ops.reshape(score, [-1, size])

@@ -4,7 +4,8 @@ import keras
 from keras import ops
 
 from blogkeras.ops import straight_through
-from blogkeras.quantization.codebook import Quantizer, VectorQuantizer
+from blogkeras.quantization.codebook import VectorQuantizer
+from blogkeras.quantization.quantizer import Quantizer, check_integer
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -22,6 +23,7 @@ class ResidualVectorQuantizer(Quantizer):
         num_quantizers: Integer ≥ 1. Number of stages.
         num_codes, codebook_cost, commitment_cost, ema_decay, restart_threshold,
             embeddings_initializer: as of `VectorQuantizer`, for every stage.
+            (An initializer with a seed starts every stage alike.)
 
     Call arguments: as of `VectorQuantizer`.
 
@@ -53,13 +55,9 @@ class ResidualVectorQuantizer(Quantizer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not isinstance(num_quantizers, int) or num_quantizers < 1:
-            raise ValueError(
-                "Expected an integer of at least 1. Received: "
-                f"num_quantizers={num_quantizers}"
-            )
+        num_quantizers = check_integer("num_quantizers", num_quantizers, 1)
         self.num_quantizers = num_quantizers
-        self.num_codes = num_codes
+        self.num_codes = check_integer("num_codes", num_codes, 2)
         self.codebook_cost = codebook_cost
         self.commitment_cost = commitment_cost
         self.ema_decay = ema_decay
@@ -75,8 +73,7 @@ class ResidualVectorQuantizer(Quantizer):
                 commitment_cost,
                 ema_decay=ema_decay,
                 restart_threshold=restart_threshold,
-                # One initializer would give every stage the same numbers.
-                embeddings_initializer=self.embeddings_initializer.clone(),
+                embeddings_initializer=_own(self.embeddings_initializer),
                 dtype=self.dtype_policy,
                 name=f"stage_{index}",
             )
@@ -148,3 +145,10 @@ class ResidualVectorQuantizer(Quantizer):
                 self.embeddings_initializer
             ),
         }
+
+
+def _own(initializer):
+    """One initializer would give every stage the same numbers."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return initializer.clone()
+    return initializer  # a function

@@ -1,13 +1,14 @@
 """Finite scalar quantization: no codebook, only rounding."""
 
 import math
+import numbers
 
 import keras
 import numpy as np
 from keras import ops
 
 from blogkeras.ops import straight_through
-from blogkeras.quantization.codebook import Quantizer
+from blogkeras.quantization.quantizer import Quantizer, counted
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -26,8 +27,9 @@ class FiniteScalarQuantizer(Quantizer):
 
     A code is the number whose digits, in the mixed radix of `levels`, are the
     levels, the first component least significant. Masked vectors are quantized
-    but not counted. Computed in float32 under any dtype policy; in a compiled
-    step a non-finite vector comes out as NaN and is not counted.
+    but not counted. Computed in float32 under any dtype policy. In a compiled
+    step a vector that is not finite is not counted; a component that is NaN
+    comes out as NaN, an infinite one as the last level on its side.
 
     Args:
         levels: Sequence of integers ≥ 2, L_i; ≥ 3 for `"tanh"`.
@@ -61,15 +63,16 @@ class FiniteScalarQuantizer(Quantizer):
                 f"activation={activation!r}"
             )
         least = 3 if activation == "tanh" else 2
-        levels = list(levels)
-        if not levels or not all(
-            isinstance(level, int) and level >= least for level in levels
+        if np.shape(levels) in ((), (0,)) or not all(
+            isinstance(level, numbers.Integral) and level >= least
+            for level in levels
         ):
             raise ValueError(
-                f"Expected one or more integers of at least {least}"
+                f"Expected a list of integers of at least {least}"
                 + (' (with "sigmoid", of at least 2)' if least > 2 else "")
                 + f". Received: levels={levels}"
             )
+        levels = [int(level) for level in levels]
         if math.prod(levels) >= 2**31:
             raise ValueError(
                 "Expected fewer than 2³¹ codes, the range of int32. Received: "
@@ -111,10 +114,7 @@ class FiniteScalarQuantizer(Quantizer):
         output = straight_through(digits, bounded)
         codes = self._codes(digits)
         if training:
-            kept = ops.cast(ops.all(ops.isfinite(z), axis=-1), "float32")
-            if weights is not None:
-                kept *= weights
-            self._keep_counts(self.count(codes, kept))
+            self._keep_counts(self.count(codes, counted(z, weights)))
         return (output - self._zero) / self._width, codes, None
 
     def _codes(self, digits):

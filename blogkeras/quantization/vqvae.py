@@ -6,7 +6,15 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from blogkeras.quantization.codebook import Quantizer, perplexity, usage
+from blogkeras import backend
+from blogkeras.quantization.quantizer import (
+    Quantizer,
+    check_integer,
+    counted,
+    perplexity,
+    usage,
+    weights_of,
+)
 
 
 class _Usage(keras.metrics.Metric):
@@ -26,18 +34,6 @@ class _Usage(keras.metrics.Metric):
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-def squared_error(y_true, y_pred):
-    """The mean square over all but the first axis: a number for each row.
-
-    Keras's "mse" keeps all axes but the last, so that it cannot weigh pictures
-    by a `sample_weight` of one number each.
-    """
-    y_true = ops.cast(y_true, y_pred.dtype)
-    axes = tuple(range(1, len(y_pred.shape)))
-    return ops.mean(ops.square(y_true - y_pred), axis=axes)
-
-
-@keras.saving.register_keras_serializable(package="blogkeras")
 class VQVAE(keras.Model):
     """An autoencoder whose latent vectors are codes of a codebook.
 
@@ -48,11 +44,12 @@ class VQVAE(keras.Model):
     to generate is a prior over codes, `CodePrior`.
 
     `fit(x)` reconstructs `x`; give `y` for another target. The default loss is
-    `squared_error`, the mean square. `perplexity` is the mean over batches of
-    the perplexity of a batch's codes, `usage` the share of codes used in the
-    epoch (both the mean over the codebooks of a residual quantizer). Sample
-    weights weigh the reconstruction; the quantizer's losses and counts see
-    every row. Keras forgets sample weights where there is no `y`: then say
+    the mean square; a mask that arrives at the decoder's output counts in it as
+    Keras has it. `perplexity` is the mean over batches of the perplexity of a
+    batch's codes, `usage` the share of codes used in the epoch (both the mean
+    over the codebooks of a residual quantizer). Sample weights, one for each
+    row, weigh the reconstruction; the quantizer's losses and counts see every
+    row. Keras forgets sample weights where there is no `y`: then say
     `fit(x, x, sample_weight=...)`.
 
     Args:
@@ -100,7 +97,7 @@ class VQVAE(keras.Model):
             len(quantizer.codebooks()), quantizer.num_codes, name="usage"
         )
 
-    def compile(self, optimizer="adam", loss=squared_error, **kwargs):
+    def compile(self, optimizer="adam", loss="mse", **kwargs):
         super().compile(optimizer, loss, **kwargs)
 
     def compile_from_config(self, config):
@@ -110,14 +107,15 @@ class VQVAE(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def build(self, input_shape):
-        input_shape = tuple(input_shape)
-        if not self.encoder.built:
-            self.encoder.build(input_shape)
-        latent = self.encoder.compute_output_shape(input_shape)
+        # Symbolic calls: a model that is no more than a `call` has no shapes.
+        shape = (None, *input_shape[1:])
+        z = self.encoder(keras.KerasTensor(shape, self.compute_dtype))
         if not self.quantizer.built:
-            self.quantizer.build(latent)
+            self.quantizer.build(tuple(z.shape))
         if not self.decoder.built:
-            self.decoder.build(latent)
+            self.decoder(
+                keras.KerasTensor(z.shape, self.quantizer.compute_dtype)
+            )
 
     def call(self, inputs, training=None):
         # Named to every part: on JAX, Keras's trainer calls `call` itself, and
@@ -130,12 +128,25 @@ class VQVAE(keras.Model):
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         y = x if y is None else y
+        if sample_weight is not None and self.loss is not None:
+            sample_weight = self._fit_to_loss(sample_weight, y, y_pred)
         loss = super().compute_loss(x, y, y_pred, sample_weight)
         counts = self._batch_counts(x, training)
         for row in counts:
             self.perplexity.update_state(perplexity(row))
         self.usage.update_state(ops.stack(counts))
         return loss
+
+    def _fit_to_loss(self, weight, y, y_pred):
+        """One weight for each row, with axes of size 1 for each position.
+
+        Keras's losses keep all axes but the last; your own may keep fewer.
+        """
+        if math.prod(weight.shape[1:]) != 1:
+            return weight
+        loss = keras.losses.get(*keras.tree.flatten(self.loss))
+        values = getattr(loss, "call", loss)(y, y_pred)
+        return ops.reshape(weight, [-1] + [1] * (len(values.shape) - 1))
 
     def _batch_counts(self, x, training):
         """How often each code was used, for each codebook."""
@@ -145,10 +156,13 @@ class VQVAE(keras.Model):
         # Evaluation changes no state, so the codes are computed once more;
         # XLA merges this with the forward pass.
         z = self.encoder(x, training=False)
+        kept = counted(z, weights_of(z, backend.get_keras_mask(z)))
         codes = self.quantizer.encode(z)
         if not self.quantizer.codes_per_vector:
             codes = codes[..., None]
-        return [book.count(codes[..., i]) for i, book in enumerate(codebooks)]
+        return [
+            book.count(codes[..., i], kept) for i, book in enumerate(codebooks)
+        ]
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         y = x if y is None else y
@@ -226,10 +240,11 @@ class VQVAE(keras.Model):
         Returns:
             NumPy array, `(n, num, ...)`.
         """
-        if len(x1) != len(x2):
+        num = check_integer("num", num, 2)
+        if np.shape(x1) != np.shape(x2):
             raise ValueError(
-                "Expected as many inputs on both sides. Received: "
-                f"{len(x1)} and {len(x2)}"
+                "Expected inputs of one shape on both sides. Received: "
+                f"{np.shape(x1)} and {np.shape(x2)}"
             )
 
         def mix(x1, x2):
@@ -283,6 +298,7 @@ class VQVAE(keras.Model):
 def _by_batches(fn, arrays, batch_size, verbose):
     """`fn(*arrays)` in NumPy, in batches of one size: the last is filled up."""
     arrays = [np.asarray(ops.convert_to_numpy(a)) for a in arrays]
+    batch_size = check_integer("batch_size", batch_size, 1)
     n = len(arrays[0])
     if n == 0:
         raise ValueError("Expected at least one row. Received: none")
