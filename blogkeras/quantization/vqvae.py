@@ -145,7 +145,7 @@ class VQVAE(keras.Model):
         if math.prod(weight.shape[1:]) != 1:
             return weight
         loss = keras.losses.get(*keras.tree.flatten(self.loss))
-        values = getattr(loss, "call", loss)(y, y_pred)
+        values = getattr(loss, "call", loss)(ops.cast(y, y_pred.dtype), y_pred)
         return ops.reshape(weight, [-1] + [1] * (len(values.shape) - 1))
 
     def _batch_counts(self, x, training):
