@@ -346,6 +346,33 @@ else:
     )
 
 
+class ReplicaLosses:
+    """For layers that exchange something with other replicas before `add_loss`.
+
+    Keras keeps the losses of all replicas in one list. TensorFlow runs each
+    replica in a thread of its own; they take turns where they exchange, and one
+    that comes later would count the losses of those before it as its own.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._loss_threads = {}
+
+    def add_loss(self, loss):
+        super().add_loss(loss)
+        for x in tree.flatten(loss):
+            self._loss_threads[id(x)] = threading.get_ident()
+
+    def _get_own_losses(self):
+        here = threading.get_ident()
+        losses = super()._get_own_losses()
+        return [x for x in losses if self._loss_threads.get(id(x)) == here]
+
+    def _clear_losses(self):
+        super()._clear_losses()
+        self._loss_threads.clear()
+
+
 def cond(predicate, true_fn, false_fn, layers):
     """Runs one of two functions that may contain Keras layers with state.
 

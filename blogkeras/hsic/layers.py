@@ -107,16 +107,14 @@ class HSICLoss(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class HSICRegularization(keras.layers.Layer):
+class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
     """Passes its first input through and adds `rate · HSIC(x, y)` to the loss.
 
     The auxiliary loss that the post recommends HSIC for: makes a representation
     x independent of y (a nuisance attribute, another representation), or, with
     a negative rate, dependent. All axes but the first are features; masked time
-    steps count as zeros. Replicas are gathered as in `HSICLoss` (there, the
-    `loss` that Keras logs counts the term of each replica after the first once
-    more for those before it; the gradients do not). Sample weights do not reach
-    layers.
+    steps count as zeros. Replicas are gathered as in `HSICLoss`. Sample weights
+    do not reach layers.
 
     With the default kernels the bandwidth of each step is a median over the
     batch, so that shrinking the features does not help.

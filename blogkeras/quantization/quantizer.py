@@ -1,7 +1,6 @@
 """What all quantizers share, and measures of how codes are used."""
 
 import numbers
-import threading
 
 import keras
 from keras import ops
@@ -31,10 +30,9 @@ def usage(counts):
     return ops.mean(ops.cast(counts > 0, "float32"))
 
 
-class Quantizer(keras.layers.Layer):
+class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
     """What all quantizers share. Abstract: subclasses say `_quantize`,
     `_decode`, `num_codes`, and the number of codes for one vector.
-
     """
 
     codes_per_vector = ()  # trailing axes of the codes
@@ -44,24 +42,6 @@ class Quantizer(keras.layers.Layer):
         # Inputs are wanted as they are; the arithmetic is in float32.
         self.autocast = False
         self.supports_masking = True
-        self._loss_threads = {}
-
-    # Keras keeps the losses of all replicas in one list. TensorFlow runs each
-    # replica in a thread of its own, and they take turns where they sum counts.
-
-    def add_loss(self, loss):
-        super().add_loss(loss)
-        for x in keras.tree.flatten(loss):
-            self._loss_threads[id(x)] = threading.get_ident()
-
-    def _get_own_losses(self):
-        here = threading.get_ident()
-        losses = super()._get_own_losses()
-        return [x for x in losses if self._loss_threads.get(id(x)) == here]
-
-    def _clear_losses(self):
-        super()._clear_losses()
-        self._loss_threads.clear()
 
     def codebooks(self):
         """The layers that count codes: the quantizer itself, or its stages."""
