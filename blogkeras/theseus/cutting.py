@@ -8,7 +8,8 @@ import keras
 from keras import tree
 
 from blogkeras.backend import get_keras_mask
-from blogkeras.theseus.replacement import as_list, thawed
+from blogkeras.theseus.freezing import thawed
+from blogkeras.theseus.replacement import as_list
 
 # How a transformer's blocks are called: one layer each (KerasHub), many layers
 # with the block's number (bert4keras), or many layers that all blocks share

@@ -4,17 +4,15 @@ import keras
 from keras import tree
 
 from blogkeras.theseus.cutting import Segment, _Cut
+from blogkeras.theseus.freezing import freeze, thaw, thawed
 from blogkeras.theseus.replacement import (
     ModuleReplacement,
     as_list,
     chain,
     check_modules,
     deserialized,
-    freeze,
     output_shape,
     serialized_rate,
-    thaw,
-    thawed,
     with_masks,
 )
 

@@ -1,0 +1,53 @@
+"""Freezes layers, and knows what learned before."""
+
+import contextlib
+
+
+def freeze(layers):
+    """Freezes layers and all their variables; `thaw` undoes it."""
+    for part in _parts(layers):
+        if part.trainable or not hasattr(part, "_trainable_before"):
+            part._trainable_before = part.trainable
+    for layer in layers:
+        layer.trainable = False
+        # Keras leaves out those that a frozen layer makes when it is built.
+        for variable in layer.variables:
+            variable.trainable = False
+
+
+def thaw(layers):
+    """Makes layers as trainable as they were before `freeze`.
+
+    What the user has frozen, or what is made so (a table of fixed positions),
+    stays frozen.
+    """
+    parts = _parts(layers)
+    _set_trainable(parts, _before(parts))
+    for part in parts:
+        vars(part).pop("_trainable_before", None)
+
+
+@contextlib.contextmanager
+def thawed(layers):
+    """`thaw` for a while."""
+    parts = _parts(layers)
+    flags = [part.trainable for part in parts]
+    _set_trainable(parts, _before(parts))
+    try:
+        yield
+    finally:
+        _set_trainable(parts, flags)
+
+
+def _before(parts):
+    return [getattr(x, "_trainable_before", x.trainable) for x in parts]
+
+
+def _set_trainable(parts, flags):
+    for part, flag in zip(parts, flags, strict=True):
+        part.trainable = flag
+
+
+def _parts(layers):
+    """The layers and all layers in them, the outer before the inner."""
+    return [part for layer in layers for part in layer._flatten_layers()]
