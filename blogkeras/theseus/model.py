@@ -155,7 +155,7 @@ class Theseus(keras.Model):
     def _learning(self, variables):
         layers = [y for s in self.successor_modules for y in as_list(s)]
         if self.train_shared:
-            layers += [*_optional(self.stem), *_optional(self.head)]
+            layers += self._shared()
         ours = {id(v) for layer in layers for v in layer.variables}
         return [v for v in variables if id(v) in ours]
 
@@ -205,7 +205,7 @@ class Theseus(keras.Model):
         for layer in self._successor():
             # A segment is spelt out, in the layers that it was cut from.
             x = layer.call(x) if isinstance(layer, Segment) else layer(x)
-        thaw([*_optional(self.stem), *_optional(self.head)])
+        thaw(self._shared())
         return keras.Model(inputs, x)
 
     def _layers_in_order(self):
@@ -214,6 +214,12 @@ class Theseus(keras.Model):
             *self.replacements,
             *_optional(self.head),
         ]
+
+    def _shared(self):
+        return [*_optional(self.stem), *_optional(self.head)]
+
+    def _predecessor(self):
+        return [x for m in self.predecessor_modules for x in as_list(m)]
 
     def _successor(self):
         return [
@@ -239,13 +245,11 @@ class Theseus(keras.Model):
                     )
 
     def _freeze(self):
-        shared = [*_optional(self.stem), *_optional(self.head)]
         if self.train_shared:
-            thaw(shared)
+            thaw(self._shared())
         else:
-            freeze(shared)
-        for module in self.predecessor_modules:
-            freeze(as_list(module))
+            freeze(self._shared())
+        freeze(self._predecessor())
 
     def _first(self):
         stem = _optional(self.stem)
@@ -279,13 +283,7 @@ class Theseus(keras.Model):
     def get_config(self):
         cuts = []
         # As they were given: `detach` thaws stem and head of a loaded model.
-        with thawed(
-            [
-                *_optional(self.stem),
-                *_optional(self.head),
-                *(x for m in self.predecessor_modules for x in as_list(m)),
-            ]
-        ):
+        with thawed([*self._shared(), *self._predecessor()]):
             parts = {
                 name: _packed(getattr(self, name), cuts)
                 for name in (

@@ -111,8 +111,8 @@ class ModuleReplacement(keras.layers.Layer):
     successor's. With `"sample"`, an output whose first axis is not the batch (a
     table of positions) is the successor's; it is told by its length, which must
     not be that of the batch. Masks go through the branches and are chosen as
-    what is not floating. What a branch's layers give to
-    `add_loss` counts if the branch runs.
+    what is not floating. What a branch's layers give to `add_loss` counts if
+    the branch runs.
 
     The predecessor's layers are frozen by this class: `trainable = False`, and
     they run as in inference, without dropout, unless `predecessor_dropout`.
