@@ -2,6 +2,8 @@
 
 from keras import ops, tree
 
+from blogkeras import backend
+
 
 def safe_norm(x, axis=None, keepdims=False):
     """Euclidean norm whose gradient at zero is zero instead of NaN.
@@ -56,7 +58,9 @@ def squared_distances(x, y):
 
     ‖x‖² + ‖y‖² − 2 x·y, after both sets are shifted by the mean of `y`: the
     cancellation then costs digits of the spread, not of the position. Never
-    negative. Combine with `map_blocks` where the matrix would be too large.
+    negative. Products are of the inputs' own precision on accelerators, too
+    (see `backend.full_precision`). Combine with `map_blocks` where the matrix
+    would be too large.
 
     Args:
         x: `(..., n, dim)`, floating.
@@ -69,7 +73,8 @@ def squared_distances(x, y):
     x, y = x - center, y - center
     x2 = ops.sum(ops.square(x), axis=-1)[..., :, None]
     y2 = ops.sum(ops.square(y), axis=-1)[..., None, :]
-    xy = ops.matmul(x, ops.swapaxes(y, -1, -2))
+    with backend.full_precision():
+        xy = ops.matmul(x, ops.swapaxes(y, -1, -2))
     return ops.maximum(x2 + y2 - 2 * xy, 0)
 
 

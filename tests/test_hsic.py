@@ -16,6 +16,7 @@ from blogkeras.hsic import (
     PrecomputedKernel,
     block_hsic,
     cka,
+    fourier,
     fourier_hsic,
     hsic,
     hsic_from_kernels,
@@ -619,8 +620,8 @@ def test_fourier_hsic(monkeypatch):
     # In blocks of 7 rows, the last one short.
     if not JAX:
         slope = gradient(lambda x: fourier_hsic(x, Y, seed=0), X)
-    statistic._compiled_covariances.cache_clear()
-    monkeypatch.setattr(statistic, "BLOCK_ROWS", 7)
+    fourier._compiled_covariances.cache_clear()
+    monkeypatch.setattr(fourier, "BLOCK_ROWS", 7)
     if not JAX:  # there a random state cannot be made inside of a program
         np.testing.assert_allclose(
             gradient(lambda x: fourier_hsic(x, Y, seed=0), X), slope, rtol=1e-3
@@ -628,7 +629,7 @@ def test_fourier_hsic(monkeypatch):
     assert value(fourier_hsic(X, Y, LINEAR, LINEAR)) == pytest.approx(exact)
     blocks = fourier_hsic(X, Y, num_features=16, seed=0)
     assert value(blocks) == pytest.approx(float(value(again)), rel=1e-4)
-    statistic._compiled_covariances.cache_clear()
+    fourier._compiled_covariances.cache_clear()
     with pytest.raises(ValueError, match="Received: num_features=7"):
         fourier_hsic(X, Y, num_features=7)
     with pytest.raises(ValueError, match="Received: DeltaKernel"):

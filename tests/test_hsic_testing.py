@@ -13,7 +13,7 @@ from blogkeras.hsic import (
     fourier_hsic,
     hsic_test,
 )
-from blogkeras.hsic.statistic import covariances
+from blogkeras.hsic.fourier import covariances
 
 RNG = np.random.default_rng(1)
 X = RNG.normal(size=(60, 2))

@@ -90,6 +90,22 @@ def test_squared_distances_are_never_negative():
     np.testing.assert_allclose(np.diag(d), 0, atol=1e-7)
 
 
+@pytest.mark.skipif(
+    backend.BACKEND != "jax", reason="TensorFlow has one switch for all"
+)
+def test_squared_distances_are_of_full_precision():
+    import jax
+
+    def slope(x, y):
+        return jax.grad(lambda x: ops.sum(shared.squared_distances(x, y)))(x)
+
+    for fn in (shared.squared_distances, slope):
+        text = jax.jit(fn).lower(np.ones((9, 3), "f4"), np.eye(3)).as_text()
+        products = [row for row in text.split("\n") if "dot_general" in row]
+        assert products
+        assert all("[HIGHEST, HIGHEST]" in row for row in products)
+
+
 def test_gradient_of_squared_distances():
     """d/dx Σ ‖x − y‖² = Σ 2 (x − y)."""
     x, y = RNG.normal(size=(5, 3)), RNG.normal(size=(4, 3)).astype("float32")

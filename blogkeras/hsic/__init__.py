@@ -1,6 +1,7 @@
 """HSIC (post 6910): as a number, a test, a loss, and a way to train."""
 
 from blogkeras.hsic.bottleneck import HSICBottleneck
+from blogkeras.hsic.fourier import fourier_hsic
 from blogkeras.hsic.kernels import (
     CosineKernel,
     DeltaKernel,
@@ -20,7 +21,6 @@ from blogkeras.hsic.layers import (
 from blogkeras.hsic.statistic import (
     block_hsic,
     cka,
-    fourier_hsic,
     hsic,
     hsic_from_kernels,
     nhsic,

@@ -9,7 +9,6 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.hsic.kernels import (
     CustomKernel,
-    GaussianKernel,
     LinearKernel,
     PrecomputedKernel,
     as_kernel,
@@ -23,8 +22,6 @@ ESTIMATORS = ("biased", "blog", "unbiased")
 # Elements of one tile. Compiled: small enough to stay in the processor's cache.
 # Operation by operation: large enough that there are few.
 TILE, EAGER_TILE = 2**18, 2**22
-# Random features are summed in at most so many blocks of at least so many rows.
-BLOCKS, BLOCK_ROWS = 32, 1024
 
 
 def hsic(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
@@ -297,118 +294,6 @@ def hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator):
         return statistics(some, None, [(0, 1)], estimator)[0]
 
     return map_blocks(values, ops.arange(count, dtype="int32"), together)
-
-
-def fourier_hsic(
-    x, y, kernel_x=None, kernel_y=None, num_features=256, seed=None
-):
-    """HSIC by random Fourier features, O(n · num_features²).
-
-    ‖Φ(x)ᵀ J Φ(y)‖²_F / n², where Φ(x₁)·Φ(x₂) ≈ K(x₁, x₂) with an error of order
-    1/√num_features. An estimate of the `"biased"` form. The features are made
-    and summed in blocks of n/32 samples, never all at once.
-
-    Args:
-        x: `(n,)` or `(n, dim_x)`.
-        y: `(n,)` or `(n, dim_y)`.
-        kernel_x: `GaussianKernel`, `None` (Gaussian with median bandwidth) or
-            `LinearKernel` (exact). For labels: one-hot with `LinearKernel`,
-            which is the delta kernel.
-        kernel_y: Likewise.
-        num_features: Even integer.
-        seed: Integer or `keras.random.SeedGenerator`.
-
-    Returns:
-        Scalar tensor.
-
-    Reference:
-        [Rahimi and Recht, 2007](https://papers.nips.cc/paper/3182);
-        [Zhang et al., 2018](https://arxiv.org/abs/1606.07892)
-    """
-    variables = fourier_variables(x, y, kernel_x, kernel_y, num_features, seed)
-    compiled = compilable(variables[0][0])
-    run = _compiled_covariances() if compiled else covariances
-    (covariance,) = run(variables)
-    return ops.sum(ops.square(covariance))
-
-
-def fourier_variables(x, y, kernel_x, kernel_y, num_features, seed):
-    """What `waves` needs of both: samples and frequencies."""
-    if num_features < 2 or num_features % 2:
-        raise ValueError(
-            "Expected an even number of features, sines and cosines. "
-            f"Received: num_features={num_features}"
-        )
-    grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased")
-    if not isinstance(seed, keras.random.SeedGenerator):
-        seed = keras.random.SeedGenerator(seed)
-    return [_frequencies(gram, num_features // 2, seed) for gram in grams]
-
-
-def _frequencies(gram, count, seed):
-    x = gram.features
-    if isinstance(gram.kernel, LinearKernel):
-        return x, None
-    if not isinstance(gram.kernel, GaussianKernel):
-        raise ValueError(
-            "Random Fourier features are those of GaussianKernel (LinearKernel "
-            f"needs none). Received: {gram.kernel!r}"
-        )
-    # exp(−d²) is the mean of cos(w·(x₁ − x₂)) over w ~ N(0, 2I).
-    shape = (x.shape[-1], count)
-    return x, keras.random.normal(
-        shape, stddev=2**0.5, seed=seed, dtype=x.dtype
-    )
-
-
-def waves(x, frequencies):
-    """Φ(x), `(n, num_features)`; a linear variable is its own features."""
-    if frequencies is None:
-        return x
-    phase = ops.matmul(x, frequencies)
-    both = ops.concatenate([ops.cos(phase), ops.sin(phase)], axis=-1)
-    return both / frequencies.shape[-1] ** 0.5
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_covariances():
-    return backend.jit(covariances)
-
-
-def covariances(variables, pairs=((0, 1),)):
-    """Φ(x)ᵀ J Φ(y) / n of each pair of variables, block by block of rows."""
-    x = variables[0][0]
-    n = x.shape[0] or ops.shape(x)[0]
-    blocks = BLOCKS if x.shape[0] is None else min(BLOCKS, -(-n // BLOCK_ROWS))
-    rows = -(-n // blocks)
-    index = ops.reshape(
-        ops.arange(blocks * rows, dtype="int32"), [blocks, rows]
-    )
-    # Of a constant variable exactly nothing is left.
-    first = [waves(x[:1], w) for x, w in variables]
-
-    def sums(index):
-        inside = ops.cast(index < n, x.dtype)[:, None]
-        index = ops.minimum(index, n - 1)
-        parts = [
-            (waves(ops.take(x, index, axis=0), w) - f) * inside
-            for (x, w), f in zip(variables, first, strict=True)
-        ]
-        products = [
-            ops.matmul(ops.transpose(parts[i]), parts[j]) for i, j in pairs
-        ]
-        return [ops.sum(part, axis=0) for part in parts] + products
-
-    if blocks == 1:
-        totals = sums(index[0])
-    else:
-        totals = [ops.sum(part, axis=0) for part in ops.map(sums, index)]
-    totals = [total / ops.cast(n, x.dtype) for total in totals]
-    means, products = totals[: len(variables)], totals[len(variables) :]
-    return [
-        product - means[i][:, None] * means[j]
-        for (i, j), product in zip(pairs, products, strict=True)
-    ]
 
 
 class Gram:

@@ -9,16 +9,9 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
+from blogkeras.hsic.fourier import covariances, fourier_variables, waves
 from blogkeras.hsic.kernels import CustomKernel, one_of
-from blogkeras.hsic.statistic import (
-    TILE,
-    Gram,
-    covariances,
-    fourier_variables,
-    hsic_of_blocks,
-    prepare,
-    waves,
-)
+from blogkeras.hsic.statistic import TILE, Gram, hsic_of_blocks, prepare
 from blogkeras.ops import map_blocks
 
 NULLS = ("gamma", "permutation")
