@@ -116,14 +116,19 @@ def map_blocks(fn, x, block_size):
 def straight_through(forward, backward):
     """The value of `forward` with the gradient of `backward`.
 
-    `backward + stop_gradient(forward - backward)`: any step that has no useful
-    derivative (rounding, nearest neighbour) gets one of your own design.
+    `stop_gradient(forward) + (backward - stop_gradient(backward))`: any step
+    that has no useful derivative (rounding, nearest neighbour) gets one of your
+    own design.
 
     Args:
         forward: Floating tensor.
-        backward: Floating tensor of the same shape.
+        backward: Floating tensor of the same shape, finite.
+
+    Departs from the post: `backward + stop_gradient(forward - backward)`, as
+    the post has it, is `forward` up to rounding; here it is to the bit.
 
     Reference:
         [blog post 6760](https://kexue.fm/archives/6760)
     """
-    return backward + ops.stop_gradient(forward - backward)
+    nothing = backward - ops.stop_gradient(backward)
+    return ops.stop_gradient(forward) + nothing

@@ -63,6 +63,8 @@ def test_nearest_codes_are_the_nearest(block, group, monkeypatch):
         found = numpy(nearest_codes(*map(ops.convert_to_tensor, moved)))
         np.testing.assert_array_equal(found, brute_force(*moved))
     assert found.dtype == "int32" and len(set(found)) > 3
+    shaped = numpy(nearest_codes(z.reshape(5, 3, 3, DIM), E))
+    np.testing.assert_array_equal(shaped, brute_force(z, E).reshape(5, 3, 3))
 
 
 @pytest.mark.parametrize("group", [3, 64])
@@ -97,10 +99,12 @@ def test_the_output_is_the_code_and_the_loss_is_the_formula():
     quantized, codes, loss = numpy(run(layer, Z))
     expected = E[brute_force(Z, E)]
     np.testing.assert_array_equal(codes, brute_force(Z, E))
-    np.testing.assert_allclose(quantized, expected, atol=1e-6)
+    np.testing.assert_array_equal(quantized, expected)
     np.testing.assert_allclose(loss, np.mean((Z - expected) ** 2), rtol=1e-6)
     np.testing.assert_array_equal(numpy(layer.encode(Z)), codes)
     np.testing.assert_array_equal(numpy(layer.decode(codes)), expected)
+    far, codes = numpy(run(layer, 1e5 * Z))[:2]  # to the bit, however far
+    np.testing.assert_array_equal(far, E[codes])
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
@@ -187,6 +191,30 @@ def test_cosine_compares_directions():
     )
     np.testing.assert_array_equal(numpy(layer.encode(7 * Z)), codes)
     assert np.isfinite(numpy(run(layer, 0 * Z)[0])).all()
+
+
+def test_other_choices_are_methods_of_a_subclass():
+    class Second(VectorQuantizer):
+        """The second nearest code; gradients of 2 z, cut off (post 11328)."""
+
+        def assign(self, z, codebook):
+            d = ops.sum(ops.square(z[:, None] - codebook), axis=-1)
+            return ops.argsort(d, axis=-1)[:, 1]
+
+        def estimate_gradient(self, quantized, z):
+            return super().estimate_gradient(quantized, 2 * z)
+
+    layer = Second(CODES)
+    layer.build((None, DIM))
+    layer.embeddings.assign(E)
+    second = ((Z[..., None, :] - E) ** 2).sum(-1).argsort(-1)[..., 1]
+    quantized, codes, _ = numpy(run(layer, Z))
+    np.testing.assert_array_equal(codes, second)
+    np.testing.assert_array_equal(quantized, E[second])
+    gradient = backend.value_and_grad(
+        lambda z: (ops.sum(run(layer, z)[0]), None), Z
+    )[1]
+    np.testing.assert_array_equal(numpy(gradient), 2)
 
 
 # The moving average. Sonnet's algorithm, recomputed in float64.
@@ -285,6 +313,28 @@ def test_masked_vectors_have_no_say(decay):
             layer.weights, layers[0][0].weights, strict=True
         ):
             np.testing.assert_allclose(numpy(ours), numpy(theirs), atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "cosine"])
+def test_nan_under_the_mask_has_no_gradient(metric):
+    mask = np.ones(Z.shape[:-1], bool)
+    mask[0, 1], mask[3:] = False, False
+    z = np.where(mask[..., None], Z, np.nan).astype("float32")
+    layer = quantizer(metric=metric)
+
+    def gradients(z, **kwargs):
+        def loss(args):
+            return run(layer, *args, **kwargs)[2], None
+
+        return numpy(backend.value_and_grad(loss, (z, E))[1])
+
+    dz, de = gradients(z, mask=mask)
+    expected_dz, expected_de = gradients(Z[mask])
+    np.testing.assert_array_equal(dz[~mask], 0)
+    np.testing.assert_allclose(dz[mask], expected_dz, atol=1e-7)
+    np.testing.assert_allclose(de, expected_de, atol=1e-7)
+    with pytest.raises(ValueError, match=r"mask.shape=\(5, 3, 2, 1\)"):
+        layer(Z, mask=mask[..., None])
 
 
 def test_a_mask_of_sequences_arrives_by_itself():
@@ -433,6 +483,9 @@ def test_counts_and_their_measures():
     )
     assert float(usage(np.array([3, 3, 3, 0]))) == 0.75
     assert float(perplexity(np.zeros(4))) == 1
+    many = np.array([[3, 3, 3, 0], [0.1, 0, 0, 0.1], [0, 0, 0, 0]])
+    np.testing.assert_allclose(numpy(perplexity(many)), [3, 2, 1], rtol=1e-6)
+    np.testing.assert_array_equal(numpy(usage(many)), [0.75, 0.5, 0])
 
 
 def test_the_callback_reports_the_epoch():

@@ -9,6 +9,7 @@ from keras import layers, ops
 from blogkeras import backend
 from blogkeras.quantization import (
     VQVAE,
+    CodebookUsage,
     CodePrior,
     FiniteScalarQuantizer,
     ResidualVectorQuantizer,
@@ -139,6 +140,37 @@ def test_evaluation_counts_what_training_counts(kind):
     np.testing.assert_allclose(history["perplexity"], expected, rtol=1e-5)
 
 
+@masked
+def test_k_means_of_what_is_not_masked():
+    model = sequences(VectorQuantizer(CODES, ema_decay=0.9))
+    model.adapt(X)
+    # The clusters are the first step of an average whose new share is 0.1.
+    counts = 10 * numpy(model.quantizer.ema_counts)
+    np.testing.assert_allclose(counts.sum(), SEEN.sum(), rtol=1e-3)
+
+
+@masked
+def test_reconstructions_see_the_mask():
+    encoder = sequences(QUANTIZERS["average"]()).encoder
+    decoder = keras.Sequential(
+        [
+            keras.Input((4, DIM)),
+            layers.GlobalAveragePooling1D(),
+            layers.RepeatVector(4),
+        ]
+    )
+    model = VQVAE(encoder, QUANTIZERS["average"](), decoder)
+    z = numpy(model.encoder(X))
+    for quantize in (False, True):
+        z = numpy(model.quantizer(z)) if quantize else z
+        mean = (z * SEEN[..., None]).sum(1) / SEEN.sum(1, keepdims=True)
+        np.testing.assert_allclose(
+            model.reconstruct(X, quantize, batch_size=3),
+            np.repeat(mean[:, None], 4, axis=1),
+            atol=1e-6,
+        )
+
+
 @every()
 def test_codes_carry_the_mask(kind):
     def mask_of(x):
@@ -177,12 +209,26 @@ def test_a_frozen_codebook_counts_but_stays(kind):
         assert not np.array_equal(numpy(book.embeddings), before[path])
 
 
+def test_frozen_stages_stay_frozen_when_revived():
+    layer = ResidualVectorQuantizer(2, CODES, ema_decay=0.9, trainable=False)
+    for frozen in (layer, keras.models.clone_model(keras.Sequential([layer]))):
+        if frozen is not layer:
+            frozen = frozen.layers[-1]
+            assert frozen is not layer
+        z = RNG.normal(size=(8, DIM)).astype("float32")
+        frozen.build(z.shape)
+        before = [numpy(stage.embeddings) for stage in frozen.stages]
+        frozen(z, training=True)
+        for stage, old in zip(frozen.stages, before, strict=True):
+            np.testing.assert_array_equal(numpy(stage.embeddings), old)
+
+
 @every()
 def test_an_empty_batch(kind):
     layer = QUANTIZERS[kind]()
     layer(RNG.normal(size=(9, DIM)).astype("float32"), training=True)
     before = [numpy(b.total_counts) for b in layer.codebooks()]
-    weights = [numpy(w) for w in layer.trainable_weights]
+    averages = [numpy(w) for w in layer.weights if "ema" in w.path]
     quantized, codes = layer(
         np.zeros((0, DIM), "float32"), training=True, return_codes=True
     )
@@ -190,8 +236,57 @@ def test_an_empty_batch(kind):
     assert [float(loss) for loss in layer.losses] == [0] * len(layer.losses)
     after = [numpy(b.total_counts) for b in layer.codebooks()]
     np.testing.assert_array_equal(after, before)
-    for old, new in zip(weights, layer.trainable_weights, strict=True):
+    for new, old in zip(
+        [w for w in layer.weights if "ema" in w.path], averages, strict=True
+    ):
         np.testing.assert_array_equal(numpy(new), old)
+    if layer.trainable_weights:
+
+        def loss(values):
+            mapping = zip(layer.trainable_weights, values, strict=True)
+            with keras.StatelessScope([*mapping], collect_losses=True) as scope:
+                layer(np.zeros((0, DIM), "float32"), training=True)
+            return sum(scope.losses), None
+
+        values = [w.value for w in layer.trainable_weights]
+        for slope in backend.value_and_grad(loss, values)[1]:
+            np.testing.assert_array_equal(numpy(slope), 0)
+
+
+def test_the_callback_of_a_model_that_fit_builds():
+    model = keras.Sequential([layers.Dense(DIM), VectorQuantizer(CODES)])
+    model.compile("sgd", "mse", jit_compile=ON_JAX)
+    history = model.fit(
+        X[0], np.zeros((4, DIM)), verbose=0, callbacks=[CodebookUsage()]
+    ).history
+    (name,) = (key for key in history if key.endswith("_perplexity"))
+    assert 1 <= history[name][0] <= CODES
+
+
+@pytest.mark.skipif(ON_JAX, reason="JAX knows every shape")
+def test_weights_of_a_shape_not_known_before():
+    import tensorflow as tf
+
+    weight = np.array([[1], [2], [3], [0]], "float32")
+    encoder = keras.Sequential([keras.Input((4, 2)), layers.Dense(DIM)])
+    decoder = keras.Sequential([keras.Input((4, DIM)), layers.Dense(2)])
+    model = VQVAE(encoder, QUANTIZERS["scalar"](), decoder)
+    for fitted, x in ((model, X), (prior(), MAPS[:4])):
+        fitted.compile("sgd")
+        data = tf.data.Dataset.from_tensor_slices((x, x, weight)).batch(4)
+        unknown = data.map(
+            lambda x, y, w: (
+                x,
+                y,
+                tf.reshape(w, tf.shape(w) * tf.size(x[0, 0, :1])),
+            )
+        )
+        assert unknown.element_spec[2].shape.as_list() == [None, None]
+        np.testing.assert_allclose(
+            fitted.evaluate(unknown, verbose=0)[0],
+            fitted.evaluate(data, verbose=0)[0],
+            rtol=1e-6,
+        )
 
 
 @every("codebook", "average", "residual")
@@ -349,6 +444,14 @@ def test_of_equal_codes_only_k_are_drawn():
         assert set(numpy(priors._draw(logits, u, 1.0, k))) == expected
 
 
+def test_hardly_any_temperature_is_none():
+    model = prior()
+    np.testing.assert_array_equal(
+        model.sample(3, temperature=1e-300, seed=0),
+        model.sample(3, top_k=1, seed=0),
+    )
+
+
 @pytest.mark.parametrize("architecture", ["attention", "convolution"])
 def test_labels_may_be_a_column(architecture):
     model = prior(2, architecture)
@@ -408,6 +511,15 @@ def test_bad_input():
         CodePrior(4, 4)
     with pytest.raises(ValueError, match="at least 2.*num_codes=0"):
         CodePrior(0, (2, 2))
+    for arguments, message in (
+        ({"code_shape": ()}, r"code_shape=\(\)"),
+        ({"dim": 0}, "dim=0"),
+        ({"num_layers": -1}, "num_layers=-1"),
+        ({"num_heads": 0}, "num_heads=0"),
+        ({"num_classes": 0}, "num_classes=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CodePrior(4, **{"code_shape": (2, 2), **arguments})
     layer = VectorQuantizer(CODES)
     with pytest.raises(ValueError, match="iterations=0"):
         layer.adapt(X, iterations=0)
@@ -420,6 +532,12 @@ def test_bad_input():
         model.adapt(X)
     with pytest.raises(ValueError, match="batch_size=0"):
         model.encode(X, batch_size=0)
+    with pytest.raises(ValueError, match="array of rows.*object"):
+        model.encode(object())
+    with pytest.raises(ValueError, match="one tensor.*input_shape="):
+        model.build([(None, 4, 2), (None, 4, 2)])
+    with pytest.raises(ValueError, match="one tensor.*input_shape="):
+        model.build({"x": (None, 4, 2)})
     with pytest.raises(ValueError, match="num=1"):
         model.interpolate(X, X, num=1)
     with pytest.raises(ValueError, match=r"\(4, 4, 2\) and \(4, 3, 2\)"):
@@ -427,7 +545,17 @@ def test_bad_input():
     model = prior(2)
     with pytest.raises(ValueError, match=r"3 labels.*Received.*0 1"):
         model.sample(3, labels=[0, 1])
+    with pytest.raises(ValueError, match=r"2 labels, integers.*0.7"):
+        model.sample(2, labels=[0.7, 1])
     model = prior()
+    for arguments, message in (
+        ((2.0,), "num=2.0"),
+        ((-1,), "num=-1"),
+        ((1, 1.0, 2.0), "top_k=2.0"),
+        ((1, 1.0, 0), "top_k=0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.sample(*arguments)
     model.compile("sgd")
     with pytest.raises(ValueError, match=r"weight.shape=.*3, 4"):
         model.fit(MAPS, MAPS, sample_weight=np.ones(MAPS.shape))

@@ -37,7 +37,7 @@ class VectorQuantizer(Quantizer):
     With encoder output z and codebook e_1 … e_K:
 
         k = argmin_j ||z - e_j||²
-        output = z + sg[e_k - z]
+        output = sg[e_k] + z - sg[z]
         loss = β ||sg[z] - e_k||² + γ ||z - sg[e_k]||²
 
     Symbols: K is `num_codes`, β `codebook_cost`, γ `commitment_cost`; squares
@@ -69,10 +69,11 @@ class VectorQuantizer(Quantizer):
     vectors.
 
     Distances, losses and state are float32 under any dtype policy. Masked
-    vectors are quantized, but have no part in losses, counts and codebook; the
-    codes carry the mask too. In a compiled step a vector that is not finite
-    leaves counts and moving averages as they were, and those of its components
-    that are not finite come out as NaN.
+    vectors are quantized (what is not finite in them as 0), but have no part in
+    losses, counts and codebook; the codes carry the mask too. In a compiled
+    step any other vector that is not finite leaves counts and moving averages
+    as they were, and those of its components that are not finite come out as
+    NaN.
 
     The three choices are three methods: `assign` (which code),
     `update_codebook` (how codes move), `estimate_gradient` (what flows back).
@@ -343,7 +344,8 @@ class VectorQuantizer(Quantizer):
             return
         counts, _, _ = _lloyd_step(z, codes)
         counts = ops.pad(counts, [[0, self.num_codes - clusters]])
-        # A code without a vector counts a little: it keeps its place.
+        # A code without a vector counts a little: it does not go to the origin
+        # at once.
         counts = ops.maximum(counts, 1e-3) * (1 - self.ema_decay)
         self.ema_steps.assign(1.0)
         self.ema_counts.assign(counts)

@@ -23,12 +23,16 @@ def nearest_codes(z, codebook):
     `tf.config.experimental.enable_tensor_float_32_execution(False)`.
 
     Args:
-        z: `(n, dim)`, float32.
+        z: `(..., dim)`, float32.
         codebook: `(num_codes, dim)`, float32.
 
     Returns:
-        `(n,)`, int32.
+        `(...)`, int32.
     """
+    if len(z.shape) != 2:
+        shape = ops.shape(z)[:-1]
+        flat = ops.reshape(z, [-1, z.shape[-1]])
+        return ops.reshape(nearest_codes(flat, codebook), shape)
     if z.shape[0] == 0:  # Keras refuses the maximum of nothing
         return ops.zeros((0,), "int32")
     z, codebook = ops.stop_gradient(z), ops.stop_gradient(codebook)

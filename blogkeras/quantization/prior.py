@@ -83,7 +83,16 @@ class CodePrior(keras.Model):
         code_shape = tuple(
             check_integer("code_shape", size, 1) for size in code_shape
         )
+        if not code_shape:
+            raise ValueError(
+                "Expected at least one axis of codes. Received: code_shape=()"
+            )
         num_codes = check_integer("num_codes", num_codes, 2)
+        dim = check_integer("dim", dim, 1)
+        num_layers = check_integer("num_layers", num_layers, 1)
+        num_heads = check_integer("num_heads", num_heads, 1)
+        if num_classes is not None:
+            num_classes = check_integer("num_classes", num_classes, 1)
         if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"Expected one of {ARCHITECTURES}. Received: "
@@ -201,17 +210,18 @@ class CodePrior(keras.Model):
         y_pred = ops.reshape(y_pred, [-1, positions, self.num_codes])
         weight = sample_weight
         if weight is not None:
-            if math.prod(weight.shape[1:]) != 1:
+            if any(size not in (None, 1) for size in weight.shape[1:]):
                 raise ValueError(
                     "Expected one weight for each map. Received: "
                     f"sample_weight.shape={tuple(weight.shape)}"
                 )
-            weight = ops.reshape(weight, [-1, 1])
-        loss = super().compute_loss(x, y, y_pred, weight)
+            weight = ops.reshape(weight, [-1])
+        each = None if weight is None else weight[:, None]
+        loss = super().compute_loss(x, y, y_pred, each)
         nats = keras.losses.sparse_categorical_crossentropy(
             y, y_pred, from_logits=True
         )
-        self.nats.update_state(ops.sum(nats, axis=-1), sample_weight)
+        self.nats.update_state(ops.sum(nats, axis=-1), weight)
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
@@ -234,16 +244,19 @@ class CodePrior(keras.Model):
         Returns:
             NumPy array of int32, `(num, *code_shape)`.
         """
+        num = check_integer("num", num, 1)
         if not temperature > 0:
             raise ValueError(
                 "Expected a temperature above 0; for the most probable code "
                 f"take top_k=1. Received: temperature={temperature}"
             )
-        if top_k is not None and not 1 <= top_k <= self.num_codes:
-            raise ValueError(
-                f"Expected top_k from 1 to {self.num_codes}, or None. "
-                f"Received: top_k={top_k}"
-            )
+        if top_k is not None:
+            top_k = check_integer("top_k", top_k, 1)
+            if top_k > self.num_codes:
+                raise ValueError(
+                    f"Expected top_k from 1 to {self.num_codes}, or None. "
+                    f"Received: top_k={top_k}"
+                )
         if (labels is None) != (self.num_classes is None):
             raise ValueError(
                 "Expected labels where `num_classes` is given, and only there. "
@@ -254,14 +267,19 @@ class CodePrior(keras.Model):
         positions = math.prod(self.code_shape)
         # All the randomness there is: one number for each code.
         u = keras.random.uniform((positions, num), seed=seed)
+        # A difference of two logits is not of less than 1e-8.
+        temperature = max(temperature, 1e-30)
         arguments = [u, ops.convert_to_tensor(temperature, "float32")]
         if labels is not None:
-            labels = np.asarray(labels, "int32")
-            if labels.shape not in ((), (1,), (num,)):
+            labels = np.asarray(labels)
+            if labels.shape not in ((), (1,), (num,)) or (
+                labels.dtype.kind not in "iu"
+            ):
                 raise ValueError(
-                    f"Expected {num} labels, or one for all. Received: "
-                    f"labels={labels}"
+                    f"Expected {num} labels, integers, or one for all. "
+                    f"Received: labels={labels}"
                 )
+            labels = labels.astype("int32")
             check_range("labels", labels, self.num_classes)
             labels = np.broadcast_to(labels, (num,))
             arguments.append(ops.convert_to_tensor(labels))
@@ -304,12 +322,14 @@ class CodePrior(keras.Model):
 
 def _draw(logits, u, temperature, top_k):
     """Inverts the distribution function at u: `(n, K)`, `(n,)` → `(n,)`."""
-    logits = logits / temperature
+    # Less the maximum first: quotients may be infinite, not their difference.
+    best = ops.max(logits, axis=-1, keepdims=True)
+    logits = (logits - best) / temperature
     if top_k is not None:
         # So many and no more, where some are equal too.
         kept = ops.sort(ops.top_k(logits, top_k)[1])
         logits = ops.take_along_axis(logits, kept, axis=-1)
-    p = ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
+    p = ops.exp(logits)
     total = ops.cumsum(p, axis=-1)
     below = total <= (u * total[:, -1])[:, None]
     drawn = ops.sum(ops.cast(below, "int32"), axis=-1)

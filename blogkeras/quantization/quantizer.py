@@ -14,20 +14,29 @@ def perplexity(counts):
         exp(-Σ p log(p + 1e-10)),  p = counts / Σ counts
 
     Args:
-        counts: `(num_codes,)`, how often each code was used. All zero gives 1.
+        counts: `(..., num_codes)`, how often each code was used. All zero gives
+            1.
 
     Returns:
-        Scalar, float32.
+        `(...)`, float32.
     """
     counts = ops.convert_to_tensor(counts, "float32")
-    p = counts / ops.maximum(ops.sum(counts), 1)
-    return ops.exp(-ops.sum(p * ops.log(p + 1e-10)))
+    total = ops.sum(counts, axis=-1, keepdims=True)
+    p = counts / ops.where(total > 0, total, 1)
+    return ops.exp(-ops.sum(p * ops.log(p + 1e-10), axis=-1))
 
 
 def usage(counts):
-    """The share of codes that were used at all, in [0, 1]."""
+    """The share of codes that were used at all, in [0, 1].
+
+    Args:
+        counts: `(..., num_codes)`, how often each code was used.
+
+    Returns:
+        `(...)`, float32.
+    """
     counts = ops.convert_to_tensor(counts, "float32")
-    return ops.mean(ops.cast(counts > 0, "float32"))
+    return ops.mean(ops.cast(counts > 0, "float32"), axis=-1)
 
 
 class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
@@ -84,15 +93,23 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
 
     def reset_counts(self):
         """Starts `total_counts` again from zero."""
+        if not self.built:
+            return
         for codebook in self.codebooks():
             counts = codebook.total_counts
             counts.assign(ops.zeros(counts.shape))
 
     def call(self, inputs, training=False, return_codes=False, mask=None):
-        z = self._vectors(inputs)
-        quantized, codes, loss = self._quantize(
-            z, weights_of(z, mask), bool(training)
-        )
+        z = ops.cast(inputs, "float32")
+        weights = weights_of(z, mask)
+        if weights is not None:
+            # Zero times NaN would be in the gradients else.
+            ignored = ops.logical_not(ops.isfinite(z)) & (
+                weights[..., None] == 0
+            )
+            z = ops.where(ignored, 0, z)
+        z = self._vectors(z)
+        quantized, codes, loss = self._quantize(z, weights, bool(training))
         if loss is not None:
             self.add_loss(loss)
         if mask is not None:
@@ -183,6 +200,12 @@ def weights_of(z, mask):
     if mask is None:
         return None
     mask = ops.cast(mask, "float32")
+    if len(mask.shape) >= len(z.shape):
+        raise ValueError(
+            "Expected a mask that says of each vector whether it counts, "
+            f"without the axis of its components. Received: mask.shape="
+            f"{tuple(mask.shape)} for vectors {tuple(z.shape)}"
+        )
     for _ in range(len(z.shape) - 1 - len(mask.shape)):
         mask = ops.expand_dims(mask, -1)
     return ops.broadcast_to(mask, ops.shape(z)[:-1])

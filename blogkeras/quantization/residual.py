@@ -13,7 +13,7 @@ class ResidualVectorQuantizer(Quantizer):
     """Quantizes vectors by a sum of codes, one from each of several codebooks.
 
         r_0 = z,  r_i = r_{i-1} - sg[e_i],  e_i = nearest code to r_{i-1}
-        output = z + sg[Σ e_i - z]
+        output = sg[Σ e_i] + z - sg[z]
 
     Each stage is a `VectorQuantizer`, in `stages`, with its own losses, state
     and usage. The gradient of the output is exactly the identity,
@@ -74,6 +74,7 @@ class ResidualVectorQuantizer(Quantizer):
                 ema_decay=ema_decay,
                 restart_threshold=restart_threshold,
                 embeddings_initializer=_own(self.embeddings_initializer),
+                trainable=self.trainable,
                 dtype=self.dtype_policy,
                 name=f"stage_{index}",
             )

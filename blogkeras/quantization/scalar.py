@@ -27,9 +27,10 @@ class FiniteScalarQuantizer(Quantizer):
 
     A code is the number whose digits, in the mixed radix of `levels`, are the
     levels, the first component least significant. Masked vectors are quantized
-    but not counted. Computed in float32 under any dtype policy. In a compiled
-    step a vector that is not finite is not counted; a component that is NaN
-    comes out as NaN, an infinite one as the last level on its side.
+    (what is not finite in them as 0) but not counted. Computed in float32 under
+    any dtype policy. In a compiled step no vector that is not finite is
+    counted; a component that is NaN comes out as NaN, an infinite one as the
+    last level on its side.
 
     Args:
         levels: Sequence of integers ≥ 2, L_i; ≥ 3 for `"tanh"`.

@@ -30,7 +30,7 @@ class _Usage(keras.metrics.Metric):
         self.counts.assign(self.counts + counts)
 
     def result(self):
-        return usage(self.counts)
+        return ops.mean(usage(self.counts))
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -107,6 +107,13 @@ class VQVAE(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def build(self, input_shape):
+        if isinstance(input_shape, dict) or not all(
+            size is None or isinstance(size, int) for size in input_shape
+        ):
+            raise ValueError(
+                "Expected one tensor, which the encoder takes; join several "
+                f"in it. Received: input_shape={input_shape}"
+            )
         # Symbolic calls: a model that is no more than a `call` has no shapes.
         shape = (None, *input_shape[1:])
         z = self.encoder(keras.KerasTensor(shape, self.compute_dtype))
@@ -131,10 +138,9 @@ class VQVAE(keras.Model):
         if sample_weight is not None and self.loss is not None:
             sample_weight = self._fit_to_loss(sample_weight, y, y_pred)
         loss = super().compute_loss(x, y, y_pred, sample_weight)
-        counts = self._batch_counts(x, training)
-        for row in counts:
-            self.perplexity.update_state(perplexity(row))
-        self.usage.update_state(ops.stack(counts))
+        counts = ops.stack(self._batch_counts(x, training))
+        self.perplexity.update_state(perplexity(counts))
+        self.usage.update_state(counts)
         return loss
 
     def _fit_to_loss(self, weight, y, y_pred):
@@ -142,7 +148,7 @@ class VQVAE(keras.Model):
 
         Keras's losses keep all axes but the last; your own may keep fewer.
         """
-        if math.prod(weight.shape[1:]) != 1:
+        if any(size != 1 for size in weight.shape[1:]):
             return weight
         loss = keras.losses.get(*keras.tree.flatten(self.loss))
         values = getattr(loss, "call", loss)(ops.cast(y, y_pred.dtype), y_pred)
@@ -217,14 +223,14 @@ class VQVAE(keras.Model):
         Returns:
             NumPy array, shaped like `x`.
         """
-        return _by_batches(
-            lambda x: self._decode_vectors(
-                self.encoder.predict_on_batch(x), quantize
-            ),
-            [x],
-            batch_size,
-            verbose,
-        )
+
+        def run(x):
+            # By calls, which hand masks on.
+            if quantize:
+                return self(x, training=False)
+            return self.decoder(self.encoder(x, training=False), training=False)
+
+        return _by_batches(run, [x], batch_size, verbose)
 
     def interpolate(self, x1, x2, num=8, batch_size=32, verbose=0):
         """Between pairs of inputs: their vectors are mixed, then quantized.
@@ -249,33 +255,37 @@ class VQVAE(keras.Model):
 
         def mix(x1, x2):
             z1, z2 = map(self.encoder.predict_on_batch, (x1, x2))
-            return np.stack(
-                [
-                    self._decode_vectors((1 - a) * z1 + a * z2, True)
-                    for a in np.linspace(0, 1, num, dtype="float32")
-                ],
-                axis=1,
+            codes = (
+                self.quantizer.encode((1 - a) * z1 + a * z2)
+                for a in np.linspace(0, 1, num, dtype="float32")
             )
+            steps = [
+                self.decoder.predict_on_batch(self.quantizer.decode(c))
+                for c in codes
+            ]
+            return np.stack(steps, axis=1)
 
         return _by_batches(mix, [x1, x2], batch_size, verbose)
-
-    def _decode_vectors(self, z, quantize):
-        if quantize:
-            z = self.quantizer.decode(self.quantizer.encode(z))
-        return self.decoder.predict_on_batch(z)
 
     def adapt(self, x, iterations=10, seed=0, batch_size=32):
         """Starts the codebook from the k-means clusters of encoded inputs.
 
         Args:
             x: `(n, ...)`; a few thousand vectors for each code are plenty.
+                Masked ones have no part.
             iterations, seed: As for `VectorQuantizer.adapt`.
             batch_size: As for `encode`.
         """
-        vectors = _by_batches(self.encoder.predict_on_batch, [x], batch_size, 0)
+
+        def encode(x):
+            z = self.encoder(x, training=False)
+            kept = weights_of(z, backend.get_keras_mask(z))
+            return z, ops.ones_like(z[..., 0]) if kept is None else kept
+
+        vectors, kept = _by_batches(encode, [x], batch_size, 0)
         if not self.built:
             self.build(np.shape(x))
-        self.quantizer.adapt(vectors, iterations, seed)
+        self.quantizer.adapt(vectors[kept > 0], iterations, seed)
 
     def get_config(self):
         return {
@@ -299,6 +309,11 @@ def _by_batches(fn, arrays, batch_size, verbose):
     """`fn(*arrays)` in NumPy, in batches of one size: the last is filled up."""
     arrays = [np.asarray(ops.convert_to_numpy(a)) for a in arrays]
     batch_size = check_integer("batch_size", batch_size, 1)
+    if arrays[0].ndim == 0:
+        raise ValueError(
+            "Expected an array of rows; of a dataset give its arrays, batch by "
+            f"batch. Received: {arrays[0]}"
+        )
     n = len(arrays[0])
     if n == 0:
         raise ValueError("Expected at least one row. Received: none")
@@ -307,11 +322,14 @@ def _by_batches(fn, arrays, batch_size, verbose):
     parts = []
     for start in starts:
         rows = np.arange(start, start + batch_size) % n
-        part = ops.convert_to_numpy(fn(*(a[rows] for a in arrays)))
-        parts.append(part[: n - start])
+        part = keras.tree.map_structure(
+            lambda x, count=n - start: ops.convert_to_numpy(x)[:count],
+            fn(*(a[rows] for a in arrays)),
+        )
+        parts.append(part)
         if verbose:
             progress.add(1)
-    return np.concatenate(parts)
+    return keras.tree.map_structure(lambda *x: np.concatenate(x), *parts)
 
 
 class CodebookUsage(keras.callbacks.Callback):
@@ -332,11 +350,15 @@ class CodebookUsage(keras.callbacks.Callback):
             quantizer.reset_counts()
 
     def on_epoch_end(self, epoch, logs=None):
+        logs = {} if logs is None else logs
         for quantizer in self._quantizers():
-            counts = [book.total_counts for book in quantizer.codebooks()]
+            counts = ops.stack(
+                [book.total_counts.value for book in quantizer.codebooks()]
+            )
             for name, measure in (("perplexity", perplexity), ("usage", usage)):
-                values = [float(measure(c)) for c in counts]
-                logs[f"{quantizer.name}_{name}"] = sum(values) / len(values)
+                logs[f"{quantizer.name}_{name}"] = float(
+                    ops.mean(measure(counts))
+                )
 
     def _quantizers(self):
         """The model's quantizers; a residual one without its stages."""
