@@ -32,8 +32,10 @@ models have the same number of epochs:
 
 No run looks at dev or test while it trains. `--report` writes
 `docs/results/theseus.md`: means, paired differences and the share of the gap
-between direct-k and full that a route closes, with 95 % bootstrap intervals.
-Seconds are those of the processor, compilation included.
+between direct-k and full that a route closes, with 95 % intervals of Student's
+t (of a share: Fieller's, none where they have no bounds). Seconds are those of
+the processor, compilation included; the page has them as multiples of those of
+the same seed's `full`, since the seeds may have had other machines.
 """
 
 import argparse
@@ -324,9 +326,10 @@ def report():
         "described in `benchmarks/record_theseus.py`, which writes this page "
         "with `--report`: `direct` starts from the pre-trained model's first k "
         "layers, all other small models from those of the predecessor "
-        "(`full`). Differences to `direct` with the same k and seed. Seconds "
-        "of the processor, compilation and the predecessor's training "
-        "included.",
+        "(`full`). Differences to `direct` with the same k and seed, with "
+        "intervals of Student's t, of shares Fieller's (∞: without bounds). "
+        "Training: seconds of the processor over those of the predecessor, "
+        "whose own are included.",
         "",
     ]
     for task in TASKS.values():
@@ -338,7 +341,7 @@ def report():
                 f"{sum(task['sizes'])} texts to test on.",
                 "",
                 "| texts | route | seeds | accuracy | to direct | 95 % | "
-                "gap closed | 95 % | training, CPU s |",
+                "gap closed | 95 % | training, × full |",
                 "|" + "---|" * 9,
                 *table(rows, task["sizes"]),
                 "",
@@ -346,10 +349,39 @@ def report():
     PAGE.write_text("\n".join(lines), encoding="utf-8")
 
 
+def t_interval(x):
+    """95 % interval of the mean of a few numbers."""
+    import numpy as np
+    from scipy.special import stdtrit
+
+    x = np.asarray(x, "f8")
+    half = stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / len(x) ** 0.5
+    return x.mean() - half, x.mean() + half
+
+
+def fieller_interval(x, y):
+    """95 % interval of mean(x) / mean(y) of pairs; `None`: without bounds.
+
+    All r for which mean(x - r y) is not told from zero: with c = t²/n,
+
+        (x̄ - r ȳ)² ≤ c (s_xx - 2 r s_xy + r² s_yy)
+    """
+    import numpy as np
+    from scipy.special import stdtrit
+
+    (s_xx, s_xy), (_, s_yy) = np.cov(x, y)
+    c = stdtrit(len(x) - 1, 0.975) ** 2 / len(x)
+    x, y = np.mean(x), np.mean(y)
+    a, b = y**2 - c * s_yy, x * y - c * s_xy
+    root = b**2 - a * (x**2 - c * s_xx)
+    if a <= 0 or root < 0:
+        return None
+    return (b - root**0.5) / a, (b + root**0.5) / a
+
+
 def table(rows, sizes):
     import numpy as np
 
-    rng = np.random.default_rng(0)
     scores, seconds = {}, {}
     for row in rows:
         key = row["texts"], row["route"]
@@ -367,19 +399,20 @@ def table(rows, sizes):
         if kind not in ("full", "direct") and len(seeds) > 1:
             d = np.array([found[s] - base[s] for s in seeds])
             gap = np.array([full[s] - base[s] for s in seeds])
-            picks = rng.integers(0, len(d), (5000, len(d)))
-            low, high = np.quantile(d[picks].mean(1), [0.025, 0.975])
+            low, high = t_interval(d)
             cells += [f"{d.mean():+.2f}", f"{low:+.2f} to {high:+.2f}"]
-            shares = d[picks].mean(1) / gap[picks].mean(1)
-            low, high = np.quantile(shares, [0.025, 0.975])
-            share = d.mean() / gap.mean()
-            cells += [f"{share:.0%}", f"{low:.0%} to {high:.0%}"]
+            bounds = fieller_interval(d, gap)
+            cells.append(f"{d.mean() / gap.mean():.0%}")
+            cells.append(
+                "∞" if bounds is None else "{:.0%} to {:.0%}".format(*bounds)
+            )
         else:
             cells += [""] * 4
-        if kind not in ("full", "direct"):  # the predecessor's training counts
-            before = seconds.get((texts, "full"), {})
-            own = {s: t + before.get(s, np.nan) for s, t in own.items()}
-        cells.append(f"{np.mean(list(own.values())):.0f}")
+        before = seconds.get((texts, "full"), {})
+        # The predecessor's training counts.
+        more = kind not in ("full", "direct")
+        own = [t / before[s] + more for s, t in own.items() if s in before]
+        cells.append(f"{np.mean(own):.1f}")
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 

@@ -15,11 +15,8 @@ from keras import ops, tree
 # Inside a layer, a variable's value and even its dtype are those of the layer's
 # compute dtype. State that travels through a branch must be exact; there is no
 # public name for that, nor for the mask that a tensor carries along.
-from keras.src.backend import (  # noqa: F401
-    AutocastScope,
-    get_keras_mask,
-    set_keras_mask,
-)
+from keras.src.backend import get_keras_mask, set_keras_mask  # noqa: F401
+from keras.src.backend.common import global_state
 
 BACKEND = keras.backend.backend()
 
@@ -373,6 +370,18 @@ class ReplicaLosses:
         self._loss_threads.clear()
 
 
+@contextlib.contextmanager
+def _no_autocast():
+    """Variables inside are of the dtype that they are kept in."""
+    # Under Keras's `AutocastScope(None)` the dtype of each would be float32.
+    before = global_state.get_global_attribute("autocast_scope")
+    global_state.set_global_attribute("autocast_scope", None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("autocast_scope", before)
+
+
 def cond(predicate, true_fn, false_fn, layers):
     """Runs one of two functions that may contain Keras layers with state.
 
@@ -405,7 +414,7 @@ def cond(predicate, true_fn, false_fn, layers):
     """
     variables = {id(v): v for layer in layers for v in layer.variables}
     assigned = {}
-    with AutocastScope(None):
+    with _no_autocast():
         mapping = [(v, ops.convert_to_tensor(v)) for v in variables.values()]
 
     def inside(variable, value):
@@ -416,7 +425,7 @@ def cond(predicate, true_fn, false_fn, layers):
         return _inside_branch(value)
 
     def run(fn):
-        with AutocastScope(None):
+        with _no_autocast():
             scope = RecordingScope([(v, inside(v, x)) for v, x in mapping])
         with scope:
             outputs = fn()
@@ -437,7 +446,7 @@ def cond(predicate, true_fn, false_fn, layers):
 
         _trace(record)
     changing = [variable for variable, _ in assigned.values()]
-    with AutocastScope(None):
+    with _no_autocast():
         mapping += [
             (v, ops.convert_to_tensor(v))
             for v in changing
@@ -446,7 +455,7 @@ def cond(predicate, true_fn, false_fn, layers):
 
     def branch(fn):
         outputs, loss, scope = run(fn)
-        with AutocastScope(None):
+        with _no_autocast():
             state = [
                 ops.cast(scope.get_current_value(v), v.dtype) for v in changing
             ]
@@ -455,7 +464,7 @@ def cond(predicate, true_fn, false_fn, layers):
     outputs, loss, state = _cond(
         predicate, lambda: branch(true_fn), lambda: branch(false_fn)
     )
-    with AutocastScope(None):
+    with _no_autocast():
         for variable, value in zip(changing, state, strict=True):
             variable.assign(value)
     # Keras recognizes a layer's `add_loss` tensors by id. Those of the branches

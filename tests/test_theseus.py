@@ -246,6 +246,64 @@ def test_masks_may_be_arguments():
             np.testing.assert_allclose(value(whole), [[2, 3], [8, 9]])
 
 
+def attentive(count, name):
+    """Blocks of Keras's own attention, which takes masks off its inputs."""
+    tokens = keras.Input((6,), dtype="int32")
+    x = layers.Embedding(5, 4, mask_zero=True, name=f"{name}_start")(tokens)
+    for i in range(count):
+        h = layers.MultiHeadAttention(2, 2, name=f"{name}_attention_{i}")(x, x)
+        h = layers.Add(name=f"{name}_sum_{i}")([x, h])
+        x = layers.LayerNormalization(name=f"{name}_block_{i}")(h)
+    return keras.Model(tokens, layers.Dense(3, name=f"{name}_classes")(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_masks_that_a_branch_takes_away(mode):
+    tokens = np.array([[1, 2, 3, 0, 0, 0], [4, 1, 0, 0, 0, 0]], "int32")
+    old, new = attentive(2, "old"), attentive(1, "new")
+    new.get_layer("new_classes").set_weights(
+        old.get_layer("old_classes").get_weights()
+    )
+    modules = cut_model(old, ["old_start", "old_block_1"])
+    successors = cut_model(new, ["new_start", "new_block_0"])[:2]
+    for rate, whole in ((0.0, old), (1.0, new)):
+        theseus = Theseus(modules[:2], successors, modules[2], rate, mode=mode)
+        found = value(theseus(tokens, training=True))
+        expected = value(whole(tokens))
+        free = value(whole(np.where(tokens, tokens, 1)))
+        seen = tokens > 0
+        np.testing.assert_allclose(found[seen], expected[seen], atol=1e-6)
+        assert np.abs(free - expected)[seen].max() > 1e-3
+
+
+def test_masks_are_chosen_with_what_they_mask():
+    # Zeros are masked by the one; by the other ones, which become zeros, too.
+    x = np.tile([[0.0], [1.0], [0.0]], (16, 1, 1)).astype("float32")
+    masking = layers.Masking(0.0), layers.Masking(1.0)
+    module = ModuleReplacement(*masking, mode="sample", seed=0)
+    found = module(x, training=True)
+    replaced = value(found).sum((1, 2)) == 0
+    assert 0 < replaced.sum() < 16
+    np.testing.assert_array_equal(
+        value(backend.get_keras_mask(found)),
+        np.where(replaced[:, None], x[..., 0] != 1, x[..., 0] != 0),
+    )
+    for rate, masked in ((0.0, 0), (0.3, 1), (1.0, 1)):
+        module = ModuleReplacement(*masking, rate, mode="annealing")
+        mask = backend.get_keras_mask(module(x, training=True))
+        np.testing.assert_array_equal(value(mask), x[..., 0] != masked)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_successor_of_less_precision(mode):
+    old, new = dense(), dense(dtype="bfloat16")
+    for rate in (0.0, 1.0):
+        found = ModuleReplacement(old, new, rate, mode)(X, training=True)
+        assert keras.backend.standardize_dtype(found.dtype) == "bfloat16"
+        expected = ops.cast((new if rate else old)(X), "bfloat16")
+        np.testing.assert_array_equal(value(found), value(expected))
+
+
 def test_dropout_of_the_predecessor_is_optional():
     x = ops.ones((50, 3))
     drop = layers.Dropout(0.5, seed=3)
@@ -427,6 +485,36 @@ def test_only_the_chosen_branch_is_computed():
 
     assert " conditional(" in main(module) and " dot(" not in main(module)
     assert main(both).count(" dot(") == 2
+
+
+def test_only_the_chosen_branch_has_a_gradient_to_compute():
+    """All products, forward and backward, stand in the branches.
+
+    Where both branches of two layers run there are seven: four forward, two of
+    the successor's weights, and one of what is between them.
+    """
+
+    def products(mode):
+        branches = [[dense(), dense()] for _ in "ab"]
+        module = built(ModuleReplacement(*branches, mode=mode), 3)
+
+        def run(weights, x):
+            def loss(weights):
+                fixed = [v.value for v in module.non_trainable_variables]
+                outputs, _ = module.stateless_call(
+                    weights, fixed, x, training=True
+                )
+                return ops.sum(outputs), None
+
+            return backend.value_and_grad(loss, weights)
+
+        weights = [v.value for v in module.trainable_variables]
+        text = backend.hlo_text(run, weights, ops.convert_to_tensor(X))
+        return [part.count(" dot(") for part in text.split("ENTRY")]
+
+    inside, outside = products("batch")
+    assert inside >= 7 and outside == 0
+    assert products("mixing") == [0, 7]
 
 
 class Positions(layers.Layer):
@@ -613,6 +701,37 @@ def test_predict_is_the_successor_and_detach_gives_it(tmp_path):
     model.save(tmp_path / "successor.keras")
     text = str(keras.saving.serialize_keras_object(model))
     assert "blogkeras" not in text.replace("blogkeras>ActivityLoss", "")
+
+
+class Gather(layers.Layer):
+    """Of several tensors one; Keras has to find out its shape."""
+
+    def __init__(self, names, **kwargs):
+        super().__init__(**kwargs)
+        self.names = names
+        self.dense = layers.Dense(3)
+
+    def build(self, shape):
+        self.dense.build(shape[self.names[0]])
+
+    def call(self, x):
+        return self.dense(x[self.names[0]]) + x[self.names[1]]
+
+
+@no_gradient
+@pytest.mark.parametrize("names", ["ab", (0, 1)])
+def test_several_inputs(names):
+    inputs = {"a": X, "b": X} if names == "ab" else [X, X]
+    old, new = Gather(names), Gather(names)
+    old.build({n: X.shape for n in names})
+    head = built(layers.Dense(3, "softmax"), 3)
+    theseus = toy.compiled(Theseus([old], [new], head))
+    theseus.fit(inputs, Y, verbose=0)
+    np.testing.assert_allclose(
+        theseus.detach().predict(inputs, verbose=0),
+        theseus.predict(inputs, verbose=0),
+        atol=1e-6,
+    )
 
 
 @no_gradient
@@ -1051,6 +1170,11 @@ def test_bad_modules_are_named():
         Theseus([a, layers.Dense(3)], [c, d])
     with pytest.raises(ValueError, match="Module 0 of the successor.*None"):
         Theseus([a], [None])
+    with pytest.raises(ValueError, match="Module 0 of the successor.*one lay"):
+        Theseus([a, b], [[], c])
+    whole = keras.Model(x := keras.Input((3,), name="start"), b(x))
+    with pytest.raises(ValueError, match="Module 0 of the pred.*'start'"):
+        Theseus([whole.layers], [c])
     wrapped = keras.Sequential([keras.Input((3,)), b])
     with pytest.raises(ValueError, match="Module 1 of the successor.*b/kernel"):
         Theseus([a, b], [c, wrapped])

@@ -188,6 +188,8 @@ def test_bad_distillation():
     teacher, student = pair()
     with pytest.raises(ValueError, match="`student` to be a Keras.*None"):
         Distillation(teacher, None)
+    with pytest.raises(ValueError, match="weights of its own.*kernel.*both"):
+        Distillation(teacher, keras.Sequential([teacher, student]))
     x = ops.convert_to_tensor(X)
     inputs = keras.Input((3,))
     two = keras.Model(inputs, {"a": student(inputs), "b": student(inputs)})
@@ -216,6 +218,18 @@ def test_flops():
     text = backend.hlo_text(run, ops.ones((8, 3)), ops.ones((2, 6, 6, 2)))
     products = 8 * 3 * 5 + 8 * 5 * 5 + 2 * 6 * 6 * 4 * 3 * 3 * 2
     assert matmul_flops(text) == 2 * products
+
+
+def test_flops_of_a_transposed_convolution():
+    """Each number of the input meets the kernel once: 2·(4·4)·(4·4)·2·3."""
+
+    def run(image):
+        return ops.conv_transpose(
+            image, np.ones((4, 4, 3, 2), "float32"), 2, padding="same"
+        )
+
+    text = backend.hlo_text(run, ops.ones((1, 4, 4, 2)))
+    assert matmul_flops(text) == 2 * 4 * 4 * 4 * 4 * 2 * 3
 
 
 def test_compression_report(tmp_path, capsys):
@@ -259,6 +273,12 @@ def test_compression_report(tmp_path, capsys):
     assert all(word in printed for word in ["small", "9987", *report.rows[0]])
     assert report.plot(tmp_path / "a.png").endswith("a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="Expected one of.*name='nope'"):
+        report.plot(tmp_path / "a.png", metric="nope")
+    unlike = keras.Sequential([keras.Input((3,)), layers.Dense(3)])
+    unlike.compile("sgd", "sparse_categorical_crossentropy")
+    with pytest.raises(ValueError, match="same metrics.*'unlike': .'loss'."):
+        compression_report({**models, "unlike": unlike}, X, Y, verbose=0)
     with pytest.raises(ValueError, match=r"Received: \['other'\]"):
         compression_report(models, X, Y, training_seconds={"other": 1.0})
     for wrong in ({}, [models["small"]]):

@@ -62,6 +62,14 @@ class Distillation(keras.Model):
                     f"Expected `{name}` to be a Keras model. "
                     f"Received: {name}={model!r}"
                 )
+        frozen = {id(v) for v in teacher.variables}
+        for variable in student.variables:
+            if id(variable) in frozen:
+                raise ValueError(
+                    "Expected a student with weights of its own, as the "
+                    "teacher's are frozen; make a copy. Received: "
+                    f"{variable.path!r} in both"
+                )
         freeze([teacher])
         self.teacher, self.student = teacher, student
         self.temperature, self.weight = temperature, weight

@@ -1,5 +1,7 @@
 """The post's one call, for the transformers of bert4keras and KerasHub."""
 
+import numbers
+
 import keras
 
 from blogkeras.theseus.baselines import Distillation
@@ -131,7 +133,9 @@ def _steps(mapping, old, new):
     """Pairs: how many blocks of either model a module has."""
     if mapping is None:
         mapping = [(i + 1) * old // new - i * old // new for i in range(new)]
-    steps = [(m, 1) if isinstance(m, int) else tuple(m) for m in mapping]
+    steps = [
+        (m, 1) if isinstance(m, numbers.Integral) else tuple(m) for m in mapping
+    ]
     sums = tuple(sum(s) for s in zip(*steps, strict=True))
     if sums != (old, new) or min(map(min, steps)) < 1:
         raise ValueError(

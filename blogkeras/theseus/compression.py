@@ -67,6 +67,7 @@ class CompressionReport:
         if metric is None:
             names = [n for n in self.rows[0] if n != "training seconds"]
             metric = names[-1]
+        self.column(metric)  # or a ValueError
         costs = {
             "milliseconds": f"milliseconds per batch of {self.batch_size}",
             "training seconds": "seconds of training, all phases",
@@ -176,6 +177,12 @@ def compression_report(
         )
         for name, model in models.items()
     }
+    if len({tuple(sorted(values)) for values in found.values()}) > 1:
+        names = {name: list(values) for name, values in found.items()}
+        raise ValueError(
+            "Expected models compiled with the same metrics, a column for "
+            f"each. Received: {names}"
+        )
     rows, runs = [], {}
     for name, model in models.items():
         run, state = _inference(model)
@@ -274,4 +281,7 @@ def _flops(operation, rest, shape, shapes):
     else:
         kernel = re.search(r"dim_labels=\w+_(\w+)->", rest)[1]
         summed = math.prod(right) // right[kernel.index("o")]
+        # A transposed convolution has zeros between the numbers of its input.
+        if dilation := re.search(r"lhs_dilate=([\dx]+)", rest):
+            summed /= math.prod(map(int, dilation[1].split("x")))
     return 2 * math.prod(shape) * summed

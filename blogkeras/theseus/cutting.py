@@ -1,6 +1,7 @@
 """Cuts functional models into modules, with all that crosses a cut."""
 
 import dataclasses
+import numbers
 import re
 from typing import Any
 
@@ -14,7 +15,9 @@ from blogkeras.theseus.replacement import as_list
 # How a transformer's blocks are called: one layer each (KerasHub), many layers
 # with the block's number (bert4keras), or many layers that all blocks share
 # (bert4keras's ALBERT).
-_WHOLE = re.compile(r"transformer_layer_\d+$|group_\d+_inner_layer_\d+$")
+_WHOLE = re.compile(
+    r"(transformer|group_\d+_inner|attention_encoder)_layer_\d+$"
+)
 _NUMBERED = re.compile(r"(.*Transformer-\d+)-")
 _SHARED = re.compile(r".*Transformer-\D")
 
@@ -77,8 +80,8 @@ def keep_blocks(model, keep, boundaries=None):
     segments = cut_model(model, boundaries)
     cut = segments[0].cut
     blocks = len(cut.boundaries) - 1
-    numbers = list(range(keep)) if isinstance(keep, int) else list(keep)
-    if not numbers or not all(0 <= i < blocks for i in numbers):
+    kept = list(range(keep) if isinstance(keep, numbers.Integral) else keep)
+    if not kept or not all(0 <= i < blocks for i in kept):
         raise ValueError(
             f"Expected numbers of the model's {blocks} blocks in `keep`. "
             f"Received: keep={keep}"
@@ -89,7 +92,7 @@ def keep_blocks(model, keep, boundaries=None):
     )
     segments[0].compute(values)
     x = values[id(cut.boundaries[0])]
-    for i in numbers:
+    for i in kept:
         # The block takes what the last one gave in place of its own neighbour.
         values[id(cut.boundaries[i])] = x
         segments[i + 1].compute(values)

@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from blogkeras.theseus.cutting import Segment, _Cut
+from blogkeras.theseus.cutting import Segment, _Cut, _Untracked
 from blogkeras.theseus.freezing import freeze, thaw, thawed
 from blogkeras.theseus.replacement import (
     ModuleReplacement,
@@ -160,7 +160,9 @@ class Theseus(keras.Model):
         return [v for v in variables if id(v) in ours]
 
     def build(self, input_shape):
-        shape = self._input_shape = input_shape
+        # Keras would wrap a list or dict, and make inputs of its wrapping.
+        self._input_shape = _Untracked(input_shape)
+        shape = input_shape
         for layer in self._layers_in_order():
             if not layer.built:
                 layer.build(shape)
@@ -189,7 +191,8 @@ class Theseus(keras.Model):
 
         It consists of stem, successor modules and head. Layers and weights are
         this model's own, not copies; stem and head become as trainable as they
-        were given. This model may be trained on.
+        were given. This model may be trained on; `compile` it again before if
+        stem or head hold BatchNormalization, whose statistics would move.
 
         Args:
             inputs: `keras.Input`, or a structure of them, where this model does
@@ -276,8 +279,14 @@ class Theseus(keras.Model):
                 "The shape of the inputs is not known yet: call `fit`, `build` "
                 "or the model first, or give `inputs`. Received: inputs=None"
             )
+        shapes = self._input_shape.value
+        if isinstance(shapes, dict):
+            return {
+                name: keras.Input(shape[1:], name=name)
+                for name, shape in shapes.items()
+            }
         return tree.map_shape_structure(
-            lambda shape: keras.Input(shape[1:]), self._input_shape
+            lambda shape: keras.Input(shape[1:]), shapes
         )
 
     def get_config(self):

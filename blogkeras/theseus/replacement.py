@@ -110,9 +110,9 @@ class ModuleReplacement(keras.layers.Layer):
     that are not floating are the predecessor's where ε = 1, else the
     successor's. With `"sample"`, an output whose first axis is not the batch (a
     table of positions) is the successor's; it is told by its length, which must
-    not be that of the batch. Masks go through the branches and are chosen as
-    what is not floating. What a branch's layers give to `add_loss` counts if
-    the branch runs.
+    not be that of the batch, the first output's. Masks go through the branches
+    and are chosen as what is not floating. What a branch's layers give to
+    `add_loss` counts if the branch runs.
 
     The predecessor's layers are frozen by this class: `trainable = False`, and
     they run as in inference, without dropout, unless `predecessor_dropout`.
@@ -240,6 +240,7 @@ class ModuleReplacement(keras.layers.Layer):
         inputs = with_masks(inputs, mask)
         if not training:
             return chain(as_list(self.successor), inputs, training=False)
+        masks = [get_keras_mask(x) for x in tree.flatten(inputs)]
         rate = self.rate()
         state = self.seed_generator.state
         state.assign(
@@ -250,11 +251,15 @@ class ModuleReplacement(keras.layers.Layer):
         )
         self.iterations.assign_add(1)
         if self.mode == "batch":
-            return self._choose(rate, inputs)
-        return self._mix(rate, inputs)
+            return self._choose(rate, inputs, masks)
+        return self._mix(rate, inputs, masks)
 
-    def _run(self, name, inputs):
+    def _run(self, name, inputs, masks):
         """What a branch returns in training."""
+        # Keras's attention takes the masks off its inputs: off those of the
+        # other branch, too.
+        for x, mask in zip(tree.flatten(inputs), masks, strict=True):
+            set_keras_mask(x, mask)
         training = name == "successor" or self.predecessor_dropout
         outputs = chain(as_list(getattr(self, name)), inputs, training=training)
         tensors, passed = tree.flatten(outputs), tree.flatten(inputs)
@@ -265,12 +270,12 @@ class ModuleReplacement(keras.layers.Layer):
             [_position(x, passed) for x in tensors],
         )
 
-    def _choose(self, rate, inputs):
+    def _choose(self, rate, inputs, masks):
         """One branch runs."""
         seen = {}
 
         def branch(name):
-            outputs = seen[name] = self._run(name, inputs)
+            outputs = seen[name] = self._run(name, inputs, masks)
             # `cond` runs each branch once to look what it assigns, then both.
             if len(seen) < 2:
                 return []
@@ -292,9 +297,12 @@ class ModuleReplacement(keras.layers.Layer):
         self.add_loss(loss)
         return self._joined(inputs, made, **seen)
 
-    def _mix(self, rate, inputs):
+    def _mix(self, rate, inputs, masks):
         """Both branches run."""
-        old, new = (self._run(n, inputs) for n in ("predecessor", "successor"))
+        old, new = (
+            self._run(name, inputs, masks)
+            for name in ("predecessor", "successor")
+        )
         size = ops.shape(new.tensors[0])[0]
         weight = self._weight(rate, size)
         made = [
@@ -450,11 +458,23 @@ def check_modules(
     ]
     places, frozen = {}, {}
     for role, module in roles:
+        if not as_list(module) and role.startswith("Module"):
+            raise ValueError(
+                f"{role}: expected at least one layer. To leave a module of "
+                "the predecessor without a successor, make it one with its "
+                "neighbour. Received: []"
+            )
         for layer in as_list(module):
             if not isinstance(layer, keras.Layer):
                 raise ValueError(
                     f"{role}: expected a Keras layer, a model or a list of "
                     f"them. Received: {layer!r}"
+                )
+            if isinstance(layer, keras.layers.InputLayer):
+                raise ValueError(
+                    f"{role}: expected layers that compute; leave the input "
+                    "layer out, or make modules by `cut_model`. Received: "
+                    f"{layer.name!r}"
                 )
             if places.setdefault(id(layer), role) != role:
                 raise ValueError(
@@ -542,6 +562,8 @@ def _mixed(old, new, weight, size):
             weight = ops.cast(weight, new.dtype)
             return (1 - weight) * old + weight * new
         return ops.where(weight > 0, new, old)
+    if not new.shape:
+        return new
     rows = ops.shape(new)[0]
     chosen = ops.take(weight, ops.minimum(ops.arange(rows), size - 1))
     # What has no axis of samples cannot be chosen by sample.
