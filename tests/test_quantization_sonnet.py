@@ -1,7 +1,7 @@
 """The codebook against the modules it follows, those of dm-sonnet 2.
 
-Sonnet is not among the tests' requirements: `pip install dm-sonnet`, then
-`pytest -m verify tests/test_quantization_sonnet.py`.
+Sonnet is not among the tests' requirements: `make verify` has it in a folder of
+its own.
 """
 
 import keras
