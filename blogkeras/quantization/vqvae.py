@@ -107,8 +107,8 @@ class VQVAE(keras.Model):
             self.optimizer.build(self.trainable_variables)
 
     def build(self, input_shape):
-        if isinstance(input_shape, dict) or not all(
-            size is None or isinstance(size, int) for size in input_shape
+        if isinstance(input_shape, dict) or any(
+            isinstance(size, (list, tuple)) for size in input_shape
         ):
             raise ValueError(
                 "Expected one tensor, which the encoder takes; join several "
