@@ -26,6 +26,9 @@ models have the same number of epochs:
     distilled-k     the same, learning the predecessor's predictions, too
     theseus-k       the same start; replacement (rate ½), then the successor
                     alone
+    curriculum-3    the same in one training, its rate growing in a straight
+                    line from ½ to 1, where it stays for the time in which
+                    theseus-3 trains the successor alone     (the paper)
     mixing-3        real-valued ε, uniform in [0, 1]   (the post's question)
     annealing-3     ε from 1 to 0, no randomness       (the post's question)
     theseus-6       a successor of the same size       (no gain, says the post)
@@ -60,7 +63,7 @@ TASKS = {
         "groups": [
             ["full", "direct-3", "kept-3", "theseus-3", "distilled-3"],
             ["direct-2", "kept-2", "theseus-2", "distilled-2"],
-            ["mixing-3", "annealing-3", "theseus-6"],
+            ["curriculum-3", "mixing-3", "annealing-3", "theseus-6"],
         ],
     },
     "waimai": {
@@ -261,13 +264,16 @@ class Runs:
                 options = {"method": "distillation"}
             elif kind == "kept":
                 options = {"method": "direct"}
-            elif kind != "theseus":
+            elif kind in ("mixing", "annealing"):
                 options["mode"] = kind
-            if kind == "annealing":
+            first = {"annealing": 0.0, "curriculum": 0.5}.get(kind)
+            if first is not None:
                 steps = EPOCHS["replacing"] * (len(self.x) // BATCH)
-                options["replacement_rate"] = LinearReplacement(1 / steps)
+                options["replacement_rate"] = LinearReplacement(
+                    (1 - first) / steps, first
+                )
             model = bert_of_theseus(full, small, head, **options)
-            if kind in ("distilled", "kept"):
+            if kind in ("distilled", "kept", "curriculum"):
                 self.fit(model, EPOCHS["small"])
             else:
                 self.fit(model, EPOCHS["replacing"])
