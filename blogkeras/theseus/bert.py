@@ -36,7 +36,7 @@ def bert_of_theseus(
     modules are replaced at random, each by its successor, and the classifier
     follows. Side inputs of the blocks (relative positions, attention biases,
     masks) are carried along: BERT, RoBERTa, ALBERT, NEZHA, RoFormer and others
-    of bert4keras, and the backbones of KerasHub.
+    of bert4keras, and backbones of KerasHub that are one stack of blocks.
 
     Args:
         predecessor: The large transformer, trained: an object of bert4keras
