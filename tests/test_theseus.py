@@ -166,7 +166,7 @@ def test_mixing_weights(rate, power, count=300):
 
 
 class Several(layers.Layer):
-    """x + c, a table without samples, integers, and what came second."""
+    """x + c, a table without samples, integers, what came second, and c."""
 
     def __init__(self, constant):
         super().__init__()
@@ -177,18 +177,21 @@ class Several(layers.Layer):
         x, side = inputs
         table = self.constant * ops.ones((5, 2))
         whole = ops.cast(self.constant + 0 * x, "int32")
-        return [x + self.constant, table, whole, side]
+        return [x + self.constant, table, whole, side, table[0, 0]]
 
     def compute_output_shape(self, shapes):
-        return [shapes[0], (5, 2), shapes[0], shapes[1]]
+        return [shapes[0], (5, 2), shapes[0], shapes[1], ()]
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_not_mixed(mode):
-    """Tables are the successor's, integers one branch's, inputs themselves."""
+    """Tables are the successor's, integers one branch's, inputs themselves.
+
+    And so are numbers without any axis.
+    """
     module = ModuleReplacement(Several(1.0), Several(2.0), 0.5, mode, seed=0)
     x, side = ops.zeros((40, 1)), ops.convert_to_tensor(X)
-    y, table, whole, handed = module([x, side], training=True)
+    y, table, whole, handed, number = module([x, side], training=True)
     assert handed is side
     share, whole = value(y)[:, 0] - 1, value(whole)[:, 0]
     if mode == "sample":
@@ -198,6 +201,7 @@ def test_what_is_not_mixed(mode):
         assert (share == share[0]).all()
         np.testing.assert_allclose(value(table), 1 + share[0], atol=1e-6)
     np.testing.assert_array_equal(whole, np.where(share > 0, 2, 1))
+    assert float(number) == value(table)[0, 0]
 
 
 def test_annealing_is_the_rate():

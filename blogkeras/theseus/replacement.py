@@ -562,7 +562,7 @@ def _mixed(old, new, weight, size):
             weight = ops.cast(weight, new.dtype)
             return (1 - weight) * old + weight * new
         return ops.where(weight > 0, new, old)
-    if not new.shape:
+    if len(new.shape) == 0:
         return new
     rows = ops.shape(new)[0]
     chosen = ops.take(weight, ops.minimum(ops.arange(rows), size - 1))
