@@ -289,13 +289,18 @@ def test_weights_of_a_shape_not_known_before():
         )
 
 
-@every("codebook", "average", "residual")
-def test_the_loss_of_two_replicas_is_that_of_one(kind):
+@every("codebook", "average", "residual", "autoencoder")
+def test_two_replicas_tell_and_do_what_one_does(kind):
     x = RNG.normal(size=(8, DIM)).astype("float32")
 
-    def fit():
-        keras.utils.set_random_seed(5)
-        model = keras.Sequential(
+    def make():
+        if kind == "autoencoder":
+            ends = [
+                keras.Sequential([keras.Input((DIM,)), layers.Dense(DIM)])
+                for _ in "ab"
+            ]
+            return VQVAE(ends[0], QUANTIZERS["average"](), ends[1])
+        return keras.Sequential(
             [
                 keras.Input((DIM,)),
                 layers.Dense(DIM),
@@ -304,6 +309,10 @@ def test_the_loss_of_two_replicas_is_that_of_one(kind):
                 QUANTIZERS[kind](),
             ]
         )
+
+    def fit():
+        keras.utils.set_random_seed(5)
+        model = make()
         model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=ON_JAX)
         history = model.fit(
             x, x, epochs=3, batch_size=8, verbose=0, validation_data=(x, x)
@@ -317,8 +326,9 @@ def test_the_loss_of_two_replicas_is_that_of_one(kind):
     else:
         with toy.mirrored().scope():
             ours, found = fit()
-    for key in ("loss", "val_loss"):
+    for key in history:
         np.testing.assert_allclose(found[key], history[key], rtol=1e-4)
+    assert len(history) == (6 if kind == "autoencoder" else 2)
     for a, b in zip(ours, weights, strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
