@@ -38,7 +38,8 @@ No run looks at dev or test while it trains. `--report` writes
 between direct-k and full that a route closes, with 95 % intervals of Student's
 t (of a share: Fieller's, none where they have no bounds). Seconds are those of
 the processor, compilation included; the page has them as multiples of those of
-the same seed's `full`, since the seeds may have had other machines.
+the same seed's `full`, since the seeds may have had other machines. (Empty them
+in the table where a run had another machine than its `full`.)
 """
 
 import argparse
@@ -393,12 +394,13 @@ def table(rows, sizes):
         key = row["texts"], row["route"]
         both = sizes[0] * float(row["dev"]) + sizes[1] * float(row["test"])
         scores.setdefault(key, {})[row["seed"]] = 100 * both / sum(sizes)
-        seconds.setdefault(key, {})[row["seed"]] = float(row["seconds"])
+        if row["seconds"]:
+            seconds.setdefault(key, {})[row["seed"]] = float(row["seconds"])
     for (texts, route), found in scores.items():
         kind, _, layers = route.partition("-")
         cells = [texts, route, len(found)]
         cells.append(f"{np.mean(list(found.values())):.2f}")
-        own = seconds[texts, route]
+        own = seconds.get((texts, route), {})
         base = scores.get((texts, f"direct-{layers}"), {})
         full = scores.get((texts, "full"), {})
         seeds = sorted(set(found) & set(base) & set(full))
@@ -418,7 +420,7 @@ def table(rows, sizes):
         # The predecessor's training counts.
         more = kind not in ("full", "direct")
         own = [t / before[s] + more for s, t in own.items() if s in before]
-        cells.append(f"{np.mean(own):.1f}")
+        cells.append(f"{np.mean(own):.1f}" if own else "")
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
