@@ -28,9 +28,10 @@ $(VENV)/.test: $(BIN)/python setup.py
 	$(BIN)/pip install -q --no-deps $(BERT4KERAS)
 	@touch $@ $(VENV)/.examples
 
-$(VENV)/sonnet: | $(VENV)/.test
-	$(BIN)/pip install -q --no-deps --target $@ \
+$(VENV)/.sonnet: | $(VENV)/.test
+	$(BIN)/pip install -q --no-deps --target $(VENV)/sonnet \
 		dm-sonnet==2.0.2 dm-tree==0.1.10 tabulate==0.10.0
+	@touch $@
 
 demo: $(VENV)/.examples # adversarial training on real reviews (about 6 min)
 	@$(RUN) examples/task_sentiment_adversarial_training.py \
@@ -44,7 +45,7 @@ demo-e5: $(VENV)/.examples # the same with a real 12-layer transformer
 test: $(VENV)/.test # the whole suite, TensorFlow and JAX side by side
 	@BIN=$(BIN) sh tests/run.sh
 
-verify: $(VENV)/.test $(VENV)/sonnet # long statistical checks, dm-sonnet
+verify: $(VENV)/.test $(VENV)/.sonnet # long statistical checks, dm-sonnet
 	@for backend in tensorflow jax; do \
 		PYTHONPATH=$(VENV)/sonnet KERAS_BACKEND=$$backend \
 		$(RUN) -m pytest -q -m verify || exit 1; done
@@ -82,7 +83,7 @@ bench-hsic: $(VENV)/.test # HSIC and its tests, hyppo and dcor; the bottleneck
 	$(VENV)/hyppo/bin/pip install -q hyppo==0.5.2 dcor==0.7
 	@$(RUN) benchmarks/bench_hsic.py --peer $(VENV)/hyppo/bin/python
 
-bench-quantization: $(VENV)/.test $(VENV)/sonnet # codebooks and their peers
+bench-quantization: $(VENV)/.test $(VENV)/.sonnet # codebooks and their peers
 	test -d $(VENV)/torch || $(PYTHON) -m venv $(VENV)/torch
 	$(VENV)/torch/bin/pip install -q vector-quantize-pytorch==1.32.0
 	@$(RUN) benchmarks/bench_quantization.py --sonnet $(VENV)/sonnet \

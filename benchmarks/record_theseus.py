@@ -50,6 +50,8 @@ import pathlib
 import sys
 import time
 
+from record_adversarial import interval
+
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 PAGE = ROOT / "docs/results/theseus.md"
@@ -356,16 +358,6 @@ def report():
     PAGE.write_text("\n".join(lines), encoding="utf-8")
 
 
-def t_interval(x):
-    """95 % interval of the mean of a few numbers."""
-    import numpy as np
-    from scipy.special import stdtrit
-
-    x = np.asarray(x, "f8")
-    half = stdtrit(len(x) - 1, 0.975) * x.std(ddof=1) / len(x) ** 0.5
-    return x.mean() - half, x.mean() + half
-
-
 def fieller_interval(x, y):
     """95 % interval of mean(x) / mean(y) of pairs; `None`: without bounds.
 
@@ -407,10 +399,11 @@ def table(rows, sizes):
         if kind not in ("full", "direct") and len(seeds) > 1:
             d = np.array([found[s] - base[s] for s in seeds])
             gap = np.array([full[s] - base[s] for s in seeds])
-            low, high = t_interval(d)
-            cells += [f"{d.mean():+.2f}", f"{low:+.2f} to {high:+.2f}"]
+            mean, half = interval(d)
+            cells.append(f"{mean:+.2f}")
+            cells.append(f"{mean - half:+.2f} to {mean + half:+.2f}")
             bounds = fieller_interval(d, gap)
-            cells.append(f"{d.mean() / gap.mean():.0%}")
+            cells.append(f"{mean / gap.mean():.0%}")
             cells.append(
                 "∞" if bounds is None else "{:.0%} to {:.0%}".format(*bounds)
             )
