@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import replica_run
 
 import blogkeras
 from blogkeras import FGM, GradientPenalty, backend, training
@@ -488,7 +489,6 @@ def test_an_overflow_means_no_attack():
     ids=["matrix", "output", "penalty"],
 )
 def test_two_replicas_equal_one(method):
-    from test_training import replica_run
 
     def make_hook(model):
         return method.hook(model, None)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from test_training import replicated
+from kit import replicated
 
 from blogkeras import backend
 from blogkeras.theseus import Distillation, compression, compression_report

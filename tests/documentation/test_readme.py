@@ -9,7 +9,7 @@ import re
 import keras
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+README = pathlib.Path(__file__).parent.parent.parent / "README.md"
 SNIPPETS = re.findall(
     r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.M | re.S
 )

@@ -12,7 +12,7 @@ import sys
 import keras
 import pytest
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 

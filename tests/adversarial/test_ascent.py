@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import toy
 from keras import layers
+from kit import replica_run
 from test_adversarial import LABELS, TOKENS, compiled, small_model
-from test_training import replica_run
 
 import blogkeras
 from blogkeras import FGM, FGSM, PGD, FreeLB, GradientPenalty

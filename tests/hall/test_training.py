@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import replica_run, replicated
 
 from blogkeras import backend, training
 
@@ -507,39 +508,6 @@ def test_add_loss_alone_is_a_loss():
     model.compile("sgd")
     training.install(model, plain)
     assert np.isfinite(model.fit(toy.TOKENS, verbose=0).history["loss"][0])
-
-
-def replicated(make):
-    """A compiled model that trains on two devices."""
-    if TENSORFLOW:
-        with toy.mirrored().scope():
-            return make()
-    devices = keras.distribution.list_devices("cpu")[:2]
-    keras.distribution.set_distribution(
-        keras.distribution.DataParallel(devices=devices)
-    )
-    return make()
-
-
-def replica_run(make_hook, replicas):
-    toy.reset()
-
-    def make():
-        return toy.compiled(
-            toy.classifier(
-                dropout=0.0, normalization=layers.LayerNormalization
-            ),
-            run_eagerly=replicas == 1,
-        )
-
-    model = replicated(make) if replicas == 2 else make()
-    if make_hook:
-        training.install(model, make_hook(model))
-    history = model.fit(
-        toy.TOKENS, toy.LABELS, epochs=2, shuffle=False, verbose=0
-    ).history
-    keras.distribution.set_distribution(None)
-    return toy.weights(model), history
 
 
 @pytest.mark.filterwarnings("ignore:Using .* cross-replica")

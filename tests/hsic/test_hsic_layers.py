@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import replicated
 from test_hsic import JAX, LINEAR, MASK, central, definition, gaussian, value
-from test_training import replicated
 
 from blogkeras.hsic import (
     CKA,

@@ -1,0 +1,232 @@
+"""Checks of arguments, with one wording for every room.
+
+Each function returns the value in its plain Python type, or raises a
+`ValueError` that says what was expected and what was received. A check stands
+at the earliest place: in `__init__`, or at the head of a function.
+
+Values of tensors are looked at only where there are any; nothing inside a
+traced function is checked.
+"""
+
+import math
+import numbers
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+
+
+def check_integer(name, value, minimum=None, maximum=None):
+    """An integer within bounds, both included, as `int`.
+
+    NumPy's integers are integers; booleans, floats (4.0 too) and strings are
+    not.
+
+    Raises:
+        ValueError: for everything else.
+
+    Example:
+
+    >>> check_integer("num_codes", 512, minimum=1)
+    512
+    """
+    value_is_integer = isinstance(value, numbers.Integral) and not isinstance(
+        value, bool
+    )
+    if (
+        not value_is_integer
+        or (minimum is not None and value < minimum)
+        or (maximum is not None and value > maximum)
+    ):
+        bounds = _bounds(minimum, maximum)
+        raise ValueError(
+            f"Expected `{name}` to be an integer{bounds}. "
+            f"Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def check_number(
+    name, value, minimum=None, maximum=None, above=None, below=None
+):
+    """A finite number within bounds, as `float`.
+
+    Args:
+        name: String. The argument's name, for the message.
+        value: The argument. Integers, floats and NumPy scalars are numbers;
+            booleans, strings, NaN and infinities are not.
+        minimum: Least value allowed, if any.
+        maximum: Greatest value allowed, if any.
+        above: Bound that the value must exceed, if any.
+        below: Bound that the value must stay under, if any.
+
+    Raises:
+        ValueError: for everything else.
+
+    Example:
+
+    >>> check_number("temperature", 0.5, above=0)
+    0.5
+    """
+    value_is_number = isinstance(value, numbers.Real) and not isinstance(
+        value, (bool, np.bool_)
+    )
+    if (
+        not value_is_number
+        or not math.isfinite(value)
+        or (minimum is not None and value < minimum)
+        or (maximum is not None and value > maximum)
+        or (above is not None and value <= above)
+        or (below is not None and value >= below)
+    ):
+        bounds = _bounds(minimum, maximum, above, below)
+        raise ValueError(
+            f"Expected `{name}` to be a finite number{bounds}. "
+            f"Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def check_boolean(name, value):
+    """`True` or `False` (NumPy's too), as `bool`.
+
+    Raises:
+        ValueError: for everything else, 0, 1 and strings included.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(
+            f"Expected `{name}` to be True or False. Received: {name}={value!r}"
+        )
+    return bool(value)
+
+
+def check_choice(name, value, choices):
+    """One of several names.
+
+    Args:
+        name: String. The argument's name, for the message.
+        value: The argument.
+        choices: Sequence of the values allowed, strings or `None`.
+
+    Raises:
+        ValueError: where `value` is none of them.
+    """
+    # Only strings and None are compared: an array has no single truth value.
+    comparable = value is None or isinstance(value, str)
+    if not comparable or value not in tuple(choices):
+        raise ValueError(
+            f"Expected `{name}` to be one of "
+            f"{', '.join(map(repr, choices))}. Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_layer(name, value):
+    """A `keras.layers.Layer`; every `keras.Model` is one.
+
+    Raises:
+        ValueError: for everything else, such as the layer's name or class.
+    """
+    if not isinstance(value, keras.layers.Layer):
+        raise ValueError(
+            f"Expected `{name}` to be a Keras layer or model. "
+            f"Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_finite(name, values):
+    """Raises a `ValueError` where known values hold NaN or an infinity."""
+    if not backend.is_concrete(values):
+        return
+    values = as_numpy(values)
+    if values.dtype.kind in "iub":
+        return
+    finite = np.isfinite(values.astype("float64", copy=False))
+    if not finite.all():
+        raise ValueError(
+            f"Expected finite numbers in `{name}`. Received: "
+            f"{values[~finite].ravel()[:3]} among {values.size} values"
+        )
+
+
+def check_integers(name, values, minimum=0, maximum=None):
+    """Raises a `ValueError` unless known values are integers within bounds.
+
+    Floats, whole ones too, and booleans are refused: where numbers name codes
+    or tokens, a float is a mistake.
+
+    Args:
+        name: String. The argument's name, for the message.
+        values: Array or tensor.
+        minimum: Least value allowed.
+        maximum: Greatest value allowed, if any.
+    """
+    dtype = keras.backend.standardize_dtype(
+        getattr(values, "dtype", None) or np.asarray(values).dtype
+    )
+    if "int" not in dtype:
+        raise ValueError(
+            f"Expected integers in `{name}`. Received: {name} of dtype {dtype}"
+        )
+    if not backend.is_concrete(values):
+        return
+    values = as_numpy(values)
+    low, high = (values.min(), values.max()) if values.size else (minimum,) * 2
+    if low < minimum or (maximum is not None and high > maximum):
+        raise ValueError(
+            f"Expected `{name}` to hold integers{_bounds(minimum, maximum)}. "
+            f"Received: {name} from {low} to {high}"
+        )
+
+
+def check_verbose(value):
+    """Keras's `verbose`: `"auto"`, 0, 1 or 2; `"auto"` is 1."""
+    if isinstance(value, str) and value == "auto":
+        return 1
+    if isinstance(value, (bool, np.bool_)):
+        return int(value)
+    if isinstance(value, numbers.Integral) and value in (0, 1, 2):
+        return int(value)
+    raise ValueError(
+        "Expected `verbose` to be 'auto', 0, 1 or 2. "
+        f"Received: verbose={value!r}"
+    )
+
+
+def check_seed(name, value):
+    """A seed as Keras takes it: integer, `None` or a `SeedGenerator`.
+
+    Raises:
+        ValueError: for everything else.
+    """
+    if value is None or isinstance(value, keras.random.SeedGenerator):
+        return value
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    raise ValueError(
+        f"Expected `{name}` to be an integer, None or a "
+        f"`keras.random.SeedGenerator`. Received: {name}={value!r}"
+    )
+
+
+def as_numpy(values):
+    """A NumPy array of a tensor, a list or an array (which is not copied)."""
+    if isinstance(values, np.ndarray):
+        return values
+    if ops.is_tensor(values):
+        return ops.convert_to_numpy(values)
+    return np.asarray(values)
+
+
+def _bounds(minimum=None, maximum=None, above=None, below=None):
+    parts = [
+        f"at least {minimum}" if minimum is not None else "",
+        f"above {above}" if above is not None else "",
+        f"at most {maximum}" if maximum is not None else "",
+        f"below {below}" if below is not None else "",
+    ]
+    parts = [part for part in parts if part]
+    return f" {' and '.join(parts)}" if parts else ""

@@ -1,0 +1,130 @@
+"""State of layers and models that is not trained: saved, resumed, the same on
+every replica.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+
+
+class StepSeed(keras.random.SeedGenerator):
+    """The seeds of one training step; holds no variable.
+
+    The k-th draw of step t has the seed (seed + k, t). So draws depend on two
+    numbers that are saved, and a resumed run goes on with the draws of one
+    that was never stopped.
+
+    Args:
+        seed: Integer, or a scalar integer tensor.
+        step: Scalar integer tensor.
+    """
+
+    def __init__(self, seed, step):
+        # Not the parent's constructor: it would make a variable.
+        self._draws = 0
+        self._seed = seed
+        self._step = step
+
+    def next(self, ordered=True):
+        draw = self._draws
+        self._draws += 1
+        return ops.stack(
+            [
+                ops.cast(self._seed + draw, "uint32"),
+                ops.cast(self._step, "uint32"),
+            ]
+        )
+
+
+class NumberedDraws:
+    """Numbers the random draws of a layer or model by a saved count.
+
+    Keras does not save the state of a `SeedGenerator` in a `.keras` file, so
+    after `load_model` the noise would start anew. Here the seed and the count
+    of steps are two weights of the owner.
+
+    Args:
+        owner: Layer or model that gets the weights `draw_seed` and
+            `iterations`, scalars of int32.
+        seed: Integer or `None`.
+        prefix: String put before the names of the weights; needed where an
+            owner numbers two kinds of draws.
+
+    Attributes:
+        seed: The weight `draw_seed`.
+        iterations: The weight `iterations`: how many steps have drawn.
+
+    Example:
+
+    >>> class Noise(keras.layers.Layer):
+    ...     def __init__(self, seed=None, **kwargs):
+    ...         super().__init__(**kwargs)
+    ...         self.draws = NumberedDraws(self, seed)
+    ...
+    ...     def call(self, x, training=False):
+    ...         if not training:
+    ...             return x
+    ...         seed = self.draws.next_step()
+    ...         return x + keras.random.normal(keras.ops.shape(x), seed=seed)
+    """
+
+    def __init__(self, owner, seed=None, prefix=""):
+        if seed is None:
+            seed = keras.random.make_default_seed()
+        # Each replica counts for itself: they count alike.
+        self.seed, self.iterations = (
+            owner.add_weight(
+                (),
+                keras.initializers.Constant(start),
+                "int32",
+                trainable=False,
+                name=prefix + name,
+            )
+            for name, start in (
+                ("draw_seed", int(seed) % 2**31),
+                ("iterations", 0),
+            )
+        )
+
+    def next_step(self):
+        """The seeds of this step, a `StepSeed`; counts the step."""
+        seed = StepSeed(
+            ops.convert_to_tensor(self.seed.value),
+            # A copy: on TensorFlow the variable's own tensor would follow the
+            # assignment below.
+            ops.copy(self.iterations.value),
+        )
+        self.iterations.assign_add(1)
+        return seed
+
+
+def draw_rows(draw, shape, seed):
+    """Random numbers for the rows of a batch that replicas may share.
+
+    All replicas draw the numbers of the whole batch and each takes its own
+    rows, so two replicas see the noise that one would see.
+
+    Args:
+        draw: `keras.random.normal`, `keras.random.uniform` or the like.
+        shape: `(rows, ...)`; the number of rows may be a tensor.
+        seed: As for `keras.random`.
+
+    Returns:
+        Tensor of that shape.
+
+    Example:
+
+    >>> draw_rows(keras.random.normal, (4, 2), seed=0).shape
+    (4, 2)
+    """
+    replicas = backend.num_replicas()
+    if replicas == 1:
+        return draw(shape, seed=seed)
+    return draw((replicas, *shape), seed=seed)[backend.replica()]
+
+
+def snapshot(variables):
+    """NumPy copies of the values of variables, in their own dtypes."""
+    return [np.array(ops.convert_to_numpy(v.value)) for v in variables]

@@ -1,0 +1,86 @@
+"""Helpers of the tests: values, backends, replicas, closeness.
+
+Models and data that tests share stand in `toy.py`.
+"""
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+
+from blogkeras import training
+
+TENSORFLOW = keras.backend.backend() == "tensorflow"
+JAX = keras.backend.backend() == "jax"
+
+tensorflow_only = pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow only")
+jax_only = pytest.mark.skipif(not JAX, reason="JAX only")
+
+
+def value(x, dtype=None):
+    """A NumPy array of anything."""
+    return np.asarray(ops.convert_to_numpy(x), dtype)
+
+
+def close_in_ulps(actual, expected, ulps=4, dtype=None):
+    """Asserts equality up to units in the last place of the largest value.
+
+    Programs that are compiled differently (eager, XLA, a branch; another
+    processor) add in another order, so they need not agree to the bit.
+
+    Args:
+        actual: Tensor or array.
+        expected: Tensor or array of the same shape.
+        ulps: How many units.
+        dtype: Whose units; defaults to the dtype of `actual`.
+    """
+    dtype = dtype or keras.backend.standardize_dtype(
+        getattr(actual, "dtype", np.asarray(actual).dtype)
+    )
+    actual, expected = value(actual, "float64"), value(expected, "float64")
+    assert actual.shape == expected.shape
+    unit = {
+        "bfloat16": 2.0**-7,
+        "float16": 2.0**-10,
+        "float32": 2.0**-23,
+        "float64": 2.0**-52,
+    }[dtype]
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0)
+    np.testing.assert_allclose(
+        actual, expected, rtol=0, atol=ulps * unit * max(largest, 1e-30)
+    )
+
+
+def replicated(make):
+    """A compiled model that trains on two devices."""
+    if TENSORFLOW:
+        with toy.mirrored().scope():
+            return make()
+    devices = keras.distribution.list_devices("cpu")[:2]
+    keras.distribution.set_distribution(
+        keras.distribution.DataParallel(devices=devices)
+    )
+    return make()
+
+
+def replica_run(make_hook, replicas):
+    """Weights and history of a small classifier on one or two replicas."""
+    toy.reset()
+
+    def make():
+        return toy.compiled(
+            toy.classifier(
+                dropout=0.0, normalization=layers.LayerNormalization
+            ),
+            run_eagerly=replicas == 1,
+        )
+
+    model = replicated(make) if replicas == 2 else make()
+    if make_hook:
+        training.install(model, make_hook(model))
+    history = model.fit(
+        toy.TOKENS, toy.LABELS, epochs=2, shuffle=False, verbose=0
+    ).history
+    keras.distribution.set_distribution(None)
+    return toy.weights(model), history
