@@ -164,10 +164,14 @@ def check_integers(name, values, minimum=0, maximum=None):
         minimum: Least value allowed.
         maximum: Greatest value allowed, if any.
     """
-    dtype = keras.backend.standardize_dtype(
-        getattr(values, "dtype", None) or np.asarray(values).dtype
-    )
-    if "int" not in dtype:
+    if ops.is_tensor(values) or isinstance(values, keras.KerasTensor):
+        dtype = keras.backend.standardize_dtype(values.dtype)
+        are_integers = "int" in dtype
+    else:
+        values = np.asarray(values)
+        dtype = values.dtype
+        are_integers = dtype.kind in "iu" or not values.size
+    if not are_integers:
         raise ValueError(
             f"Expected integers in `{name}`. Received: {name} of dtype {dtype}"
         )

@@ -48,7 +48,8 @@ class NumberedDraws:
     Args:
         owner: Layer or model that gets the weights `draw_seed` and
             `iterations`, scalars of int32.
-        seed: Integer or `None`.
+        seed: Integer, `None` or a `keras.random.SeedGenerator`, whose first
+            seed is taken.
         prefix: String put before the names of the weights; needed where an
             owner numbers two kinds of draws.
 
@@ -72,7 +73,10 @@ class NumberedDraws:
 
     def __init__(self, owner, seed=None, prefix=""):
         if seed is None:
-            seed = keras.random.make_default_seed()
+            # A new one, which `keras.utils.set_random_seed` decides.
+            seed = keras.random.SeedGenerator()
+        if isinstance(seed, keras.random.SeedGenerator):
+            seed = ops.convert_to_numpy(seed.state.value)[0]
         # Each replica counts for itself: they count alike.
         self.seed, self.iterations = (
             owner.add_weight(

@@ -32,6 +32,7 @@ import keras
 from keras import ops, tree
 
 from blogkeras import backend
+from blogkeras.state import StepSeed
 
 
 class Evaluation(NamedTuple):
@@ -156,7 +157,7 @@ class Objective:
         Args:
             seed: Integer.
         """
-        return _StepSeed(seed, self.iterations)
+        return StepSeed(seed, self.iterations)
 
     def value(self, weights, variable):
         """The value of a variable, trainable or not, in this step."""
@@ -184,24 +185,6 @@ class Objective:
             if candidate is variable:
                 return index
         return None
-
-
-class _StepSeed(keras.random.SeedGenerator):
-    """Counts draws within a step; holds no state of its own."""
-
-    def __init__(self, seed, iterations):
-        # Not the parent's: it would make a variable.
-        self._next = seed
-        self._iterations = iterations
-
-    def next(self, ordered=True):
-        self._next += 1
-        return ops.stack(
-            [
-                ops.cast(self._next - 1, "uint32"),
-                ops.cast(self._iterations, "uint32"),
-            ]
-        )
 
 
 def install(model, hook):

@@ -1,5 +1,7 @@
 """Gradients, branches with state, XLA and replicas under one name."""
 
+import subprocess
+import sys
 import threading
 
 import keras
@@ -293,3 +295,82 @@ def test_sums_and_gathers_across_replicas():
         np.testing.assert_array_equal(gathered, [1, 2, 11, 12])
         assert number == i
     assert results[3] == 2
+
+
+class Mixing(layers.Layer):
+    """Attention, a product over two axes and a broadcast sum over positions.
+
+    Their gradients need shapes that XLA must know when it compiles.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = layers.MultiHeadAttention(1, 2)
+        self.dense = layers.Dense(3)
+
+    def build(self, input_shape):
+        self.attention.build(input_shape, input_shape)
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        total = ops.sum(x, axis=1, keepdims=True)
+        attended = self.dense(self.attention(x, x))
+        return attended + ops.broadcast_to(total, ops.shape(x))
+
+
+class MixingBranch(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.left, self.right = Mixing(), Mixing()
+
+    def build(self, input_shape):
+        self.left.build(input_shape)
+        self.right.build(input_shape)
+
+    def call(self, x):
+        return backend.cond(
+            ops.sum(x) > 0,
+            lambda: self.left(x),
+            lambda: self.right(x),
+            [self.left, self.right],
+        )[0]
+
+
+def test_branches_of_unknown_shape_compile():
+    """Batches of 4 and 2 rows: the batch size is not known when traced."""
+    inputs = keras.Input((None, 3))
+    model = keras.Model(inputs, layers.Dense(1)(MixingBranch()(inputs)))
+    model.compile("sgd", "mse", jit_compile=True)
+    x = np.ones((6, 5, 3), "float32")
+    before = toy.weights(model)
+    model.fit(x, x[..., :1], batch_size=4, verbose=0)
+    assert all(np.isfinite(w).all() for w in toy.weights(model))
+    assert toy.difference(before, toy.weights(model)) > 0
+
+
+def test_importing_changes_nothing_of_tensorflow():
+    """The attributes of TensorFlow's modules and classes are its own."""
+    if not TENSORFLOW:
+        pytest.skip("TensorFlow's own modules")
+    code = """
+import sys, keras, tensorflow as tf
+from tensorflow.python.ops import cond_v2, nn_impl
+def everything():
+    return {
+        (module, name): id(value)
+        for module in (tf, tf.nn, tf.math, cond_v2, nn_impl, keras, keras.ops)
+        for name, value in vars(module).items()
+    } | {
+        (cls, name): id(value)
+        for cls in vars(cond_v2).values() if isinstance(cls, type)
+        for name, value in vars(cls).items()
+    }
+before = everything()
+import blogkeras
+after = everything()
+print(sorted(str(k) for k in before if before[k] != after.get(k)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"

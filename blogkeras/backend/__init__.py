@@ -1,0 +1,174 @@
+"""The only place that knows TensorFlow from JAX.
+
+Everything else is written in `keras.ops`. What Keras has no common name for
+stands here, documented once: gradients inside a step, state inside a branch,
+compiled programs, sums and gathers across replicas. `tensorflow.py` and
+`jax.py` hold the two ways to do it; only one of them is imported.
+"""
+
+import threading
+
+import keras
+from keras import tree
+
+# There is no public name for the mask that a tensor carries along.
+from keras.src.backend import get_keras_mask, set_keras_mask  # noqa: F401
+
+from blogkeras.backend.scopes import RecordingScope  # noqa: F401
+
+BACKEND = keras.backend.backend()
+
+if BACKEND == "tensorflow":
+    from blogkeras.backend import tensorflow as _framework
+elif BACKEND == "jax":
+    from blogkeras.backend import jax as _framework
+else:
+    raise ImportError(
+        "blogkeras runs on the TensorFlow and JAX backends of Keras. Set the "
+        "environment variable KERAS_BACKEND to one of them before Python "
+        f"starts. Received: KERAS_BACKEND={BACKEND}"
+    )
+
+from blogkeras.backend.branches import cond  # noqa: E402, F401
+
+# Gradients
+
+
+def value_and_grad(fn, args, unconnected="zero"):
+    """Evaluates `fn` and its gradient; may be nested for second order.
+
+    Args:
+        fn: `fn(args)` returns `(loss, aux)`, a scalar and anything.
+        args: Nested structure of floating tensors.
+        unconnected: `"zero"` or `"none"`, the gradient of an argument that
+            `loss` does not depend on. JAX knows only zero.
+
+    Returns:
+        `((loss, aux), gradients)`, gradients structured like `args`. On
+        TensorFlow the gradient of a gathered tensor stays `IndexedSlices` (see
+        `dense`).
+    """
+    return _framework.value_and_grad(fn, args, unconnected)
+
+
+def dense(gradient):
+    """The gradient as an ordinary tensor, repeated rows summed."""
+    return _framework.dense(gradient)
+
+
+def weighted_sum(gradients, weights):
+    """Σ wᵢ gᵢ of the gradients of one tensor; sparse if all are sparse."""
+    return _framework.weighted_sum(gradients, weights)
+
+
+def second_order():
+    """A context in which normalization layers are right to second order.
+
+    `tf.nn.moments` stops the gradient of the mean inside the variance. That is
+    exact to first order and wrong to second, and so are the LayerNormalization
+    and BatchNormalization that use it. Within this context, in this thread, the
+    variance is the plain formula. On JAX it is so anyway.
+    """
+    return _framework.second_order()
+
+
+def is_recorded():
+    """Whether a gradient may be asked for of what runs now.
+
+    A loop that `jit` has compiled has no gradient outside of its program. On
+    JAX the answer is no: what a gradient is asked for is not concrete there.
+    """
+    return _framework.is_recorded()
+
+
+# Compiled programs
+
+
+def jit(fn):
+    """Compiles a function of tensors with XLA."""
+    return _framework.jit(fn)
+
+
+def jit_layer(fn, layer):
+    """`jit(fn)`, reading the variables of `layer` as they are at each call.
+
+    Args:
+        fn: Function of tensors that calls `layer` or its parts and assigns
+            nothing.
+        layer: A built Keras layer or model.
+    """
+    return _framework.jit_layer(fn, layer)
+
+
+def hlo_text(fn, *args):
+    """What XLA is given to compile for `fn(*args)`, as text."""
+    return _framework.hlo_text(fn, *args)
+
+
+def full_precision():
+    """A context in which products of float32 matrices keep float32's digits.
+
+    Accelerators round the factors to bfloat16 (TPU) or TF32 (GPU) otherwise.
+    TensorFlow cannot say so of a part of a program: there this does nothing,
+    and TF32 is switched off for the whole process by
+    `tf.config.experimental.enable_tensor_float_32_execution(False)`.
+    """
+    return _framework.full_precision()
+
+
+def is_concrete(x):
+    """Whether `x` has its values now, outside of a traced function."""
+    return not isinstance(x, keras.KerasTensor) and _framework.is_concrete(x)
+
+
+# Replicas
+
+
+def num_replicas():
+    """How many replicas share the step: `tf.distribute`'s, else 1."""
+    return _framework.num_replicas()
+
+
+def replica():
+    """The number of this replica among them, from 0 on."""
+    return _framework.replica()
+
+
+def all_reduce_sum(x):
+    """The sum of `x` over the replicas. On JAX arrays are global: `x`."""
+    return _framework.all_reduce_sum(x)
+
+
+def all_gather(x):
+    """Concatenates `x` of all replicas along axis 0 (on JAX: `x`).
+
+    The gradient is summed over the replicas.
+    """
+    return _framework.all_gather(x)
+
+
+class ReplicaLosses:
+    """For layers that exchange something with other replicas before `add_loss`.
+
+    Keras keeps the losses of all replicas in one list. TensorFlow runs each
+    replica in a thread of its own; they take turns where they exchange, and one
+    that comes later would count the losses of those before it as its own.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._loss_threads = {}
+
+    def add_loss(self, loss):
+        super().add_loss(loss)
+        for x in tree.flatten(loss):
+            self._loss_threads[id(x)] = threading.get_ident()
+
+    def _get_own_losses(self):
+        here = threading.get_ident()
+        losses = super()._get_own_losses()
+        return [x for x in losses if self._loss_threads.get(id(x)) == here]
+
+    def _clear_losses(self):
+        super()._clear_losses()
+        self._loss_threads.clear()

@@ -1,0 +1,103 @@
+"""Branches whose layers have state, losses and masks."""
+
+import keras
+from keras import ops
+
+from blogkeras.backend.scopes import RecordingScope, no_autocast
+
+if keras.backend.backend() == "tensorflow":
+    from blogkeras.backend import tensorflow as framework
+else:
+    from blogkeras.backend import jax as framework
+
+
+def cond(predicate, true_fn, false_fn, layers):
+    """Runs one of two functions that may contain Keras layers with state.
+
+    `keras.ops.cond` cannot run Dropout, BatchNormalization or `add_loss` in a
+    branch. Here each branch sees the variables' values of the moment, and what
+    it assigns is assigned after the branches have met. Only the chosen branch
+    is computed, forward and backward; variables that are not trainable are
+    constants to the gradient.
+
+    Args:
+        predicate: Scalar boolean tensor.
+        true_fn: Function without arguments that returns tensors.
+        false_fn: Likewise, with the same structure, shapes and dtypes.
+        layers: The Keras layers that the branches call.
+
+    Returns:
+        `(outputs, loss)`: the outputs of the chosen branch and the sum of what
+        its layers gave to `add_loss`, float32; hand that on to `add_loss`.
+
+    Example:
+
+    >>> dense, dropout = keras.layers.Dense(3), keras.layers.Dropout(0.5)
+    >>> x = keras.ops.ones((2, 3)); dense.build(x.shape)
+    >>> outputs, loss = cond(
+    ...     keras.ops.mean(x) > 0,
+    ...     lambda: dense(dropout(x, training=True)),
+    ...     lambda: x,
+    ...     [dense, dropout],
+    ... )
+    """
+    variables = {id(v): v for layer in layers for v in layer.variables}
+    assigned = {}
+    with no_autocast():
+        mapping = [(v, ops.convert_to_tensor(v)) for v in variables.values()]
+
+    def inside(variable, value):
+        if not keras.backend.is_float_dtype(variable.dtype):
+            return value
+        if not variable.trainable:
+            return ops.stop_gradient(value)
+        return framework.inside_branch(value)
+
+    def run(fn):
+        with no_autocast():
+            scope = RecordingScope([(v, inside(v, x)) for v, x in mapping])
+        with scope:
+            outputs = fn()
+        loss = sum(
+            (ops.cast(loss, "float32") for loss in scope.losses),
+            start=ops.zeros((), "float32"),
+        )
+        return outputs, loss, scope
+
+    # A first trace tells which variables the branches assign: handing all of
+    # them out of the branch would copy every weight.
+    for fn in (true_fn, false_fn):
+
+        def record(fn=fn):
+            outputs, loss, scope = run(fn)
+            assigned.update(scope.assigned)
+            return loss
+
+        framework.trace(record)
+    changing = [variable for variable, _ in assigned.values()]
+    with no_autocast():
+        mapping += [
+            (v, ops.convert_to_tensor(v))
+            for v in changing
+            if id(v) not in variables
+        ]
+
+    def branch(fn):
+        outputs, loss, scope = run(fn)
+        with no_autocast():
+            state = [
+                ops.cast(scope.get_current_value(v), v.dtype) for v in changing
+            ]
+        return outputs, loss, state
+
+    outputs, loss, state = framework.branch(
+        predicate, lambda: branch(true_fn), lambda: branch(false_fn)
+    )
+    with no_autocast():
+        for variable, value in zip(changing, state, strict=True):
+            variable.assign(value)
+    # Keras recognizes a layer's `add_loss` tensors by id. Those of the branches
+    # are gone; without this, a later tensor with a like id would count twice.
+    for layer in layers:
+        layer._clear_losses()
+    return outputs, loss

@@ -1,0 +1,91 @@
+"""JAX's half of the backend; `__init__.py` says what each name does."""
+
+import contextlib
+
+import jax
+import keras
+from keras import ops
+
+second_order = contextlib.nullcontext
+
+
+def value_and_grad(fn, args, unconnected):
+    return jax.value_and_grad(fn, has_aux=True)(args)
+
+
+def dense(gradient):
+    return gradient
+
+
+def weighted_sum(gradients, weights):
+    return sum(
+        g * ops.cast(w, g.dtype)
+        for g, w in zip(gradients, weights, strict=True)
+    )
+
+
+def is_recorded():
+    return False
+
+
+def jit(fn):
+    return jax.jit(fn)
+
+
+def jit_layer(fn, layer):
+    def pure(values, *args):
+        mapping = zip(layer.variables, values, strict=True)
+        with keras.StatelessScope([*mapping]):
+            return fn(*args)
+
+    compiled = jax.jit(pure)
+    return lambda *args: compiled([v.value for v in layer.variables], *args)
+
+
+def hlo_text(fn, *args):
+    return jax.jit(fn).lower(*args).compiler_ir("hlo").as_hlo_text()
+
+
+def full_precision():
+    return jax.default_matmul_precision("highest")
+
+
+def is_concrete(x):
+    return not isinstance(x, jax.core.Tracer)
+
+
+# Arrays are global: whatever the number of devices, the step sees one batch.
+
+
+def num_replicas():
+    return 1
+
+
+def replica():
+    return 0
+
+
+def all_reduce_sum(x):
+    return x
+
+
+def all_gather(x):
+    return x
+
+
+# For `branches.py`.
+
+
+def trace(fn):
+    """Runs a function for its side effects on Python, computing nothing."""
+    jax.eval_shape(fn)
+
+
+def branch(predicate, true_fn, false_fn):
+    """Runs one of two functions of the same structure."""
+    return jax.lax.cond(predicate, true_fn, false_fn)
+
+
+def inside_branch(x):
+    """A weight, as the layers of a branch read it."""
+    return x

@@ -1,0 +1,250 @@
+"""TensorFlow's half of the backend; `__init__.py` says what each name does."""
+
+import contextlib
+import functools
+import threading
+import types
+import warnings
+
+import tensorflow as tf
+from keras import ops, tree
+
+# Gradients
+
+
+def value_and_grad(fn, args, unconnected):
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        args = tree.map_structure(tf.convert_to_tensor, args)
+        tape.watch(args)
+        loss, aux = fn(args)
+    gradients = tape.gradient(
+        loss,
+        args,
+        unconnected_gradients=tf.UnconnectedGradients(unconnected),
+    )
+    return (loss, aux), gradients
+
+
+def dense(gradient):
+    return tf.convert_to_tensor(gradient)
+
+
+def weighted_sum(gradients, weights):
+    if all(isinstance(g, tf.IndexedSlices) for g in gradients):
+        return tf.IndexedSlices(
+            tf.concat(
+                [
+                    g.values * ops.cast(w, g.values.dtype)
+                    for g, w in zip(gradients, weights, strict=True)
+                ],
+                axis=0,
+            ),
+            tf.concat([g.indices for g in gradients], axis=0),
+            gradients[0].dense_shape,
+        )
+    return sum(
+        dense(g) * ops.cast(w, g.dtype)
+        for g, w in zip(gradients, weights, strict=True)
+    )
+
+
+def is_recorded():
+    try:
+        from tensorflow.python.eager import record
+
+        return record.could_possibly_record()
+    except (ImportError, AttributeError):
+        # The function is private. Where it is missing, assume that a gradient
+        # is asked for: that is slower, but never wrong.
+        return True
+
+
+_keras_moments = tf.nn.moments
+_exact = threading.local()
+_exact_users = []
+
+
+def _moments(x, axes, shift=None, keepdims=False, name=None):
+    if not getattr(_exact, "on", False):
+        return _keras_moments(
+            x, axes, shift=shift, keepdims=keepdims, name=name
+        )
+    mean = tf.reduce_mean(x, axes, keepdims=True)
+    variance = tf.reduce_mean(
+        tf.math.squared_difference(x, mean), axes, keepdims=True
+    )
+    if not keepdims:
+        mean, variance = tf.squeeze(mean, axes), tf.squeeze(variance, axes)
+    return mean, variance
+
+
+@contextlib.contextmanager
+def second_order():
+    before = getattr(_exact, "on", False)
+    _exact.on = True
+    _exact_users.append(None)
+    tf.nn.moments = _moments
+    try:
+        yield
+    finally:
+        _exact.on = before
+        _exact_users.pop()
+        if not _exact_users:
+            tf.nn.moments = _keras_moments
+
+
+# Compiled programs
+
+
+def jit(fn):
+    # TensorFlow counts traces by code object and warns after a few; a function
+    # that is made anew for each use is not traced again.
+    fn = functools.partial(fn)
+    return tf.function(fn, jit_compile=True, autograph=False)
+
+
+def jit_layer(fn, layer):
+    return jit(fn)
+
+
+def hlo_text(fn, *args):
+    fn = tf.function(fn, jit_compile=True, autograph=False)
+    return fn.experimental_get_compiler_ir(*args)(stage="hlo")
+
+
+def full_precision():
+    return contextlib.nullcontext()
+
+
+def is_concrete(x):
+    return tf.executing_eagerly()
+
+
+# Replicas
+
+
+def num_replicas():
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def _replicas():
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return None
+    return context
+
+
+def replica():
+    context = _replicas()
+    return context.replica_id_in_sync_group if context else 0
+
+
+def all_reduce_sum(x):
+    context = _replicas()
+    return context.all_reduce("SUM", x) if context else x
+
+
+def all_gather(x):
+    context = _replicas()
+    return context.all_gather(x, axis=0) if context else x
+
+
+# For `branches.py`.
+
+
+def trace(fn):
+    """Runs a function for its side effects on Python, computing nothing."""
+    tf.function(fn, autograph=False).get_concrete_function()
+
+
+def branch(predicate, true_fn, false_fn):
+    """Runs one of two functions of the same structure."""
+
+    def run():
+        return tf.cond(
+            predicate, lambda: _marked(true_fn), lambda: _marked(false_fn)
+        )
+
+    if tf.executing_eagerly():
+        # As in a graph, what did not run has a gradient: zero.
+        return tf.function(functools.partial(run), autograph=False)()
+    return run()
+
+
+@tf.custom_gradient
+def inside_branch(x):
+    """A weight, as the layers of a branch read it."""
+    # XLA wants gradients of one shape from both branches, where those of a
+    # lookup would have as many rows as there were looked up.
+    return tf.identity(x), tf.convert_to_tensor
+
+
+def _marked(fn):
+    """The outputs of a branch, whose gradient computes shapes again."""
+    return tree.map_structure(
+        lambda x: _mark(x) if x.dtype.is_floating else x,
+        tree.map_structure(tf.convert_to_tensor, fn()),
+    )
+
+
+@tf.custom_gradient
+def _mark(x):
+    def gradient(dy):
+        # The first thing that runs when the gradient of a branch is traced.
+        _compute_shapes_again(tf.compat.v1.get_default_graph())
+        return dy
+
+    return tf.identity(x), gradient
+
+
+# TensorFlow makes the gradient of a branch a function of its own, and hands
+# over to it what the branch has computed. XLA must know shapes and the order of
+# axes when it compiles, and of a number that is handed over it knows nothing: a
+# branch with `tensordot` or `broadcast_to` would not compile where the batch
+# size is unknown. So the gradient of our own branches computes such numbers
+# again, from these operations:
+_PURE = frozenset(
+    "Add AddV2 BroadcastArgs Cast ConcatV2 Const Equal ExpandDims Fill "
+    "FloorDiv FloorMod GatherV2 Greater GreaterEqual Identity "
+    "InvertPermutation Less LessEqual Maximum Minimum Mul Neg NotEqual "
+    "Pack Prod Range Rank Reshape Select SelectV2 Shape ShapeN Size Slice "
+    "Squeeze StridedSlice Sub Sum".split()
+)
+
+
+def _compute_shapes_again(graph):
+    """Changes how this one gradient graph takes tensors from its branch."""
+    if getattr(graph, "_forward_graph", None) is None:
+        return  # not the gradient of a branch
+    needed = ("_capture_helper", "_captured_constants", "_create_op_internal")
+    if not all(hasattr(graph, name) for name in needed):
+        warnings.warn(
+            "This version of TensorFlow traces gradients of branches in "
+            "another way than 2.21. Compiled with XLA, a step with modules in "
+            "a branch may fail where the batch size is not fixed: use a "
+            f"TensorFlow that has {', '.join(needed)}.",
+            stacklevel=2,
+        )
+        return
+    graph._capture_helper = types.MethodType(_capture_or_compute, graph)
+
+
+def _capture_or_compute(graph, tensor, name):
+    if (
+        tensor.graph is not graph._forward_graph
+        or not (tensor.dtype.is_integer or tensor.dtype.is_bool)
+        or tensor.shape.rank not in (0, 1)
+        or tensor.op.type not in _PURE
+    ):
+        return type(graph)._capture_helper(graph, tensor, name)
+    again = graph._captured_constants
+    if id(tensor) not in again:
+        op = tensor.op
+        copy = graph._create_op_internal(
+            op.type,
+            [graph.capture(x) for x in op.inputs],
+            [x.dtype for x in op.outputs],
+            attrs=dict(op.node_def.attr),
+        )
+        again[id(tensor)] = copy.outputs[tensor.value_index]
+    return again[id(tensor)]

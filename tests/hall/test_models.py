@@ -1,0 +1,64 @@
+"""Models of models: saved as compiled; verbs in batches."""
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+
+from blogkeras import backend, models
+
+
+@keras.saving.register_keras_serializable(package="blogkeras_tests")
+class Linear(models.CompositeModel):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.head = layers.Dense(1)
+
+    def build(self, input_shape):
+        self.head.build(input_shape)
+
+    def call(self, x):
+        return self.head(x)
+
+    def compile(self, optimizer="sgd", loss="mse", **kwargs):
+        super().compile(optimizer, loss, **kwargs)
+
+
+def test_a_loaded_model_is_compiled_and_goes_on(tmp_path):
+    model = Linear()
+    model.compile(keras.optimizers.Adam(0.01))
+    model.fit(toy.DENSE, toy.TARGETS, verbose=0, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        each.fit(toy.DENSE, toy.TARGETS, verbose=0, shuffle=False)
+    assert toy.difference(toy.state(model), toy.state(loaded)) == 0
+
+
+def test_batches_of_one_shape(capsys):
+    shapes = []
+
+    def fn(x, y):
+        shapes.append(tuple(x.shape))
+        return {"sum": x + y, "first": x[:, 0]}
+
+    x = np.arange(14, dtype="float32").reshape(7, 2)
+    y = np.ones((7, 1), "float32")
+    result = models.map_batches(backend.jit(fn), [x, y], 3, verbose=1)
+    np.testing.assert_array_equal(result["sum"], x + y)
+    np.testing.assert_array_equal(result["first"], x[:, 0])
+    assert set(shapes) == {(3, 2)}
+    assert "3/3" in capsys.readouterr().out
+    # Fewer rows than a batch: nothing is filled up.
+    models.map_batches(backend.jit(fn), [ops.ones((2, 2)), y[:2]], 100)
+    assert shapes[-1] == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "size"),
+    [([np.ones(3), np.ones(2)], 2), ([np.ones(0)], 2), ([np.ones(3)], 0)],
+)
+def test_bad_batches(arrays, size):
+    with pytest.raises(ValueError, match="Received"):
+        models.map_batches(lambda *x: x, arrays, size)
