@@ -3,6 +3,8 @@
 Models and data that tests share stand in `toy.py`.
 """
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -84,3 +86,39 @@ def replica_run(make_hook, replicas):
     ).history
     keras.distribution.set_distribution(None)
     return toy.weights(model), history
+
+
+def lower_train_step(model, x, y=None, platform="tpu"):
+    """Lowers the whole train step of a compiled model for a device.
+
+    JAX lowers for a TPU or a GPU without having one. Raises where an operation
+    of the step has no lowering there.
+
+    Args:
+        model: A compiled `keras.Model`, JAX backend; it need not be built.
+        x: One batch of inputs.
+        y: Its targets, if any.
+        platform: `"tpu"` or `"cuda"`.
+
+    Returns:
+        The text of the program, StableHLO.
+    """
+    import jax
+
+    data = (x,) if y is None else (x, y)
+    model._symbolic_build(data_batch=data)
+    model.optimizer.build(model.trainable_variables)
+    hook = training.installed(model)
+    step = model.train_step
+    if hook is not None:
+        step = functools.partial(training._make_step(hook), model)
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+    )
+    exported = jax.export.export(jax.jit(step), platforms=[platform])(
+        state, data
+    )
+    return exported.mlir_module()
