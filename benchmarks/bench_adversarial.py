@@ -30,7 +30,9 @@ import sys
 import tempfile
 
 import numpy as np
-from interleaved import Worker, environment, measure, ratio, serve
+from harness.contest import Worker, measure, serve
+from harness.page import environment
+from harness.statistics import ratio
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/adversarial.md"
 LEGACY = {"TF_KERAS": "1", "TF_USE_LEGACY_KERAS": "1"}

@@ -18,7 +18,9 @@ import subprocess
 import sys
 
 import numpy as np
-from interleaved import MARK, Worker, environment, measure, ratio, serve
+from harness.contest import MARK, Worker, measure, serve
+from harness.page import environment
+from harness.statistics import ratio
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = ROOT / "docs/benchmarks/hsic.md"

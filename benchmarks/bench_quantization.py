@@ -24,7 +24,9 @@ import sys
 import time
 
 import numpy as np
-from interleaved import MARK, Worker, environment, measure, ratio, serve
+from harness.contest import MARK, Worker, measure, serve
+from harness.page import environment
+from harness.statistics import ratio
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/quantization.md"
 SIZES = {"small": (65_536, 64, 1024), "large": (16_384, 256, 8192)}

@@ -15,7 +15,9 @@ import argparse
 import pathlib
 
 import numpy as np
-from interleaved import Worker, environment, measure, serve
+from harness.contest import Worker, measure, serve
+from harness.page import environment
+from harness.statistics import ratio
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/theseus.md"
 
@@ -133,14 +135,6 @@ def prepare(name, options):
     return step
 
 
-def ratio(seconds, name, base, draws=2000, seed=0):
-    """Ratio of the means, and its 95 % bootstrap interval over rounds."""
-    a, b = seconds[name], seconds[base]
-    picks = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
-    ratios = a[picks].mean(1) / b[picks].mean(1)
-    return a.mean() / b.mean(), *np.quantile(ratios, [0.025, 0.975])
-
-
 def report(seconds, options):
     lines = [
         "# Benchmark: BERT-of-Theseus",
@@ -158,7 +152,7 @@ def report(seconds, options):
             for name, values in seconds.items()
         ),
         "",
-        "| ratio of means | | 95 % interval | target |",
+        "| median ratio | | 95 % interval | target |",
         "|---|---|---|---|",
     ]
     for label, name, base, target in RATIOS:

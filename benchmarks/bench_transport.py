@@ -30,7 +30,9 @@ import sys
 import time
 
 import numpy as np
-from interleaved import Worker, environment, measure, ratio, serve
+from harness.contest import Worker, measure, serve
+from harness.page import environment
+from harness.statistics import ratio
 
 ROOT = pathlib.Path(__file__).parent.parent
 TABLE = ROOT / "docs/benchmarks/transport.md"

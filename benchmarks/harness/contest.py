@@ -11,11 +11,9 @@ seconds it took.
 """
 
 import os
-import platform
 import subprocess
 import sys
 import time
-from importlib import metadata
 
 import numpy as np
 
@@ -85,21 +83,33 @@ def measure(workers, rounds, warm_up=3, progress=None):
     return {name: np.array(values) for name, values in seconds.items()}
 
 
-def ratio(seconds, name, base, draws=2000, seed=0):
-    """Median ratio within rounds, and its 95 % bootstrap interval."""
-    ratios = seconds[name] / seconds[base]
-    picks = np.random.default_rng(seed).integers(
-        0, len(ratios), (draws, len(ratios))
-    )
-    medians = np.median(ratios[picks], axis=1)
-    low, high = np.quantile(medians, [0.025, 0.975])
-    return float(np.median(ratios)), float(low), float(high)
+def compete(script, names, arguments=(), rounds=30, warm_up=3, **options):
+    """Starts the contenders, measures them in turn and ends them.
 
+    Args:
+        script: The benchmark's path, `__file__`.
+        names: Names of the contenders, for `--worker`.
+        arguments: Further command line arguments, for all of them.
+        rounds: Integer. Counted rounds.
+        warm_up: Integer. Rounds that are not counted, first.
+        **options: Dicts `{name: ...}` for `environment` and `python` of single
+            contenders, see `Worker`.
 
-def environment(packages):
-    """A line that says what was measured on what."""
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in packages)
-    return (
-        f"{os.cpu_count()} CPU cores ({platform.machine()}), "
-        f"Python {platform.python_version()}, {versions}"
-    )
+    Returns:
+        `{name: array of length rounds}`, seconds.
+    """
+    workers = []
+    try:
+        for name in names:
+            print("starting", name, flush=True)
+            chosen = {k: v[name] for k, v in options.items() if name in v}
+            workers.append(Worker(script, name, arguments, **chosen))
+        return measure(
+            workers,
+            rounds,
+            warm_up,
+            progress=lambda i, n: print(f"round {i} of {n}", flush=True),
+        )
+    finally:
+        for worker in workers:
+            worker.close()
