@@ -38,6 +38,7 @@ from blogkeras.hsic import (
     nhsic,
 )
 from blogkeras.ops import straight_through
+from blogkeras.optimizers import SkipNonFinite
 from blogkeras.quantization import (
     VQVAE,
     CodebookUsage,
@@ -113,6 +114,7 @@ __all__ = [
     "PrecomputedKernel",
     "ResidualVectorQuantizer",
     "Robustness",
+    "SkipNonFinite",
     "Theseus",
     "TransportIndex",
     "VectorQuantizer",

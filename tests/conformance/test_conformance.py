@@ -139,6 +139,7 @@ ELSEWHERE = {
     "GradientPenalty": "test_adversarial",
     "NoiseStability": "test_virtual",
     "Robustness": "test_robustness",
+    "SkipNonFinite": "test_optimizers",
     "TransportIndex": "test_transport_text",
     "VirtualAdversarialTraining": "test_virtual",
 }

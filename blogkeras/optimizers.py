@@ -1,0 +1,138 @@
+"""Optimizers around an optimizer."""
+
+import keras
+from keras import ops
+
+from blogkeras import backend
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class SkipNonFinite(keras.optimizers.Optimizer):
+    """Drops a training step whose gradients are not finite.
+
+    One NaN or infinity in one gradient would spread to all weights and to the
+    optimizer's moments. Here such a step changes neither: weights, moments and
+    the count of iterations stay as they were, and `skipped` counts one more.
+    With finite gradients the step is that of the optimizer inside.
+
+    On several replicas one replica's NaN drops the step of all. A count that
+    goes on growing means that something is wrong with the model: take a smaller
+    learning rate, or `global_clipnorm` in the optimizer inside.
+
+    Args:
+        inner_optimizer: `keras.optimizers.Optimizer`, or its name.
+        name: String.
+
+    Attributes:
+        skipped: Variable, int32: how many steps were dropped. It is saved.
+
+    Example:
+
+    >>> optimizer = SkipNonFinite(keras.optimizers.Adam(1e-3))
+    >>> model.compile(optimizer, "mse")
+    >>> model.fit(x, y)
+    >>> int(optimizer.skipped)
+    0
+    """
+
+    def __init__(self, inner_optimizer, name="skip_non_finite", **kwargs):
+        if kwargs:
+            raise ValueError(
+                "Expected clipping, weight decay and the like as arguments of "
+                f"the optimizer inside. Received: {', '.join(kwargs)}"
+            )
+        if isinstance(inner_optimizer, str):
+            inner_optimizer = keras.optimizers.get(inner_optimizer)
+        if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
+            raise ValueError(
+                "Expected a Keras optimizer or its name. Received: "
+                f"inner_optimizer={inner_optimizer!r}"
+            )
+        super().__init__(learning_rate=0.0, name=name)
+        self.inner_optimizer = inner_optimizer
+        self.skipped = self.add_variable(
+            (),
+            "zeros",
+            "int32",
+            aggregation="only_first_replica",
+            name="skipped",
+        )
+
+    def build(self, variables):
+        if self.built:
+            return
+        self.inner_optimizer.build(variables)
+        super().build(variables)
+
+    def apply(self, grads, trainable_variables=None):
+        if not self.built and trainable_variables is not None:
+            self.build(list(trainable_variables))
+        if trainable_variables is None:
+            trainable_variables = self._trainable_variables
+        variables = list(trainable_variables)
+        finite = self._all_finite(grads)
+        state = [*variables, *self.inner_optimizer.variables]
+        # Copies: on TensorFlow the tensor of a variable would follow the
+        # assignments of the step.
+        before = [ops.copy(v) for v in state]
+        self.inner_optimizer.apply(grads, variables)
+        for variable, old in zip(state, before, strict=True):
+            new = ops.convert_to_tensor(variable)
+            variable.assign(ops.where(finite, new, old))
+        self.skipped.assign_add(ops.cast(ops.logical_not(finite), "int32"))
+
+    def _all_finite(self, grads):
+        """Whether all gradients of all replicas are finite, one boolean."""
+        bad = ops.zeros((), "float32")
+        for gradient in grads:
+            if gradient is not None:
+                # TensorFlow's gradient of a lookup holds its rows in `values`.
+                rows = getattr(gradient, "values", gradient)
+                broken = ops.logical_not(ops.all(ops.isfinite(rows)))
+                bad = ops.maximum(bad, ops.cast(broken, "float32"))
+        return backend.all_reduce_sum(bad) == 0
+
+    # The rest is what the optimizer inside has.
+
+    @property
+    def variables(self):
+        return [*self._variables, *self.inner_optimizer.variables]
+
+    def set_weights(self, weights):
+        number = len(self._variables)
+        for variable, weight in zip(self._variables, weights, strict=False):
+            variable.assign(weight)
+        self.inner_optimizer.set_weights(weights[number:])
+
+    @property
+    def iterations(self):
+        return self.inner_optimizer.iterations
+
+    @property
+    def learning_rate(self):
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.inner_optimizer.learning_rate = learning_rate
+
+    def scale_loss(self, loss):
+        return self.inner_optimizer.scale_loss(loss)
+
+    def finalize_variable_values(self, var_list):
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    def get_config(self):
+        return {
+            "inner_optimizer": keras.saving.serialize_keras_object(
+                self.inner_optimizer
+            ),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        inner = keras.saving.deserialize_keras_object(
+            config["inner_optimizer"], custom_objects
+        )
+        return cls(**{**config, "inner_optimizer": inner})
