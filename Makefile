@@ -9,7 +9,7 @@ RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
 	bench-hsic bench-quantization
 
-.PHONY: help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
+.PHONY: bench-gpu help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
@@ -88,3 +88,6 @@ bench-quantization: $(VENV)/.test $(VENV)/.sonnet # codebooks and their peers
 	$(VENV)/torch/bin/pip install -q vector-quantize-pytorch==1.32.0
 	@$(RUN) benchmarks/bench_quantization.py --sonnet $(VENV)/sonnet \
 		--torch $(VENV)/torch/bin/python
+
+bench-gpu: $(VENV)/.test # one CUDA card; without one, a rehearsal on the CPU
+	@$(RUN) benchmarks/gpu.py
