@@ -1,5 +1,8 @@
 """Small mathematics shared by the rooms, in `keras.ops`."""
 
+import math
+
+import keras
 from keras import ops, tree
 
 from blogkeras import backend
@@ -53,29 +56,230 @@ def masked_mean(x, mask=None, axis=None, keepdims=False):
     return total / ops.maximum(count, 1)
 
 
-def squared_distances(x, y):
-    """All squared Euclidean distances between two sets of vectors.
+def full_precision_matmul(x, y):
+    """`keras.ops.matmul`, with products of the inputs' own precision.
 
-    ‖x‖² + ‖y‖² − 2 x·y, after both sets are shifted by the mean of `y`: the
-    cancellation then costs digits of the spread, not of the position. Never
-    negative. Products are of the inputs' own precision on accelerators, too
-    (see `backend.full_precision`). Combine with `map_blocks` where the matrix
-    would be too large.
+    Accelerators round the factors of a product of float32 matrices to bfloat16
+    (TPU) or TF32 (GPU) by default: three to four digits are left. Use this
+    wherever the digits of a result are promised. The products of its gradient
+    are of full precision too.
+
+    On JAX the precision is part of the program. TensorFlow has only a switch
+    for the whole process, which this function leaves alone:
+    `tf.config.experimental.enable_tensor_float_32_execution(False)`.
 
     Args:
-        x: `(..., n, dim)`, floating.
-        y: `(..., m, dim)`, floating.
+        x: `(..., n, k)`, floating.
+        y: `(..., k, m)`, floating.
 
     Returns:
         `(..., n, m)`.
     """
-    center = ops.stop_gradient(ops.mean(y, axis=-2, keepdims=True))
-    x, y = x - center, y - center
-    x2 = ops.sum(ops.square(x), axis=-1)[..., :, None]
-    y2 = ops.sum(ops.square(y), axis=-1)[..., None, :]
     with backend.full_precision():
-        xy = ops.matmul(x, ops.swapaxes(y, -1, -2))
-    return ops.maximum(x2 + y2 - 2 * xy, 0)
+        return ops.matmul(x, y)
+
+
+# The distance from 1 to the next number.
+_EPSILON = {
+    "float64": 2.0**-52,
+    "float32": 2.0**-23,
+    "float16": 2.0**-10,
+    "bfloat16": 2.0**-7,
+}
+# Numbers of features up to which differences are as cheap as products.
+_FEW_FEATURES = 8
+# ‖x − y‖² below this share of ‖x‖² + ‖y‖² is computed by differences.
+_CANCELLATION = 2.0**-8
+# So many differences are in memory at a time.
+_DIFFERENCES = 2**20
+# Features at a time where the number of rows is not known.
+_FEATURES = 16
+
+
+def squared_distances(x, y, tolerance=0.0):
+    """All squared Euclidean distances between two sets of vectors.
+
+        d²ᵢⱼ = ‖xᵢ − c‖² + ‖yⱼ − c‖² − 2 (xᵢ − c)·(yⱼ − c)
+
+    with full-precision products, around a central vector c of `y` that neither
+    a common offset nor a few outliers move away from the data. Where a
+    distance is small against ‖xᵢ − c‖ and ‖yⱼ − c‖, the digits of that
+    difference are lost; if there is such a pair, all distances are computed
+    from the differences xᵢ − yⱼ instead, which are exact for near vectors. The
+    same holds for the gradient. Vectors of up to 8 features always take the
+    differences.
+
+    Error: at most (dim + 4) ε d² by differences and 2⁸ (dim + 4) ε d² by
+    products, plus `tolerance`, with ε the dtype's unit in the last place (sums
+    of random rounding errors are nearer to √dim than to dim). Equal vectors
+    have distance exactly 0 where `tolerance` is 0. Never negative.
+
+    Memory: the matrix and, for differences, 2²⁰ numbers at a time. Combine with
+    `map_blocks` where the matrix would be too large: then each block decides
+    for itself.
+
+    Args:
+        x: `(..., n, dim)`, floating.
+        y: `(..., m, dim)`, floating.
+        tolerance: Float ≥ 0. An error of d² that does not matter. A distance
+            of a vector to itself always makes products cancel; with a tolerance
+            they are kept as long as rounding stays below it.
+
+    Returns:
+        `(..., n, m)`.
+    """
+    x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+    if tuple(x.shape[:-2]) != tuple(y.shape[:-2]):
+        # Broadcast here, so that the gradient is summed over what is repeated.
+        x, y = (
+            x + ops.zeros_like(y[..., :1, :1]),
+            y + ops.zeros_like(x[..., :1, :1]),
+        )
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    unit = 4 * _EPSILON[dtype]
+
+    @ops.custom_gradient
+    def distances(x, y):
+        if x.shape[-1] <= _FEW_FEATURES:
+            x0, y0, near = x, y, True
+            d2 = _squares_of_differences(x, y)
+        else:
+            c = _central_vector(y)
+            x0, y0 = x - c, y - c
+            d2, near = _squares_by_products(x0, y0, unit, tolerance)
+            d2 = _either(
+                near, lambda: _squares_of_differences(x, y), lambda: d2
+            )
+
+        def gradient(*args, upstream=None):
+            g = args[0] if upstream is None else upstream
+            return _either(
+                near,
+                lambda: _slopes_of_differences(g, x, y),
+                lambda: _slopes_by_products(g, x0, y0),
+            )
+
+        return d2, gradient
+
+    return distances(x, y)
+
+
+def _either(predicate, true_fn, false_fn):
+    """`cond`, without a graph where the predicate has its value."""
+    if isinstance(predicate, bool) or backend.is_concrete(predicate):
+        return true_fn() if bool(predicate) else false_fn()
+    return ops.cond(predicate, true_fn, false_fn)
+
+
+def _central_vector(y):
+    """Tukey's ninther of nine rows: medians of three, and of these the median.
+
+    Of each feature; one or two outliers among the nine have no influence, nor
+    has the number of rows. `(..., m, dim)` to `(..., 1, dim)`.
+    """
+    size = ops.shape(y)[-2]
+    index = ops.arange(1, 19, 2, dtype="int32") * ops.cast(size, "int32") // 18
+    rows = [
+        row[..., None, :]
+        for row in ops.unstack(ops.take(y, index, axis=-2), 9, axis=-2)
+    ]
+    medians = [_median_of_three(*rows[k::3]) for k in range(3)]
+    return _median_of_three(*medians)
+
+
+def _median_of_three(a, b, c):
+    low, high = ops.minimum(a, b), ops.maximum(a, b)
+    return ops.maximum(low, ops.minimum(high, c))
+
+
+def _squares_by_products(x, y, unit, tolerance):
+    """The distances, and whether they have too few digits."""
+    size = (
+        ops.sum(ops.square(x), axis=-1)[..., :, None]
+        + ops.sum(ops.square(y), axis=-1)[..., None, :]
+    )
+    d2 = size - 2 * full_precision_matmul(x, ops.swapaxes(y, -1, -2))
+    near = ops.logical_and(d2 < _CANCELLATION * size, unit * size > tolerance)
+    return ops.maximum(d2, 0), ops.any(near)
+
+
+def _slopes_by_products(g, x, y):
+    """`(Σⱼ 2 gᵢⱼ (xᵢ − yⱼ), Σᵢ 2 gᵢⱼ (yⱼ − xᵢ))`."""
+    to_x = ops.sum(g, axis=-1)[..., None] * x - full_precision_matmul(g, y)
+    to_y = ops.sum(g, axis=-2)[..., None] * y - full_precision_matmul(
+        ops.swapaxes(g, -1, -2), x
+    )
+    return 2 * to_x, 2 * to_y
+
+
+def _squares_of_differences(x, y):
+    def squares(x, y):
+        # The features stand in the middle: sums over the last axis are slow.
+        difference = (
+            x[..., :, :, None] - ops.swapaxes(y, -1, -2)[..., None, :, :]
+        )
+        return ops.sum(ops.square(difference), axis=-2)
+
+    count, size = _pieces(x, y)
+    if count == 1:
+        return squares(x, y)
+    x, y = _split_features(x, count, size), _split_features(y, count, size)
+
+    def add(k, total):
+        return total + squares(ops.take(x, k, axis=0), ops.take(y, k, axis=0))
+
+    total = add(0, 0.0)
+    if backend.is_concrete(total):
+        for k in range(1, count):
+            total = add(k, total)
+        return total
+    return ops.fori_loop(1, count, add, total)
+
+
+def _slopes_of_differences(g, x, y):
+    def slopes(pieces):
+        x, y = pieces
+        difference = x[..., :, None, :] - y[..., None, :, :]
+        product = 2 * g[..., None] * difference
+        return ops.sum(product, axis=-2), -ops.sum(product, axis=-3)
+
+    count, size = _pieces(x, y)
+    if count == 1:
+        return slopes((x, y))
+    pieces = _split_features(x, count, size), _split_features(y, count, size)
+    if backend.is_concrete(g):
+        found = [slopes((pieces[0][k], pieces[1][k])) for k in range(count)]
+        found = [ops.stack(parts) for parts in zip(*found, strict=True)]
+    else:
+        found = ops.map(slopes, pieces)
+    return tuple(
+        _join_features(part, z) for part, z in zip(found, (x, y), strict=True)
+    )
+
+
+def _pieces(x, y):
+    """How many pieces the features are cut into, and the size of each."""
+    rows = (*x.shape[:-1], y.shape[-2])
+    size = _FEATURES
+    if all(isinstance(n, int) for n in rows):
+        size = max(1, _DIFFERENCES // max(1, math.prod(rows)))
+    dim = x.shape[-1]
+    count = max(1, -(-dim // size))
+    return count, -(-dim // count)
+
+
+def _split_features(x, count, size):
+    """`(..., n, dim)` to `(count, ..., n, size)`, filled up with zeros."""
+    padding = [[0, 0]] * (len(x.shape) - 1) + [[0, count * size - x.shape[-1]]]
+    x = ops.pad(x, padding)
+    x = ops.reshape(x, [*ops.shape(x)[:-1], count, size])
+    return ops.moveaxis(x, -2, 0)
+
+
+def _join_features(pieces, like):
+    pieces = ops.moveaxis(pieces, 0, -2)
+    flat = ops.reshape(pieces, [*ops.shape(pieces)[:-2], -1])
+    return flat[..., : like.shape[-1]]
 
 
 def map_blocks(fn, x, block_size):

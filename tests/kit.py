@@ -122,3 +122,15 @@ def lower_train_step(model, x, y=None, platform="tpu"):
         state, data
     )
     return exported.mlir_module()
+
+
+def products(program):
+    """The matrix products in the text of a lowered program."""
+    return [line for line in program.split("\n") if ".dot_general" in line]
+
+
+def assert_full_precision(program):
+    """All matrix products of a lowered program, of which there are some."""
+    found = products(program)
+    assert found
+    assert [p for p in found if "[HIGHEST, HIGHEST]" not in p] == []

@@ -4,15 +4,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from kit import assert_full_precision, jax_only, value
 
 from blogkeras import backend
 from blogkeras import ops as shared
 
 RNG = np.random.default_rng(0)
-
-
-def value(x):
-    return np.asarray(ops.convert_to_numpy(x))
 
 
 def gradient(fn, x):
@@ -68,52 +65,189 @@ def test_masked_mean():
     ).all()
 
 
-@pytest.mark.parametrize("shift", [0.0, 1e3])
-def test_squared_distances(shift):
-    x, y = RNG.normal(size=(2, 5, 3)), RNG.normal(size=(2, 4, 3))
-    expected = ((x[:, :, None] - y[:, None]) ** 2).sum(-1)
-    x = (x + shift).astype("float32")
-    y = (y + shift).astype("float32")
-    exact = ((x.astype("f8")[:, :, None] - y[:, None]) ** 2).sum(-1)
-    np.testing.assert_allclose(expected, exact, atol=1e-2)
-    # Without the shift to the mean the error at 1e3 is about 1.
+def exact_distances(x, y):
+    """In float64, by differences, of the float32 numbers."""
+    x, y = (np.asarray(a, "float32").astype("float64") for a in (x, y))
+    return np.square(x[..., :, None, :] - y[..., None, :, :]).sum(-1)
+
+
+def cancelling(kind, dim, size=1e3):
+    """Two sets of vectors whose distances lose digits in some formula."""
+    rng = np.random.default_rng(dim)
+    x, y = rng.normal(size=(2, 20, dim)), rng.normal(size=(2, 30, dim))
+    if kind == "offset":
+        x, y = x + size, y + size
+    elif kind == "outlier":
+        y[:, 3] = size
+    elif kind == "outliers in both":
+        y[:, [3, 17]], x[:, 11] = size, size + 1
+    elif kind == "equal":
+        y[:, :20] = x
+    elif kind == "near":
+        y[:, :20] = x + 1e-3 * rng.normal(size=x.shape)
+    elif kind == "two groups":
+        x[:, 10:] += size
+        y[:, :20] = x + 0.1 * rng.normal(size=x.shape)
+    return x.astype("float32"), y.astype("float32")
+
+
+KINDS = [
+    "plain",
+    "offset",
+    "outlier",
+    "outliers in both",
+    "equal",
+    "near",
+    "two groups",
+]
+
+
+@pytest.mark.parametrize("dim", [2, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_squared_distances(kind, dim):
+    """Of few features by differences; else where products cancel."""
+    fn = backend.jit(shared.squared_distances)
+    for size in (1e2, 1e5, 1e7):
+        x, y = cancelling(kind, dim, size)
+        np.testing.assert_allclose(
+            value(fn(x, y)), exact_distances(x, y), rtol=1e-5, atol=0
+        )
+
+
+@pytest.mark.parametrize("dim", [2, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_squared_distances(kind, dim):
+    """d/dxᵢ Σ gᵢⱼ ‖xᵢ − yⱼ‖² = Σⱼ 2 gᵢⱼ (xᵢ − yⱼ), with g = 1/distance."""
+    x, y = cancelling(kind, dim)
+    d2 = exact_distances(x, y)
+    g = np.where(d2 > 0, 1 / np.sqrt(np.where(d2 > 0, d2, 1)), 1)
+    terms = 2 * g[..., None] * (x.astype("f8")[:, :, None] - y[:, None])
+    weights = ops.convert_to_tensor(g, "float32")
+
+    def slopes(x, y):
+        def loss(args):
+            return ops.sum(weights * shared.squared_distances(*args)), None
+
+        return backend.value_and_grad(loss, (x, y))[1]
+
+    arguments = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+    to_x, to_y = backend.jit(slopes)(*arguments)
+    for slope, expected in (to_x, terms.sum(2)), (to_y, -terms.sum(1)):
+        np.testing.assert_allclose(value(slope), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_second_gradient_of_squared_distances():
+    """d²/dx² Σ (d²)² along v is 2 Σ (2 v·(x − y))² + 2 d² · 2 ‖v‖²."""
+    x, y = cancelling("two groups", 12)
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=x.shape).astype("float32")
+
+    def along(t):
+        def loss(x):
+            return ops.sum(shared.squared_distances(x, y) ** 2), None
+
+        slope = backend.value_and_grad(loss, x + t * v)[1]
+        return ops.sum(slope * v), None
+
+    zero = ops.zeros((), "float32")
+    fn = backend.jit(lambda t: backend.value_and_grad(along, t)[1])
+    found = value(fn(zero))
+    difference = x.astype("f8")[:, :, None] - y[:, None]
+    inner = (difference * v[:, :, None]).sum(-1)
+    squares = np.square(v.astype("f8")).sum(-1)[..., None]
+    expected = 8 * inner**2 + 4 * exact_distances(x, y) * squares
+    np.testing.assert_allclose(found, expected.sum(), rtol=1e-4)
+
+
+def test_squared_distances_broadcast_leading_axes():
+    x, y = RNG.normal(size=(1, 5, 12)), RNG.normal(size=(3, 4, 12))
+    for some in (x, x[0]):
+        d2 = value(shared.squared_distances(some.astype("f4"), y.astype("f4")))
+        assert d2.shape == (3, 5, 4)
+        np.testing.assert_allclose(d2, exact_distances(x, y), rtol=1e-5)
+        slope = gradient(
+            lambda z: ops.sum(shared.squared_distances(z, y.astype("f4"))), some
+        )
+        expected = 2 * (x[:, :, None] - y[:, None]).sum((0, 2))
+        np.testing.assert_allclose(
+            np.reshape(slope, (5, 12)), expected, atol=1e-4
+        )
+
+
+def test_squared_distances_of_unknown_sizes():
+    """As in a model with free batch size and length."""
+    x, y = cancelling("two groups", 40)
+    inputs = [keras.Input((None, 40)) for _ in range(2)]
+    outputs = keras.layers.Lambda(
+        lambda xy: shared.squared_distances(*xy),
+        output_shape=lambda shapes: (None, None, None),
+    )(inputs)
+    model = keras.Model(inputs, outputs)
     np.testing.assert_allclose(
-        value(shared.squared_distances(x, y)), exact, atol=1e-5
+        model.predict([x, y], verbose=0), exact_distances(x, y), rtol=1e-5
     )
 
 
-def test_squared_distances_are_never_negative():
-    x = np.full((3, 2), 0.1, "float32")
-    x = np.concatenate([x, -x])
-    d = value(shared.squared_distances(x, x))
-    assert (d >= 0).all()
-    np.testing.assert_allclose(np.diag(d), 0, atol=1e-7)
+def test_a_tolerance_keeps_the_products():
+    """Of vectors to themselves, where rounding is below the tolerance."""
+    x = RNG.normal(size=(50, 20)).astype("float32")
+    exact = exact_distances(x, x)
+    by_differences = value(shared.squared_distances(x, x))
+    np.testing.assert_array_equal(np.diag(by_differences), 0)
+    by_products = value(shared.squared_distances(x, x, tolerance=1e-3))
+    assert np.diag(by_products).max() > 0
+    np.testing.assert_allclose(by_products, exact, atol=1e-3, rtol=1e-5)
+    # Rounding above the tolerance: differences again.
+    far = x + np.float32(1e4) * (np.arange(50) < 25)[:, None]
+    far = far.astype("float32")
+    np.testing.assert_allclose(
+        value(shared.squared_distances(far, far, tolerance=1e-3)),
+        exact_distances(far, far),
+        rtol=1e-5,
+    )
 
 
-@pytest.mark.skipif(
-    backend.BACKEND != "jax", reason="TensorFlow has one switch for all"
-)
-def test_squared_distances_are_of_full_precision():
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_nearest_code(kind):
+    """One code of 64 far away, or all of them: as in float64."""
+    rng = np.random.default_rng(7)
+    fn = backend.jit(shared.squared_distances)
+    for size in (1e4, 1e5, 1e6):
+        codes = rng.normal(size=(64, 16))
+        z = rng.normal(size=(1000, 16))
+        if kind == "offset":
+            codes, z = codes + size, z + size
+        elif "outlier" in kind:
+            codes[5] = size
+        elif kind == "two groups":
+            codes[32:] += size
+            z[500:] += size
+        exact = exact_distances(z, codes)
+        d2 = fn(z.astype("float32"), codes.astype("float32"))
+        found = np.argmin(value(d2), axis=1)
+        two = np.sort(exact, axis=1)[:, :2]
+        sure = two[:, 1] > two[:, 0] * (1 + 1e-4)
+        np.testing.assert_array_equal(
+            found[sure], np.argmin(exact, axis=1)[sure]
+        )
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@jax_only
+def test_products_are_of_full_precision_on_accelerators(platform):
+    """In the program that XLA is given for them, the gradient's too."""
     import jax
 
     def slope(x, y):
         return jax.grad(lambda x: ops.sum(shared.squared_distances(x, y)))(x)
 
-    for fn in (shared.squared_distances, slope):
-        text = jax.jit(fn).lower(np.ones((9, 3), "f4"), np.eye(3)).as_text()
-        products = [row for row in text.split("\n") if "dot_general" in row]
-        assert products
-        assert all("[HIGHEST, HIGHEST]" in row for row in products)
+    def product(x, y):
+        return shared.full_precision_matmul(x, ops.transpose(y))
 
-
-def test_gradient_of_squared_distances():
-    """d/dx Σ ‖x − y‖² = Σ 2 (x − y)."""
-    x, y = RNG.normal(size=(5, 3)), RNG.normal(size=(4, 3)).astype("float32")
-    np.testing.assert_allclose(
-        gradient(lambda x: ops.sum(shared.squared_distances(x, y)), x),
-        2 * (x[:, None] - y).sum(1),
-        atol=1e-5,
-    )
+    x = jax.ShapeDtypeStruct((9, 16), "float32")
+    for fn in (product, shared.squared_distances, slope):
+        exported = jax.export.export(jax.jit(fn), platforms=[platform])(x, x)
+        assert_full_precision(exported.mlir_module())
 
 
 @pytest.mark.parametrize("rows", [3, 8, 10])
