@@ -369,7 +369,10 @@ def times(size):
     yield (
         ("Sinkhorn", "float32"),
         lambda: compiled(
-            lambda p, q, D: blogkeras.sinkhorn(p, q, D).distance, mass, mass, cost
+            lambda p, q, D: blogkeras.sinkhorn(p, q, D).distance,
+            mass,
+            mass,
+            cost,
         ),
     )
 
