@@ -61,6 +61,7 @@ from blogkeras.theseus import (
     spaced_blocks,
 )
 from blogkeras.transport import (
+    SearchResult,
     TransportIndex,
     WordMoverDistance,
     WordRotatorDistance,
@@ -115,6 +116,7 @@ __all__ = [
     "ResidualVectorQuantizer",
     "Robustness",
     "SkipNonFinite",
+    "SearchResult",
     "Theseus",
     "TransportIndex",
     "VectorQuantizer",

@@ -10,6 +10,7 @@ traced function is checked.
 
 import math
 import numbers
+import os
 
 import keras
 import numpy as np
@@ -135,6 +136,22 @@ def check_layer(name, value):
             f"Received: {name}={value!r}"
         )
     return value
+
+
+def check_path(name, value):
+    """A path of the file system, as `str`: a string or a `pathlib.Path`.
+
+    Raises:
+        ValueError: for everything else, the empty string included.
+    """
+    path = value
+    if isinstance(value, os.PathLike):
+        path = os.fspath(value)
+    if not isinstance(path, str) or not path:
+        raise ValueError(
+            f"Expected `{name}` to be a path. Received: {name}={value!r}"
+        )
+    return path
 
 
 def check_finite(name, values):

@@ -4,10 +4,10 @@ rich and matplotlib are imported when they are first used; `import blogkeras`
 needs neither.
 """
 
-import contextlib
 import importlib
 import os
-import tempfile
+
+from blogkeras.files import replace_file
 
 
 def print_table(columns, rows, title=None):
@@ -152,26 +152,9 @@ def save_figure(figure, path):
             "Expected a path that ends in the format of the figure, such as "
             f"'.png' or '.svg'. Received: path={path!r}"
         )
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    # In the same folder: a file can be renamed only within its file system.
-    handle, part = tempfile.mkstemp(suffix=ending, dir=folder)
-    os.close(handle)
-    try:
+    with replace_file(path) as part:
         figure.savefig(part, format=ending[1:])
-        # `mkstemp` keeps its file from all other users.
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(part)
     return path
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _cycle(symbols):

@@ -15,7 +15,7 @@ from blogkeras.transport.distances import (
     word_rotator_similarity,
 )
 from blogkeras.transport.entropic import sinkhorn
-from blogkeras.transport.index import TransportIndex
+from blogkeras.transport.index import SearchResult, TransportIndex
 from blogkeras.transport.layers import WordMoverDistance, WordRotatorDistance
 from blogkeras.transport.weighting import (
     all_but_the_top,
@@ -27,6 +27,7 @@ from blogkeras.transport.weighting import (
 )
 
 __all__ = [
+    "SearchResult",
     "TransportIndex",
     "WordMoverDistance",
     "WordRotatorDistance",

@@ -19,6 +19,7 @@ def simplex():
     import ot
 
     def public(p, q, cost):
+        check_native(p, q, cost)
         value, log = ot.emd2(
             p, q, cost, numItermax=_MAX_ITERATIONS, log=True, return_matrix=True
         )
@@ -31,6 +32,7 @@ def simplex():
         return public
 
     def private(p, q, cost):
+        check_native(p, q, cost)
         plan, value, f, g, code = emd_c(p, q, cost, _MAX_ITERATIONS, 1)
         _check(code == _OPTIMAL, f"result code {code}")
         return plan, value, f, g
@@ -43,6 +45,46 @@ def simplex():
     expected = np.array([[0.5, 0.25], [0, 0.25]])
     same = np.allclose(plan, expected) and abs(value - 0.25) < 1e-12
     return private if same else public
+
+
+def check_native(p, q, cost):
+    """Raises a `ValueError` on arrays that POT's compiled core cannot take.
+
+    The core believes the shape of `cost` and reads `p` and `q` by it, beyond
+    their ends if need be; on NaN it may never return.
+    """
+    arrays = (p, q, cost)
+    readable = all(
+        isinstance(a, np.ndarray)
+        and a.dtype == np.float64
+        and a.flags.c_contiguous
+        and a.size
+        for a in arrays
+    )
+    if (
+        not readable
+        or (p.ndim, q.ndim) != (1, 1)
+        or cost.shape != (len(p), len(q))
+    ):
+        raise ValueError(
+            "Expected a problem p (m,), q (n,), cost (m, n), not empty, in "
+            "contiguous float64. Received: "
+            f"{[(np.shape(a), getattr(a, 'dtype', type(a))) for a in arrays]}"
+        )
+    # Comparisons with NaN are false.
+    if not (
+        p.min() >= 0
+        and q.min() >= 0
+        and abs(p.sum() - q.sum()) < 1e-6
+        and cost.min() > -np.inf
+        and cost.max() < np.inf
+    ):
+        raise ValueError(
+            "Expected nonnegative masses of one sum and finite costs. "
+            f"Received: p from {p.min()} to {p.max()}, q from {q.min()} to "
+            f"{q.max()}, sums {p.sum()} and {q.sum()}, costs from "
+            f"{cost.min()} to {cost.max()}"
+        )
 
 
 def _check(optimal, received):

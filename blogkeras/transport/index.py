@@ -1,15 +1,40 @@
 """Finds the nearest documents exactly, with few exact distances."""
 
 import json
-import os
-import tempfile
+import zipfile
 from typing import NamedTuple
 
 import keras
 import numpy as np
 
+from blogkeras.arguments import (
+    as_numpy,
+    check_choice,
+    check_finite,
+    check_integer,
+    check_path,
+    check_verbose,
+)
+from blogkeras.files import replace_file
 from blogkeras.transport import exact, measures
-from blogkeras.transport.weighting import inverse_document_frequency
+from blogkeras.transport.weighting import (
+    check_documents,
+    inverse_document_frequency,
+    word_ids,
+)
+
+# 1, without a number: no counts of words. 2: with them.
+VERSION = 2
+_ARRAYS = {
+    "vectors": "f",
+    "idf": "f",
+    "ids": "i",
+    "counts": "i",
+    "masses": "f",
+    "starts": "i",
+    "centroids": "f",
+}
+_BLOCK = 2**20  # numbers of vectors in float64 at a time
 
 
 class SearchResult(NamedTuple):
@@ -38,13 +63,13 @@ class TransportIndex:
 
     Args:
         documents: Sequence of documents: arrays `(length, dim)` of word vectors
-            or, with `vectors`, sequences of word ids. An empty document counts
-            as one zero vector.
+            or, with `vectors`, sequences of word ids, integers. An empty
+            document counts as one zero vector.
         vectors: `(num_words, dim)`, the vectors of all words, or `None`.
         cost: `"cosine"`, `"euclidean"` or `"rms"`.
         weights: `"norm"`, `"uniform"`, or, for word ids only, `"idf"`, counted
             in the documents.
-        verbose: 0 for no progress bar, 1 for one.
+        verbose: `"auto"`, 0 or 1: whether a progress bar is shown.
 
     Attributes:
         idf: `(num_words,)` with `weights="idf"`, else `None`.
@@ -65,21 +90,28 @@ class TransportIndex:
     def __init__(
         self, documents, vectors=None, cost="cosine", weights="norm", verbose=1
     ):
-        measures.check_options(cost, weights)
-        if len(documents) == 0:
-            raise ValueError("Expected at least one document. Received: none")
-        self.cost = cost
-        self.weighting = weights
-        self.idf = None
-        if not isinstance(weights, str) or (
-            weights == "idf" and vectors is None
-        ):
+        self.cost = check_choice("cost", cost, measures.COSTS)
+        self.weighting = check_choice("weights", weights, measures.WEIGHTS)
+        if weights == "idf" and vectors is None:
             raise ValueError(
                 'Expected weights="norm" or "uniform", or "idf" with documents '
                 f"of word ids and their `vectors`. Received: {weights!r}"
             )
-        if vectors is None:
-            documents = [_vectors(d, "every document") for d in documents]
+        documents = check_documents(documents)
+        self._by_id = vectors is not None
+        self.idf = None
+        if self._by_id:
+            self.vectors = _vectors(vectors, "vectors")
+            documents = [
+                word_ids("documents", document, len(self.vectors))
+                for document in documents
+            ]
+            if weights == "idf":
+                self.idf = inverse_document_frequency(
+                    documents, len(self.vectors)
+                )
+        else:
+            documents = [_vectors(d, "documents") for d in documents]
             dims = {d.shape[1] for d in documents}
             if len(dims) > 1:
                 raise ValueError(
@@ -92,69 +124,77 @@ class TransportIndex:
                 np.arange(end - len(d), end)
                 for d, end in zip(documents, ends, strict=True)
             ]
-            self._by_id = False
-        else:
-            self.vectors = _vectors(vectors, "`vectors`")
-            self._by_id = True
-            if weights == "idf":
-                self.idf = inverse_document_frequency(
-                    documents, len(self.vectors)
-                )
-        self._build(documents, verbose)
-
-    def _build(self, documents, verbose):
-        progress = keras.utils.Progbar(
-            len(documents), unit_name="document", verbose=verbose
-        )
-        step = max(1, len(documents) // 100)
-        ids, masses, lengths = [], [], []
-        dim = self.vectors.shape[1]
-        self._centroids = np.empty((len(documents), dim))
-        for number, document in enumerate(documents):
-            words, p, x = self._compact(document)
-            ids.append(words)
-            masses.append(p)
-            lengths.append(len(words))
-            self._centroids[number] = measures.centroid(np, p, x, self.cost)
-            if number % step == step - 1 or number + 1 == len(documents):
-                progress.update(number + 1)
-        self._ids = np.concatenate(ids)
-        self._masses = np.concatenate(masses)
-        self._starts = np.concatenate([[0], np.cumsum(lengths)])
+        self._word_weights = self._weights_of(self.vectors, self.idf)
+        self._count_words(documents, check_verbose(verbose))
+        self._weigh_documents()
         # POT takes seconds to import: now, not at the first query.
         exact.simplex()
 
-    def _compact(self, document):
-        """`(ids, masses, vectors)`: each word once, only words with mass.
+    def _count_words(self, documents, verbose):
+        """Each document's words with mass, each once, and how often it occurs.
 
         The zero vector that an empty document is has the id -1.
         """
-        words, counts = np.unique(
-            np.asarray(document, "int64"), return_counts=True
+        bar = keras.utils.Progbar(
+            len(documents), unit_name="document", verbose=verbose
         )
-        if words.size and not 0 <= words[0] <= words[-1] < len(self.vectors):
-            raise ValueError(
-                "Expected word ids from 0 to "
-                f"{len(self.vectors) - 1}. Received: ids from {words[0]} to "
-                f"{words[-1]}"
-            )
-        importance = None if self.idf is None else self.idf[words]
-        return self._weigh(words, counts, self.vectors[words], importance)
+        step = max(1, len(documents) // 100)
+        ids, counts = [], []
+        for number, document in enumerate(documents):
+            words, occurrences = np.unique(document, return_counts=True)
+            has_mass = self._word_weights[words] > 0
+            if has_mass.any():
+                ids.append(words[has_mass])
+                counts.append(occurrences[has_mass])
+            else:
+                ids.append(np.array([-1]))
+                counts.append(np.array([1]))
+            if number % step == step - 1 or number + 1 == len(documents):
+                bar.update(number + 1)
+        self._ids, self._counts = np.concatenate(ids), np.concatenate(counts)
+        self._starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
 
-    def _weigh(self, words, counts, x, importance):
-        x = x.astype("float64")
+    def _weights_of(self, x, importance=None):
+        """How much one occurrence of each word weighs; `(n,)`, float64."""
+        # In float64, without a copy of all vectors.
+        squares = np.einsum("ij,ij->i", x, x, dtype="float64")
         if self.weighting == "norm":
-            mass = counts * np.sqrt(np.square(x).sum(-1))
+            weights = np.sqrt(squares)
         elif self.weighting == "idf":
-            mass = counts * importance
+            weights = importance
         else:
-            mass = counts.astype("float64")
+            weights = np.ones(len(x))
+        if not np.isfinite(squares).all():
+            raise ValueError(
+                "Expected vectors whose squared norm is a finite float64. "
+                f"Received: numbers up to {np.abs(x).max()}"
+            )
         if self.cost == "cosine":
-            mass = np.where(np.any(x != 0, axis=-1), mass, 0)
-        kept = mass > 0
-        if not kept.any():
-            return np.array([-1]), np.ones(1), np.zeros((1, x.shape[-1]))
-        return words[kept], mass[kept] / mass[kept].sum(), x[kept]
+            # A zero vector has no direction.
+            weights = np.where(squares > 0, weights, 0)
+        return weights
+
+    def _weigh_documents(self):
+        """Masses and centroids of all documents, from ids and counts."""
+        ids, starts, lengths = self._ids, self._starts, np.diff(self._starts)
+        # The last weight is that of id -1.
+        masses = self._counts * np.append(self._word_weights, 1.0)[ids]
+        total = np.add.reduceat(masses, starts[:-1])
+        self._masses = masses / np.repeat(total, lengths)
+        dim = self.vectors.shape[1]
+        self._centroids = np.empty((len(self), dim))
+        first = 0
+        while first < len(self):
+            # As many documents as fit into a block, at least one.
+            end = starts[first] + max(_BLOCK // max(dim, 1), 1)
+            last = np.searchsorted(starts, end, side="right") - 1
+            last = max(last, first + 1)
+            words, p, x = self._words(slice(starts[first], starts[last]))
+            shares = measures.centroid(np, p[:, None], x[:, None], self.cost)
+            self._centroids[first:last] = np.add.reduceat(
+                shares, starts[first:last] - starts[first]
+            )
+            first = last
 
     def __len__(self):
         return len(self._starts) - 1
@@ -169,16 +209,12 @@ class TransportIndex:
         Returns:
             `(indices, distances, num_exact)`, a `SearchResult`. Of equally near
             documents those with the smaller index come first.
+
+        Raises:
+            ValueError: if the query is not a document of the index's kind.
         """
-        if not k >= 1:
-            raise ValueError(f"Expected `k` of at least 1. Received: k={k}")
-        k = min(int(k), len(self))
-        if self._by_id:
-            _, p, x = self._compact(query)
-        else:
-            x = _vectors(query, "the query", self.vectors.shape[1])
-            number = np.arange(len(x))
-            _, p, x = self._weigh(number, np.ones(len(x)), x, None)
+        k = min(check_integer("k", k, minimum=1), len(self))
+        p, x = self._query(query)
         distances = np.full(len(self), np.inf)
 
         def solve(numbers):
@@ -190,33 +226,50 @@ class TransportIndex:
         near = np.argpartition(bounds, k - 1)[:k]
         solve(near)
         limit = distances[near].max()
-        # A bound may be above the distance by what rounding makes.
+        # A computed bound may exceed the distance by a rounding error.
         slack = 1e-6 * (1 + limit)
         candidates = np.flatnonzero(bounds <= limit + slack)
         bounds = self._relaxed(p, x, candidates)
         order = np.argsort(bounds, kind="stable")
-        found = np.sort(distances[near])
+        best = np.sort(distances[near])
         num_exact = k
         for number, bound in zip(candidates[order], bounds[order], strict=True):
-            if bound > found[-1] + slack:
+            if bound > best[-1] + slack:
                 break
             if distances[number] == np.inf:
                 solve([number])
                 num_exact += 1
-                found = np.sort([*found, distances[number]])[:k]
+                best = np.sort([*best, distances[number]])[:k]
         # Stable: by distance, then by index.
         indices = np.argsort(distances, kind="stable")[:k]
         return SearchResult(indices, distances[indices], num_exact)
 
-    def _document(self, number):
-        """`(ids, masses, vectors)`, float64."""
-        part = slice(self._starts[number], self._starts[number + 1])
-        words = self._ids[part]
-        x = self.vectors[words].astype("float64")
-        return words, self._masses[part], np.where(words[:, None] < 0, 0, x)
+    def _query(self, query):
+        """`(masses, vectors)` of a document, float64."""
+        if self._by_id:
+            query = word_ids("query", query, len(self.vectors))
+            words, counts = np.unique(query, return_counts=True)
+            mass = counts * self._word_weights[words]
+            x = self.vectors[words]
+        else:
+            x = _vectors(query, "query", self.vectors.shape[1])
+            mass = self._weights_of(x)
+        has_mass = mass > 0
+        if not has_mass.any():
+            return np.ones(1), np.zeros((1, x.shape[-1]))
+        mass = mass[has_mass]
+        return mass / mass.sum(), x[has_mass].astype("float64")
+
+    def _words(self, part):
+        """`(ids, masses, vectors)` of a slice of all words, float64."""
+        ids = self._ids[part]
+        x = np.zeros((len(ids), self.vectors.shape[1]))
+        x[ids >= 0] = self.vectors[ids[ids >= 0]]
+        return ids, self._masses[part], x
 
     def _exact(self, p, x, number):
-        _, q, y = self._document(number)
+        part = slice(self._starts[number], self._starts[number + 1])
+        _, q, y = self._words(part)
         d = measures.cost_matrix(np, x, y, self.cost)
         return exact.solve(p[None], q[None], d[None])[0][0]
 
@@ -232,8 +285,9 @@ class TransportIndex:
         used[ids] = True  # the last one is id -1
         words = np.flatnonzero(used)
         row = np.cumsum(used) - 1
-        y = self.vectors[np.minimum(words, len(self.vectors) - 1)]
-        y = np.where((words == len(self.vectors))[:, None], 0, y)
+        y = np.zeros((len(words), self.vectors.shape[1]), self.vectors.dtype)
+        real = words < len(self.vectors)
+        y[real] = self.vectors[words[real]]
         # float32 for speed; what it may be too large by is taken off.
         d = measures.cost_matrix(
             np, x.astype("float32"), y.astype("float32"), self.cost
@@ -244,58 +298,234 @@ class TransportIndex:
         return np.maximum(forward, backward)
 
     def save(self, path):
-        """Writes the index to a file of NumPy's `.npz` format."""
-        path = os.fspath(path)
-        config = {"cost": self.cost, "weights": self.weighting}
-        config["by_id"] = self._by_id
-        folder = os.path.dirname(os.path.abspath(path))
-        handle, part = tempfile.mkstemp(suffix=".npz", dir=folder)
-        # A file appears complete or not at all.
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(
-                    file,
-                    config=np.array(json.dumps(config)),
-                    vectors=self.vectors,
-                    idf=np.zeros(0) if self.idf is None else self.idf,
-                    ids=self._ids,
-                    masses=self._masses,
-                    starts=self._starts,
-                    centroids=self._centroids,
-                )
-            os.replace(part, path)
-        except BaseException:
-            os.remove(part)
-            raise
+        """Writes the index to a file of NumPy's `.npz` format.
+
+        The file appears complete or not at all.
+
+        Args:
+            path: Where to write; missing folders are made.
+        """
+        config = {
+            "version": VERSION,
+            "cost": self.cost,
+            "weights": self.weighting,
+            "by_id": self._by_id,
+        }
+        with replace_file(path) as part, open(part, "wb") as file:
+            np.savez(
+                file,
+                config=np.array(json.dumps(config)),
+                vectors=self.vectors,
+                idf=np.zeros(0) if self.idf is None else self.idf,
+                ids=self._ids,
+                counts=self._counts,
+                masses=self._masses,
+                starts=self._starts,
+                centroids=self._centroids,
+            )
 
     @classmethod
     def load(cls, path):
-        """Reads an index that `save` wrote; nothing is computed anew."""
+        """Reads an index that `save` wrote.
+
+        Nothing in the file is believed: shapes, types and ranges are checked,
+        and masses, centroids and `idf` are computed from the vectors and the
+        words of the documents and compared with what the file says.
+
+        Args:
+            path: String or path-like object.
+
+        Raises:
+            ValueError: if the file is not such an index, or damaged.
+            OSError: if it cannot be opened.
+        """
+        path = check_path("path", path)
+        with open(path, "rb") as file:
+            try:
+                config, arrays = _read(file)
+                return cls._from_arrays(config, arrays)
+            # What the readers of NumPy and of zip files raise on damaged files
+            # is not documented: at least ten types have been seen.
+            except Exception as error:
+                raise ValueError(
+                    "Expected a file that `TransportIndex.save` wrote. "
+                    f"Received: path={path!r}, where {error}"
+                ) from error
+
+    @classmethod
+    def _from_arrays(cls, config, arrays):
         index = cls.__new__(cls)
-        with np.load(path, allow_pickle=False) as data:
-            config = json.loads(str(data["config"]))
-            index.cost = config["cost"]
-            index.weighting = config["weights"]
-            index._by_id = config["by_id"]
-            index.vectors = data["vectors"]
-            index.idf = data["idf"] if data["idf"].size else None
-            index._ids = data["ids"]
-            index._masses = data["masses"]
-            index._starts = data["starts"]
-            index._centroids = data["centroids"]
+        index.cost, index.weighting = config["cost"], config["weights"]
+        index._by_id = config["by_id"]
+        index.vectors, index._ids = arrays["vectors"], arrays["ids"]
+        index._starts = arrays["starts"]
+        _require(index.vectors.ndim == 2, "`vectors` are not (words, dim)")
+        check_finite("vectors", index.vectors)
+        index._check_words()
+        index.idf = index._check_idf(arrays["idf"])
+        index._word_weights = index._weights_of(index.vectors, index.idf)
+        weights = np.append(index._word_weights, 1.0)[index._ids]
+        _require((weights > 0).all(), "words without mass have mass")
+        masses, counts = arrays["masses"], arrays.get("counts")
+        _require(masses.shape == weights.shape, "`masses` do not fit the ids")
+        if counts is None:
+            counts = _counts_of(masses / weights, index._starts)
+        _require(counts.shape == weights.shape, "`counts` do not fit the ids")
+        _require((counts >= 1).all(), "`counts` are below 1")
+        _require(index._by_id or (counts == 1).all(), "`counts` exceed 1")
+        index._counts = counts
+        index._weigh_documents()
+        for name in ("masses", "centroids"):
+            computed = getattr(index, f"_{name}")
+            scale = np.abs(computed).max(initial=0)
+            _require(
+                arrays[name].shape == computed.shape
+                and np.allclose(arrays[name], computed, 1e-9, 1e-9 * scale),
+                f"`{name}` do not follow from vectors and documents",
+            )
         return index
+
+    def _check_words(self):
+        """Raises unless ids and starts are those of documents."""
+        ids, starts = self._ids, self._starts
+        _require(ids.ndim == starts.ndim == 1, "`ids` or `starts` has two axes")
+        _require(
+            len(starts) > 1
+            and starts[0] == 0
+            and starts[-1] == len(ids)
+            and (np.diff(starts) > 0).all(),
+            "`starts` are not those of documents of the ids",
+        )
+        num_words = len(self.vectors)
+        _require(-1 <= ids.min() and ids.max() < num_words, "`ids` too large")
+        empty = np.zeros(len(ids), bool)
+        empty[starts[:-1]] = np.diff(starts) == 1
+        _require(empty[ids < 0].all(), "the empty word stands beside others")
+        if self._by_id:
+            rises = np.diff(ids) > 0
+            rises[starts[1:-1] - 1] = True  # from one document to the next
+        else:
+            # Every word vector is of one document.
+            rises = np.diff(ids[ids >= 0]) > 0
+        _require(rises.all(), "`ids` do not increase within a document")
+
+    def _check_idf(self, idf):
+        if self.weighting != "idf":
+            _require(idf.size == 0, "there is an `idf` that is not used")
+            return None
+        _require(idf.shape == (len(self.vectors),), "`idf` does not fit")
+        occurring = np.bincount(self._ids[self._ids >= 0], minlength=len(idf))
+        expected = np.log(len(self) / np.maximum(occurring, 1))
+        # The documents hold no word without mass, so of these nothing is known:
+        # words of all documents and, under "cosine", zero vectors.
+        unknown = (occurring == 0) & (idf == 0)
+        if self.cost == "cosine":
+            unknown |= ~self.vectors.any(1) & (idf >= 0) & np.isfinite(idf)
+        _require(
+            (np.isclose(idf, expected, 1e-9, 1e-12) | unknown).all(),
+            "`idf` does not follow from the documents",
+        )
+        return idf
+
+
+def _read(file):
+    """`(config, arrays)` of a file, each array of the right kind."""
+    _require(zipfile.is_zipfile(file), "there is no archive of arrays")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as data:
+        config = _config(data["config"])
+        names = set(_ARRAYS)
+        if config["version"] == 1:
+            names.remove("counts")
+        _require(
+            set(data.files) == {"config", *names},
+            f"the arrays are {sorted(data.files)}",
+        )
+        arrays = {name: data[name] for name in names}
+    for name, array in arrays.items():
+        if _ARRAYS[name] == "i":
+            right = array.dtype.kind in "iu"
+            right = right and (array < 2**62).all()
+            arrays[name] = array.astype("int64")
+        else:
+            right = array.dtype in ("float64", "float32")
+            if name != "vectors":
+                right = right and array.dtype == "float64"
+        _require(right, f"`{name}` has the dtype {array.dtype}")
+        if array.dtype.kind == "f" and not array.dtype.isnative:
+            arrays[name] = array.astype(array.dtype.newbyteorder("="))
+    return config, arrays
+
+
+def _config(array):
+    _require(array.shape == () and array.dtype.kind == "U", "`config` is none")
+    config = json.loads(str(array))
+    _require(isinstance(config, dict), "`config` is none")
+    config.setdefault("version", 1)
+    version = check_integer("version", config["version"], minimum=1)
+    _require(
+        version <= VERSION,
+        f"the format's version is {version}: it needs a newer blogkeras",
+    )
+    _require(
+        set(config) == {"version", "cost", "weights", "by_id"},
+        f"`config` has {sorted(config)}",
+    )
+    check_choice("cost", config["cost"], measures.COSTS)
+    check_choice("weights", config["weights"], measures.WEIGHTS)
+    _require(isinstance(config["by_id"], bool), "`by_id` is no truth value")
+    _require(
+        config["by_id"] or config["weights"] != "idf",
+        '"idf" weighs vectors without ids',
+    )
+    return config
+
+
+def _counts_of(ratios, starts):
+    """The least counts that are as these ratios are, document by document.
+
+    Files of version 1 have no counts. A common factor makes no difference.
+    """
+    factors = np.arange(1, 1001)
+    counts = []
+    for first, last in zip(starts[:-1], starts[1:], strict=True):
+        ratio = ratios[first:last, None]
+        ratio = ratio / ratio.min()
+        multiples = ratio * factors
+        whole = np.abs(multiples - np.round(multiples)) <= 1e-9 * multiples
+        whole = whole.all(0)
+        _require(whole.any(), "`masses` do not follow from the weights")
+        counts.append(np.round(multiples[:, whole.argmax()]).astype("int64"))
+    return np.concatenate(counts)
+
+
+def _require(condition, otherwise):
+    if not condition:
+        raise ValueError(otherwise)
 
 
 def _vectors(x, name, dim=None):
-    x = np.asarray(keras.ops.convert_to_numpy(x))
+    try:
+        x = as_numpy(x)
+    except ValueError as error:  # rows of several lengths
+        raise ValueError(
+            f"Expected `{name}` of shape (length, dim). Received: {error}"
+        ) from error
     if x.size == 0 and x.ndim < 2 and dim:
         x = np.zeros((0, dim))
-    wrong = x.ndim != 2 or (dim is not None and x.shape[1] != dim)
-    if wrong or not np.isfinite(x).all():
+    if (
+        x.ndim != 2
+        or (dim is not None and x.shape[1] != dim)
+        or not x.shape[1]
+        or x.dtype.kind not in "fiu"
+        and x.dtype.name != "bfloat16"
+    ):
+        size = "dim" if dim is None else dim
         raise ValueError(
-            f"Expected {name} of shape (length, dim), finite. Received: "
-            f"shape={x.shape}"
+            f"Expected `{name}` of shape (length, {size}), numbers. Received: "
+            f"shape {x.shape}, dtype {x.dtype}"
         )
+    check_finite(name, x)
     return x if x.dtype == "float64" else x.astype("float32")
 
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from blogkeras.arguments import as_numpy, check_integer, check_integers
+
 
 def inverse_document_frequency(documents, num_words):
     """log(N / number of the documents with the word).
@@ -23,20 +25,49 @@ def inverse_document_frequency(documents, num_words):
         [Sato et al., 2022](https://arxiv.org/abs/2105.14403), who find WMD
         far better with these weights
     """
-    documents = [np.unique(np.asarray(d, "int64")) for d in documents]
-    if not documents or not num_words > 0:
-        raise ValueError(
-            "Expected at least one document and one word. Received: "
-            f"{len(documents)} documents, num_words={num_words}"
-        )
-    ids = np.concatenate(documents)
-    if ids.size and not 0 <= ids.min() <= ids.max() < num_words:
-        raise ValueError(
-            f"Expected ids from 0 to num_words - 1 = {num_words - 1}. "
-            f"Received: ids from {ids.min()} to {ids.max()}"
-        )
-    count = np.bincount(ids, minlength=num_words)
+    num_words = check_integer("num_words", num_words, minimum=1)
+    documents = [
+        np.unique(word_ids("documents", document, num_words))
+        for document in check_documents(documents)
+    ]
+    count = np.bincount(np.concatenate(documents), minlength=num_words)
     return np.log(len(documents) / np.maximum(count, 1))
+
+
+def check_documents(documents):
+    """A list of documents, from any sequence of at least one.
+
+    Raises:
+        ValueError: for everything else.
+    """
+    sized = hasattr(documents, "__len__") and hasattr(documents, "__getitem__")
+    if not sized or isinstance(documents, (str, bytes, dict)):
+        raise ValueError(
+            "Expected `documents` to be a sequence of documents. Received: "
+            f"documents={documents!r}"
+        )
+    if len(documents) == 0:
+        raise ValueError("Expected at least one document. Received: none")
+    return list(documents)
+
+
+def word_ids(name, ids, num_words):
+    """The ids of a document's words, `(length,)`, int64.
+
+    Raises:
+        ValueError: unless they are integers from 0 to `num_words - 1`. An empty
+            list is a document without words, whatever its dtype.
+    """
+    ids = as_numpy(ids)
+    if ids.shape == (0,):
+        return ids.astype("int64")
+    check_integers(name, ids, 0, num_words - 1)
+    if ids.ndim != 1:
+        raise ValueError(
+            f"Expected the word ids of `{name}` along one axis. Received: "
+            f"shape {ids.shape}"
+        )
+    return ids.astype("int64")
 
 
 def sif_weights(probabilities, a=1e-3):

@@ -140,6 +140,7 @@ ELSEWHERE = {
     "NoiseStability": "test_virtual",
     "Robustness": "test_robustness",
     "SkipNonFinite": "test_optimizers",
+    "SearchResult": "test_transport_index",
     "TransportIndex": "test_transport_text",
     "VirtualAdversarialTraining": "test_virtual",
 }

@@ -109,3 +109,11 @@ def test_verbose_and_seeds():
     for value in (1.5, "1", True):
         with pytest.raises(ValueError, match="Received: seed="):
             arguments.check_seed("seed", value)
+
+
+def test_paths(tmp_path):
+    assert arguments.check_path("path", tmp_path) == str(tmp_path)
+    assert arguments.check_path("path", "index.npz") == "index.npz"
+    for value in (None, 3, "", b"x", ["x"]):
+        with pytest.raises(ValueError, match="`path` to be a path.*path="):
+            arguments.check_path("path", value)
