@@ -103,6 +103,21 @@ class NumberedDraws:
         self.iterations.assign_add(1)
         return seed
 
+    def evaluation(self, numbers):
+        """The seeds of a batch that is not trained on, a `StepSeed`.
+
+        They depend on the batch alone, so evaluating twice gives the same
+        result, and nothing is counted.
+
+        Args:
+            numbers: Integer tensor that is known of each batch: its tokens.
+        """
+        total = ops.sum(ops.cast(numbers, "int32"))
+        return StepSeed(
+            ops.convert_to_tensor(self.seed.value),
+            backend.all_reduce_sum(total),
+        )
+
 
 def draw_rows(draw, shape, seed):
     """Random numbers for the rows of a batch that replicas may share.

@@ -1,0 +1,241 @@
+"""What a pre-trainer must know of an encoder: its inputs, output and table."""
+
+import keras
+from keras import ops, tree
+
+from blogkeras.arguments import check_layer
+from blogkeras.backend.scopes import RecordingScope, no_autocast
+
+
+class Backbone:
+    """Calls any encoder of tokens, and knows the table it looks them up in.
+
+    Encoders of bert4keras, KerasHub's backbones and other functional models
+    are called with what their inputs are named for: tokens, segments ("segment"
+    or "type" in the name) and where tokens are not padding ("mask"). Other
+    models are called with the tokens alone.
+
+    Args:
+        name: String. The argument's name, for messages.
+        model: The encoder, built.
+        embedding: The layer that looks tokens up, or its name; `None` finds it.
+        pad_token: Integer.
+
+    Attributes:
+        model: The encoder.
+        embedding: Its `keras.layers.Embedding`.
+        dim: Integer. The size of its output vectors.
+    """
+
+    def __init__(self, name, model, embedding=None, pad_token=0):
+        self.name = name
+        # The transformers of bert4keras are objects with a model in them.
+        if not isinstance(model, keras.layers.Layer):
+            model = getattr(model, "model", model)
+        self.model = check_layer(name, model)
+        if not model.built:
+            raise ValueError(
+                f"Expected `{name}` to be built: call it once, or give its "
+                f"inputs their shapes. Received: {name}={model.name!r}"
+            )
+        self.pad_token = pad_token
+        self.roles = _roles(name, model)
+        self.embedding = _embedding(name, model, embedding)
+        self.dim = self._dim()
+
+    @property
+    def vocabulary_size(self):
+        return self.table.shape[0]
+
+    @property
+    def table(self):
+        """The variable that holds the vectors of the tokens."""
+        return self.embedding._embeddings
+
+    @property
+    def takes_segments(self):
+        return "segments" in tree.flatten(self.roles)
+
+    def __call__(self, ids, segments=None, training=None):
+        """`(batch, length)` tokens to `(batch, length, dim)` vectors."""
+        return self._sequence(
+            self.model(self._inputs(ids, segments), training=training)
+        )
+
+    def _inputs(self, ids, segments):
+        def value(role):
+            if role == "tokens":
+                return ids
+            if role == "mask":
+                return ids != self.pad_token
+            return ops.zeros_like(ids) if segments is None else segments
+
+        return tree.map_structure(value, self.roles)
+
+    def _sequence(self, outputs):
+        if isinstance(outputs, dict) and "sequence_output" in outputs:
+            outputs = outputs["sequence_output"]
+        sequences = [x for x in tree.flatten(outputs) if len(x.shape) == 3]
+        if not sequences or (sequences[0].shape[-1] or 0) < 2:
+            shapes = [tuple(x.shape) for x in tree.flatten(outputs)]
+            raise ValueError(
+                f"Expected `{self.name}` to map tokens (batch, length) to "
+                "vectors (batch, length, dim), without a head. Received: "
+                f"{self.name}={self.model.name!r} with outputs of shapes "
+                f"{shapes}"
+            )
+        return sequences[0]
+
+    def _dim(self):
+        try:
+            outputs = self.model.output
+        except (AttributeError, ValueError):
+            ids = keras.KerasTensor((None, 8), "int32")
+            outputs = self.model.compute_output_spec(ids)
+        return self._sequence(outputs).shape[-1]
+
+    def share_table(self, other):
+        """Takes the table of another backbone for its own: one variable.
+
+        Keras cannot load a layer that two models share; two layers that share a
+        variable it can.
+        """
+        ours, theirs = self.table, other.table
+        if ours is theirs:
+            return
+        self.check_shape(other)
+        layer = self.embedding
+        if layer.lora_enabled or other.embedding.lora_enabled:
+            raise ValueError(
+                "Expected token embeddings without LoRA to share. Received: "
+                f"layer {layer.name!r}"
+            )
+        layer._tracker.unlock()
+        layer._untrack_variable(ours)
+        layer._track_variable(theirs)
+        layer._embeddings = theirs
+        layer._tracker.lock()
+
+    def check_shape(self, other):
+        """Raises a `ValueError` where two tables cannot be one."""
+        ours, theirs = self.table, other.table
+        if tuple(ours.shape) != tuple(theirs.shape):
+            raise ValueError(
+                "Expected token embeddings of one shape to share. Give the "
+                "networks one size of embedding (`embedding_size` in "
+                "bert4keras, `embedding_dim` in KerasHub) with a projection "
+                'behind it, or sharing="none". Received: '
+                f"{other.name}'s {tuple(theirs.shape)}, "
+                f"{self.name}'s {tuple(ours.shape)}"
+            )
+
+
+def call_with_table(backbone, table, *args, **kwargs):
+    """Calls a backbone with another tensor in the place of its table.
+
+    What its layers assign and give to `add_loss` meanwhile counts as ever.
+
+    Returns:
+        `(outputs, loss)`; hand the loss, a float32 scalar, to `add_loss`.
+    """
+    variables = backbone.model.variables
+    with no_autocast():
+        mapping = [
+            (v, ops.convert_to_tensor(v))
+            for v in variables
+            if v is not backbone.table
+        ]
+    # A scope inside another one does not see the values of the outer one.
+    with RecordingScope([*mapping, (backbone.table, table)]) as scope:
+        outputs = backbone(*args, **kwargs)
+    with no_autocast():
+        for variable, value in scope.assigned.values():
+            variable.assign(value)
+    loss = sum(
+        (ops.cast(loss, "float32") for loss in scope.losses),
+        start=ops.zeros((), "float32"),
+    )
+    # Keras recognizes the tensors of `add_loss` by their ids, which may come
+    # again once the scope is gone.
+    backbone.model._clear_losses()
+    return outputs, loss
+
+
+def _roles(name, model):
+    """What each input is for, in the structure of the inputs."""
+    try:
+        inputs = model.input
+    except (AttributeError, ValueError):
+        return "tokens"
+    if not isinstance(inputs, (list, tuple, dict)):
+        return "tokens"
+    if isinstance(inputs, dict):
+        names = dict(inputs)
+        names = {key: key for key in names}
+    else:
+        names = [x.name for x in inputs]
+    known = tree.map_structure(_role, names)
+    flat = tree.flatten(known)
+    if isinstance(known, list) and None in flat and len(flat) <= 2:
+        known = flat = ["tokens", "segments"][: len(flat)]
+    if None in flat or flat.count("tokens") != 1:
+        raise ValueError(
+            f"Expected inputs of `{name}` whose names say what they are: "
+            "tokens, segments, padding mask. Received: "
+            f"{tree.flatten(names)}"
+        )
+    return known
+
+
+def _role(name):
+    name = name.lower()
+    for word, role in (
+        ("segment", "segments"),
+        ("type", "segments"),
+        ("mask", "mask"),
+        ("position", None),
+        ("token", "tokens"),
+        ("ids", "tokens"),
+    ):
+        if word in name:
+            return role
+    return None
+
+
+def _embedding(name, model, given):
+    """The layer that looks the tokens up."""
+    layers = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.Embedding)
+    ]
+    if given is not None:
+        chosen = [x for x in layers if given is x or given == x.name]
+    elif getattr(model, "token_embedding", None) in layers:
+        chosen = [model.token_embedding]
+    else:
+        chosen = [x for x in layers if _takes_tokens(model, x)]
+        if len(chosen) != 1:
+            chosen = layers
+    if len(chosen) != 1:
+        raise ValueError(
+            f"Expected `{name}` to have a `keras.layers.Embedding` of tokens, "
+            "named by `embedding` where there are several. Received: "
+            f"embedding={given!r}, {name}={model.name!r} with the embeddings "
+            f"{[x.name for x in layers]}"
+        )
+    return chosen[0]
+
+
+def _takes_tokens(model, layer):
+    try:
+        inputs = tree.flatten(model.input)
+    except (AttributeError, ValueError):
+        return False
+    tokens = [x for x in inputs if _role(x.name) not in ("segments", "mask")]
+    return any(
+        x is y
+        for node in layer._inbound_nodes
+        for x in node.input_tensors
+        for y in tokens
+    )
