@@ -39,6 +39,7 @@ from blogkeras.hsic import (
 )
 from blogkeras.ops import straight_through
 from blogkeras.optimizers import SkipNonFinite
+from blogkeras.pretraining import ElectraPretrainer, TokenMasking
 from blogkeras.quantization import (
     VQVAE,
     CodebookUsage,
@@ -99,6 +100,7 @@ __all__ = [
     "CosineReplacement",
     "DeltaKernel",
     "Distillation",
+    "ElectraPretrainer",
     "FiniteScalarQuantizer",
     "FreeLB",
     "GaussianKernel",
@@ -118,6 +120,7 @@ __all__ = [
     "SkipNonFinite",
     "SearchResult",
     "Theseus",
+    "TokenMasking",
     "TransportIndex",
     "VectorQuantizer",
     "VirtualAdversarialTraining",

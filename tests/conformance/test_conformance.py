@@ -60,7 +60,36 @@ def code_prior():
     return model
 
 
+def electra():
+    def encoder(dim, name):
+        tokens = keras.Input((5,), dtype="int32", name="tokens")
+        h = keras.layers.Embedding(toy.VOCABULARY, 3)(tokens)
+        return keras.Model(tokens, dense(dim)(h), name=name)
+
+    model = blogkeras.ElectraPretrainer(
+        encoder(4, "generator"),
+        encoder(6, "discriminator"),
+        mask_token=1,
+        name="electra",
+        seed=1,
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
 LAYERS = [
+    (
+        blogkeras.TokenMasking,
+        {
+            "vocabulary_size": toy.VOCABULARY,
+            "mask_token": 1,
+            "special_tokens": [2, 3],
+            "rate": 0.3,
+            "unit": "ngram",
+            "seed": 0,
+        },
+        toy.TOKENS[:8],
+    ),
     (
         blogkeras.FiniteScalarQuantizer,
         {"levels": [3, 4, 5], "activation": "sigmoid"},
@@ -112,6 +141,7 @@ METRICS = [
 ]
 # (function that builds and compiles a model, x, y)
 MODELS = [
+    (electra, toy.TOKENS[:16], None),
     (code_prior, toy.TOKENS[:16], None),
     (vqvae, toy.DENSE[:16], None),
     (bottleneck, toy.DENSE[:8], toy.LABELS[:8]),

@@ -4,6 +4,7 @@ No such device is needed: JAX lowers for platforms that are not there. Each room
 adds its models and methods to the list.
 """
 
+import keras
 import pytest
 import toy
 from kit import JAX, lower_train_step
@@ -26,10 +27,28 @@ def plain():
     return toy.compiled(toy.classifier()), toy.TOKENS[:8], toy.LABELS[:8]
 
 
+def electra(sharing):
+    def make():
+        def encoder(name):
+            tokens = keras.Input((5,), dtype="int32", name="tokens")
+            h = keras.layers.Embedding(toy.VOCABULARY, 4)(tokens)
+            return keras.Model(tokens, keras.layers.Dense(4)(h), name=name)
+
+        model = blogkeras.ElectraPretrainer(
+            encoder("generator"), encoder("discriminator"), 1, (), sharing
+        )
+        model.compile("adam", jit_compile=True)
+        return model, toy.TOKENS[:8]
+
+    return make
+
+
 STEPS = {
     "plain": plain,
     "fgm": adversarial("fgm"),
     "gradient_penalty": adversarial("gradient_penalty"),
+    "electra": electra("embeddings"),
+    "electra, disentangled": electra("disentangled"),
 }
 
 
