@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from blogkeras.backend import get_keras_mask, set_keras_mask
-from blogkeras.theseus.freezing import freeze
+from blogkeras.graph import freeze
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")

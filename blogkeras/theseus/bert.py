@@ -4,17 +4,19 @@ import numbers
 
 import keras
 
-from blogkeras.theseus.baselines import Distillation
-from blogkeras.theseus.cutting import (
+from blogkeras.arguments import check_boolean, check_choice
+from blogkeras.graph import (
     Segment,
+    as_list,
     block_boundaries,
     copied,
     cut_model,
+    find_blocks,
     is_functional,
     whole_model,
 )
+from blogkeras.theseus.baselines import Distillation
 from blogkeras.theseus.model import Theseus
-from blogkeras.theseus.replacement import as_list
 
 METHODS = ("theseus", "distillation", "direct")
 
@@ -28,6 +30,7 @@ def bert_of_theseus(
     method="theseus",
     mapping=None,
     replace_embedding=True,
+    boundaries=None,
     **kwargs,
 ):
     """A model that compresses a transformer into one of fewer blocks.
@@ -60,6 +63,9 @@ def bert_of_theseus(
             division of the predecessor's; 12 onto 5 is 2, 2, 3, 2, 3.
         replace_embedding: Boolean. Whether the embedding is a module to be
             replaced, too; else the predecessor's is shared.
+        boundaries: Pair of lists: where the blocks of the predecessor and of
+            the successor begin and end, for models in which none are found;
+            each as for `cut_model`, before the first block and after each.
         **kwargs: For `Theseus` (`mode`, `train_shared`, ...) or `Distillation`.
 
     Returns:
@@ -80,10 +86,13 @@ def bert_of_theseus(
     Departs from the post: the model comes uncompiled; the depths need not
     divide; NEZHA and other blocks with side inputs work.
     """
-    if method not in METHODS:
+    check_choice("method", method, METHODS)
+    replace_embedding = check_boolean("replace_embedding", replace_embedding)
+    boundaries = (None, None) if boundaries is None else boundaries
+    if not isinstance(boundaries, (list, tuple)) or len(boundaries) != 2:
         raise ValueError(
-            f"Expected `method` to be one of {', '.join(map(repr, METHODS))}. "
-            f"Received: method={method!r}"
+            "Expected `boundaries` to be a pair of lists, the predecessor's "
+            f"and the successor's. Received: boundaries={boundaries!r}"
         )
     old, new = whole_model(predecessor), whole_model(successor)
     classifier = [] if classifier is None else as_list(classifier)
@@ -101,14 +110,17 @@ def bert_of_theseus(
             return student
         return Distillation(_with_head(old, classifier), student, **kwargs)
 
-    boundaries = [block_boundaries(m) for m in (old, new)]
-    steps = _steps(mapping, *(len(b) - 1 for b in boundaries))
+    cuts = [
+        _boundaries(model, places)
+        for model, places in zip((old, new), boundaries, strict=True)
+    ]
+    steps = _steps(mapping, *(len(tensors) - 1 for _, tensors in cuts))
     segments = []
-    for model, found, counts in zip(
-        (old, new), boundaries, zip(*steps, strict=True), strict=True
+    for (model, tensors), counts in zip(
+        cuts, zip(*steps, strict=True), strict=True
     ):
-        cuts = [found[sum(counts[:i])] for i in range(len(counts) + 1)]
-        segments.append(cut_model(model, cuts))
+        places = [tensors[sum(counts[:i])] for i in range(len(counts) + 1)]
+        segments.append(cut_model(model, places))
     size = len(steps) + 1
     # What follows the blocks (a pooler, say) is the predecessor's.
     head = segments[0][size:] + classifier
@@ -119,6 +131,21 @@ def bert_of_theseus(
     return Theseus(
         old, new, head or None, replacement_rate, stem=stem, **kwargs
     )
+
+
+def _boundaries(model, places):
+    """The model that is cut, and the tensors around its blocks."""
+    if places is None:
+        model, blocks = find_blocks(model)
+        return model, block_boundaries(blocks)
+    cut = cut_model(model, places)[0].cut
+    if len(cut.boundaries) < 2:
+        raise ValueError(
+            "Expected at least two `boundaries` of either model: before the "
+            "first block and after each. "
+            f"Received: {[x.name for x in cut.boundaries]}"
+        )
+    return cut.model, cut.boundaries
 
 
 def _with_head(model, head):

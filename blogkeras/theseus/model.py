@@ -3,11 +3,17 @@
 import keras
 from keras import tree
 
-from blogkeras.theseus.cutting import Segment, _Cut, _Untracked
-from blogkeras.theseus.freezing import freeze, thaw, thawed
+from blogkeras.graph import (
+    Cut,
+    Segment,
+    Untracked,
+    as_list,
+    freeze,
+    thaw,
+    thawed,
+)
 from blogkeras.theseus.replacement import (
     ModuleReplacement,
-    as_list,
     chain,
     check_modules,
     deserialized,
@@ -161,7 +167,7 @@ class Theseus(keras.Model):
 
     def build(self, input_shape):
         # Keras would wrap a list or dict, and make inputs of its wrapping.
-        self._input_shape = _Untracked(input_shape)
+        self._input_shape = Untracked(input_shape)
         shape = input_shape
         for layer in self._layers_in_order():
             if not layer.built:
@@ -316,7 +322,7 @@ class Theseus(keras.Model):
     @classmethod
     def from_config(cls, config):
         config = dict(config)
-        cuts = [_Cut.from_config(c) for c in config.pop("cuts")]
+        cuts = [Cut.from_config(c) for c in config.pop("cuts")]
         for name in (
             "predecessor_modules",
             "successor_modules",

@@ -10,7 +10,7 @@ from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.backend import get_keras_mask, set_keras_mask
-from blogkeras.theseus.freezing import freeze
+from blogkeras.graph import as_list, freeze
 
 MODES = ("batch", "sample", "mixing", "annealing")
 
@@ -492,10 +492,6 @@ def check_modules(
                         "others are frozen; make a copy. Received: "
                         f"{variable.path!r}, also in: {frozen[id(variable)]}"
                     )
-
-
-def as_list(layers):
-    return list(layers) if isinstance(layers, (list, tuple)) else [layers]
 
 
 def chain(layers, x, training):

@@ -10,6 +10,7 @@ from keras import layers, ops
 from kit import close_in_ulps, replicated
 
 from blogkeras import backend
+from blogkeras.graph import copied
 from blogkeras.theseus import (
     CosineReplacement,
     Distillation,
@@ -20,7 +21,6 @@ from blogkeras.theseus import (
     keep_blocks,
     spaced_blocks,
 )
-from blogkeras.theseus.cutting import copied
 
 ON_TENSORFLOW = backend.BACKEND == "tensorflow"
 MODES = ("batch", "sample", "mixing", "annealing")

@@ -1,0 +1,50 @@
+"""The graph of a functional model: its calls, its blocks, cuts through it.
+
+What the rooms do with a transformer's blocks begins with `find_blocks`.
+
+- `calls.py`: the calls of layers in a functional model; nested models opened;
+- `blocks.py`: the blocks of a transformer;
+- `segments.py`: the parts of a model between cuts, as layers;
+- `cutting.py`: cuts a model; models of some of a model's blocks;
+- `freezing.py`: layers frozen, and thawed as they were.
+"""
+
+from blogkeras.graph.blocks import Block, block_boundaries, find_blocks
+from blogkeras.graph.calls import (
+    Call,
+    as_list,
+    calls,
+    copied,
+    is_functional,
+    whole_model,
+)
+from blogkeras.graph.cutting import (
+    cut_model,
+    keep_blocks,
+    rearranged,
+    spaced_blocks,
+)
+from blogkeras.graph.freezing import freeze, thaw, thawed
+from blogkeras.graph.segments import Cut, Segment, Untracked
+
+__all__ = [
+    "Block",
+    "Call",
+    "Cut",
+    "Segment",
+    "Untracked",
+    "as_list",
+    "block_boundaries",
+    "calls",
+    "copied",
+    "cut_model",
+    "find_blocks",
+    "freeze",
+    "is_functional",
+    "keep_blocks",
+    "rearranged",
+    "spaced_blocks",
+    "thaw",
+    "thawed",
+    "whole_model",
+]

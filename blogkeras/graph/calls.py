@@ -1,0 +1,269 @@
+"""The calls of layers that a functional model consists of."""
+
+import dataclasses
+import inspect
+from typing import Any
+
+import keras
+from keras import tree
+
+from blogkeras.backend import get_keras_mask
+from blogkeras.graph.freezing import thawed
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One call of a layer or operation in a functional model.
+
+    A layer that the model calls several times has as many calls.
+
+    Attributes:
+        operation: The layer or operation.
+        args, kwargs: What it is called with, symbolic tensors among it. Masks
+            that tensors carry along are left out: Keras fills them in again.
+        outputs: List of the symbolic tensors that it returns, flat.
+        number: Integer, which of the operation's calls in all models it is.
+    """
+
+    operation: Any
+    args: Any
+    kwargs: Any
+    outputs: list
+    number: int
+
+    @property
+    def input_tensors(self):
+        """All symbolic tensors among the arguments, flat."""
+        return symbolic((self.args, self.kwargs))
+
+    @property
+    def main_input(self):
+        """The tensor that the call transforms; the others are at its side.
+
+        That is the first positional argument; where the call has keyword
+        arguments alone, the first parameter of the layer's `call`.
+        """
+        first = symbolic(self.args)
+        if first:
+            return first[0]
+        parameters = inspect.signature(self.operation.call).parameters
+        for name in (*parameters, *self.kwargs):
+            tensors = symbolic(self.kwargs.get(name))
+            if tensors:
+                return tensors[0]
+        return None
+
+
+def whole_model(model):
+    """The functional model in what was given, or a ValueError.
+
+    Args:
+        model: A functional `keras.Model`, a `Sequential` one that is built, or
+            an object that holds such a one as its attribute `model`, as the
+            transformers of bert4keras.
+    """
+    if not isinstance(model, keras.Model):
+        model = getattr(model, "model", model)
+    if isinstance(model, keras.Sequential) and model.built:
+        ends = model.inputs, model.outputs
+        model = keras.Model(
+            *(x[0] if len(x) == 1 else x for x in ends), name=model.name
+        )
+    if not is_functional(model):
+        raise ValueError(
+            "Expected a functional model: only its graph can be cut. Give the "
+            "layers of any other model as lists to `Theseus`. "
+            f"Received: model={model!r}"
+        )
+    return model
+
+
+def is_functional(model):
+    """Whether the graph of a model's layers is known."""
+    if isinstance(model, keras.Sequential):
+        return model.built
+    return isinstance(model, keras.Model) and hasattr(model, "_nodes_by_depth")
+
+
+def calls(model):
+    """The calls that a functional model's outputs need, in an order to compute.
+
+    Args:
+        model: A functional model.
+
+    Returns:
+        List of `Call`s.
+    """
+    found = []
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            if not node.is_input:
+                found.append(
+                    Call(
+                        node.operation,
+                        node.arguments.args,
+                        _without_own_masks(node),
+                        node.outputs,
+                        node.operation._inbound_nodes.index(node),
+                    )
+                )
+    needed, kept = {id(x) for x in model.outputs}, []
+    for call in reversed(found):
+        if any(id(x) in needed for x in call.outputs):
+            needed |= {id(x) for x in call.input_tensors}
+            kept.append(call)
+    return kept[::-1]
+
+
+def calls_of(model, name):
+    """A layer's calls in the order in which they were made."""
+    found = [n for n in calls(model) if n.operation.name == name]
+    return sorted(found, key=lambda n: n.number)
+
+
+def as_list(layers):
+    """A list of what is one thing or a list or tuple of several."""
+    return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+
+
+def symbolic(structure):
+    """The symbolic tensors in a structure, flat."""
+    return [
+        x for x in tree.flatten(structure) if isinstance(x, keras.KerasTensor)
+    ]
+
+
+def nested_models(model):
+    """The models in a functional model that can be opened.
+
+    It calls them as layers, their graphs are known, and their `call` does
+    nothing but run the graph.
+    """
+    found = dict.fromkeys(call.operation for call in calls(whole_model(model)))
+    return [x for x in found if is_functional(x) and _runs_its_graph(x)]
+
+
+def opened(model, nested):
+    """A model that calls the layers of nested models where it called these.
+
+    It computes the same with the same layers, and it has the model's inputs.
+    The names of all its layers must differ; Keras says so where they do not.
+
+    Args:
+        model: A functional model.
+        nested: List of some of its `nested_models`.
+
+    Returns:
+        `(model, moved)`: the new model, and a dict from the `id` of a tensor
+        of the old model, or of a nested one, to the tensors that take its
+        place. Tensors that are not in it are what they were.
+    """
+    nested, moved = set(map(id, nested)), {}
+    values = {id(x): x for x in model.inputs}
+    _replay(model, values, nested, moved)
+    outputs = tree.pack_sequence_as(
+        model._outputs_struct, [values[id(x)] for x in model.outputs]
+    )
+    return keras.Model(model._inputs_struct, outputs, name=model.name), moved
+
+
+def copied(model):
+    """A model of the same layers, with weights of its own.
+
+    What learns in it is what learned in the model before `freeze`.
+    """
+    with thawed([model]):
+        copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def _runs_its_graph(model):
+    """Whether `call` is Keras's own."""
+    definer = next(c for c in type(model).__mro__ if "call" in vars(c))
+    return definer.__module__.startswith("keras.")
+
+
+def _replay(model, values, nested, moved, training=None):
+    """Adds the model's tensors to `values`, calling the layers of nested ones.
+
+    A call whose inputs are what they were is not made again. `training` is what
+    the model itself was told when it was called as a layer.
+    """
+    for call in calls(model):
+        op = call.operation
+        same = all(values[id(x)] is x for x in call.input_tensors)
+        if same and id(op) not in nested and training is None:
+            values.update((id(x), x) for x in call.outputs)
+            continue
+        args, kwargs = tree.map_structure(
+            lambda x: values[id(x)] if isinstance(x, keras.KerasTensor) else x,
+            (call.args, call.kwargs),
+        )
+        if training is not None and isinstance(op, keras.Layer):
+            kwargs["training"] = training
+        if id(op) in nested:
+            inner = whole_model(op)
+            given = _inputs(inner, args, kwargs)
+            inside = dict(zip(map(id, inner.inputs), given, strict=True))
+            _replay(inner, inside, set(), moved, kwargs.get("training"))
+            for x in inner.inputs:
+                moved.setdefault(id(x), []).append(inside[id(x)])
+            results = [inside[id(x)] for x in inner.outputs]
+        else:
+            results = tree.flatten(op(*args, **kwargs))
+        for x, y in zip(call.outputs, results, strict=True):
+            values[id(x)] = y
+            if x is not y:
+                moved.setdefault(id(x), []).append(y)
+
+
+def _inputs(model, args, kwargs):
+    """What a nested model is called with, in the order of its inputs."""
+    given = args[0] if args else kwargs.get("inputs")
+    struct = model._inputs_struct
+    if isinstance(given, dict):
+        by_name = isinstance(struct, dict)
+        names = list(struct) if by_name else [x.name for x in model.inputs]
+        given = {name: given.get(name) for name in names}
+        given = given if by_name else list(given.values())
+    flat = tree.flatten(given)
+    fits = len(flat) == len(model.inputs) and all(
+        isinstance(x, keras.KerasTensor) and len(x.shape) == len(y.shape)
+        for x, y in zip(flat, model.inputs, strict=False)
+    )
+    if not fits or len(args) > 1 or symbolic(kwargs.get("mask")):
+        raise ValueError(
+            f"Expected the model {model.name!r}, called as a layer, to "
+            "be called with tensors of the shapes of its inputs "
+            f"{[tuple(x.shape) for x in model.inputs]} alone, without a mask "
+            f"as an argument. Received: args={args}, kwargs={kwargs}"
+        )
+    return flat
+
+
+def _without_own_masks(node):
+    """A call's keyword arguments, but the masks that Keras has filled in.
+
+    A mask that tensors carry along, Keras fills in again at each call; some
+    graphs have it as an argument, too.
+    """
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    own = {
+        id(get_keras_mask(x))
+        for x in symbolic((args, kwargs))
+        if get_keras_mask(x) is not None
+    }
+    names = getattr(node.operation, "call_signature_parameters", ())
+
+    def filled_in(name, value):
+        if name != "mask" and name.removesuffix("_mask") not in names:
+            return False
+        masks = symbolic(value)
+        return bool(masks) and all(id(x) in own for x in masks)
+
+    return {
+        name: value
+        for name, value in kwargs.items()
+        if not (name.endswith("mask") and filled_in(name, value))
+    }
