@@ -43,10 +43,10 @@ batches; all small models have the same number of epochs:
 No run of the first two tasks looks at dev or test while it trains. `--report`
 writes `docs/results/theseus.md`: means, paired differences and the share of the
 gap between direct-k and full that a route closes, with 95 % intervals of
-Student's t (of a share: Fieller's, none where they have no bounds). Seconds are those of
-the processor, compilation included; the page has them as multiples of those of
-the same seed's `full`, since the seeds may have had other machines. (Empty them
-in the table where a run had another machine than its `full`.)
+Student's t (of a share: Fieller's, none where they have no bounds). Seconds are
+those of the processor, compilation included; the page has them as multiples of
+those of the same seed's `full`, since the seeds may have had other machines.
+(Empty them in the table where a run had another machine than its `full`.)
 """
 
 import argparse
