@@ -1,0 +1,289 @@
+"""What the models of denoising share: noise by number, σ by step, moments."""
+
+import warnings
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.arguments import (
+    as_numpy,
+    check_finite,
+    check_integer,
+)
+from blogkeras.denoising.samplers import base_seed
+from blogkeras.loops import ProgramCache
+from blogkeras.models import CompositeModel, map_batches
+from blogkeras.state import NumberedDraws, StepSeed, draw_rows
+
+# The noise of `evaluate` has seeds of its own, far from those of `fit`.
+_EVALUATION = 2**20
+# The step that stands for the starting points of a sampler.
+_START = 2**31 - 1
+
+
+class DenoisingModel(CompositeModel):
+    """A model that is trained on data with Gaussian noise. Abstract.
+
+    Args:
+        network: Keras layer or model.
+        seed: Integer or `None`. Of the noise.
+
+    Attributes:
+        denoising_loss: Metric. The loss without regularizers, and with the
+            random ‖ε‖² in it replaced by its mean: less noisy.
+    """
+
+    def __init__(self, network, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.network = network
+        self.seed = check_seed_number(seed)
+        self.draws = NumberedDraws(self, seed)
+        self.denoising_loss = keras.metrics.Mean(name="denoising_loss")
+        self._programs = ProgramCache(size=8)
+        self._moments_built = False
+
+    def _build_if_known(self):
+        """Builds where the network knows its input; last line of `__init__`."""
+        shape = input_shape_of(self.network)
+        if shape is not None:
+            self.build((None, *shape))
+
+    def compile(self, optimizer="adam", **kwargs):
+        if kwargs.get("loss") is not None or kwargs.get("metrics"):
+            raise ValueError(
+                "Expected no loss and no metrics: they are the method's own. "
+                f"Received: loss={kwargs.get('loss')!r}, "
+                f"metrics={kwargs.get('metrics')!r}"
+            )
+        super().compile(optimizer, **kwargs)
+
+    # Moments of the data
+
+    def build(self, input_shape):
+        shape = tuple(input_shape[1:])
+        if not shape or None in shape:
+            raise ValueError(
+                "Expected rows of a fixed shape (rows, ...). Received: "
+                f"input_shape={input_shape}"
+            )
+        if not self.network.built:
+            self.network(keras.KerasTensor((None, *shape), "float32"))
+        if self._moments_built:
+            return
+        self._moments_built = True
+        self._row_shape = shape
+        # Read in float32 under any dtype policy.
+        self.mean, self.variance = (
+            self.add_weight(
+                size,
+                keras.initializers.Constant(start),
+                "float32",
+                trainable=False,
+                autocast=False,
+                name=name,
+            )
+            for name, size, start in (("mean", shape, 0), ("variance", (), 1))
+        )
+        self.num_adapted = self.add_weight(
+            (), "zeros", "int32", trainable=False, name="num_adapted"
+        )
+
+    @property
+    def row_shape(self):
+        """The shape of one row of the data."""
+        if not self.built:
+            raise ValueError(
+                "Expected a model that has seen the shape of the data. Call "
+                "`fit`, `adapt` or `build` first. Received: a model that is "
+                "not built"
+            )
+        return self._row_shape
+
+    def adapt(self, x, max_batches=64):
+        """Takes mean and variance from data: one mean per entry, one variance.
+
+        `fit` does it by itself the first time, except for generators, which can
+        be read only once.
+
+        Args:
+            x: Array, `tf.data.Dataset` or `keras.utils.PyDataset` (of rows, or
+                of tuples that begin with rows).
+            max_batches: Integer. So many batches of a data set are read.
+        """
+        total, squares, count = 0.0, 0.0, 0
+        for batch in _batches(x, check_integer("max_batches", max_batches, 1)):
+            batch = check_rows(batch, dtype="float64")
+            total = total + batch.sum(0)
+            squares = squares + np.square(batch).sum(0)
+            count += len(batch)
+        if not count:
+            raise ValueError("Expected at least one row. Received: none")
+        mean = total / count
+        if not self.built:
+            self.build((None, *mean.shape))
+        if mean.shape != self._row_shape:
+            raise ValueError(
+                f"Expected rows of shape {self._row_shape}. Received: rows of "
+                f"shape {mean.shape}"
+            )
+        self.mean.assign(mean)
+        self.variance.assign(np.maximum(squares / count - mean**2, 0).mean())
+        self.num_adapted.assign(count)
+
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
+        """As in Keras; `y` has no part in the loss.
+
+        Sample weights, one for each row, need a `y`, since Keras forgets them
+        otherwise: `fit(x, x, sample_weight=...)`.
+        """
+        if isinstance(x, list):
+            x = np.asarray(x)
+        if isinstance(x, np.ndarray) or ops.is_tensor(x):
+            check_rows(x)
+        if not self.built or not int(ops.convert_to_numpy(self.num_adapted)):
+            self.adapt(x)
+        return super().fit(x, y, batch_size, epochs, **kwargs)
+
+    # Training
+
+    def _step(self, training):
+        """`(step, seed)`: the count of steps before this one, its draws."""
+        step = ops.copy(self.draws.iterations.value)
+        if training:
+            return step, self.draws.next_step()
+        # The number of the batch among those of this evaluation: each
+        # evaluation sees the same noise, and no two of its batches do.
+        number = ops.cast(ops.copy(self.denoising_loss.count), "int32")
+        seed = ops.convert_to_tensor(self.draws.seed.value)
+        return step, StepSeed(seed + _EVALUATION, number)
+
+    def _noise(self, x, seed):
+        return draw_rows(keras.random.normal, ops.shape(x), seed)
+
+    def _finish(self, each, error, sample_weight):
+        """The scalar loss of a batch from one for each row.
+
+        Args:
+            each: `(rows,)`, to be minimized.
+            error: `(rows,)`, for the metric.
+            sample_weight: `None`, `(rows,)` or `(rows, 1)`.
+        """
+        if sample_weight is not None:
+            sample_weight = ops.cast(
+                ops.reshape(sample_weight, (-1,)), "float32"
+            )
+            each = each * sample_weight
+        self.denoising_loss.update_state(ops.mean(error))
+        loss = ops.mean(each)
+        for value in self.losses:
+            loss = loss + ops.cast(ops.sum(value), "float32")
+        # The score does not depend on the bias of the last layer. TensorFlow
+        # has no gradient for it then and warns; this makes it zero.
+        for variable in self.trainable_variables:
+            if len(variable.shape) < 2:
+                loss = loss + 0 * ops.cast(ops.sum(variable.value), "float32")
+        # Replicas add up their gradients.
+        return loss / backend.num_replicas()
+
+    # Verbs
+
+    def _by_batches(self, name, fn, arrays, batch_size, verbose):
+        """`fn` of rows, compiled once for each shape, as NumPy arrays."""
+        batch_size = min(
+            check_integer("batch_size", batch_size, minimum=1), len(arrays[0])
+        )
+        program = self._programs.get(
+            (name, batch_size), lambda: backend.jit_layer(fn, self)
+        )
+        return map_batches(program, arrays, batch_size, verbose)
+
+    def _start(self, num, seed):
+        """Rows drawn from N(μ, s²), the moments of the data."""
+        num = check_integer("num", num, minimum=1)
+        shape = (num, *self.row_shape)
+        if not int(ops.convert_to_numpy(self.draws.iterations)):
+            warnings.warn(
+                f"{type(self).__name__}.sample was called before `fit`: the "
+                "samples are those of an untrained network.",
+                stacklevel=3,
+            )
+        seed = StepSeed(base_seed(seed), _START)
+        scale = ops.sqrt(self.variance.value)
+        start = self.mean.value + scale * keras.random.normal(shape, seed=seed)
+        return ops.convert_to_numpy(start)
+
+    def _check_rows(self, x):
+        x = check_rows(x)
+        if x.shape[1:] != self.row_shape:
+            raise ValueError(
+                f"Expected rows of shape {self.row_shape}. Received: x of "
+                f"shape {x.shape}"
+            )
+        return x
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "network": keras.saving.serialize_keras_object(self.network),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        network = keras.saving.deserialize_keras_object(config["network"])
+        return cls(**{**config, "network": network})
+
+
+def check_seed_number(seed):
+    """An integer or `None`: what can stand in a config."""
+    return None if seed is None else check_integer("seed", seed)
+
+
+def check_rows(x, dtype="float32"):
+    """Rows of finite numbers, of any numeric dtype, as floats."""
+    x = as_numpy(x)
+    if x.ndim < 2 or x.dtype.kind not in "fiub" or not len(x):
+        # bfloat16 and its like have kind "V" in NumPy.
+        if x.ndim < 2 or not len(x) or "float" not in str(x.dtype):
+            raise ValueError(
+                "Expected numbers of shape (rows, ...), at least one row. "
+                f"Received: x of shape {x.shape} and dtype {x.dtype}"
+            )
+    check_finite("x", x)
+    return x.astype(dtype, copy=False)
+
+
+def input_shape_of(network):
+    """The shape of a row that a built network takes, or `None`."""
+    try:
+        shape = network.input_shape
+    except (AttributeError, ValueError):
+        return None
+    if isinstance(shape, list):
+        shape = shape[0]
+    if not isinstance(shape, tuple) or None in shape[1:]:
+        return None
+    return shape[1:]
+
+
+def _batches(x, limit):
+    if isinstance(x, np.ndarray) or ops.is_tensor(x):
+        # In pieces: they are converted to float64.
+        for start in range(0, len(x), 4096):
+            yield x[start : start + 4096]
+        return
+    if isinstance(x, keras.utils.PyDataset):
+        number = x.num_batches
+        sources = (x[i] for i in range(min(limit, number or limit)))
+    elif hasattr(x, "element_spec"):
+        sources = x.take(limit)
+    else:
+        raise ValueError(
+            "Expected an array, a tf.data.Dataset or a keras.utils.PyDataset; "
+            "for a generator, call `adapt` with an array of examples before "
+            f"`fit`. Received: x={type(x).__name__}"
+        )
+    for batch in sources:
+        yield batch[0] if isinstance(batch, (tuple, list)) else batch

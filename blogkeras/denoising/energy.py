@@ -1,0 +1,279 @@
+"""Networks for log-densities: what they must be, and builders of some."""
+
+import keras
+from keras import layers, ops
+
+from blogkeras import backend
+from blogkeras.arguments import (
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_layer,
+)
+
+# Names of Keras's layers and operations whose second derivative is zero almost
+# everywhere, or whose first derivative jumps.
+_PIECEWISE_ACTIVATIONS = frozenset(
+    "relu relu6 leaky_relu hard_sigmoid hard_silu hard_swish hard_tanh "
+    "hard_shrink soft_shrink threshold sparse_sigmoid".split()
+)
+_PIECEWISE_OPERATIONS = frozenset(
+    "ReLU LeakyReLU PReLU Relu Relu6 LeakyRelu HardSigmoid HardSilu HardTanh "
+    "HardShrink SoftShrink Threshold SparseSigmoid "
+    "MaxPooling1D MaxPooling2D MaxPooling3D GlobalMaxPooling1D "
+    "GlobalMaxPooling2D GlobalMaxPooling3D MaxPool Max Maximum Minimum "
+    "Absolute Abs".split()
+)
+
+
+def log_density_and_score(log_density, x, **kwargs):
+    """A log-density and its gradient at each row.
+
+    Args:
+        log_density: Function of a tensor `(rows, ...)` that returns one number
+            for each row, `(rows,)` or `(rows, 1)`; each from its own row alone.
+        x: Floating tensor `(rows, ...)`.
+        **kwargs: For `log_density`.
+
+    Returns:
+        `(values, gradient)`: float32 of shape `(rows,)`, and a tensor like `x`.
+        Both can be differentiated again.
+    """
+
+    def total(x):
+        values = as_scalars(log_density(x, **kwargs))
+        return ops.sum(values), values
+
+    # Of a loss on the gradient the gradient is of second order.
+    with backend.second_order():
+        (_, values), gradient = backend.value_and_grad(total, x)
+    return values, gradient
+
+
+def as_scalars(values):
+    """`(rows,)` or `(rows, 1)` as float32 of shape `(rows,)`."""
+    shape = tuple(values.shape)
+    if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != 1):
+        raise ValueError(
+            "Expected one number for each row, of shape (rows,) or (rows, 1). "
+            f"Received: output of shape {shape}"
+        )
+    return ops.cast(ops.reshape(values, (-1,)), "float32")
+
+
+def check_network(network, allow_piecewise=False, name="network"):
+    """Raises a `ValueError` for a network whose score cannot be trained.
+
+    Args:
+        network: Keras layer or model.
+        allow_piecewise: Boolean. Whether ReLU, max-pooling and the like pass.
+        name: String. The argument's name, for the message.
+    """
+    check_layer(name, network)
+    check_boolean("allow_piecewise", allow_piecewise)
+    for part in _parts(network):
+        if isinstance(part, layers.BatchNormalization) and part.trainable:
+            raise ValueError(
+                "Expected a log-density that looks at each row alone: "
+                "BatchNormalization mixes the rows of a batch, and the score "
+                "of one row would depend on the others. Take "
+                "LayerNormalization or GroupNormalization, or freeze it. "
+                f"Received: {name} with the layer {part.name!r}"
+            )
+        kind = _piecewise(part)
+        if kind and not allow_piecewise:
+            raise ValueError(
+                "Expected a network that can be differentiated twice: training "
+                "differentiates its gradient. The gradient of "
+                f"{kind} is constant in pieces, so the score would jump from "
+                "piece to piece. Take 'swish', 'softplus', 'tanh' or 'elu', "
+                "average pooling, or allow_piecewise=True if you mean it. "
+                f"Received: {name} with {part.name!r}"
+            )
+    return network
+
+
+def _parts(network):
+    """The layers of a network at any depth, and operations between them."""
+    seen = {}
+    for layer in network._flatten_layers():
+        seen[id(layer)] = layer
+        # Functional models hold `keras.ops` as operations, which are no layers.
+        for operation in getattr(layer, "operations", ()):
+            seen[id(operation)] = operation
+    return list(seen.values())
+
+
+def _piecewise(part):
+    """The name of what is constant in pieces in a layer, or an empty string."""
+    kind = type(part).__name__
+    if kind in _PIECEWISE_OPERATIONS:
+        return kind
+    activation = getattr(part, "activation", None)
+    name = getattr(activation, "__name__", type(activation).__name__)
+    if name in _PIECEWISE_ACTIVATIONS or name in _PIECEWISE_OPERATIONS:
+        return name
+    return ""
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class QuadraticHead(layers.Layer):
+    """Features to one number: a product of two, and squares.
+
+        (w₁·h + b₁)(w₂·h + b₂) + w₃·h² + b₃
+
+    A product of two features grows like that of a Gaussian's log-density, which
+    a linear head on saturating features cannot do.
+
+    Input shape:  `(rows, features)`.
+    Output shape: `(rows, 1)`.
+
+    Example:
+
+    >>> QuadraticHead()(keras.ops.ones((2, 8))).shape
+    (2, 1)
+
+    Reference:
+        [Li, Chen and Sommer, 2019](https://arxiv.org/abs/1910.07762);
+        [blog post 7038](https://kexue.fm/archives/7038)
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.second, self.third = (
+            layers.Dense(1, dtype=self.dtype_policy, name=name)
+            for name in ("first", "second", "third")
+        )
+
+    def build(self, input_shape):
+        for part in (self.first, self.second, self.third):
+            part.build(input_shape)
+
+    def call(self, inputs):
+        product = self.first(inputs) * self.second(inputs)
+        return product + self.third(ops.square(inputs))
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], 1)
+
+
+def _head(h, head):
+    check_choice("head", head, ("linear", "quadratic"))
+    if head == "quadratic":
+        return QuadraticHead(name="head")(h)
+    return layers.Dense(1, name="head")(h)
+
+
+def mlp_log_density(
+    input_shape,
+    units=(64, 64, 64, 64),
+    activation="swish",
+    head="linear",
+    name="mlp_log_density",
+):
+    """A fully connected network from rows of any shape to a log-density.
+
+    Args:
+        input_shape: Tuple of integers, without the axis of rows.
+        units: Sequence of integers. Sizes of the hidden layers.
+        activation: Name or function; twice differentiable.
+        head: `"linear"` or `"quadratic"` (see `QuadraticHead`).
+        name: String.
+
+    Returns:
+        `keras.Model`, `(rows, *input_shape)` to `(rows, 1)`.
+
+    Example:
+
+    >>> mlp_log_density((2,)).count_params()
+    12737
+    """
+    inputs = keras.Input(_shape(input_shape))
+    h = layers.Flatten()(inputs) if len(inputs.shape) > 2 else inputs
+    for number, size in enumerate(_sizes("units", units), start=1):
+        h = layers.Dense(
+            size,
+            activation,
+            kernel_initializer="he_normal",
+            name=f"hidden_{number}",
+        )(h)
+    return check_network(keras.Model(inputs, _head(h, head), name=name))
+
+
+def residual_log_density(
+    input_shape,
+    filters=(32, 64),
+    num_blocks=1,
+    activation="elu",
+    head="quadratic",
+    name="residual_log_density",
+):
+    """A residual convolutional network from pictures to a log-density.
+
+    A convolution, then for each entry of `filters` a block that halves height
+    and width by averaging (all but the first) and `num_blocks` blocks that keep
+    them; the head sees all positions. No normalization.
+
+    Args:
+        input_shape: `(height, width, channels)`.
+        filters: Sequence of integers. Channels at each scale.
+        num_blocks: Integer ≥ 1.
+        activation: Name or function; twice differentiable.
+        head: `"quadratic"` (see `QuadraticHead`) or `"linear"`.
+        name: String.
+
+    Returns:
+        `keras.Model`, `(rows, height, width, channels)` to `(rows, 1)`.
+
+    Reference:
+        [Li, Chen and Sommer, 2019](https://arxiv.org/abs/1910.07762), smaller
+    """
+    shape = _shape(input_shape)
+    if len(shape) != 3:
+        raise ValueError(
+            "Expected (height, width, channels). Received: "
+            f"input_shape={input_shape}"
+        )
+    filters = _sizes("filters", filters)
+    num_blocks = check_integer("num_blocks", num_blocks, minimum=1)
+    inputs = keras.Input(shape)
+
+    def convolution(h, size, kernel=3):
+        return layers.Conv2D(size, kernel, padding="same")(h)
+
+    def block(h, size, halve):
+        act = layers.Activation(activation)
+        inner = convolution(act(h), size)
+        inner = convolution(layers.Activation(activation)(inner), size)
+        if halve:
+            h, inner = (layers.AveragePooling2D(2)(x) for x in (h, inner))
+        if h.shape[-1] != size:
+            h = convolution(h, size, kernel=1)
+        return layers.Add()([h, inner])
+
+    h = convolution(inputs, filters[0])
+    for scale, size in enumerate(filters):
+        if scale:
+            h = block(h, size, halve=True)
+        for _ in range(num_blocks):
+            h = block(h, size, halve=False)
+    h = layers.Flatten()(layers.Activation(activation)(h))
+    return check_network(keras.Model(inputs, _head(h, head), name=name))
+
+
+def _shape(input_shape):
+    if not isinstance(input_shape, (tuple, list)) or not input_shape:
+        raise ValueError(
+            "Expected a tuple of integers, such as (2,) or (28, 28, 1). "
+            f"Received: input_shape={input_shape!r}"
+        )
+    return tuple(check_integer("input_shape", n, 1) for n in input_shape)
+
+
+def _sizes(name, sizes):
+    if not isinstance(sizes, (tuple, list)) or not sizes:
+        raise ValueError(
+            "Expected a sequence of integers, at least one. Received: "
+            f"{name}={sizes!r}"
+        )
+    return [check_integer(name, size, minimum=1) for size in sizes]

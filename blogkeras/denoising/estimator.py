@@ -1,0 +1,396 @@
+"""Densities and denoisers learnt at one amount of noise."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras.arguments import (
+    check_boolean,
+    check_integer,
+    check_layer,
+    check_number,
+)
+from blogkeras.denoising.base import DenoisingModel
+from blogkeras.denoising.energy import (
+    as_scalars,
+    check_network,
+    log_density_and_score,
+)
+from blogkeras.denoising.samplers import langevin
+
+
+class _OneNoise(DenoisingModel):
+    """σ is one number, after annealing, or follows a Keras schedule."""
+
+    def __init__(self, network, sigma, annealing_steps, seed=None, **kwargs):
+        scheduled = isinstance(
+            sigma, keras.optimizers.schedules.LearningRateSchedule
+        )
+        if not scheduled:
+            sigma = check_number("sigma", sigma, above=0)
+        is_auto = isinstance(annealing_steps, str) and annealing_steps == "auto"
+        if not is_auto:
+            annealing_steps = check_integer(
+                "annealing_steps", annealing_steps, 0
+            )
+        if scheduled and not (is_auto or annealing_steps == 0):
+            raise ValueError(
+                "Expected a number as sigma where it is annealed; a schedule "
+                f"says it all. Received: sigma={sigma!r}, "
+                f"annealing_steps={annealing_steps}"
+            )
+        super().__init__(network, seed, **kwargs)
+        self.sigma = sigma
+        self.annealing_steps = annealing_steps
+        # A weight, so that a resumed run anneals like one never stopped.
+        self._annealing = self.add_weight(
+            (),
+            keras.initializers.Constant(0 if is_auto else annealing_steps),
+            "int32",
+            trainable=False,
+            name="annealing_steps",
+        )
+
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
+        first = int(ops.convert_to_numpy(self.draws.iterations)) == 0
+        if (
+            self.annealing_steps == "auto"
+            and first
+            and not isinstance(self.sigma, _Schedule)
+        ):
+            steps = _steps_per_epoch(x, batch_size, kwargs)
+            self._annealing.assign(steps * epochs // 2)
+        return super().fit(x, y, batch_size, epochs, **kwargs)
+
+    fit.__doc__ = DenoisingModel.fit.__doc__
+
+    def _sigma_at(self, step, training):
+        """σ of a training step; the last one elsewhere, or the schedule's."""
+        if isinstance(self.sigma, _Schedule):
+            return ops.cast(self.sigma(step), "float32")
+        if not training:
+            return ops.convert_to_tensor(self.sigma, "float32")
+        # Geometric, from the scale of the data down to σ.
+        steps = ops.cast(ops.maximum(self._annealing.value, 1), "float32")
+        left = 1 - ops.cast(step, "float32") / steps
+        left = ops.where(self._annealing.value > 0, ops.maximum(left, 0), 0.0)
+        scale = ops.maximum(ops.sqrt(self.variance.value), self.sigma)
+        return self.sigma * ops.exp(left * ops.log(scale / self.sigma))
+
+    @property
+    def last_sigma(self):
+        """σ as it is outside of training, a float."""
+        step = self.draws.iterations.value
+        return float(ops.convert_to_numpy(self._sigma_at(step, False)))
+
+    def get_config(self):
+        sigma = self.sigma
+        if isinstance(sigma, _Schedule):
+            sigma = keras.saving.serialize_keras_object(sigma)
+        return {
+            **super().get_config(),
+            "sigma": sigma,
+            "annealing_steps": self.annealing_steps,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        if isinstance(config["sigma"], dict):
+            sigma = keras.saving.deserialize_keras_object(config["sigma"])
+            config = {**config, "sigma": sigma}
+        return super().from_config(config)
+
+
+_Schedule = keras.optimizers.schedules.LearningRateSchedule
+
+
+def _steps_per_epoch(x, batch_size, kwargs):
+    """Steps in an epoch of `fit`; an error where nobody knows."""
+    if kwargs.get("steps_per_epoch") is not None:
+        return check_integer("steps_per_epoch", kwargs["steps_per_epoch"], 1)
+    if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
+        rows = int(len(x) * (1 - kwargs.get("validation_split", 0.0)))
+        return -(-rows // (batch_size or 32))
+    number = None
+    if isinstance(x, keras.utils.PyDataset):
+        number = x.num_batches
+    elif hasattr(x, "cardinality"):
+        number = int(x.cardinality())
+    if number is None or number < 0:
+        raise ValueError(
+            "Expected to know how many steps an epoch has, since σ is annealed "
+            "over half of them. Give `steps_per_epoch` to `fit`, or a number "
+            "as `annealing_steps` to the model (0 is none). Received: data "
+            "of unknown size"
+        )
+    return number
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class DenoisingDensityEstimator(_OneNoise):
+    """Learns the log-density of data with Gaussian noise.
+
+    The best denoiser of Gaussian noise is r(y) = y + σ²∇log p̂(y), where p̂ is
+    the density of the noisy data, p convolved with N(0, σ²). So a network whose
+    gradient denoises is log p̂ up to a constant. With ε ~ N(0, σ²) the loss is
+
+        σ² ‖∇log p̂(x + ε) + ε/σ²‖² / d
+
+    the mean over the d numbers of a row (1 where log p̂ is constant; divide by
+    σ² for units of the score). Signs, here and everywhere: `log_density` is
+    log p̂ up to a constant, the score is its gradient, the energy is
+    −`log_density`, and the post's E is σ² · `log_density`.
+
+        log_density(x) = network(x) − ‖x − μ‖² / 2(s² + σ²)
+
+    The second term, with the mean μ and the variance s² of the data, makes it
+    fall off so that it can be normalized.
+
+    At a small σ nothing ties distant modes to each other, and the loss does not
+    show it: by default σ starts at the scale of the data, s, and falls
+    geometrically to `sigma` in the first half of the first `fit`. Take a few
+    ten thousand steps, a falling learning rate and averaged weights, as in the
+    example. `denoising_loss` in the logs is a less noisy estimate of the loss.
+
+    Args:
+        network: Keras layer or model from rows to one number, `(rows,)` or
+            `(rows, 1)`; twice differentiable. See `mlp_log_density`,
+            `residual_log_density`.
+        sigma: Float > 0, or a `keras.optimizers.schedules.LearningRateSchedule`
+            of the training step. Standard deviation of the noise.
+        annealing_steps: Integer ≥ 0: so many first steps the noise takes to
+            come down to `sigma`. `"auto"` is half of the steps of the first
+            `fit`; 0 is none.
+        control_variate: Boolean. Subtracts from the loss 2 s(x)·ε, s(x) being
+            the score without noise; its mean is 0. It costs a second gradient
+            and pays where σ is much smaller than what the data vary over.
+        allow_piecewise: Boolean. Whether ReLU and max-pooling pass.
+        seed: Integer or `None`. Of the noise.
+
+    Input shape:  `(rows, ...)`, any numeric dtype.
+    Output shape: `(rows,)`, float32: `log_density`.
+
+    Example:
+
+    >>> model = DenoisingDensityEstimator(mlp_log_density((2,)), sigma=0.1)
+    >>> steps = 8000
+    >>> rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
+    >>> model.compile(keras.optimizers.Adam(rate, use_ema=True))
+    >>> model.fit(x, batch_size=512, epochs=steps * 512 // len(x))
+    >>> model.log_density(x), model.score(x), model.denoise(x)
+    >>> model.sample(1000)
+
+    Departs from the post: the constant term, the annealing.
+
+    Reference:
+        [Bigdeli et al., 2020](https://arxiv.org/abs/2001.02728);
+        [blog post 7038](https://kexue.fm/archives/7038)
+    """
+
+    def __init__(
+        self,
+        network,
+        sigma,
+        annealing_steps="auto",
+        control_variate=False,
+        allow_piecewise=False,
+        seed=None,
+        **kwargs,
+    ):
+        check_network(network, allow_piecewise)
+        super().__init__(network, sigma, annealing_steps, seed, **kwargs)
+        self.control_variate = check_boolean("control_variate", control_variate)
+        self.allow_piecewise = allow_piecewise
+        self._build_if_known()
+
+    def call(self, inputs, training=None):
+        x = ops.cast(inputs, "float32")
+        sigma = self._sigma_at(self.draws.iterations.value, training=False)
+        return self._log_density(x, sigma, training)
+
+    def compute_output_spec(self, inputs, training=None):
+        return keras.KerasTensor(inputs.shape[:1], "float32")
+
+    def _log_density(self, x, sigma, training=False):
+        distance = ops.reshape(
+            ops.square(x - self.mean.value), (ops.shape(x)[0], -1)
+        )
+        variance = self.variance.value + ops.square(sigma)
+        base = -ops.sum(distance, axis=-1) / (2 * variance)
+        return as_scalars(self.network(x, training=training)) + base
+
+    def _score(self, x, sigma, training=False):
+        return log_density_and_score(
+            lambda x: self._log_density(x, sigma, training), x
+        )[1]
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        x = ops.cast(x, "float32")
+        step, seed = self._step(training)
+        sigma = self._sigma_at(step, training)
+        unit = self._noise(x, seed)  # ε / σ
+        # σ ∇log p̂(x + ε); it should be −ε / σ.
+        score = sigma * self._score(x + sigma * unit, sigma, training)
+        error = _row_mean(ops.square(score + unit))
+        # Only the mean of ‖ε‖² is kept: 1 for each number.
+        steady = error + 1 - _row_mean(ops.square(unit))
+        if self.control_variate:
+            clean = sigma * self._score(x, sigma, training)
+            reduction = 2 * _row_mean(clean * unit)
+            error, steady = error - reduction, steady - reduction
+        return self._finish(error, steady, sample_weight)
+
+    def log_density(self, x, batch_size=1024, verbose=0):
+        """log p̂ of rows, up to one constant (see `log_partition`).
+
+        Args:
+            x: `(rows, ...)`.
+            batch_size: Integer. Rows computed at once.
+            verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
+
+        Returns:
+            NumPy array `(rows,)`.
+        """
+        return self._by_batches(
+            "log_density",
+            lambda x: self(x, training=False),
+            [self._check_rows(x)],
+            batch_size,
+            verbose,
+        )
+
+    def score(self, x, batch_size=1024, verbose=0):
+        """∇log p̂ at rows: a NumPy array like `x`. Arguments: `log_density`."""
+        return self._by_batches(
+            "score",
+            lambda x: log_density_and_score(self, x, training=False)[1],
+            [self._check_rows(x)],
+            batch_size,
+            verbose,
+        )
+
+    def denoise(self, x, batch_size=1024, verbose=0):
+        """x + σ² ∇log p̂(x): the mean of what `x`, a noisy row, may have been.
+
+        Args and returns: as for `score`.
+        """
+        x = self._check_rows(x)
+        return x + self.last_sigma**2 * self.score(x, batch_size, verbose)
+
+    def sample(self, num, num_steps=1000, step_size=None, seed=None, verbose=0):
+        """Draws rows of p̂ by Langevin dynamics from N(μ, s²).
+
+        For other samplers give them the model: `hmc(model, x, ...)`.
+
+        Args:
+            num: Integer ≥ 1.
+            num_steps: Integer ≥ 0.
+            step_size: Float > 0. Defaults to σ²/2.
+            seed: Integer, `None` or `keras.random.SeedGenerator`.
+            verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
+
+        Returns:
+            NumPy array `(num, ...)`. `denoise` takes the noise off.
+        """
+        if step_size is None:
+            step_size = self.last_sigma**2 / 2
+        x = self._start(num, seed)
+        return langevin(
+            self, x, num_steps, step_size, seed=seed, verbose=verbose
+        ).x
+
+
+def _row_mean(x):
+    """The mean over all axes but the first."""
+    return ops.mean(ops.reshape(x, (ops.shape(x)[0], -1)), axis=-1)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class DenoisingAutoencoder(_OneNoise):
+    """Learns to denoise; from the denoiser r the score follows.
+
+        loss = ‖r(x + ε) − x‖² / dσ²,    ∇log p̂(y) = (r(y) − y) / σ²
+
+    The vector form of `DenoisingDensityEstimator`: the network returns a row
+    like its input. It need not be a gradient, so there is no log-density. The
+    loss has the same units: 1 for the identity.
+
+    Args:
+        network: Keras layer or model from rows to rows of the same shape. Any
+            activation will do: only its weights are differentiated.
+        sigma, annealing_steps, seed: As for `DenoisingDensityEstimator`;
+            `annealing_steps` is 0 here.
+
+    Input shape:  `(rows, ...)`.
+    Output shape: the same, float32: the denoised rows.
+
+    Example:
+
+    >>> network = keras.Sequential(
+    ...     [
+    ...         keras.Input((2,)),
+    ...         keras.layers.Dense(64, "relu"),
+    ...         keras.layers.Dense(2),
+    ...     ]
+    ... )
+    >>> model = DenoisingAutoencoder(network, sigma=0.1)
+    >>> model.compile("adam")
+    >>> model.fit(x)
+    >>> model.denoise(x), model.score(x)
+
+    Reference:
+        [Vincent, 2011](https://doi.org/10.1162/NECO_a_00142);
+        [blog post 7038](https://kexue.fm/archives/7038)
+    """
+
+    def __init__(self, network, sigma, annealing_steps=0, seed=None, **kwargs):
+        check_layer("network", network)
+        super().__init__(network, sigma, annealing_steps, seed, **kwargs)
+        self._build_if_known()
+
+    def call(self, inputs, training=None):
+        x = ops.cast(inputs, "float32")
+        outputs = self.network(x, training=training)
+        if tuple(outputs.shape[1:]) != tuple(x.shape[1:]):
+            raise ValueError(
+                f"Expected rows of shape {tuple(x.shape[1:])} from the "
+                f"network, like its input. Received: {tuple(outputs.shape[1:])}"
+            )
+        return ops.cast(outputs, "float32")
+
+    def compute_output_spec(self, inputs, training=None):
+        return keras.KerasTensor(inputs.shape, "float32")
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        x = ops.cast(x, "float32")
+        step, seed = self._step(training)
+        sigma = self._sigma_at(step, training)
+        unit = self._noise(x, seed)
+        denoised = self(x + sigma * unit, training=training)
+        error = _row_mean(ops.square((denoised - x) / sigma))
+        return self._finish(error, error, sample_weight)
+
+    def denoise(self, x, batch_size=1024, verbose=0):
+        """r(x): a NumPy array like `x`.
+
+        Args:
+            x: `(rows, ...)`.
+            batch_size: Integer. Rows computed at once.
+            verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
+        """
+        return self._by_batches(
+            "denoise",
+            lambda x: self(x, training=False),
+            [self._check_rows(x)],
+            batch_size,
+            verbose,
+        )
+
+    def score(self, x, batch_size=1024, verbose=0):
+        """(r(x) − x) / σ², an estimate of ∇log p̂. Arguments: `denoise`."""
+        x = self._check_rows(x)
+        return (self.denoise(x, batch_size, verbose) - x) / self.last_sigma**2
