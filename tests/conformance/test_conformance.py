@@ -77,7 +77,22 @@ def electra():
     return model
 
 
+def density_estimator():
+    network = blogkeras.mlp_log_density((3,), (4,))
+    model = blogkeras.DenoisingDensityEstimator(network, 0.5, seed=0)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def denoising_autoencoder():
+    network = keras.Sequential([keras.Input((3,)), dense(3, 3)])
+    model = blogkeras.DenoisingAutoencoder(network, 0.5, seed=0)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
 LAYERS = [
+    (blogkeras.QuadraticHead, {}, toy.DENSE[:8]),
     (
         blogkeras.TokenMasking,
         {
@@ -141,6 +156,8 @@ METRICS = [
 ]
 # (function that builds and compiles a model, x, y)
 MODELS = [
+    (density_estimator, toy.DENSE[:16], None),
+    (denoising_autoencoder, toy.DENSE[:16], None),
     (electra, toy.TOKENS[:16], None),
     (code_prior, toy.TOKENS[:16], None),
     (vqvae, toy.DENSE[:16], None),
