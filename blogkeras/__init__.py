@@ -50,7 +50,12 @@ from blogkeras.hsic import (
 )
 from blogkeras.ops import straight_through
 from blogkeras.optimizers import SkipNonFinite
-from blogkeras.pretraining import ElectraPretrainer, TokenMasking
+from blogkeras.pretraining import (
+    ElectraPretrainer,
+    MaskedLanguageModel,
+    TokenMasking,
+    token_blocks,
+)
 from blogkeras.quantization import (
     VQVAE,
     CodebookUsage,
@@ -124,6 +129,7 @@ __all__ = [
     "LaplacianKernel",
     "LinearKernel",
     "LinearReplacement",
+    "MaskedLanguageModel",
     "ModuleReplacement",
     "NoiseStability",
     "PolynomialKernel",
@@ -172,6 +178,7 @@ __all__ = [
     "sinkhorn",
     "spaced_blocks",
     "straight_through",
+    "token_blocks",
     "transport_plan",
     "usif_weights",
     "virtual_adversarial_training",

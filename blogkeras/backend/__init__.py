@@ -172,3 +172,30 @@ class ReplicaLosses:
     def _clear_losses(self):
         super()._clear_losses()
         self._loss_threads.clear()
+
+
+# Data
+
+
+def endless_dataset(batch, start=0):
+    """A `tf.data.Dataset` of `batch(start)`, `batch(start + 1)`, …
+
+    TensorFlow's, on the JAX backend too: Keras trains on it with both.
+
+    Args:
+        batch: Function from an integer to a NumPy array, or a dict of them, of
+            the same shapes and dtypes each time.
+        start: Integer.
+    """
+    import tensorflow as tf
+
+    def batches():
+        number = start
+        while True:
+            yield batch(number)
+            number += 1
+
+    signature = tree.map_structure(
+        lambda x: tf.TensorSpec(x.shape, x.dtype), batch(start)
+    )
+    return tf.data.Dataset.from_generator(batches, output_signature=signature)

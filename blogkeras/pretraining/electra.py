@@ -8,8 +8,8 @@ from blogkeras import backend
 from blogkeras.arguments import (
     check_boolean,
     check_choice,
+    check_integer,
     check_number,
-    check_seed,
 )
 from blogkeras.models import map_batches
 from blogkeras.ops import sample_categorical
@@ -21,7 +21,8 @@ from blogkeras.pretraining.heads import (
     gathered,
     masked_losses,
 )
-from blogkeras.pretraining.masking import put
+from blogkeras.pretraining.language_model import MaskedLanguageModel
+from blogkeras.pretraining.masking import TokenMasking, put
 from blogkeras.pretraining.token_model import (
     TokenModel,
     as_masking,
@@ -155,9 +156,9 @@ class ElectraPretrainer(TokenModel):
         self.temperature = check_number("temperature", temperature, above=0)
         self.labels = check_choice("labels", labels, ("replaced", "generated"))
         self.allow_original = check_boolean("allow_original", allow_original)
-        self.seed = check_seed("seed", seed)
+        self.seed = None if seed is None else check_integer("seed", seed)
         self.mask_token = mask_token
-        self.special_tokens = list(special_tokens)
+        self.special_tokens = special_tokens
         self.mask_rate = mask_rate
         self.pad_token = pad_token
         self.embedding = _embedding_names(embedding)
@@ -433,7 +434,7 @@ class ElectraPretrainer(TokenModel):
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         ids = self._prepared(x)[0]
-        rows = row_weights(sample_weight, x)
+        rows = row_weights(sample_weight)
         at_masks = y_pred["mask_weights"] * rows
         at_tokens = ops.cast(ids != self.pad_token, "float32") * rows
         logits, labels = y_pred["discriminator_logits"], y_pred["labels"]
@@ -470,6 +471,30 @@ class ElectraPretrainer(TokenModel):
         history = super().fit(*args, **kwargs)
         self._write_table()
         return history
+
+    def mask_filler(self):
+        """The generator with its head, as a `MaskedLanguageModel`.
+
+        ELECTRA is pre-trained for telling, not for guessing, and the post
+        regrets the latter ("losing one for another"): its generator can guess.
+        Network and head are this model's own, not copies.
+        """
+        if self._generation is None:
+            raise ValueError(
+                "Expected a network for a generator. Received: "
+                f"generator={self.generator!r}"
+            )
+        masking = TokenMasking.from_config(
+            {**self.masking.get_config(), "name": None}
+        )
+        return MaskedLanguageModel(
+            self.generator,
+            masking=masking,
+            embedding=self._generation.embedding.name,
+            head=self.generator_head,
+            pad_token=self.pad_token,
+            dtype=self.dtype_policy,
+        )
 
     def detect_replaced(self, x, batch_size=32, verbose=0):
         """The probability of each token that it is not the original one.
@@ -510,7 +535,7 @@ class ElectraPretrainer(TokenModel):
             "generator": generator,
             "discriminator": serialize(self.discriminator),
             "mask_token": self.mask_token,
-            "special_tokens": self.special_tokens,
+            "special_tokens": list(self.special_tokens),
             "sharing": self.sharing,
             "mask_rate": self.mask_rate,
             "generator_weight": self.generator_weight,

@@ -9,7 +9,6 @@ from blogkeras.arguments import (
     check_integer,
     check_integers,
     check_number,
-    check_seed,
 )
 from blogkeras.ops import sample_categorical
 from blogkeras.state import NumberedDraws, draw_rows
@@ -148,7 +147,7 @@ class TokenMasking(keras.layers.Layer):
                 "Expected a mask token that is not the padding. Received: "
                 f"mask_token={mask_token}, pad_token={pad_token}"
             )
-        self.seed = check_seed("seed", seed)
+        self.seed = None if seed is None else check_integer("seed", seed)
         never = {self.mask_token, self.pad_token, *self.special_tokens}
         self.never = np.array(sorted(never), "int32")
         self._ordinary = np.setdiff1d(np.arange(size), self.never)

@@ -100,6 +100,9 @@ class TokenModel(CompositeModel):
         if isinstance(validation, (list, tuple)):
             validation = validation[0]
         self._check(validation)
+        if hasattr(x, "element_spec"):
+            # Keras warns of each data set that it does not shuffle.
+            kwargs.setdefault("shuffle", False)
         return super().fit(x, *args, **kwargs)
 
     def evaluate(self, x=None, *args, **kwargs):
@@ -143,7 +146,7 @@ def weighted_mean(values, weights):
     return ops.sum(values * weights) / total
 
 
-def row_weights(sample_weight, x):
+def row_weights(sample_weight):
     """Sample weights `(batch, 1)`, or 1."""
     if sample_weight is None:
         return 1.0

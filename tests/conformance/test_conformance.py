@@ -60,15 +60,24 @@ def code_prior():
     return model
 
 
-def electra():
-    def encoder(dim, name):
-        tokens = keras.Input((5,), dtype="int32", name="tokens")
-        h = keras.layers.Embedding(toy.VOCABULARY, 3)(tokens)
-        return keras.Model(tokens, dense(dim)(h), name=name)
+def token_encoder(dim, name):
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    h = keras.layers.Embedding(toy.VOCABULARY, 3)(tokens)
+    return keras.Model(tokens, dense(dim)(h), name=name)
 
+
+def masked_language_model():
+    model = blogkeras.MaskedLanguageModel(
+        token_encoder(4, "encoder"), mask_token=1, seed=1
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def electra():
     model = blogkeras.ElectraPretrainer(
-        encoder(4, "generator"),
-        encoder(6, "discriminator"),
+        token_encoder(4, "generator"),
+        token_encoder(6, "discriminator"),
         mask_token=1,
         name="electra",
         seed=1,
@@ -159,6 +168,7 @@ MODELS = [
     (density_estimator, toy.DENSE[:16], None),
     (denoising_autoencoder, toy.DENSE[:16], None),
     (electra, toy.TOKENS[:16], None),
+    (masked_language_model, toy.TOKENS[:16], None),
     (code_prior, toy.TOKENS[:16], None),
     (vqvae, toy.DENSE[:16], None),
     (bottleneck, toy.DENSE[:8], toy.LABELS[:8]),

@@ -1,0 +1,283 @@
+"""Lines of text as blocks of tokens, all of one shape."""
+
+import keras
+import numpy as np
+
+from blogkeras import backend
+from blogkeras.arguments import check_boolean, check_integer, check_verbose
+
+
+def token_blocks(
+    lines,
+    tokenize,
+    length,
+    pairs=False,
+    words=None,
+    *,
+    batch_size=32,
+    start_token=None,
+    end_token=None,
+    pad_token=0,
+    join=True,
+    seed=0,
+    position=0,
+    verbose=0,
+):
+    """Lines of text → a `tf.data.Dataset` of batches, all of one shape.
+
+    A block is `[start] line [end] line [end] …`, cut off where it is full; the
+    rest of the line begins the next block. So there is padding in the last
+    block only. With `pairs` it is `[start] A [end] B [end]`, where B follows A:
+    consecutive lines of one document, in which blank lines separate documents,
+    are collected until a block is full and parted at random; a line that fills
+    a block alone is parted in its middle.
+
+    The data set has no end; in each pass all blocks come once, in another
+    order. The order depends on `seed` and the number of the batch alone, and
+    `model.steps` counts, and saves, how many batches a model has seen. So
+    training goes on where it stopped:
+
+    >>> model = keras.saving.load_model("checkpoint.keras")
+    >>> blocks = token_blocks(lines, encode, 64, position=model.steps)
+    >>> model.fit(blocks, steps_per_epoch=1000)
+
+    The tokens of all lines are held in memory, 4 bytes each.
+
+    Args:
+        lines: Iterable of strings.
+        tokenize: Function from a string to a list of integers, without start
+            and end.
+        length: Integer. Tokens in a block.
+        pairs: Boolean. Whether blocks are pairs of segments.
+        words: Function from a line to a list of words, such as `jieba.lcut`.
+            Then each word is tokenized by itself, and the blocks say which
+            tokens are of one word, for `TokenMasking(unit="word")`.
+        batch_size: Integer.
+        start_token: Integer, or `None` for none.
+        end_token: Integer, or `None` for none. Both are needed for `pairs`.
+        pad_token: Integer.
+        join: Boolean. Without, each line begins a block of its own (or several,
+            if it is too long), and the rest is padding.
+        seed: Integer.
+        position: Integer. How many batches to leave out.
+        verbose: `"auto"`, 0, 1 or 2: a progress bar over the lines.
+
+    Returns:
+        An endless `tf.data.Dataset` (TensorFlow must be installed, on the JAX
+        backend too) of int32 tensors `(batch_size, length)`: tokens, or with
+        `pairs` or `words` a dict of `"token_ids"` and `"segment_ids"`,
+        `"word_ids"`. `fit` needs `steps_per_epoch`.
+
+    Example:
+
+    >>> blocks = token_blocks(
+    ...     ["abc", "de"], lambda line: [ord(c) - 90 for c in line], length=4,
+    ...     batch_size=1, start_token=1, end_token=2,
+    ... )
+    >>> next(iter(blocks)).shape
+    TensorShape([1, 4])
+    """
+    if isinstance(lines, str):
+        raise ValueError(
+            "Expected `lines` to be an iterable of strings. Received: one "
+            f"string, {lines[:40]!r}"
+        )
+    for name, function in (("tokenize", tokenize), ("words", words)):
+        if not callable(function) and not (name == "words" and words is None):
+            raise ValueError(
+                f"Expected `{name}` to be a function of a string. Received: "
+                f"{name}={function!r}"
+            )
+    check_boolean("pairs", pairs)
+    check_boolean("join", join)
+    start, end = (
+        [] if token is None else [check_integer(name, token, minimum=0)]
+        for name, token in (
+            ("start_token", start_token),
+            ("end_token", end_token),
+        )
+    )
+    if pairs and not (start and end):
+        raise ValueError(
+            "Expected `start_token` and `end_token` for pairs. Received: "
+            f"start_token={start_token}, end_token={end_token}"
+        )
+    length = check_integer("length", length, minimum=5 if pairs else 3)
+    batch_size = check_integer("batch_size", batch_size, minimum=1)
+    pad_token = check_integer("pad_token", pad_token, minimum=0)
+    seed = check_integer("seed", seed, minimum=0)
+    position = check_integer("position", position, minimum=0)
+    texts = _tokenized(lines, tokenize, words, check_verbose(verbose))
+    if pairs:
+        rows = _pairs(texts, length, start, end, np.random.default_rng(seed))
+    elif join:
+        rows = _joined(texts, length, start, end)
+    else:
+        rows = _lines(texts, length, start, end)
+    arrays = _arrays(rows, length, pad_token)
+    if not pairs:
+        del arrays["segment_ids"]
+    if words is None:
+        del arrays["word_ids"]
+    order = _Order(len(arrays["token_ids"]), batch_size, seed)
+
+    def batch(number):
+        chosen = order.rows(number)
+        found = {name: array[chosen] for name, array in arrays.items()}
+        return found if len(found) > 1 else found["token_ids"]
+
+    return backend.endless_dataset(batch, position)
+
+
+class _Order:
+    """All rows in an order that is another one in each pass."""
+
+    def __init__(self, rows, batch_size, seed):
+        if not rows:
+            raise ValueError(
+                "Expected lines that make at least one block. Received: none"
+            )
+        self.size, self.batch_size, self.seed = rows, batch_size, seed
+        self._passes = {}
+
+    def rows(self, number):
+        """The rows of a batch."""
+        first = number * self.batch_size
+        places = np.arange(first, first + self.batch_size)
+        return np.array([self._row(*divmod(p, self.size)) for p in places])
+
+    def _row(self, turn, place):
+        if turn not in self._passes:
+            # A batch is of two passes at most, if it is not larger than one.
+            while len(self._passes) > 2:
+                del self._passes[min(self._passes)]
+            rng = np.random.default_rng([self.seed, int(turn)])
+            self._passes[turn] = rng.permutation(self.size)
+        return self._passes[turn][place]
+
+
+def _tokenized(lines, tokenize, words, verbose):
+    """A list of arrays `(2, n)` of each line: tokens and word numbers."""
+    lines = list(lines)
+    bar = keras.utils.Progbar(len(lines), verbose=verbose) if verbose else None
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if not isinstance(line, str):
+            raise ValueError(
+                f"Expected `lines` to be strings. Received: {line!r} in line "
+                f"{number}"
+            )
+        parts = [line] if words is None else words(line)
+        tokens = [tokenize(part) for part in parts] if line.strip() else []
+        numbers = np.repeat(np.arange(len(tokens)), [len(t) for t in tokens])
+        flat = np.array([t for part in tokens for t in part])
+        if len(flat) and (flat.dtype.kind not in "iu" or flat.min() < 0):
+            raise ValueError(
+                "Expected `tokenize` to give lists of integers, at least 0. "
+                f"Received: {tokens[0]!r} for {parts[0]!r}"
+            )
+        texts.append(np.stack([flat, numbers]).astype("int32"))
+        if bar is not None and (number % 256 == 0 or number == len(lines)):
+            bar.update(number)
+    return texts
+
+
+def _row(*parts):
+    """One row of a block, `(3, n)`: tokens, words, segments.
+
+    Each part is a list of tokens or an array `(2, n)`, with its segment. Words
+    are numbered through, and tokens without a word are one each.
+    """
+    columns, word = [], 0
+    for part, segment in parts:
+        if isinstance(part, list):
+            part = np.array([part, range(len(part))], "int32").reshape(2, -1)
+        if not part.shape[1]:
+            continue
+        tokens, words = part
+        words = words - words[0] + word
+        word = words[-1] + 1
+        columns.append(np.stack([tokens, words, np.full_like(tokens, segment)]))
+    return np.concatenate(columns, axis=1)
+
+
+def _joined(texts, length, start, end):
+    """Lines one after another, cut into blocks."""
+    stream, count = [], 0
+    for text in texts:
+        if text.shape[1]:
+            line = _row((text, 0), (end, 0))[:2].copy()
+            line[1] += count
+            count = line[1, -1] + 1
+            stream.append(line)
+    if not stream:
+        return []
+    stream = np.concatenate(stream, axis=1)
+    step = length - len(start)
+    return [
+        _row((start, 0), (stream[:, i : i + step], 0))
+        for i in range(0, stream.shape[1], step)
+    ]
+
+
+def _lines(texts, length, start, end):
+    """Each line by itself."""
+    step = length - len(start) - len(end)
+    return [
+        _row((start, 0), (text[:, i : i + step], 0), (end, 0))
+        for text in texts
+        for i in range(0, text.shape[1], step)
+    ]
+
+
+def _pairs(texts, length, start, end, rng):
+    """Two segments that follow each other."""
+    room = length - len(start) - 2 * len(end)
+    rows, lines = [], []
+
+    def flush():
+        lengths = [text.shape[1] for text in lines]
+        if len(lines) > 1:
+            border = sum(lengths[: rng.integers(1, len(lines))])
+        else:
+            border = sum(lengths) // 2
+        joined = []
+        for text in lines:
+            text = text.copy()
+            text[1] += joined[-1][1, -1] + 1 if joined else 0
+            joined.append(text)
+        text = np.concatenate(joined, axis=1)
+        if len(lines) == 1 and text.shape[1] > 1:
+            # Not within a word, if there is another place.
+            places = 1 + np.flatnonzero(np.diff(text[1]))
+            if len(places):
+                border = places[np.abs(places - border).argmin()]
+        a, b = text[:, :border], text[:, border:]
+        while a.shape[1] + b.shape[1] > room:
+            a, b = (a[:, :-1], b) if a.shape[1] > b.shape[1] else (a, b[:, :-1])
+        if a.shape[1] and b.shape[1]:
+            rows.append(_row((start, 0), (a, 0), (end, 0), (b, 1), (end, 1)))
+        lines.clear()
+
+    for text in texts:
+        if text.shape[1]:
+            lines.append(text)
+        full = sum(line.shape[1] for line in lines) >= room
+        if lines and (full or not text.shape[1]):
+            flush()
+    if lines:
+        flush()
+    return rows
+
+
+def _arrays(rows, length, pad_token):
+    """`{name: (rows, length)}`, padded."""
+    arrays = {
+        "token_ids": np.full((len(rows), length), pad_token, "int32"),
+        "word_ids": np.full((len(rows), length), -1, "int32"),
+        "segment_ids": np.zeros((len(rows), length), "int32"),
+    }
+    for i, row in enumerate(rows):
+        for array, values in zip(arrays.values(), row, strict=True):
+            array[i, : row.shape[1]] = values
+    return arrays
