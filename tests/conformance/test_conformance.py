@@ -3,6 +3,7 @@
 import inspect
 import warnings
 
+import catalogue
 import keras
 import numpy as np
 import pytest
@@ -175,32 +176,6 @@ MODELS = [
     (theseus, toy.DENSE[:16], toy.LABELS[:16]),
     (distillation, toy.DENSE[:16], toy.LABELS[:16]),
 ]
-# Neither a Keras object nor tested here: say where it is.
-ELSEWHERE = {
-    "CodebookUsage": "test_quantization",
-    "CosineKernel": "test_hsic",
-    "DeltaKernel": "test_hsic",
-    "GaussianKernel": "test_hsic",
-    "LaplacianKernel": "test_hsic",
-    "LinearKernel": "test_hsic",
-    "PolynomialKernel": "test_hsic",
-    "PrecomputedKernel": "test_hsic",
-    "CompressionReport": "test_theseus",
-    "CosineReplacement": "test_theseus",
-    "LinearReplacement": "test_theseus",
-    "AdversarialMethod": "test_adversarial",
-    "FGM": "test_adversarial",
-    "FGSM": "test_adversarial",
-    "PGD": "test_adversarial",
-    "FreeLB": "test_adversarial",
-    "GradientPenalty": "test_adversarial",
-    "NoiseStability": "test_virtual",
-    "Robustness": "test_robustness",
-    "SkipNonFinite": "test_optimizers",
-    "SearchResult": "test_transport_index",
-    "TransportIndex": "test_transport_text",
-    "VirtualAdversarialTraining": "test_virtual",
-}
 
 
 def numpy(x):
@@ -357,7 +332,8 @@ def test_model(make, x, y, tmp_path):
 
 def test_every_public_class_is_checked():
     listed = {row[0].__name__ for row in [*LAYERS, *LOSSES, *METRICS]}
-    listed |= {type(row[0]()).__name__ for row in MODELS} | set(ELSEWHERE)
+    listed |= {type(row[0]()).__name__ for row in MODELS}
+    listed |= {cls.__name__ for cls in catalogue.BY_KIND}
     public = {
         name
         for name in blogkeras.__all__

@@ -1,0 +1,113 @@
+"""Public classes by kind, for what is neither layer, loss, metric nor model.
+
+`test_kinds.py` checks each kind; `test_conformance.py` checks that no public
+class is missing.
+"""
+
+import keras
+import numpy as np
+import toy
+from kit import JAX
+
+import blogkeras
+
+# (class, constructor arguments)
+KERNELS = [
+    (blogkeras.GaussianKernel, {"bandwidth": 2.0, "form": "blog"}),
+    (blogkeras.LaplacianKernel, {"bandwidth": 0.5}),
+    (blogkeras.LinearKernel, {}),
+    (blogkeras.PolynomialKernel, {"degree": 3, "offset": 0.5}),
+    (blogkeras.CosineKernel, {}),
+    (blogkeras.DeltaKernel, {}),
+    (blogkeras.PrecomputedKernel, {}),
+]
+# (class, constructor arguments): methods of `adversarial_training`
+METHODS = [
+    (blogkeras.FGM, {"epsilon": 0.3, "clean_weight": 0.5}),
+    (blogkeras.FGSM, {"epsilon": 0.1}),
+    (blogkeras.PGD, {"epsilon": 0.3, "steps": 2}),
+    (blogkeras.FreeLB, {"epsilon": 0.3, "steps": 2}),
+    (blogkeras.GradientPenalty, {"epsilon": 0.3}),
+    (blogkeras.NoiseStability, {"epsilon": 0.3}),
+    (blogkeras.VirtualAdversarialTraining, {"epsilon": 0.3, "iters": 1}),
+]
+# (class, constructor arguments), functions of the step with values in [0, 1]
+SCHEDULES = [
+    (blogkeras.LinearReplacement, {"slope": 0.01, "start": 0.2}),
+    (blogkeras.CosineReplacement, {"steps": 50, "start": 0.2}),
+]
+# (class, constructor arguments, function that makes a model it applies to)
+CALLBACKS = [
+    (
+        blogkeras.CodebookUsage,
+        {},
+        lambda: compiled(blogkeras.VectorQuantizer(5, ema_decay=0.9)),
+    ),
+]
+# (class, function that makes one around an optimizer)
+OPTIMIZERS = [(blogkeras.SkipNonFinite, blogkeras.SkipNonFinite)]
+# (class, function that makes one, function of the path that saves it, loads it)
+FILES = [
+    (
+        blogkeras.TransportIndex,
+        lambda: blogkeras.TransportIndex(
+            [[0, 1], [2], [1, 2]], toy.DENSE[:3], verbose=0
+        ),
+    ),
+]
+# (class, function that makes one): what functions return
+RECORDS = [
+    (
+        blogkeras.Robustness,
+        lambda: blogkeras.evaluate_robustness(
+            compiled(keras.layers.Dense(3)),
+            toy.DENSE[:8],
+            toy.DENSE[:8],
+            epsilons=[0.0, 0.1],
+            verbose=0,
+        ),
+    ),
+    (
+        blogkeras.CompressionReport,
+        lambda: blogkeras.compression_report(
+            {"large": classifier(), "small": classifier()},
+            toy.DENSE[:8],
+            toy.LABELS[:8],
+            batch_size=4,
+            rounds=1,
+            verbose=0,
+        ),
+    ),
+    (
+        blogkeras.SearchResult,
+        lambda: FILES[0][1]().search(np.array([0, 2]), k=1),
+    ),
+]
+# Bases that are not used themselves.
+ABSTRACT = [blogkeras.AdversarialMethod]
+
+BY_KIND = [
+    *(row[0] for row in KERNELS),
+    *(row[0] for row in METHODS),
+    *(row[0] for row in SCHEDULES),
+    *(row[0] for row in CALLBACKS),
+    *(row[0] for row in OPTIMIZERS),
+    *(row[0] for row in FILES),
+    *(row[0] for row in RECORDS),
+    *ABSTRACT,
+]
+
+
+def compiled(layer):
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3), layer])
+    # Without `jit` each operation of a step is compiled alone on JAX.
+    model.compile("sgd", "mse", jit_compile=JAX)
+    return model
+
+
+def classifier():
+    model = keras.Sequential(
+        [keras.Input((3,)), keras.layers.Dense(3, activation="softmax")]
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=JAX)
+    return model
