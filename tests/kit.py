@@ -54,6 +54,29 @@ def close_in_ulps(actual, expected, ulps=4, dtype=None):
     )
 
 
+def assert_nearest(codes, z, codebook, margin=1e-5):
+    """Asserts that each vector got a nearest row of a codebook.
+
+    Distances are computed in float64 from differences. Where two rows are
+    equally near within `margin`, relative to their distance, either is right:
+    which of them a float32 program takes depends on the processor.
+
+    Args:
+        codes: `(...)`, integers.
+        z: `(..., dim)`.
+        codebook: `(num_codes, dim)`.
+        margin: Float.
+    """
+    codes, z = value(codes), value(z, "float64")
+    codebook = value(codebook, "float64")
+    assert codes.shape == z.shape[:-1] and codes.dtype.kind == "i"
+    codes, z = codes.ravel(), z.reshape(-1, z.shape[-1])
+    assert codes.min() >= 0 and codes.max() < len(codebook)
+    distances = np.sum((z[:, None] - codebook) ** 2, axis=-1)
+    taken = np.take_along_axis(distances, codes[:, None], axis=1)[:, 0]
+    assert np.all(taken <= distances.min(1) * (1 + margin))
+
+
 def replicated(make):
     """A compiled model that trains on two devices."""
     if TENSORFLOW:

@@ -3,12 +3,13 @@
 import numpy as np
 from keras import ops
 
-from blogkeras import backend
-from blogkeras.ops import map_blocks
+from blogkeras.ops import full_precision_matmul, map_blocks
 
 # A block of distances is at most this many numbers: it stays in the cache.
 BLOCK = 2**20
 GROUP = 64  # codes that are compared with each other in the end
+_ROUNDS = 6
+_HUGE = 1e30
 
 
 def nearest_codes(z, codebook):
@@ -16,10 +17,15 @@ def nearest_codes(z, codebook):
 
         k = argmin_j ||z - e_j||²
 
-    Ties go to the lowest index. Distances are computed block by block: the
-    whole matrix of distances is never in memory. (Exported by JAX with a free
-    batch size, it is.) On JAX they are float32 on every accelerator; TensorFlow
-    may round to TF32, which only a switch for the whole program prevents:
+    Of equal codes the first is taken. Distances are compared in units of the
+    codebook's size and around a point in the midst of most codes, so neither a
+    common offset, nor a tiny or huge scale, nor a minority of codes far from
+    the others costs digits. Vectors that are not finite get some code.
+
+    Distances are computed block by block: the whole matrix of distances is
+    never in memory. (Exported by JAX with a free batch size, it is.) On JAX
+    they are float32 on every accelerator; TensorFlow may round to TF32, which
+    only a switch for the whole program prevents:
     `tf.config.experimental.enable_tensor_float_32_execution(False)`.
 
     Args:
@@ -28,45 +34,98 @@ def nearest_codes(z, codebook):
 
     Returns:
         `(...)`, int32.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+
+    >>> codebook = np.array([[0.0, 0.0], [1.0, 1.0]], "float32")
+    >>> nearest_codes(np.array([[0.9, 0.8]], "float32"), codebook)
+    [1]
     """
+    z, codebook = (
+        ops.stop_gradient(ops.convert_to_tensor(x, "float32"))
+        for x in (z, codebook)
+    )
+    if (
+        len(codebook.shape) != 2
+        or not codebook.shape[0]
+        or len(z.shape) == 0
+        or z.shape[-1] != codebook.shape[1]
+    ):
+        raise ValueError(
+            "Expected vectors (..., dim) and a codebook (num_codes, dim). "
+            f"Received: z.shape={tuple(z.shape)}, "
+            f"codebook.shape={tuple(codebook.shape)}"
+        )
     if len(z.shape) != 2:
         shape = ops.shape(z)[:-1]
         flat = ops.reshape(z, [-1, z.shape[-1]])
         return ops.reshape(nearest_codes(flat, codebook), shape)
     if z.shape[0] == 0:  # Keras refuses the maximum of nothing
         return ops.zeros((0,), "int32")
-    z, codebook = ops.stop_gradient(z), ops.stop_gradient(codebook)
-    center = ops.mean(codebook, axis=0)
+    center = central_point(codebook)
     num_codes = codebook.shape[0]
-    # ||z - e||² = ||z||² - 2 (z·e - ||e||²/2), around the codebook's mean for
-    # the sake of digits.
+    # ||z - e||² = ||z||² - 2 (z·e - ||e||²/2), where ||z||² is the same for all
+    # codes. A large e would leave the difference of the two terms few digits.
     e = codebook - center
+    size = _positive(ops.max(ops.abs(e)))
+    e = e / size
     half = ops.sum(ops.square(e), axis=1) / 2
-    size = min(GROUP, num_codes)
-    groups = -(-num_codes // size)
-    missing = groups * size - num_codes
+    members = min(GROUP, num_codes)
+    groups = -(-num_codes // members)
+    missing = groups * members - num_codes
     e = ops.transpose(ops.pad(e, [[0, missing], [0, 0]]))
     half = ops.pad(half, [[0, missing]], constant_values=np.inf)
-    half = ops.reshape(half, [groups, size])
+    half = ops.reshape(half, [groups, members])
 
     def assign(rows):
+        # A huge vector is cut so that its products stay finite.
+        rows = ops.clip((rows - center) / size, -_HUGE, _HUGE)
+        score = full_precision_matmul(rows, e)
         # The group with the best code, then the best code of the group. All
-        # that looks at every score is a maximum, which XLA does on the way.
-        with backend.full_precision():
-            score = ops.matmul(rows - center, e)
-        best = ops.max(ops.reshape(score, [-1, groups, size]) - half, axis=-1)
+        # that looks at every score is a maximum, which XLA fuses with the
+        # product.
+        best = ops.max(
+            ops.reshape(score, [-1, groups, members]) - half, axis=-1
+        )
         group = _first_largest(best)
-        score = ops.reshape(score, [-1, size])
+        score = ops.reshape(score, [-1, members])
         at = ops.arange(ops.shape(rows)[0], dtype="int32") * groups + group
         score = ops.take(score, at, axis=0) - ops.take(half, group, axis=0)
-        return ops.minimum(group * size + _first_largest(score), num_codes - 1)
+        code = group * members + _first_largest(score)
+        return ops.minimum(code, num_codes - 1)
 
     return map_blocks(assign, z, max(BLOCK // num_codes, 8))
+
+
+def central_point(points):
+    """A point in the midst of most points; `(n, dim)` to `(dim,)`.
+
+        c ← Σ w_i x_i / Σ w_i,  w_i = 1 / ||x_i - c||²
+
+    from the mean, a few times. A point far from most others loses its weight,
+    where it would draw the mean away from all of them.
+    """
+    center = ops.mean(points, axis=0)
+    for _ in range(_ROUNDS):
+        away = points - center
+        unit = away / _positive(ops.max(ops.abs(away)))
+        # A point that is the center itself has a finite weight.
+        weights = 1 / (ops.sum(ops.square(unit), axis=1) + 1e-20)
+        weights = weights / ops.sum(weights)
+        center = center + ops.sum(weights[:, None] * away, axis=0)
+    return center
+
+
+def _positive(x):
+    return ops.where(x > 0, x, ops.ones_like(x))
 
 
 def _first_largest(score):
     """As `argmax` of the last axis, which XLA is much slower at."""
     size = score.shape[-1]
     best = ops.max(score, axis=-1, keepdims=True)
-    found = ops.where(score >= best, ops.arange(size, dtype="int32"), size - 1)
-    return ops.min(found, axis=-1)
+    index = ops.where(score >= best, ops.arange(size, dtype="int32"), size - 1)
+    return ops.min(index, axis=-1)

@@ -12,8 +12,6 @@ from blogkeras.quantization import (
     FiniteScalarQuantizer,
     ResidualVectorQuantizer,
     VectorQuantizer,
-    nearest,
-    nearest_codes,
     perplexity,
     usage,
 )
@@ -48,47 +46,6 @@ def run(layer, z, embeddings=None, **kwargs):
     with keras.StatelessScope(mapping, collect_losses=True) as scope:
         quantized, codes = layer(z, return_codes=True, **kwargs)
     return quantized, codes, sum(scope.losses)
-
-
-# Assignment.
-
-
-@pytest.mark.parametrize("block, group", [(CODES * 8, 3), (2**20, 64)])
-def test_nearest_codes_are_the_nearest(block, group, monkeypatch):
-    monkeypatch.setattr(nearest, "BLOCK", block)
-    monkeypatch.setattr(nearest, "GROUP", group)
-    z = RNG.normal(size=(45, DIM)).astype("float32")
-    for offset in (0, 1000):  # far from the origin the spread still counts
-        moved = (z + offset).astype("f4"), (E + offset).astype("f4")
-        found = numpy(nearest_codes(*map(ops.convert_to_tensor, moved)))
-        np.testing.assert_array_equal(found, brute_force(*moved))
-    assert found.dtype == "int32" and len(set(found)) > 3
-    shaped = numpy(nearest_codes(z.reshape(5, 3, 3, DIM), E))
-    np.testing.assert_array_equal(shaped, brute_force(z, E).reshape(5, 3, 3))
-
-
-@pytest.mark.parametrize("group", [3, 64])
-def test_of_equal_codes_the_first_is_taken(group, monkeypatch):
-    monkeypatch.setattr(nearest, "GROUP", group)
-    e = np.concatenate([E, E])
-    found = numpy(nearest_codes(*map(ops.convert_to_tensor, (E, e))))
-    np.testing.assert_array_equal(found, np.arange(CODES))
-
-
-def test_the_distances_of_all_vectors_are_never_in_memory():
-    n, k, dim = 16384, 2048, 8
-    z, e = np.zeros((n, dim), "float32"), np.zeros((k, dim), "float32")
-    if ON_JAX:
-        import jax
-
-        compiled = jax.jit(nearest_codes).lower(z, e).compile()
-        size = compiled.memory_analysis().temp_size_in_bytes
-        assert size < n * k * 4 / 8
-    else:
-        function = backend.jit(nearest_codes)
-        z, e = map(ops.convert_to_tensor, (z, e))
-        hlo = function.experimental_get_compiler_ir(z, e)("optimized_hlo")
-        assert f"[{n},{k}]" not in hlo and f"[512,{k}]" in hlo
 
 
 # Quantizing, gradients.
