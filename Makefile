@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LINT := $(VENV)-lint/bin
 BERT4KERAS := bert4keras==0.11.5
 STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
@@ -9,13 +10,15 @@ RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
 	bench-hsic bench-quantization
 
-.PHONY: bench-gpu help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
+.PHONY: bench-gpu check-python help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
-$(BIN)/python:
+check-python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python >= 3.11 is needed: make PYTHON=python3.12 ..."; exit 1; }
+
+$(BIN)/python: | check-python
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.examples: $(BIN)/python setup.py
@@ -53,11 +56,16 @@ verify: $(VENV)/.test $(VENV)/.sonnet # long statistical checks, dm-sonnet
 matrix: # lower bounds, newest versions, Python 3.12 and 3.13
 	@sh tests/matrix.sh
 
-lint: $(VENV)/.test # ruff
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+# An environment of its own: reading code needs no TensorFlow.
+$(LINT)/ruff: | check-python
+	$(PYTHON) -m venv $(VENV)-lint
+	$(LINT)/pip install -q 'ruff>=0.17,<0.18'
 
-format: $(VENV)/.test # ruff, in place
-	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+lint: $(LINT)/ruff # ruff
+	@$(LINT)/ruff check . && $(LINT)/ruff format --check .
+
+format: $(LINT)/ruff # ruff, in place
+	@$(LINT)/ruff check --fix . ; $(LINT)/ruff format .
 
 bench: $(BENCHMARKS) # every benchmark
 

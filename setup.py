@@ -14,7 +14,6 @@ test = [
     "jax>=0.4.35",
     "keras-hub>=0.18",
     "pytest>=8",
-    "ruff>=0.17,<0.18",
     "scipy>=1.11",
     "tf_keras>=2.18",
 ]

@@ -22,16 +22,22 @@ Tasks, by the files in DIR (not part of this repository):
 """
 
 import argparse
-import csv
 import gzip
 import json
 import pathlib
 import time
 import zipfile
 
+from harness.recording import Recording
+from harness.statistics import mean_interval
+
 ROWS = pathlib.Path(__file__).parent.parent / "docs/results/adversarial.csv"
 PAGE, FIGURE = ROWS.with_suffix(".md"), ROWS.with_suffix(".png")
-COLUMNS = ["task", "method", "seed", "valid", "test"]
+RECORD = Recording(
+    ROWS,
+    ["task", "method", "seed", "valid", "test"],
+    key=["task", "method", "seed"],
+)
 EPOCHS = {"sentiment": 3, "iflytek": 12, "few": 20}
 STEPS = {"few": 30}  # per epoch; all others: the whole training set
 LENGTH = 64
@@ -229,28 +235,12 @@ def accuracy(model, part):
     )["accuracy"]
 
 
-def recorded():
-    if not ROWS.exists():
-        return []
-    with ROWS.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row):
-    """One whole line, so that an interrupt leaves no half of one."""
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    if not ROWS.exists():
-        ROWS.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    with ROWS.open("a", encoding="utf-8") as file:
-        file.write(",".join(map(str, row)) + "\n")
-
-
 def differences():
     """{task: {method: (scores, differences to plain seed by seed)}}."""
     import numpy as np
 
     scores = {}
-    for row in recorded():
+    for row in RECORD.rows():
         method = scores.setdefault(row["task"], {}).setdefault(
             row["method"], {}
         )
@@ -273,15 +263,6 @@ def differences():
     }
 
 
-def interval(values):
-    """Mean and half the width of its 95 % interval (Student's t)."""
-    from scipy.special import stdtrit
-
-    n = len(values)
-    half = stdtrit(n - 1, 0.975) * values.std(ddof=1) / n**0.5
-    return values.mean(), half
-
-
 def report():
     """Writes the page and the figure."""
     lines = ["# What each method is worth", "", INTRODUCTION, ""]
@@ -296,9 +277,9 @@ def report():
         for method, (scores, d) in by_method.items():
             cells = [method, str(len(scores)), f"{scores.mean():.2f}", "", ""]
             if method != "plain" and len(d) > 1:
-                mean, half = interval(d)
+                mean, low, high = mean_interval(d)
                 cells[3] = f"{mean:+.2f}"
-                cells[4] = f"{mean - half:+.2f} to {mean + half:+.2f}"
+                cells[4] = f"{low:+.2f} to {high:+.2f}"
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", PUBLISHED[task], ""]
     lines += [f"![Differences to plain training]({FIGURE.name})", ""]
@@ -322,8 +303,8 @@ def figure(found):
         for place, (_, d) in enumerate(rows.items()):
             axes.plot(d, [place] * len(d), "o", color="0.7", markersize=4)
             if len(d) > 1:
-                mean, half = interval(d)
-                axes.errorbar(mean, place, xerr=half, fmt="s", color="C0")
+                mean, low, _ = mean_interval(d)
+                axes.errorbar(mean, place, xerr=mean - low, fmt="s", color="C0")
         axes.axvline(0, color="0.4", linewidth=1)
         axes.set_yticks(range(len(rows)), rows)
         axes.invert_yaxis()
@@ -361,25 +342,25 @@ def main():
     vocabulary = {c: i + 3 for i, c in enumerate(letters)}
     splits = [arrays(part, vocabulary) for part in pairs]
     print("rows:", [len(part[1]) for part in splits])
-    done = {(r["task"], r["method"], r["seed"]) for r in recorded()}
-    todo = [
-        (name, method, seed)
-        for seed in range(args.seeds)
+    chosen = {
+        name: method
         for name, method in methods(args.task).items()
-        if (args.task, name, str(seed)) not in done
-        and (not args.only or name in args.only)
-    ]
+        if not args.only or name in args.only
+    }
+    todo = RECORD.missing(
+        (args.task, name, seed) for seed in range(args.seeds) for name in chosen
+    )
     if not todo:
         print("nothing left to record")
         return
     progress = keras.utils.Progbar(len(todo), unit_name="run")
     progress.update(0)
     start = time.monotonic()
-    for name, method, seed in todo:
+    for _, name, seed in todo:
         if time.monotonic() - start > 60 * args.minutes:
             break
-        valid, test = run(args.task, method, seed, splits)
-        append([args.task, name, seed, f"{valid:.4f}", f"{test:.4f}"])
+        valid, test = run(args.task, chosen[name], seed, splits)
+        RECORD.append(args.task, name, seed, f"{valid:.4f}", f"{test:.4f}")
         progress.add(1)
 
 

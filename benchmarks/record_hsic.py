@@ -30,17 +30,23 @@ DIR holds mnist_train*.npz and mnist_test.npz (arrays x and y).
 """
 
 import argparse
-import csv
 import math
 import pathlib
 import time
 
+from harness.recording import Recording
+
 ROOT = pathlib.Path(__file__).parent.parent
-ROWS = ROOT / "docs/results/hsic_bottleneck.csv"
-SEARCH = ROOT / "docs/results/hsic_bottleneck_search.csv"
 FIGURE = ROOT / "docs/hsic_bottleneck.png"
 SETTINGS = ["rate", "bandwidth", "label_weight"]
-COLUMNS = ["kind", "seed", *SETTINGS, "epoch", "accuracy", "cpu_seconds"]
+RECORD, SEARCH = (
+    Recording(
+        ROOT / f"docs/results/{name}.csv",
+        ["kind", "seed", *SETTINGS, "epoch", "accuracy", "cpu_seconds"],
+        key=["kind", "seed", *SETTINGS, "epoch"],
+    )
+    for name in ("hsic_bottleneck", "hsic_bottleneck_search")
+)
 KINDS = ["unformatted", "format", "back-propagation", "script"]
 EPOCHS, BATCH_SIZE, WIDTH, CLASSES = 5, 512, 256, 10
 RATES = [1e-3, 3e-3, 1e-2]
@@ -199,21 +205,6 @@ def accuracy_of_script(last, labels, np):
     return np.mean(found)
 
 
-def recorded(path=ROWS):
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n", encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(",".join(map(str, row)) + "\n" for row in rows))
-
-
 def settings_of(row):
     return tuple(float(row[name]) for name in SETTINGS)
 
@@ -223,7 +214,7 @@ def judged(kind):
     kind = "unformatted" if kind == "format" else kind
     return {
         settings_of(row): float(row["accuracy"])
-        for row in recorded(SEARCH)
+        for row in SEARCH.rows()
         if row["kind"] == kind and int(row["epoch"]) == EPOCHS
     }
 
@@ -248,7 +239,7 @@ def table():
     print("\n| " + " | ".join([*titles, "CPU s per epoch"]) + " |")
     print("|---" * (len(titles) + 1) + "|")
     for kind in KINDS:
-        rows = [row for row in recorded() if row["kind"] == kind]
+        rows = [row for row in RECORD.rows() if row["kind"] == kind]
         if not rows:
             continue
         values = np.array([100 * float(row["accuracy"]) for row in rows])
@@ -285,9 +276,9 @@ def main():
     if args.table:
         return table()
     train, test = read(args.data)
-    path, runs = ROWS, []
+    record, runs = RECORD, []
     if args.search:
-        path = SEARCH
+        record = SEARCH
         test = [part[-HELD_OUT:] for part in train]
         train = [part[:-HELD_OUT] for part in train]
         runs = [
@@ -304,7 +295,7 @@ def main():
             runs += [(kind, seed, best) for seed in range(args.seeds)]
     done = {
         (row["kind"], int(row["seed"]), settings_of(row))
-        for row in recorded(path)
+        for row in record.rows()
     }
     runs = [one for one in runs if one not in done][: args.runs]
     for kind, seed, settings in runs:
@@ -320,7 +311,7 @@ def main():
                 ]
             )
             print(*rows[-1], flush=True)
-        append(path, rows)
+        record.extend(rows)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ of the last 100 steps; `usage` is the share of codes used in these steps.
 """
 
 import argparse
-import csv
 import io
 import pathlib
 
 import numpy as np
+from harness.recording import Recording
 
 ROWS = pathlib.Path(__file__).parent.parent / "docs/results/quantization.csv"
 PAGE = ROWS.with_suffix(".md")
@@ -50,18 +50,13 @@ PUBLISHED = {
     "mnist": "Published for the keras.io example (means of epochs): NMSE .0486 "
     "after 9380 steps, .0444 after 14070.",
 }
-COLUMNS = [
-    "task",
-    "method",
-    "seed",
-    "steps",
-    "nmse",
-    "perplexity",
-    "usage",
-]
+RECORD = Recording(
+    ROWS,
+    ["task", "method", "seed", "steps", "nmse", "perplexity", "usage"],
+    key=["task", "method", "seed", "steps"],
+)
 LAST = 100  # steps that are averaged
 
-PRIOR_ROWS = ROWS.with_name("quantization_prior.csv")
 PRIOR_COLUMNS = [
     "architecture",
     "dim",
@@ -76,6 +71,11 @@ PRIOR_COLUMNS = [
     "large_mib",
     "large_gflop",
 ]
+PRIOR_RECORD = Recording(
+    ROWS.with_name("quantization_prior.csv"),
+    PRIOR_COLUMNS,
+    key=["architecture", "dim", "layers", "seed", "steps"],
+)
 # Both architectures, and a PixelCNN with the parameters of the PixelAtt.
 PRIORS = [
     ("attention", 128, 4),
@@ -372,49 +372,26 @@ def run_prior(architecture, dim, num_layers, seed, steps, maps):
     )
 
 
-def recorded(path=ROWS):
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(row, path=ROWS, columns=COLUMNS):
-    """One whole line, so that an interrupt leaves no half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(columns) + "\n", encoding="utf-8")
-    line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow(row)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line.getvalue())
-
-
 def record_priors(args):
-    done = {
-        (r["architecture"], r["dim"], r["seed"], r["steps"])
-        for r in recorded(PRIOR_ROWS)
-    }
     steps = max(args.steps)
-    todo = [
-        (*prior, seed)
+    todo = PRIOR_RECORD.missing(
+        (architecture, dim, layers, seed, steps)
         for seed in range(args.seeds)
-        for prior in PRIORS
-        if (*map(str, (*prior[:2], seed, steps)),) not in done
-    ][: args.runs]
+        for architecture, dim, layers in PRIORS
+    )[: args.runs]
     if not todo:
         return print("Everything asked for is recorded.")
     maps = prior_maps(read(args.data), args.cache)
-    for *prior, seed in todo:
+    for *prior, seed, _ in todo:
         print("prior", *prior, "seed", seed, flush=True)
         values = run_prior(*prior, seed, steps, maps)
-        append([*prior, seed, steps, *values], PRIOR_ROWS, PRIOR_COLUMNS)
+        PRIOR_RECORD.append(*prior, seed, steps, *values)
 
 
 def report():
     """Writes the page: means and standard deviations over seeds."""
     groups = {}
-    for row in recorded():
+    for row in RECORD.rows():
         runs = groups.setdefault(row["task"], {})
         runs.setdefault((row["method"], int(row["steps"])), []).append(row)
     lines = ["# What the codebooks are worth", ""]
@@ -445,7 +422,7 @@ def report():
 
 def prior_lines():
     groups = {}
-    for row in recorded(PRIOR_ROWS):
+    for row in PRIOR_RECORD.rows():
         key = row["architecture"], row["dim"], row["layers"], row["steps"]
         groups.setdefault(key, []).append(row)
     if not groups:
@@ -499,10 +476,8 @@ def main():
         return record_priors(args)
     import keras
 
-    done = {(r["task"], r["method"], r["seed"], r["steps"]) for r in recorded()}
-
     def is_done(method, seed, steps):
-        return (args.task, method, str(seed), str(steps)) in done
+        return not RECORD.missing([(args.task, method, seed, steps)])
 
     todo = [
         (method, seed)
@@ -522,7 +497,7 @@ def main():
             args.task, method, seed, args.steps, x, progress
         ):
             if not is_done(method, seed, steps):
-                append([args.task, method, seed, steps, *values])
+                RECORD.append(args.task, method, seed, steps, *values)
 
 
 if __name__ == "__main__":

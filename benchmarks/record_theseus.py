@@ -57,7 +57,8 @@ import pathlib
 import sys
 import time
 
-from record_adversarial import interval
+from harness.recording import Recording
+from harness.statistics import mean_interval, share_interval
 
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -343,20 +344,9 @@ class Runs:
         model.set_weights([*np.load(self.cache).values()])
 
 
-def recorded(path):
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path, row, columns):
-    """One whole line, so that an interrupt leaves no half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(columns) + "\n", encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(",".join(map(str, row)) + "\n")
+def record(task):
+    columns = COLUMNS + BEST * ("epochs" in task)
+    return Recording(task["rows"], columns, ["texts", "route", "seed"])
 
 
 def report():
@@ -375,7 +365,7 @@ def report():
         "",
     ]
     for task in TASKS.values():
-        rows = recorded(task["rows"])
+        rows = record(task).rows()
         if rows:
             lines += [
                 f"## {task['title']}",
@@ -406,26 +396,6 @@ def report():
     PAGE.write_text("\n".join(lines), encoding="utf-8")
 
 
-def fieller_interval(x, y):
-    """95 % interval of mean(x) / mean(y) of pairs; `None`: without bounds.
-
-    All r for which mean(x - r y) is not told from zero: with c = t²/n,
-
-        (x̄ - r ȳ)² ≤ c (s_xx - 2 r s_xy + r² s_yy)
-    """
-    import numpy as np
-    from scipy.special import stdtrit
-
-    (s_xx, s_xy), (_, s_yy) = np.cov(x, y)
-    c = stdtrit(len(x) - 1, 0.975) ** 2 / len(x)
-    x, y = np.mean(x), np.mean(y)
-    a, b = y**2 - c * s_yy, x * y - c * s_xy
-    root = b**2 - a * (x**2 - c * s_xx)
-    if a <= 0 or root < 0:
-        return None
-    return (b - root**0.5) / a, (b + root**0.5) / a
-
-
 def table(rows, sizes):
     import numpy as np
 
@@ -447,14 +417,12 @@ def table(rows, sizes):
         if kind not in ("full", "direct") and len(seeds) > 1:
             d = np.array([found[s] - base[s] for s in seeds])
             gap = np.array([full[s] - base[s] for s in seeds])
-            mean, half = interval(d)
+            mean, low, high = mean_interval(d)
             cells.append(f"{mean:+.2f}")
-            cells.append(f"{mean - half:+.2f} to {mean + half:+.2f}")
-            bounds = fieller_interval(d, gap)
-            cells.append(f"{mean / gap.mean():.0%}")
-            cells.append(
-                "∞" if bounds is None else "{:.0%} to {:.0%}".format(*bounds)
-            )
+            cells.append(f"{low:+.2f} to {high:+.2f}")
+            share, low, high = share_interval(d, gap)
+            cells.append(f"{share:.0%}")
+            cells.append("∞" if np.isinf(low) else f"{low:.0%} to {high:.0%}")
         else:
             cells += [""] * 4
         before = seconds.get((texts, "full"), {})
@@ -491,38 +459,33 @@ def main():
     import blogkeras.bert4keras  # noqa: F401
 
     task = TASKS[args.task]
-    done = {(r["texts"], r["route"], r["seed"]) for r in recorded(task["rows"])}
-    todo = [
-        (route, seed)
+    rows = record(task)
+    todo = rows.missing(
+        (args.texts, route, seed)
         for group in task["groups"]
         for seed in range(args.seeds)
         for route in group
-        if (not args.only or route in args.only)
-        and (str(args.texts), route, str(seed)) not in done
-    ][: args.runs]
+        if not args.only or route in args.only
+    )[: args.runs]
     if not todo:
         return print("Nothing is left to do.")
     source = Source(args.task, args.data, args.weights)
     cache = pathlib.Path(args.cache) / args.task
     progress = keras.utils.Progbar(len(todo), unit_name="run")
     progress.update(0)
-    for route, seed in todo:
+    for _, route, seed in todo:
         keras.backend.clear_session()
         epochs = task.get("epochs")
         runs = Runs(source, args.texts, seed, cache, epochs)
         dev, test, seconds = runs.run(route)
-        append(
-            task["rows"],
-            [
-                args.texts,
-                route,
-                seed,
-                f"{dev:.4f}",
-                f"{test:.4f}",
-                f"{seconds:.0f}",
-                *(f"{score:.4f}" for score in runs.best if epochs),
-            ],
-            COLUMNS + BEST * bool(epochs),
+        rows.append(
+            args.texts,
+            route,
+            seed,
+            f"{dev:.4f}",
+            f"{test:.4f}",
+            f"{seconds:.0f}",
+            *(f"{score:.4f}" for score in runs.best if epochs),
         )
         progress.add(1)
 

@@ -34,16 +34,24 @@ import pathlib
 import sys
 
 import numpy as np
+from harness.recording import Recording
 
 ROOT = pathlib.Path(__file__).parent.parent
-ROWS = ROOT / "docs/results/transport.csv"
-NORMS = ROOT / "docs/results/transport_norm.csv"
 sys.path.append(str(ROOT / "examples"))  # the readers of vectors stand there
 
 COLUMNS = "language vectors stop_words method pairs".split()
 for name in ("spearman", "pearson", "gain"):
     COLUMNS += [name, f"{name}_low", f"{name}_high"]
-NORM_COLUMNS = "language vectors words spearman low high".split()
+RECORD = Recording(
+    ROOT / "docs/results/transport.csv",
+    COLUMNS,
+    key=["vectors", "stop_words", "method"],
+)
+NORMS = Recording(
+    ROOT / "docs/results/transport_norm.csv",
+    "language vectors words spearman low high".split(),
+    key=["language", "vectors"],
+)
 VECTORS = ("glove", "minilm", "e5", "e5-zh", "e5-words-zh")
 DRAWS = 1000
 # Words of grammar; their list is as good as any for showing what removing
@@ -320,22 +328,6 @@ def norm_and_idf(sentences, documents, words):
     return [len(common), f"{value:.4f}", f"{low:.4f}", f"{high:.4f}"]
 
 
-def recorded(path):
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def append(path, columns, row):
-    """One whole line, so that an interrupt leaves no half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(columns) + "\n", encoding="utf-8")
-    with path.open("a", encoding="utf-8") as file:
-        file.write(",".join(map(str, row)) + "\n")
-
-
 METHODS = ("average", "WMD", "WMD cos", "WMD idf", "WRD", "WRD + uSIF")
 
 
@@ -344,15 +336,8 @@ def record(name, folder):
 
     language, sentences, scores, documents, words = prepare(name, folder)
     lookup = weights_of_words(documents, words)
-    if not any(
-        r["language"] == language and r["vectors"] == name
-        for r in recorded(NORMS)
-    ):
-        row = norm_and_idf(sentences, documents, words)
-        append(NORMS, NORM_COLUMNS, [language, name, *row])
-    done = {
-        (r["vectors"], r["stop_words"], r["method"]) for r in recorded(ROWS)
-    }
+    if NORMS.missing([(language, name)]):
+        NORMS.append(language, name, *norm_and_idf(sentences, documents, words))
     progress = keras.utils.Progbar(2 * len(METHODS), unit_name="row")
     stop = STOP_WORDS[language]
     for kind in ("kept", "removed"):
@@ -366,17 +351,16 @@ def record(name, folder):
                 chosen.append(([tokens[i] for i in kept], x[kept]))
         base = distances("average", chosen, lookup)
         for method in METHODS:
-            if (name, kind, method) not in done:
+            if RECORD.missing([(name, kind, method)]):
                 found = distances(method, chosen, lookup)
                 cells = evaluate(found, base, scores)
-                row = [language, name, kind, method, len(scores), *cells]
-                append(ROWS, COLUMNS, row)
+                RECORD.append(language, name, kind, method, len(scores), *cells)
             progress.add(1)
 
 
 def table():
     """Writes both files as tables to `docs/results/transport.md`."""
-    rows = recorded(ROWS)
+    rows = RECORD.rows()
     cases = list(dict.fromkeys((r["vectors"], r["stop_words"]) for r in rows))
     found = {(r["vectors"], r["stop_words"], r["method"]): r for r in rows}
     lines = [
@@ -411,14 +395,14 @@ def table():
         "| vectors | words | correlation | 95 % |",
         "|---|---|---|---|",
     ]
-    for r in recorded(NORMS):
+    for r in NORMS.rows():
         value, low, high = (float(r[k]) for k in ("spearman", "low", "high"))
         lines.append(
             f"| {r['vectors']} | {r['words']} | {value:+.3f} | "
             f"{low:+.3f} to {high:+.3f} |"
         )
     text = "\n".join([*lines, ""])
-    ROWS.with_suffix(".md").write_text(text, encoding="utf-8")
+    RECORD.path.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
 
 

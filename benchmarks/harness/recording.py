@@ -22,7 +22,7 @@ class Recording:
     >>> rows = Recording("docs/results/x.csv", ["method", "seed", "loss"],
     ...                  key=["method", "seed"])
     >>> for method, seed in rows.missing([("a", 0), ("b", 0)]):
-    ...     rows.append(method=method, seed=seed, loss="0.25")
+    ...     rows.append(method, seed, "0.25")
     """
 
     def __init__(self, path, columns, key):
@@ -55,19 +55,24 @@ class Recording:
         done = {tuple(row[k] for k in self.key) for row in self.rows()}
         return [run for run in runs if tuple(map(str, run)) not in done]
 
-    def append(self, **row):
-        """Adds a run; every column has a value, "" where there is none."""
-        if set(row) != set(self.columns):
-            raise ValueError(
-                f"Expected a value for each of {self.columns}. Received: "
-                f"{sorted(row)}"
-            )
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def append(self, *row):
+        """Adds a run: a value for each column, "" where there is none."""
+        self.extend([row])
+
+    def extend(self, rows):
+        """Adds several rows at once: all of them, or none."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer = csv.writer(text, lineterminator="\n")
         if not self.path.exists() or not self.path.stat().st_size:
-            writer.writeheader()
-        writer.writerow(row)
+            writer.writerow(self.columns)
+        for row in rows:
+            if len(row) != len(self.columns):
+                raise ValueError(
+                    f"Expected a value for each of {self.columns}. Received: "
+                    f"{row}"
+                )
+            writer.writerow(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         # One call: an interrupt leaves whole rows.
         with self.path.open("a", encoding="utf-8", newline="") as file:
             file.write(text.getvalue())

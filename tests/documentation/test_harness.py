@@ -19,15 +19,15 @@ def test_a_recording_goes_on_where_it_stopped(tmp_path):
     arguments = tmp_path / "folder/x.csv", ["name", "seed", "value"]
     rows = recording.Recording(*arguments, key=["name", "seed"])
     assert rows.rows() == []
-    rows.append(name='a, "b"', seed=0, value=1.5)
+    rows.append('a, "b"', 0, 1.5)
     again = recording.Recording(*arguments, key=["name", "seed"])
     assert again.missing([('a, "b"', 0), ("c", 0)]) == [("c", 0)]
-    again.append(name="c", seed=0, value="")
+    again.append("c", 0, "")
     assert arguments[0].read_text() == (
         'name,seed,value\n"a, ""b""",0,1.5\nc,0,\n'
     )
     with pytest.raises(ValueError, match="Received"):
-        again.append(name="c", seed=0)
+        again.append("c", 0)
     with pytest.raises(ValueError, match="Received"):
         recording.Recording(arguments[0], ["name", "value"], ["name"])
     with pytest.raises(ValueError, match="Received"):
