@@ -272,9 +272,10 @@ def base_seed(seed):
     """A scalar of int32 from what Keras takes as a seed."""
     seed = check_seed("seed", seed)
     if seed is None:
-        seed = keras.random.make_default_seed()
-    elif isinstance(seed, keras.random.SeedGenerator):
-        seed = int(np.asarray(as_numpy(seed.next())).astype("int64").sum())
+        # A new one, which `keras.utils.set_random_seed` decides.
+        seed = keras.random.SeedGenerator()
+    if isinstance(seed, keras.random.SeedGenerator):
+        seed = int(as_numpy(seed.next()).astype("int64").sum())
     return ops.convert_to_tensor(seed % 2**31, "int32")
 
 

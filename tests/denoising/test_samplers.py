@@ -1,0 +1,322 @@
+"""Chains against closed forms: moments, reversibility, divergence."""
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import ops
+from kit import value
+
+from blogkeras.denoising import (
+    annealed_langevin,
+    hmc,
+    langevin,
+    mala,
+    mlp_log_density,
+)
+from blogkeras.denoising.energy import log_density_and_score
+from blogkeras.denoising.samplers import Samples, check_mask, leapfrog
+
+CHAINS = 1000
+SPREAD = np.array([1.0, 0.5], "float32")  # standard deviations
+
+
+def gaussian(scale):
+    scale = np.asarray(scale, "float32")
+    return lambda x: -ops.sum(ops.square(x / scale), axis=-1) / 2
+
+
+def banana(x):
+    """x₁ ~ N(0, 1), x₂ − x₁² ~ N(0, ½²): mean (0, 1), x₂ of variance 2 + ¼."""
+    bent = (x[:, 1] - ops.square(x[:, 0])) / 0.5
+    return -(ops.square(x[:, 0]) + ops.square(bent)) / 2
+
+
+def check_moments(x, mean, variance, fourth=3.0):
+    """Mean and variance within 4 Monte-Carlo errors of independent chains.
+
+    `fourth` is the kurtosis of the target, 3 for a Gaussian.
+    """
+    mean, variance = np.asarray(mean), np.asarray(variance)
+    error = np.sqrt(variance / len(x))
+    assert (np.abs(x.mean(0) - mean) < 4 * error).all()
+    error = variance * np.sqrt((fourth - 1) / len(x))
+    assert (np.abs(x.var(0) - variance) < 4 * error).all()
+
+
+def start(dim, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(CHAINS, dim)).astype("float32")
+
+
+def scales(dim):
+    return np.linspace(0.5, 1.0, dim)
+
+
+@pytest.mark.parametrize("dim", [2, 10])
+def test_langevin_has_its_own_variance(dim):
+    """s² / (1 − ε/4s²), not s²: the two differ by a quarter at most here."""
+    s, step = scales(dim), 0.2
+    result = langevin(gaussian(s), start(dim), 60, step, seed=0)
+    check_moments(result.x, np.zeros(dim), s**2 / (1 - step / (4 * s**2)))
+    assert result.acceptance_rate == 1 and result.num_non_finite == 0
+
+
+def test_temperature():
+    """At T the variance is T times as large; MALA and HMC likewise."""
+    s = scales(2)
+    step = 0.1
+    result = langevin(gaussian(s), start(2), 120, step, 4.0, seed=0)
+    check_moments(result.x, np.zeros(2), 4 * s**2 / (1 - step / (4 * s**2)))
+    result = mala(gaussian(s), start(2), 40, 1.0, 4.0, seed=0)
+    check_moments(result.x, np.zeros(2), 4 * s**2)
+    result = hmc(gaussian(s), start(2), 15, 0.3, 5, 4.0, seed=0)
+    check_moments(result.x, np.zeros(2), 4 * s**2)
+
+
+@pytest.mark.parametrize("dim", [2, 10])
+def test_mala_has_the_variance_of_the_target(dim):
+    s = scales(dim)
+    result = mala(gaussian(s), s * start(dim), 30, 0.4, seed=1)
+    check_moments(result.x, np.zeros(dim), s**2)
+    assert 0.5 < result.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("dim", [2, 10])
+def test_hmc_has_the_variance_of_the_target(dim):
+    s = scales(dim)
+    result = hmc(gaussian(s), s * start(dim), 10, 0.15, 5, seed=1)
+    check_moments(result.x, np.zeros(dim), s**2)
+    assert 0.5 < result.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("sampler", ["mala", "hmc"])
+def test_banana(sampler):
+    # Exact draws, then chains: a sampler with another target leaves them.
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(CHAINS, 2))
+    x[:, 1] = x[:, 0] ** 2 + 0.5 * x[:, 1]
+    if sampler == "mala":
+        result = mala(banana, x, 60, 0.3, seed=2)
+    else:
+        result = hmc(banana, x, 20, 0.3, 5, seed=2)
+    # Fourth central moment of x₂ = u + z/2, u = x₁²: 60 + 6·2/4 + 3/16.
+    kurtosis = np.array([3.0, (60 + 3 + 3 / 16) / 2.25**2])
+    check_moments(result.x, [0.0, 1.0], [1.0, 2.25], kurtosis)
+    assert 0.3 < result.acceptance_rate < 1
+
+
+@pytest.mark.parametrize("sampler", ["mala", "hmc"])
+def test_a_rejecting_chain_forgets_a_wrong_start(sampler):
+    x = np.full((CHAINS, 2), 2.0, "float32")
+    if sampler == "mala":
+        result = mala(gaussian(SPREAD), x, 80, 0.4, seed=2)
+    else:
+        result = hmc(gaussian(SPREAD), x, 20, 0.2, 5, seed=2)
+    check_moments(result.x, np.zeros(2), SPREAD**2)
+
+
+def test_the_leapfrog_runs_backwards():
+    x = start(3)[:50]
+
+    def init(x):
+        return (x, *log_density_and_score(gaussian(scales(3)), x))
+
+    momentum = ops.convert_to_tensor(start(3, seed=9)[:50])
+    state = init(ops.convert_to_tensor(x))
+    there, pushed = leapfrog(init, state, momentum, 0.1, 20)
+    assert np.abs(value(there[0]) - x).max() > 0.5
+    back, returned = leapfrog(init, there, -pushed, 0.1, 20)
+    assert np.abs(value(back[0]) - x).max() <= 1e-4
+    assert np.abs(value(returned) + value(momentum)).max() <= 1e-4
+
+    # What the dynamics keep, −log p + ‖r‖²/2, changes by the order of ε².
+    def error(step_size, steps):
+        new, r = leapfrog(init, state, momentum, step_size, steps)
+        energy = value(new[1]) - (value(r) ** 2).sum(-1) / 2
+        before = value(state[1]) - (value(momentum) ** 2).sum(-1) / 2
+        return np.abs(energy - before).max()
+
+    assert error(0.05, 40) < error(0.1, 20) / 3 < 0.1
+
+
+def test_seeds_and_chunks():
+    x = start(2)[:10]
+    args = gaussian(SPREAD), x, 60, 0.1
+    first = langevin(*args, seed=7).x
+    np.testing.assert_array_equal(first, langevin(*args, seed=7).x)
+    assert (first != langevin(*args, seed=8).x).any()
+    generator = keras.random.SeedGenerator(1)
+    one, two = (langevin(*args, seed=generator).x for _ in range(2))
+    assert (one != two).any()
+    assert (langevin(*args).x != langevin(*args).x).any()
+
+
+def test_progress_does_not_change_a_bit(capsys):
+    network = mlp_log_density((2,), (4,))
+    x = start(2)[:10]
+    quiet = mala(network, x, 45, 0.1, seed=7)
+    assert not capsys.readouterr().out
+    shown = mala(network, x, 45, 0.1, seed=7, verbose=1)
+    assert "45/45" in capsys.readouterr().out
+    np.testing.assert_array_equal(quiet.x, shown.x)
+
+
+def test_a_model_is_read_at_each_call():
+    network = mlp_log_density((2,), (4,))
+    x = start(2)[:10]
+    before = langevin(network, x, 5, 0.1, seed=0).x
+    network.set_weights([10 * w for w in network.get_weights()])
+    assert (before != langevin(network, x, 5, 0.1, seed=0).x).any()
+
+
+def test_no_steps():
+    x = start(2)[:4]
+    result = langevin(gaussian(SPREAD), x, 0, 0.1)
+    np.testing.assert_array_equal(result.x, x)
+
+
+def test_a_step_size_that_diverges_is_an_error():
+    x = start(2)[:8]
+    # Stable up to 4 times the least variance.
+    with pytest.raises(FloatingPointError, match="langevin diverged at step"):
+        langevin(gaussian(SPREAD), x, 500, 1.1, seed=0)
+    langevin(gaussian(SPREAD), x, 500, 0.9, seed=0)
+    result = langevin(
+        gaussian(SPREAD), x, 500, 1.1, seed=0, allow_non_finite=True
+    )
+    assert np.isfinite(result.x).all() and result.num_non_finite == 8
+    with pytest.raises(FloatingPointError, match="largest"):
+        annealed_langevin(gaussian(SPREAD), x, 1.1, np.ones(500), seed=0)
+
+
+def test_some_chains_only():
+    """A density with an edge: beyond it the logarithm is NaN."""
+
+    def log_density(x):
+        return ops.sum(ops.log(1 - x) + ops.log(1 + x), axis=-1)
+
+    x = np.array([[0.0], [0.99]], "float32")
+    result = mala(log_density, x, 50, 0.3, seed=0)
+    assert 0 < result.num_non_finite <= 2 and (np.abs(result.x) < 1).all()
+
+
+def test_annealing_by_temperature_ends_at_the_last_one():
+    s = scales(2)
+    temperatures, step = np.geomspace(100, 1, 40), 0.05
+    result = annealed_langevin(
+        gaussian(s), start(2), step, temperatures, steps_per_level=4, seed=0
+    )
+    # x ← (1 − ε/2s²) x + √(εT) N(0, 1), so the variance follows by hand.
+    variance = np.ones(2)
+    for t in np.repeat(temperatures, 4):
+        variance = (1 - step / (2 * s**2)) ** 2 * variance + step * t
+    check_moments(result.x, np.zeros(2), variance)
+    cold = annealed_langevin(
+        gaussian(s), start(2), 0.1, [1.0] * 10 + [0.0] * 300, seed=0
+    )
+    assert np.abs(cold.x).max() < 1e-3
+
+
+def test_annealing_by_noise():
+    """Point masses at 0 under noise σ: N(0, σ²), the exact score."""
+
+    def log_density(x, sigma):
+        return -ops.sum(ops.square(x), axis=-1) / (2 * ops.square(sigma))
+
+    sigmas = np.geomspace(2.0, 0.1, 10)
+    result = annealed_langevin(
+        log_density,
+        2 * start(2),
+        0.5 * 0.1**2,
+        sigmas=sigmas,
+        steps_per_level=20,
+        seed=0,
+    )
+    # ε/σ² is ½ at each level, so the variance there is σ² / (1 − ⅛).
+    check_moments(result.x, np.zeros(2), np.full(2, 0.01 / (1 - 0.125)))
+
+
+def test_what_is_known_stays():
+    def log_density(x):
+        return -ops.square(x[:, 0] - x[:, 1]) / 0.02
+
+    x = np.zeros((64, 2), "float32")
+    x[:, 0] = np.linspace(-1, 1, 64)
+    mask = np.array([True, False])
+    result = annealed_langevin(
+        log_density, x, 0.005, np.geomspace(10, 1, 200), mask=mask, seed=0
+    )
+    np.testing.assert_array_equal(result.x[:, 0], x[:, 0])
+    assert np.abs(result.x[:, 1] - x[:, 0]).max() < 0.6
+    assert np.corrcoef(result.x.T)[0, 1] > 0.9
+
+
+def test_masks():
+    x = np.zeros((5, 4, 3, 2))
+    for shape in ((5, 4, 3, 2), (4, 3, 2), (4, 3), (5, 4, 3)):
+        mask = check_mask(np.ones(shape, "bool"), x)
+        assert (np.zeros(x.shape, "bool") | mask).shape == x.shape
+    for bad in (np.ones((4, 3)), np.ones(5, "bool"), None):
+        with pytest.raises(ValueError, match="mask"):
+            check_mask(bad, x)
+
+
+def test_pictures_and_dtypes():
+    def log_density(x):
+        return -ops.sum(ops.square(x), axis=(1, 2, 3))
+
+    for dtype in ("uint8", "float64", "int32", "float16"):
+        result = langevin(log_density, np.ones((3, 4, 4, 1), dtype), 2, 0.1)
+        assert isinstance(result, Samples)
+        assert result.x.shape == (3, 4, 4, 1)
+        assert result.x.dtype == np.float32
+
+
+def test_bad_arguments():
+    x = start(2)[:4]
+    f = gaussian(SPREAD)
+    for step in (0, -1, np.nan, "1", None, True, np.inf):
+        for sampler in (langevin, mala, hmc):
+            with pytest.raises(ValueError, match="step_size"):
+                sampler(f, x, 5, step)
+    for steps in (-1, 2.0, "5", None, True):
+        with pytest.raises(ValueError, match="num_steps"):
+            langevin(f, x, steps, 0.1)
+    with pytest.raises(ValueError, match="num_leapfrog"):
+        hmc(f, x, 5, 0.1, 0)
+    with pytest.raises(ValueError, match="temperature"):
+        mala(f, x, 5, 0.1, 0)
+    for bad in (x[0], x[:0], np.array([["a"]]), x * np.nan):
+        with pytest.raises(ValueError, match="x"):
+            langevin(f, bad, 5, 0.1)
+    with pytest.raises(ValueError, match="log_density"):
+        langevin("density", x, 5, 0.1)
+    with pytest.raises(ValueError, match="one number"):
+        langevin(lambda x: x, x, 5, 0.1)
+    with pytest.raises(ValueError, match="starting points"):
+        langevin(lambda x: ops.log(x[:, 0] - 100), x, 5, 0.1)
+    with pytest.raises(ValueError, match="one of them"):
+        annealed_langevin(f, x, 0.1)
+    with pytest.raises(ValueError, match="largest to the smallest"):
+        annealed_langevin(f, x, 0.1, [1.0, 2.0])
+    with pytest.raises(ValueError, match="known_sigmas"):
+        annealed_langevin(f, x, 0.1, [2.0, 1.0], known_sigmas=[1.0])
+    with pytest.raises(ValueError, match="seed"):
+        langevin(f, x, 5, 0.1, seed=1.5)
+    with pytest.raises(ValueError, match="allow_non_finite"):
+        langevin(f, x, 5, 0.1, allow_non_finite=1)
+
+
+def test_one_program_for_all_lengths_and_step_sizes():
+    """A model of the room keeps its program; only shapes make a new one."""
+    from blogkeras.denoising import DenoisingDensityEstimator
+
+    toy.reset()
+    model = DenoisingDensityEstimator(mlp_log_density((2,), (4,)), 0.5)
+    x = start(2)[:4]
+    for steps, size in ((2, 0.1), (3, 0.2)):
+        langevin(model, x, steps, size, temperature=size)
+    assert len(model._programs) == 1
+    langevin(model, x[:2], 2, 0.1)
+    assert len(model._programs) == 2
