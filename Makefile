@@ -10,7 +10,7 @@ RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
 	bench-hsic bench-quantization
 
-.PHONY: bench-gpu check-python help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
+.PHONY: bench-gpu check-python docs help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
@@ -66,6 +66,15 @@ lint: $(LINT)/ruff # ruff
 
 format: $(LINT)/ruff # ruff, in place
 	@$(LINT)/ruff check --fix . ; $(LINT)/ruff format .
+
+$(VENV)-docs/.ready: setup.py | check-python
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install -q 'mkdocs-material>=9.5,<10' \
+		'mkdocstrings[python]>=0.29' 'jieba>=0.42'
+	@touch $@
+
+docs: $(VENV)-docs/.ready # the site, in results/site; warnings are errors
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
 
 bench: $(BENCHMARKS) # every benchmark
 

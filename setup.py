@@ -25,6 +25,23 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The blogkeras authors",
+    keywords=(
+        "keras bert bert4keras adversarial-training vq-vae hsic word-mover "
+        "electra albert nvae score-matching energy-based-models"
+    ),
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Natural Language :: Chinese (Simplified)",
+        "Natural Language :: English",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    package_data={"blogkeras": ["py.typed"]},
     packages=find_packages(include=["blogkeras", "blogkeras.*"]),
     python_requires=">=3.11",
     install_requires=[
