@@ -83,6 +83,17 @@ RECORDS = [
         lambda: FILES[0][1]().search(np.array([0, 2]), k=1),
     ),
 ]
+# {layer: (trainable, non-trainable weights, losses, seeds)} after a call
+COUNTS = {
+    "HSICRegularization": (0, 0, 1, 0),
+    "ModuleReplacement": (2, 6, 0, 1),
+    "QuadraticHead": (6, 0, 0, 0),
+    "ResidualVectorQuantizer": (0, 12, 1, 0),
+    "TokenMasking": (0, 2, 0, 0),
+    "VectorQuantizer": (0, 6, 1, 0),
+    "WordMoverDistance": (0, 0, 0, 0),
+    "WordRotatorDistance": (0, 0, 0, 0),
+}
 # Bases that are not used themselves.
 ABSTRACT = [blogkeras.AdversarialMethod]
 

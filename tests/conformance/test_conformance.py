@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
+from kit import close_in_ulps
 
 import blogkeras
+from blogkeras import backend
 
 
 # (class, constructor arguments, input array or list of them)
@@ -194,17 +196,74 @@ def check_config(instance, kwargs):
     serialized = keras.saving.serialize_keras_object(instance)
     revived = keras.saving.deserialize_keras_object(serialized)
     assert revived.get_config() == config
+    revived.remark = "an attribute may be set"
+    assert revived.remark
     assert keras.saving.get_registered_name(type(instance)).startswith(
         "blogkeras>"
     )
     return config
 
 
+def check_counts(layer):
+    """As many weights, losses and seeds as the catalogue says."""
+    counts = (
+        len(layer.trainable_weights),
+        len(layer.non_trainable_weights),
+        len(layer.losses),
+        len(
+            [
+                v
+                for v in layer.non_trainable_variables
+                if "seed_generator" in v.path
+            ]
+        ),
+    )
+    expected = catalogue.COUNTS.get(type(layer).__name__)
+    assert expected is None or counts == expected, counts
+
+
+def check_compiled(layer, x):
+    """Compiled by XLA the outputs are those of the eager call."""
+    flat = keras.tree.flatten(x)
+    compiled = backend.jit_layer(
+        lambda *x: layer(keras.tree.pack_sequence_as(inputs, x)), layer
+    )
+    inputs = x
+    results = keras.tree.flatten(compiled(*flat))
+    draws = any(w.name == "draw_seed" for w in layer.weights)
+    for ours, eager in zip(results, keras.tree.flatten(layer(x)), strict=True):
+        assert ours.shape == eager.shape and ours.dtype == eager.dtype
+        # A layer that draws has other draws in its next call.
+        if not draws:
+            close_in_ulps(ours, eager, 16)
+
+
+def check_mask(layer, x):
+    """Where a layer says that it knows masks, one comes through its call."""
+    if not layer.supports_masking or isinstance(x, list) or x.ndim < 3:
+        return
+    mask = np.ones(x.shape[:-1], bool)
+    mask[:, -1] = False
+    masked = ops.copy(x)
+    backend.set_keras_mask(masked, ops.convert_to_tensor(mask))
+    outputs = layer(masked)
+    expected = layer.compute_mask(masked, ops.convert_to_tensor(mask))
+    found = backend.get_keras_mask(keras.tree.flatten(outputs)[0])
+    if expected is None:
+        assert found is None
+    else:
+        np.testing.assert_array_equal(
+            numpy(found), numpy(keras.tree.flatten(expected)[0])
+        )
+    assert np.isfinite(numpy(keras.tree.flatten(outputs)[0])).all()
+
+
 def check_layer(cls, kwargs, inputs, path):
     """A layer as Keras users expect it.
 
-    Config round trip; eager, symbolic and build-only agree; half precision;
-    one step of `fit`; saving.
+    Config round trip, attributes after revival; eager, symbolic, compiled and
+    build-only agree; counts of weights, losses and seeds; masks; half
+    precision; one step of `fit`; saving.
     """
     layer = cls(**kwargs)
     config = check_config(layer, kwargs)
@@ -221,6 +280,9 @@ def check_layer(cls, kwargs, inputs, path):
         assert keras.backend.standardize_dtype(output.dtype) == expected.dtype
         for size, known in zip(output.shape, expected.shape, strict=True):
             assert known in (None, size)
+    check_counts(layer)
+    check_compiled(layer, x)
+    check_mask(layer, x)
     built = cls(**kwargs)
     built.build(keras.tree.map_structure(lambda t: tuple(t.shape), inputs))
     assert [w.shape for w in built.weights] == [w.shape for w in layer.weights]
