@@ -73,6 +73,10 @@ _PROBABILITIES = (
 )
 
 
+class UnreadableLoss(ValueError):
+    """A loss does not tell what an output means, and no argument does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OutputMeaning:
     """What one output of a model means.
@@ -292,7 +296,7 @@ def read_outputs(model, outputs, output_kind=None, from_logits=None):
     OutputMeaning(kind='softmax', from_logits=False, axis=-1, ignore_class=None)
     """
     names = output_names(model, outputs)
-    losses = _losses(getattr(model, "loss", None), outputs, model)
+    losses = output_losses(model, outputs)
     kinds = spread(output_kind, outputs, model, "output_kind")
     logits = spread(from_logits, outputs, model, "from_logits")
     without_loss = not any(losses)
@@ -300,16 +304,20 @@ def read_outputs(model, outputs, output_kind=None, from_logits=None):
     for output, name, used, kind, is_logits in zip(
         tree.flatten(outputs), names, losses, kinds, logits, strict=True
     ):
-        if kind is not None:
-            check_choice("output_kind", kind, KINDS)
-        if is_logits is not None:
-            check_boolean("from_logits", is_logits)
+        check_output_arguments(kind, is_logits)
         if not used and kind is None and not without_loss:
             meanings.append(None)
             continue
         told = [_told(loss, output, name) for loss in used]
         meanings.append(_decide(told, used, kind, is_logits, name))
     return meanings
+
+
+def known_outputs(model):
+    """The symbolic outputs of a model whose graph is known, else `None`."""
+    if isinstance(model, keras.Sequential):
+        return model.outputs[0] if model.built and model.outputs else None
+    return getattr(model, "_outputs_struct", None)
 
 
 def output_names(model, outputs):
@@ -343,12 +351,34 @@ def spread(value, outputs, model=None, argument="value"):
     ]
 
 
-def _losses(loss, outputs, model):
-    """The losses of each flat output, a list of lists without `None`s."""
+def output_losses(model, outputs):
+    """The compiled losses of each flat output, a list of lists."""
+    loss = getattr(model, "loss", None)
     # A `CompileLoss` object holds what the user gave.
     loss = getattr(loss, "_user_loss", loss)
     found = _spread(loss, outputs, model, "loss", several=True)
     return [[x for x in losses if x is not None] for losses in found]
+
+
+def check_output_arguments(output_kind, from_logits):
+    """Raises a `ValueError` for values that `read_outputs` does not take.
+
+    For constructors, which do not know the outputs yet.
+    """
+    for kind in _leaves(output_kind):
+        check_choice("output_kind", kind, (*KINDS, None))
+    for value in _leaves(from_logits):
+        if value is not None:
+            check_boolean("from_logits", value)
+
+
+def _leaves(value):
+    """What is in a list, tuple or dict of values, or the value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return [leaf for part in value for leaf in _leaves(part)]
+    return [value]
 
 
 def _spread(value, outputs, model, argument, several):
@@ -457,7 +487,7 @@ def _decide(told, losses, kind, from_logits, name):
             f"`output_kind` and `from_logits`. {received}"
         )
     if kind is None and not kinds:
-        raise ValueError(
+        raise UnreadableLoss(
             "Expected a loss that tells what the output means: one of "
             f"{', '.join(x[1] for x in _LOSSES)} (as name, function or "
             "object). For any other give `output_kind` ('softmax', 'sigmoid' "
@@ -486,7 +516,7 @@ def _decide(told, losses, kind, from_logits, name):
         )
     if from_logits is None:
         if len(logits) != 1:
-            raise ValueError(
+            raise UnreadableLoss(
                 f"Expected `from_logits` to be given with {chosen!r}: the loss "
                 f"does not tell. {received}"
             )

@@ -15,7 +15,7 @@ from blogkeras.graph import (
     is_functional,
     whole_model,
 )
-from blogkeras.theseus.baselines import Distillation
+from blogkeras.theseus.distillation import Distillation
 from blogkeras.theseus.model import Theseus
 
 METHODS = ("theseus", "distillation", "direct")

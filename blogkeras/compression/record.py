@@ -1,0 +1,94 @@
+"""The rows of a compression report: columns, a table, a figure."""
+
+import dataclasses
+
+import numpy as np
+
+from blogkeras.report import Rows, import_optional, save_figure
+
+# What is drawn on the horizontal axis of a panel, where it is known.
+_COSTS = {
+    "milliseconds": "milliseconds per batch of {batch_size}",
+    "training seconds": "seconds of training, all phases",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressionReport(Rows):
+    """What `compression_report` found.
+
+    Attributes:
+        rows: One dict for each model: `"model"`, `"parameters"`, `"megabytes"`
+            (a file of the weights alone), `"gflops"` and `"milliseconds"` (both
+            of one batch), those of a training step if asked for, the loss and
+            the metrics as `evaluate` names them, and `"training seconds"` if
+            given.
+        batch_size: Integer, the samples in that batch.
+        lower_bounds: Tuple of the names of the models whose `"gflops"` are a
+            lower bound, as they have a loop whose length depends on the data.
+    """
+
+    batch_size: int
+    lower_bounds: tuple = ()
+
+    def table(self, title=None):
+        """Prints the rows (needs rich). `≥` stands before lower bounds."""
+        rows = [
+            {
+                **row,
+                "gflops": f"≥ {row['gflops']:.4g}"
+                if row["model"] in self.lower_bounds
+                else row["gflops"],
+            }
+            for row in self.rows
+        ]
+        self.print_rows(
+            title or f"Compression (batches of {self.batch_size})", rows
+        )
+
+    def plot(self, path, metric=None):
+        """Draws a metric over the latency into a file (needs matplotlib).
+
+        And, side by side with it, over the training time where that is known.
+
+        Args:
+            path: Ends in `.png` or `.svg`.
+            metric: Its name; the last one of `evaluate` by default.
+
+        Returns:
+            `path`.
+        """
+        if metric is None:
+            names = [n for n in self.rows[0] if n != "training seconds"]
+            metric = names[-1]
+        self.column(metric)  # or a ValueError
+        costs = {k: v for k, v in _COSTS.items() if k in self.rows[0]}
+        figure = import_optional("matplotlib.figure").Figure(
+            figsize=(1 + 3.9 * len(costs), 4.4), dpi=150, layout="constrained"
+        )
+        panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
+        for axes, (cost, label) in zip(panels, costs.items(), strict=True):
+            for row, marker in zip(self.rows, "osD^vP*X" * 9, strict=False):
+                axes.scatter(
+                    row[cost],
+                    row[metric],
+                    s=80,
+                    marker=marker,
+                    label=f"{row['model']}: {row['parameters']:,} parameters",
+                )
+            axes.set_xlabel(
+                label.format(batch_size=self.batch_size), fontsize=12
+            )
+            axes.set_xlim(0, 1.1 * np.nanmax(self.column(cost)))
+            axes.tick_params(labelsize=11)
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        panels[0].set_ylabel(metric, fontsize=12)
+        figure.legend(
+            *panels[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            ncols=len(costs),
+            fontsize=11,
+            frameon=False,
+        )
+        return save_figure(figure, path)
