@@ -4,10 +4,37 @@ rich and matplotlib are imported when they are first used; `import blogkeras`
 needs neither.
 """
 
+import dataclasses
 import importlib
 import os
+from typing import Any
 
 from blogkeras.files import replace_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What was measured: one dict for each case, all with the same keys.
+
+    Attributes:
+        rows: The dicts.
+    """
+
+    rows: list[dict[str, Any]]
+
+    def column(self, name):
+        """One quantity of all cases, a list."""
+        if name not in self.rows[0]:
+            raise ValueError(
+                f"Expected one of {list(self.rows[0])}. Received: name={name!r}"
+            )
+        return [row[name] for row in self.rows]
+
+    def print_rows(self, title=None):
+        """Prints the rows as a table (needs rich)."""
+        print_table(
+            list(self.rows[0]), [list(row.values()) for row in self.rows], title
+        )
 
 
 def print_table(columns, rows, title=None):

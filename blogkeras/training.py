@@ -23,6 +23,7 @@ and gives the weights of Keras's own `fit` to the bit.
 """
 
 import contextlib
+import functools
 import inspect
 import threading
 import types
@@ -245,6 +246,26 @@ def uninstall(model):
     if installed(model) is not None:
         del model.make_train_function
         model.train_function = None
+
+
+def step_memory(model, x, y):
+    """The most bytes that a training step of a model holds at a time.
+
+    On TensorFlow a step is run to know, which trains the model.
+
+    Args:
+        model: A compiled `keras.Model`, built, its optimizer too.
+        x: One batch of inputs.
+        y: Its targets.
+
+    Returns:
+        Number of bytes, weights and batch included; NaN on TensorFlow without a
+        GPU, where it is not known.
+    """
+    hook, step = installed(model), model.train_step
+    if hook is not None:
+        step = functools.partial(_make_step(hook), model)
+    return backend.step_memory(model, step, x, y)
 
 
 if backend.BACKEND == "tensorflow":

@@ -105,6 +105,11 @@ def hlo_text(fn, *args):
     return _framework.hlo_text(fn, *args)
 
 
+def step_memory(model, step, x, y):
+    """As `training.step_memory`, of the pure train step on JAX."""
+    return _framework.step_memory(model, step, x, y)
+
+
 def full_precision():
     """A context in which products of float32 matrices keep float32's digits.
 

@@ -46,6 +46,24 @@ def hlo_text(fn, *args):
     return jax.jit(fn).lower(*args).compiler_ir("hlo").as_hlo_text()
 
 
+def step_memory(model, step, x, y):
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+    )
+    # As in `fit`, the new state takes the place of the old one.
+    program = jax.jit(step, donate_argnums=0)
+    memory = program.lower(state, (x, y)).compile().memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
+
+
 def full_precision():
     return jax.default_matmul_precision("highest")
 

@@ -112,6 +112,15 @@ def hlo_text(fn, *args):
     return fn.experimental_get_compiler_ir(*args)(stage="hlo")
 
 
+def step_memory(model, step, x, y):
+    if not tf.config.list_physical_devices("GPU"):
+        return float("nan")
+    model.train_on_batch(x, y)  # compiles
+    tf.config.experimental.reset_memory_stats("GPU:0")
+    model.train_on_batch(x, y)
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]
+
+
 def full_precision():
     return contextlib.nullcontext()
 

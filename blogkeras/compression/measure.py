@@ -1,105 +1,24 @@
-"""What a compression costs and what it is worth: one row for each model."""
+"""Measures models of several sizes on the same data."""
 
-import dataclasses
-import math
 import os
-import re
 import tempfile
 import time
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
-
-
-@dataclasses.dataclass(frozen=True)
-class CompressionReport:
-    """What `compression_report` found.
-
-    Attributes:
-        rows: One dict for each model: `"model"`, `"parameters"`, `"megabytes"`
-            (a file of the weights alone), `"gflops"` and
-            `"milliseconds"` (both for one batch), the loss and the metrics as
-            `evaluate` names them, and `"training seconds"` if given.
-        batch_size: Integer, the samples in that batch.
-    """
-
-    rows: list[dict[str, Any]]
-    batch_size: int
-
-    def column(self, name):
-        """One quantity of all models, a list: `column("parameters")`."""
-        if name not in self.rows[0]:
-            raise ValueError(
-                f"Expected one of {list(self.rows[0])}. Received: name={name!r}"
-            )
-        return [row[name] for row in self.rows]
-
-    def table(self, title=None):
-        """Prints the rows (needs rich)."""
-        from blogkeras import report
-
-        report.print_table(
-            list(self.rows[0]),
-            [list(row.values()) for row in self.rows],
-            title or f"Compression (batches of {self.batch_size})",
-        )
-
-    def plot(self, path, metric=None):
-        """Draws a metric over the latency into a file (needs matplotlib).
-
-        And, side by side with it, over the training time where that is known.
-
-        Args:
-            path: Ends in `.png` or `.svg`.
-            metric: Its name; the last one of `evaluate` by default.
-
-        Returns:
-            `path`.
-        """
-        from matplotlib.figure import Figure
-
-        from blogkeras import report
-
-        if metric is None:
-            names = [n for n in self.rows[0] if n != "training seconds"]
-            metric = names[-1]
-        self.column(metric)  # or a ValueError
-        costs = {
-            "milliseconds": f"milliseconds per batch of {self.batch_size}",
-            "training seconds": "seconds of training, all phases",
-        }
-        costs = {k: v for k, v in costs.items() if k in self.rows[0]}
-        figure = Figure(
-            figsize=(1 + 3.9 * len(costs), 4.4), dpi=150, layout="constrained"
-        )
-        panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-        for axes, (cost, label) in zip(panels, costs.items(), strict=True):
-            for row, marker in zip(self.rows, "osD^vP*X" * 9, strict=False):
-                axes.scatter(
-                    row[cost],
-                    row[metric],
-                    s=80,
-                    marker=marker,
-                    label=f"{row['model']}: {row['parameters']:,} parameters",
-                )
-            axes.set_xlabel(label, fontsize=12)
-            axes.set_xlim(0, 1.1 * np.nanmax(self.column(cost)))
-            axes.tick_params(labelsize=11)
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-        panels[0].set_ylabel(metric, fontsize=12)
-        figure.legend(
-            *panels[0].get_legend_handles_labels(),
-            loc="outside lower center",
-            ncols=len(costs),
-            fontsize=11,
-            frameon=False,
-        )
-        return report.save_figure(figure, path)
+from blogkeras.arguments import (
+    check_boolean,
+    check_integer,
+    check_number,
+    check_verbose,
+)
+from blogkeras.compression.operations import count_operations
+from blogkeras.compression.record import CompressionReport
+from blogkeras.state import snapshot
+from blogkeras.training import step_memory
 
 
 def compression_report(
@@ -111,13 +30,16 @@ def compression_report(
     batch_size=32,
     rounds=20,
     verbose="auto",
+    training_step=False,
 ):
     """Measures models of several sizes on the same data.
 
     Parameters, file size, floating-point operations, latency and metrics. The
     operations are those of the matrix products and convolutions, two for each
-    multiplication, of one batch (loops count once). The latency is the median
-    over `rounds`, in which the models take turns, each compiled with XLA.
+    multiplication, of one batch; of branches the larger one, of loops all
+    rounds (where their number depends on the data the figure is a lower bound,
+    marked `≥`). The latency is the median over `rounds`, in which the models
+    take turns, each compiled with XLA.
 
     Compression costs training time, the predecessor's included: give the total
     of each route as `training_seconds`.
@@ -126,14 +48,25 @@ def compression_report(
         models: Dict from names to compiled models.
         x: Inputs: an array, or a list, tuple or dict of arrays (no data set:
             its first `batch_size` samples are those of the latency).
-        y: Targets.
+        y: Targets: an array, or a structure of arrays.
         training_seconds: Dict from some of the names to seconds, if known.
         batch_size: Integer ≥ 1.
         rounds: Integer ≥ 1.
-        verbose: 0 for silence; a progress bar otherwise.
+        verbose: `"auto"`, 0, 1 or 2; 0 for silence.
+        training_step: Boolean. Whether to measure a step of training, too:
+            `"step milliseconds"`, the median time of a step on one batch as
+            `fit` would run it, and `"step megabytes"`, the most memory that it
+            needs at a time beside other programs (by the compiler on JAX, by
+            the allocator on TensorFlow with a GPU; NaN on TensorFlow without,
+            where it is not known). The models and their optimizers are
+            afterwards as before.
 
     Returns:
         A `CompressionReport`: `rows`, `table()`, `plot(path)`.
+
+    Raises:
+        ValueError: for models that are not built and compiled or that have
+            other metrics than the rest.
 
     Example:
 
@@ -142,59 +75,35 @@ def compression_report(
     ... )
     >>> report.table()
     """
-    if not isinstance(models, dict) or not models:
-        raise ValueError(
-            "Expected a dict from names to models, of at least one. "
-            f"Received: models={models}"
-        )
-    if batch_size < 1 or rounds < 1:
-        raise ValueError(
-            "Expected `batch_size` and `rounds` to be at least 1. "
-            f"Received: batch_size={batch_size}, rounds={rounds}"
-        )
-    for name, model in models.items():
-        if not model.compiled or not model.built:
-            raise ValueError(
-                "Expected models that are built and compiled, with the metrics "
-                f"to report. Received: {name!r}"
-            )
-    unknown = set(training_seconds or ()) - set(models)
-    if unknown:
-        raise ValueError(
-            f"Expected names of models, {list(models)}, in "
-            f"`training_seconds`. Received: {sorted(unknown)}"
-        )
+    batch_size = check_integer("batch_size", batch_size, minimum=1)
+    rounds = check_integer("rounds", rounds, minimum=1)
+    training_step = check_boolean("training_step", training_step)
+    _check_models(models)
+    training_seconds = _checked_seconds(training_seconds, models)
     progress = keras.utils.Progbar(
-        len(models) + rounds, verbose=1 if verbose == "auto" else verbose
+        len(models) + rounds, verbose=check_verbose(verbose)
     )
-    batch = tree.map_structure(
-        lambda a: ops.convert_to_tensor(np.asarray(a)[:batch_size]), x
+    batch, targets = tree.map_structure(
+        lambda a: ops.convert_to_tensor(np.asarray(a)[:batch_size]), (x, y)
     )
     # First of all: `evaluate` may move the variables.
-    found = {
-        name: model.evaluate(
-            x, y, batch_size=batch_size, verbose=0, return_dict=True
-        )
-        for name, model in models.items()
-    }
-    if len({tuple(sorted(values)) for values in found.values()}) > 1:
-        names = {name: list(values) for name, values in found.items()}
-        raise ValueError(
-            "Expected models compiled with the same metrics, a column for "
-            f"each. Received: {names}"
-        )
-    rows, runs = [], {}
+    metrics = _metrics(models, x, y, batch_size)
+    rows, runs, bounds = [], {}, []
     for name, model in models.items():
         run, state = _inference(model)
+        operations = count_operations(backend.hlo_text(run, state, batch))
+        bounds += [] if operations.exact else [name]
         runs[name] = backend.jit(run), state
         row = {
             "model": name,
             "parameters": model.count_params(),
             "megabytes": _megabytes(model),
-            "gflops": matmul_flops(backend.hlo_text(run, state, batch)) / 1e9,
+            "gflops": operations.count / 1e9,
             "milliseconds": 0.0,
-            **dict(sorted(found[name].items(), key=lambda x: x[0] != "loss")),
         }
+        if training_step:
+            row |= {"step milliseconds": 0.0, "step megabytes": 0.0}
+        row |= dict(sorted(metrics[name].items(), key=lambda x: x[0] != "loss"))
         if training_seconds:
             row["training seconds"] = training_seconds.get(name, float("nan"))
         rows.append(row)
@@ -207,7 +116,94 @@ def compression_report(
         progress.add(1)
     for row in rows:
         row["milliseconds"] = 1e3 * float(np.median(times[row["model"]]))
-    return CompressionReport(rows, len(tree.flatten(batch)[0]))
+    if training_step:
+        steps = _training_steps(models, batch, targets, rounds)
+        for row in rows:
+            row |= steps[row["model"]]
+    size = len(tree.flatten(batch)[0])
+    return CompressionReport(rows, size, tuple(bounds))
+
+
+def _check_models(models):
+    if not isinstance(models, dict) or not models:
+        raise ValueError(
+            "Expected a dict from names to models, of at least one. "
+            f"Received: models={models!r}"
+        )
+    for name, model in models.items():
+        is_model = isinstance(model, keras.Model)
+        if not is_model or not model.compiled or not model.built:
+            raise ValueError(
+                "Expected models that are built and compiled, with the metrics "
+                f"to report. Received: {name!r}: {model!r}"
+            )
+
+
+def _checked_seconds(seconds, models):
+    seconds = {} if seconds is None else seconds
+    if not isinstance(seconds, dict) or not set(seconds) <= set(models):
+        raise ValueError(
+            "Expected `training_seconds` to be a dict from names of models, "
+            f"{list(models)}, to seconds. "
+            f"Received: training_seconds={seconds!r}"
+        )
+    return {
+        name: check_number("training_seconds", value, minimum=0)
+        for name, value in seconds.items()
+    }
+
+
+def _metrics(models, x, y, batch_size):
+    """What `evaluate` says of each model."""
+    found = {
+        name: model.evaluate(
+            x, y, batch_size=batch_size, verbose=0, return_dict=True
+        )
+        for name, model in models.items()
+    }
+    if len({tuple(sorted(values)) for values in found.values()}) > 1:
+        names = {name: list(values) for name, values in found.items()}
+        raise ValueError(
+            "Expected models compiled with the same metrics, a column for "
+            f"each. Received: {names}"
+        )
+    return found
+
+
+def _training_steps(models, x, y, rounds):
+    """Time and memory of one step of each model, whose state stays."""
+    for model in models.values():
+        model.optimizer.build(model.trainable_variables)
+    variables = {
+        name: [
+            *model.variables,
+            *model.optimizer.variables,
+            *model.metrics_variables,
+        ]
+        for name, model in models.items()
+    }
+    saved = {name: snapshot(values) for name, values in variables.items()}
+    try:
+        memory = {
+            name: step_memory(model, x, y) for name, model in models.items()
+        }
+        times = {name: [] for name in models}
+        for _ in range(rounds + 1):  # the first one compiles
+            for name, model in models.items():
+                start = time.perf_counter()
+                model.train_on_batch(x, y)
+                times[name].append(time.perf_counter() - start)
+    finally:
+        for name, values in variables.items():
+            for variable, value in zip(values, saved[name], strict=True):
+                variable.assign(value)
+    return {
+        name: {
+            "step milliseconds": 1e3 * float(np.median(times[name][1:])),
+            "step megabytes": memory[name] / 1e6,
+        }
+        for name in models
+    }
 
 
 def _inference(model):
@@ -234,54 +230,3 @@ def _megabytes(model):
         path = os.path.join(folder, "weights.npz")
         np.savez(path, *model.get_weights())
         return os.path.getsize(path) / 1e6
-
-
-_LINE = re.compile(
-    r"(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]\S* ([\w-]+)\((.*)"
-)
-_CALLED = re.compile(r"(?:to_apply|body|calls)=%?([\w.\-]+)")
-_HEADING = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
-
-
-def matmul_flops(text):
-    """Operations of the matrix products and convolutions in a program of XLA.
-
-    Args:
-        text: The program as `backend.hlo_text` gives it.
-    """
-    own, called, entry, name = {}, {}, None, None
-    for line in map(str.strip, text.splitlines()):
-        heading = _HEADING.match(line)
-        if heading and " = " not in line and not line.startswith("HloModule"):
-            name, shapes = heading[2], {}
-            own[name], called[name] = 0, []
-            entry = name if heading[1] else entry
-        elif name is not None:
-            called[name] += _CALLED.findall(line)
-            if match := _LINE.match(line):
-                shape = [int(n) for n in match[2].split(",") if n]
-                shapes[match[1]] = shape
-                own[name] += _flops(match[3], match[4], shape, shapes)
-
-    def total(name):
-        return own[name] + sum(map(total, called[name]))
-
-    return total(entry)
-
-
-def _flops(operation, rest, shape, shapes):
-    if operation not in ("dot", "convolution"):
-        return 0
-    operands = rest[: rest.index(")")]
-    names = re.findall(r"%([\w.\-]+)", operands) or operands.split(", ")
-    left, right = (shapes[name] for name in names)
-    if operation == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", rest)[1]
-        summed = math.prod(left[int(i)] for i in axes.split(",") if i)
-    else:
-        kernel = re.search(r"dim_labels=\w+_(\w+)->", rest)[1]
-        summed = math.prod(right) // right[kernel.index("o")]
-        # A transposed convolution has zeros between the numbers of its input.
-        if dilation := re.search(r"lhs_dilate=([\dx]+)", rest):
-            summed /= math.prod(map(int, dilation[1].split("x")))
-    return 2 * math.prod(shape) * summed

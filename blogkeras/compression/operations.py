@@ -50,9 +50,7 @@ class Operations:
     exact: bool = True
 
     def __add__(self, other):
-        return Operations(
-            self.count + other.count, self.exact and other.exact
-        )
+        return Operations(self.count + other.count, self.exact and other.exact)
 
 
 def count_operations(text):
@@ -149,8 +147,11 @@ class _Frame:
         if kind == "ragged-dot":
             return Operations(0, exact=False)
         if kind == "while":
-            return self._loop(_attribute(attributes, "condition"),
-                              _attribute(attributes, "body"), known[0])
+            return self._loop(
+                _attribute(attributes, "condition"),
+                _attribute(attributes, "body"),
+                known[0],
+            )
         if kind == "conditional":
             return self._branches(attributes, known)
         total = Operations(0)
@@ -191,9 +192,11 @@ class _Frame:
         if x.shape != () or x.dtype[0] not in "sup":
             return None
         if kind == "constant":
-            return {"true": 1, "false": 0}.get(x.literal) if (
-                x.dtype == "pred"
-            ) else int(x.literal)
+            return (
+                {"true": 1, "false": 0}.get(x.literal)
+                if (x.dtype == "pred")
+                else int(x.literal)
+            )
         if kind in _PASSED_ON:
             return self.value(operands[0])
         if kind == "not":
@@ -203,8 +206,10 @@ class _Frame:
             return self._computed(x)
         if kind == "select":
             chosen = self.value(operands[0])
-            return None if chosen is None else self.value(
-                operands[1 if chosen else 2]
+            return (
+                None
+                if chosen is None
+                else self.value(operands[1 if chosen else 2])
             )
         return None
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from blogkeras.report import Rows, import_optional, save_figure
+from blogkeras import report
 
 # What is drawn on the horizontal axis of a panel, where it is known.
 _COSTS = {
@@ -14,7 +14,7 @@ _COSTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressionReport(Rows):
+class CompressionReport(report.Rows):
     """What `compression_report` found.
 
     Attributes:
@@ -33,18 +33,16 @@ class CompressionReport(Rows):
 
     def table(self, title=None):
         """Prints the rows (needs rich). `≥` stands before lower bounds."""
-        rows = [
-            {
-                **row,
-                "gflops": f"≥ {row['gflops']:.4g}"
+        shown = dataclasses.replace(
+            self,
+            rows=[
+                {**row, "gflops": f"≥ {row['gflops']:.4g}"}
                 if row["model"] in self.lower_bounds
-                else row["gflops"],
-            }
-            for row in self.rows
-        ]
-        self.print_rows(
-            title or f"Compression (batches of {self.batch_size})", rows
+                else row
+                for row in self.rows
+            ],
         )
+        shown.print_rows(title or f"Compression (batches of {self.batch_size})")
 
     def plot(self, path, metric=None):
         """Draws a metric over the latency into a file (needs matplotlib).
@@ -58,12 +56,14 @@ class CompressionReport(Rows):
         Returns:
             `path`.
         """
+        from matplotlib.figure import Figure
+
         if metric is None:
             names = [n for n in self.rows[0] if n != "training seconds"]
             metric = names[-1]
         self.column(metric)  # or a ValueError
         costs = {k: v for k, v in _COSTS.items() if k in self.rows[0]}
-        figure = import_optional("matplotlib.figure").Figure(
+        figure = Figure(
             figsize=(1 + 3.9 * len(costs), 4.4), dpi=150, layout="constrained"
         )
         panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
@@ -91,4 +91,4 @@ class CompressionReport(Rows):
             fontsize=11,
             frameon=False,
         )
-        return save_figure(figure, path)
+        return report.save_figure(figure, path)

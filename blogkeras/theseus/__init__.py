@@ -1,8 +1,8 @@
 """BERT-of-Theseus (post 7575): compression by replacing modules."""
 
+from blogkeras.compression import CompressionReport, compression_report
 from blogkeras.graph import cut_model, keep_blocks, spaced_blocks
 from blogkeras.theseus.bert import bert_of_theseus
-from blogkeras.theseus.compression import CompressionReport, compression_report
 from blogkeras.theseus.distillation import Distillation
 from blogkeras.theseus.model import Theseus
 from blogkeras.theseus.replacement import (
