@@ -167,7 +167,7 @@ def belongs(figure, example):
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     drawn = re.compile(rf"{example}\.py[^`]*{re.escape(figure)}")
     stem = example.split("_", 1)[1]
-    return figure.startswith(stem) or any(
+    return figure == f"{stem}.png" or any(
         drawn.search(page.read_text("utf-8")) for page in pages
     )
 
