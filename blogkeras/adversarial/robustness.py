@@ -3,13 +3,12 @@
 import dataclasses
 import inspect
 import math
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-from blogkeras import backend, training
+from blogkeras import backend, report, training
 from blogkeras.adversarial import sites
 from blogkeras.adversarial.methods import at_least_float32, whole
 
@@ -17,7 +16,7 @@ ATTACKS = ("fgm", "pgd")
 
 
 @dataclasses.dataclass(frozen=True)
-class Robustness:
+class Robustness(report.Rows):
     """What `evaluate_robustness` found.
 
     Attributes:
@@ -34,28 +33,13 @@ class Robustness:
             logits instead.
     """
 
-    rows: list[dict[str, Any]]
     attack: str
     mean_norm: float
     unmoved: float
 
-    def column(self, name):
-        """One quantity at all strengths, a list: `column("accuracy")`."""
-        if name not in self.rows[0]:
-            raise ValueError(
-                f"Expected one of {list(self.rows[0])}. Received: name={name!r}"
-            )
-        return [row[name] for row in self.rows]
-
     def table(self, title=None):
         """Prints the rows (needs rich)."""
-        from blogkeras import report
-
-        report.print_table(
-            list(self.rows[0]),
-            [list(row.values()) for row in self.rows],
-            title or f"Under attack ({self.attack})",
-        )
+        self.print_rows(title or f"Under attack ({self.attack})")
 
     def plot(self, path, metric=None):
         """Draws a metric over epsilon into a file (needs matplotlib).
@@ -67,8 +51,6 @@ class Robustness:
         Returns:
             `path`.
         """
-        from blogkeras import report
-
         if metric is None:
             names = list(self.rows[0])
             metric = names[min(3, len(names) - 1)]
