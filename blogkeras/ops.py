@@ -367,7 +367,8 @@ def sample_categorical(logits, u, block_size=128):
     *batch, classes = logits.shape
     p = ops.exp(logits - ops.max(logits, axis=-1, keepdims=True))
     p = ops.pad(p, [[0, 0]] * len(batch) + [[0, -classes % block_size]])
-    p = ops.reshape(p, [*ops.shape(p)[:-1], -1, block_size])
+    blocks = -(-classes // block_size)
+    p = ops.reshape(p, [*ops.shape(p)[:-1], blocks, block_size])
     sums = ops.sum(p, axis=-1)  # (..., blocks)
     total = ops.cumsum(sums, axis=-1)
     # (..., 1), in units of p, which does not sum to 1

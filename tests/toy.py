@@ -158,3 +158,13 @@ def mirrored():
     import tensorflow as tf
 
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def token_encoder(
+    dim=6, name=None, vocabulary=VOCABULARY, embedding_dim=4, length=5
+):
+    """Tokens → vectors: a table and one dense layer, no context."""
+    tokens = keras.Input((length,), dtype="int32", name="token_ids")
+    h = layers.Embedding(vocabulary, embedding_dim, name="table")(tokens)
+    h = layers.Dense(dim, activation="tanh", name="dense")(h)
+    return keras.Model(tokens, h, name=name)

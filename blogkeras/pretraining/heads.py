@@ -3,7 +3,10 @@
 import keras
 from keras import layers, ops
 
-INITIALIZER = keras.initializers.TruncatedNormal(stddev=0.02)
+
+def initializer():
+    """Of the heads' kernels, as in BERT; each one with a seed of its own."""
+    return keras.initializers.TruncatedNormal(stddev=0.02)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -33,7 +36,7 @@ class MaskedTokenHead(layers.Layer):
         self.dense = layers.Dense(
             embedding_dim,
             activation="gelu",
-            kernel_initializer=INITIALIZER.clone(),
+            kernel_initializer=initializer(),
             dtype=self.dtype_policy,
             name="dense",
         )
@@ -92,7 +95,7 @@ class BinaryHead(layers.Layer):
             layers.Dense(
                 units,
                 activation=activation,
-                kernel_initializer=INITIALIZER.clone(),
+                kernel_initializer=initializer(),
                 dtype=self.dtype_policy,
                 name=name,
             )
