@@ -287,7 +287,14 @@ class ElectraPretrainer(TokenModel):
         names += ["discriminator_loss", "discriminator_accuracy"]
         self._means = {name: mean(name=name) for name in names}
         self._rates = {
-            "discriminator_auc": keras.metrics.AUC(name="discriminator_auc"),
+            # Even steps of the logit: replaced tokens are rare, and most
+            # probabilities small.
+            "discriminator_auc": keras.metrics.AUC(
+                thresholds=(
+                    1 / (1 + np.exp(-np.arange(-9, 9.1, 0.1)))
+                ).tolist(),
+                name="discriminator_auc",
+            ),
             "discriminator_precision": keras.metrics.Precision(
                 name="discriminator_precision"
             ),

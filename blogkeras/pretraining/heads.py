@@ -43,6 +43,7 @@ class MaskedTokenHead(layers.Layer):
         self.normalization = layers.LayerNormalization(
             epsilon=1e-6, dtype=self.dtype_policy, name="normalization"
         )
+        self.supports_masking = True  # it is not asked for any
         self.dense.build((None, dim))
         self.normalization.build((None, embedding_dim))
         self.bias = self.add_weight(
@@ -52,6 +53,9 @@ class MaskedTokenHead(layers.Layer):
 
     def build(self, *shapes):
         pass
+
+    def compute_mask(self, *args, **kwargs):
+        return None
 
     def call(self, vectors, table):
         h = self.normalization(self.dense(vectors))
@@ -104,12 +108,16 @@ class BinaryHead(layers.Layer):
                 (1, None, "logit"),
             )
         )
+        self.supports_masking = True  # it is not asked for any
         self.dense.build((None, dim))
         self.logit.build((None, dim))
         self.built = True
 
     def build(self, *shapes):
         pass
+
+    def compute_mask(self, *args, **kwargs):
+        return None
 
     def call(self, vectors):
         return ops.cast(self.logit(self.dense(vectors))[..., 0], "float32")

@@ -111,9 +111,9 @@ def test_losses_equal_an_independent_computation(sharing):
     model = electra(sharing, generator_weight=2.0, discriminator_weight=7.0)
     if sharing == "disentangled":
         model.delta.assign(np.random.default_rng(1).normal(size=(23, 4)))
-    # Keras's AUC knows 200 probabilities: spread them.
+    # Keras's AUC knows some thresholds only: spread the logits.
     kernel = model.discriminator_head.logit.kernel
-    kernel.assign(100 * kernel)
+    kernel.assign(5000 * kernel)
     out = outputs(model, ids)
     generator, discriminator, q, label = numpy_losses(model, out, ids)
     logs = model.evaluate(ids, verbose=0, batch_size=ROWS, return_dict=True)
@@ -495,7 +495,10 @@ def test_two_replicas_train_as_one(sharing):
         keras.distribution.set_distribution(None)
         runs.append((toy.weights(model), logs))
     for one, other in zip(runs[0][0], runs[1][0], strict=True):
-        close_in_ulps(one, other, 64)
+        if one.dtype == "int32":
+            np.testing.assert_array_equal(one, other)
+        else:
+            close_in_ulps(one, other, 64)
     for name, one in runs[0][1].items():
         np.testing.assert_allclose(one, runs[1][1][name], rtol=1e-5)
 
@@ -592,7 +595,7 @@ if TENSORFLOW:
         logs = model.fit([ids, np.zeros_like(ids)], verbose=0).history
         assert np.isfinite(logs["loss"][0])
         # Without segments they are zero.
-        assert np.isfinite(model.train_on_batch(ids))
+        assert np.isfinite(model.train_on_batch(ids)[0])
         assert (
             len(model.trainable_variables)
             == 6
