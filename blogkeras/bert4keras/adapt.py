@@ -3,13 +3,11 @@
 import contextlib
 import functools
 import importlib
-import itertools
 
 import keras
-import numpy as np
-import tensorflow as tf
 
-from blogkeras.bert4keras.models import as_tuples, model_at_work
+from blogkeras.bert4keras.data import Batches
+from blogkeras.bert4keras.models import model_at_work
 from blogkeras.bert4keras.weights import save_checkpoint
 
 
@@ -44,8 +42,8 @@ def adapt(bert4keras):
     snippets.WebServing.__init__ = _serving
     # Keras 3 takes neither lists nor Nones from a generator, and fixes the
     # lengths of all batches if the first two happen to be equally long.
-    data_generator.forfit = _forfit
-    data_generator.fortest = _fortest
+    data_generator.forfit = _for_keras_3(data_generator.forfit)
+    data_generator.fortest = _for_keras_3(data_generator.fortest, True)
     # Keras 3 takes no dictionary of one target.
     data_generator.to_dataset = _one_target(data_generator.to_dataset)
 
@@ -127,14 +125,14 @@ def _serving(self, host="0.0.0.0", port=8000, server="paste"):
     self.set_session = lambda session: None
 
 
-def _forfit(self, random=True):
-    """Returns an endless dataset of batches for `model.fit`."""
-    return _as_dataset(self, random, lambda batch: batch)
+def _for_keras_3(method, inputs_only=False):
+    """Lets the iterator that `method` returns be data of any Keras 3 model."""
 
+    @functools.wraps(method)
+    def wrapped(*args, **kwargs):
+        return Batches(method(*args, **kwargs), inputs_only)
 
-def _fortest(self, random=False):
-    """Returns an endless dataset of inputs for `model.predict`."""
-    return _as_dataset(self, random, lambda batch: batch[:1])
+    return wrapped
 
 
 def _one_target(to_dataset):
@@ -149,25 +147,3 @@ def _one_target(to_dataset):
         return dataset
 
     return wrapped
-
-
-def _as_dataset(data_generator, random, select):
-    def endless():
-        while True:
-            for batch in data_generator.__iter__(random):
-                yield as_tuples(select(batch))
-
-    batches = endless()
-    first = next(batches)
-    batches = itertools.chain([first], batches)
-    return tf.data.Dataset.from_generator(
-        lambda: batches, output_signature=keras.tree.map_structure(_spec, first)
-    ).prefetch(tf.data.AUTOTUNE)
-
-
-def _spec(array):
-    """Every size may vary, but an axis of size 1 stays one."""
-    array = np.asarray(array)
-    sizes = [1 if size == 1 else None for size in array.shape[1:]]
-    dtype = "float32" if array.dtype == "float64" else array.dtype
-    return tf.TensorSpec([None, *sizes], dtype)

@@ -4,6 +4,7 @@ Only those are replaced that do not know Keras 3's variables and symbolic
 tensors, or that differ from Keras 2.
 """
 
+import builtins
 import functools
 import inspect
 import types
@@ -13,7 +14,9 @@ import numpy as np
 import tensorflow as tf
 from keras._tf_keras.keras import backend as legacy
 
+from blogkeras import arguments
 from blogkeras.bert4keras.layers import (
+    as_variable,
     is_inferring,
     is_symbolic,
     layer_at_work,
@@ -47,6 +50,146 @@ def int_shape(x):
 def dot(x, y):
     """Keras 2's `dot`; under mixed precision in the dtype of `x`."""
     return legacy.dot(x, tf.cast(y, x.dtype))
+
+
+def variable(value, dtype=None, name=None, constraint=None):
+    """A variable of Keras 3: a layer that it is an attribute of trains it."""
+    dtype = dtype or keras.config.floatx()
+    if hasattr(value, "tocoo"):
+        raise ValueError(
+            "A variable of Keras 3 cannot be sparse: give value.toarray(). "
+            f"Received: value of {type(value)}"
+        )
+    if isinstance(value, tf.Variable):
+        result = as_variable(value)
+    else:
+        value = tf.cast(tf.convert_to_tensor(value), dtype)
+        name = name and name.replace("/", "_")
+        result = keras.Variable(value, dtype=dtype, name=name)
+    if constraint is not None:
+        result.constraint = constraint
+    return result
+
+
+def _variable_or_tensor(tensor, dtype, name):
+    """A variable where one can be made; in a layer's `call` the tensor."""
+    layer = layer_at_work()
+    building = layer is None or not layer.built
+    # In a traced function a variable would be made anew at each trace.
+    if building and tf.executing_eagerly():
+        return variable(tensor, dtype, name)
+    return tensor
+
+
+def ones(shape, dtype=None, name=None):
+    """Ones: a variable, or a tensor in a layer's `call`."""
+    dtype = dtype or floatx()
+    return _variable_or_tensor(tf.ones(shape, dtype), dtype, name)
+
+
+def zeros(shape, dtype=None, name=None):
+    """Zeros: a variable, or a tensor in a layer's `call`."""
+    dtype = dtype or floatx()
+    return _variable_or_tensor(tf.zeros(shape, dtype), dtype, name)
+
+
+def eye(size, dtype=None, name=None):
+    """The identity matrix; `size` may be a tensor, as K.shape(x)[0]."""
+    dtype = dtype or floatx()
+    rows, columns = size if isinstance(size, (tuple, list)) else (size, None)
+    return _variable_or_tensor(tf.eye(rows, columns, dtype=dtype), dtype, name)
+
+
+def random_uniform_variable(shape, low, high, dtype=None, name=None, seed=None):
+    """A variable of uniformly distributed numbers."""
+    dtype = dtype or floatx()
+    value = keras.random.uniform(shape, low, high, seed=seed)
+    return variable(value, dtype, name)
+
+
+def random_normal_variable(
+    shape, mean, scale, dtype=None, name=None, seed=None
+):
+    """A variable of normally distributed numbers."""
+    dtype = dtype or floatx()
+    value = keras.random.normal(shape, mean, scale, seed=seed)
+    return variable(value, dtype, name)
+
+
+def identity(x, name=None):
+    """A tensor of the same values."""
+    return tf.identity(x, name)
+
+
+def size(x, name=None):
+    """The number of entries, as a tensor."""
+    return tf.size(x, name=name)
+
+
+def slice(x, start, size):
+    """The part of `x` that begins at `start` and has the size `size`."""
+    return tf.slice(x, start, size)
+
+
+def logsumexp(x, axis=None, keepdims=False):
+    """The logarithm of the sum of the exponentials."""
+    return tf.reduce_logsumexp(x, axis, keepdims)
+
+
+def in_top_k(predictions, targets, k):
+    """Whether the targets are among the `k` largest predictions."""
+    return tf.math.in_top_k(tf.cast(targets, "int32"), predictions, k)
+
+
+def is_tensor(x):
+    """Tells whether `x` is a tensor, symbolic or not."""
+    return tf.is_tensor(x) or isinstance(x, keras.KerasTensor)
+
+
+def is_variable(x):
+    """Tells whether `x` is a variable."""
+    return isinstance(x, (keras.Variable, tf.Variable))
+
+
+def is_keras_tensor(x):
+    """Tells whether `x` is a symbolic tensor of a layer."""
+    if not is_tensor(x) and not is_variable(x):
+        raise ValueError(
+            f"Expected `x` to be a tensor. Received: x={x!r} of {type(x)}"
+        )
+    return isinstance(x, keras.KerasTensor)
+
+
+def is_placeholder(x):
+    """Tells whether `x` is an input of a model."""
+    if not isinstance(x, keras.KerasTensor):
+        return False
+    return isinstance(x._keras_history.operation, keras.layers.InputLayer)
+
+
+def normalize_data_format(value):
+    """`channels_last` or `channels_first`; None stands for Keras's own."""
+    value = (value or keras.config.image_data_format()).lower()
+    return arguments.check_choice(
+        "data_format", value, ("channels_first", "channels_last")
+    )
+
+
+def set_session(session):
+    """Takes over from a session of TensorFlow 1 how GPU memory grows."""
+    options = getattr(getattr(session, "_config", None), "gpu_options", None)
+    if options is not None and options.allow_growth:
+        for device in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(device, True)
+
+
+def set_learning_phase(value):
+    """Accepts 0: `predict` and `evaluate` infer without being told."""
+    if value not in (0, False):
+        raise ValueError(
+            "Keras 3 has no learning phase of its own: write "
+            f"model(x, training=True). Received: value={value!r}"
+        )
 
 
 def update(x, new_x):
@@ -96,11 +239,15 @@ class _Phase(keras.layers.Layer):
         return inputs
 
 
+class _LearningPhase(int):
+    """0 or 1; `function` knows it as the phase that a script asks for."""
+
+
 def learning_phase():
     """Returns 1 inside of a layer's `call` during training, else 0."""
     phase = _Phase(name="phase")
     phase(tf.zeros([]))
-    return int(phase.training)
+    return _LearningPhase(phase.training)
 
 
 def in_train_phase(x, alt, training=None):
@@ -149,18 +296,35 @@ def placeholder(shape=None, ndim=None, dtype=None, sparse=False, name=None):
     )
 
 
-def function(inputs, outputs, updates=None, name=None):
-    """Returns a function from arrays to arrays, of symbolic tensors."""
+def function(inputs, outputs, updates=None, name=None, **kwargs):
+    """Returns a function from arrays to arrays, of symbolic tensors.
+
+    `K.learning_phase()` among the inputs stands for a number, 0 or 1, that the
+    function is given.
+    """
     if updates:
         raise ValueError(
             "Keras 3 has no symbolic updates. Assign to the variables in a "
             f"train step instead. Received: updates={updates}"
         )
-    compute = keras.Function(inputs, outputs)
+    inputs = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    tensors = [x for x in inputs if not isinstance(x, _LearningPhase)]
+    model = keras.Model(tensors, outputs)
 
     def call(values):
-        values = keras.tree.map_structure(tf.convert_to_tensor, values)
-        return keras.tree.map_structure(np.array, compute(values))
+        if not isinstance(values, (list, tuple)):
+            values = [values]
+        pairs = list(zip(inputs, values, strict=True))
+        phases = [v for x, v in pairs if isinstance(x, _LearningPhase)]
+        arrays = [
+            tf.convert_to_tensor(v, dtype=x.dtype)
+            for x, v in pairs
+            if not isinstance(x, _LearningPhase)
+        ]
+        values = model(arrays, training=bool(phases and phases[0]))
+        values = keras.tree.map_structure(np.array, values)
+        is_list = isinstance(outputs, (list, tuple))
+        return [values] if is_list and len(outputs) == 1 else values
 
     return call
 
@@ -178,6 +342,17 @@ _REPLACED = (
     batch_get_value,
     set_value,
     batch_set_value,
+    variable,
+    ones,
+    zeros,
+    eye,
+    random_uniform_variable,
+    random_normal_variable,
+    identity,
+    size,
+    slice,
+    logsumexp,
+    in_top_k,
 )
 _FUNCTIONS = {
     name: function
@@ -215,12 +390,32 @@ def _also_symbolic(function):
     return wrapped
 
 
+# Names of Keras 2's backend that are refused, and why.
+REFUSED = {
+    name: reason
+    for names, reason in {
+        "get_session clear_get_session get_graph manual_variable_initialization "
+        "v1_variable_initialization": "Keras 3 has no sessions and graphs",
+        "control_dependencies eager symbolic is_symbolic": (
+            "Keras 3 runs in the order of the program"
+        ),
+        "local_conv1d local_conv2d": "use keras.layers.Conv1D or Conv2D",
+        "separable_conv1d": "use keras.ops.separable_conv",
+        "conv3d_transpose": "use keras.ops.conv_transpose",
+        "normalize_batch_in_training": "use keras.layers.BatchNormalization",
+    }.items()
+    for name in names.split()
+}
+
+
 class _Backend(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
+        reason = REFUSED.get(name)
         raise AttributeError(
-            f"`keras.backend.{name}` of Keras 2 has no counterpart on Keras 3."
+            f"`keras.backend.{name}` of Keras 2 has no counterpart on Keras 3"
+            f"{f': {reason}' if reason else ''}."
         )
 
 
@@ -229,9 +424,29 @@ def make_backend():
     module = _Backend("keras.backend")
     for name, f in _FUNCTIONS.items():
         setattr(module, name, _also_symbolic(f))
-    for f in (floatx, dtype, ndim, int_shape, placeholder, function):
+    for f in (
+        floatx,
+        dtype,
+        ndim,
+        int_shape,
+        placeholder,
+        function,
+        is_tensor,
+        is_variable,
+        is_keras_tensor,
+        is_placeholder,
+        normalize_data_format,
+        set_session,
+        set_learning_phase,
+    ):
         setattr(module, f.__name__, f)
     module.learning_phase = learning_phase
     module.eval = get_value
     module.random_binomial = module.random_bernoulli
+    module.get_variable_shape = int_shape
+    module.reset_uids = keras.backend.clear_session
+    module.py_all, module.py_any, module.py_sum = all, any, sum
+    module.py_slice = builtins.slice
+    module.tf = tf
+    module.np = np
     return module

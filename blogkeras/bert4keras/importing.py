@@ -3,13 +3,18 @@
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import os
+import pathlib
 import sys
 import types
 import warnings
 
 VERSION = "0.11.5"
 INSTALL = f"pip install --no-deps bert4keras=={VERSION}"
+
+# The modules that stand as Keras, once bert4keras has been imported.
+STAND_INS = {}
 
 _MODULES = (
     "backend",
@@ -79,6 +84,40 @@ def _distutils():
 
 
 @contextlib.contextmanager
+def _installed_first():
+    """Finds the installed bert4keras before a folder of that name.
+
+    Old repositories hold a copy of some version beside their scripts.
+    """
+    found = importlib.util.find_spec("bert4keras")
+    distribution = importlib.metadata.distribution("bert4keras")
+    folder = pathlib.Path(distribution.locate_file(""))
+    installed = folder / "bert4keras" / "__init__.py"
+    if not installed.exists():  # installed in another way, as editable
+        yield
+        return
+    if (
+        found is None
+        or not found.origin
+        or (pathlib.Path(found.origin).resolve() != installed.resolve())
+    ):
+        where = found and (
+            found.origin or list(found.submodule_search_locations)
+        )
+        warnings.warn(
+            f"The installed bert4keras {VERSION} is used, not the copy that "
+            f"comes first on the path: {where}. Move away the copy if you do "
+            "not need it.",
+            stacklevel=2,
+        )
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextlib.contextmanager
 def _standing_in(modules, environment):
     """Puts `modules` into `sys.modules`, and leaves all as it was."""
     names = [*modules, "tensorflow.keras.backend"]  # written by bert4keras
@@ -106,11 +145,13 @@ def import_bert4keras():
     from blogkeras.bert4keras import adapt, names, namespace
 
     stand_ins = namespace.make_keras()
+    STAND_INS.update(stand_ins)
     stand_ins["tensorflow"] = namespace.make_tensorflow(stand_ins["keras"])
     stand_ins.update(_distutils())
     try:
         # TF_KERAS=1: bert4keras's code for `tf.keras`, the newer of its two.
         with (
+            _installed_first(),
             _standing_in(stand_ins, {"TF_KERAS": "1"}),
             warnings.catch_warnings(),
         ):

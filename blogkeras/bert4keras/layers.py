@@ -11,6 +11,7 @@ import inspect
 import types
 
 import keras
+import tensorflow as tf
 
 from blogkeras.bert4keras.names import get_initializer
 
@@ -74,6 +75,26 @@ def _none_if_no_mask(mask):
     return mask
 
 
+def _without_mask(inputs, outputs):
+    """Gives the outputs that carry a mask, or are inputs, as new tensors.
+
+    Keras 3 lets an output keep the mask that it came with, of the layer's input
+    or of a layer inside, and then does not ask `compute_mask`. Keras 2.3.1
+    always asks it, and copies inputs that are returned unchanged:
+    https://github.com/keras-team/keras/blob/2.3.1/keras/engine/base_layer.py#L487-L500
+    """
+    given = {id(x) for x in keras.tree.flatten(inputs)}
+
+    def copy(x):
+        if not tf.is_tensor(x) or isinstance(x, keras.KerasTensor):
+            return x
+        if id(x) in given or getattr(x, "_keras_mask", None) is not None:
+            return tf.identity(x)
+        return x
+
+    return keras.tree.map_structure(copy, outputs)
+
+
 def _working(method):
     """Marks the layer as the one at work while `build` runs."""
 
@@ -103,6 +124,7 @@ def _calling(method):
             return method(self, inputs, *args, **kwargs)
         mixed = self.compute_dtype != self.variable_dtype
         mixed = mixed and not self.half_precision
+        given = inputs
         if mixed:
             inputs = _cast(inputs, self.variable_dtype)
         token = _at_work.set(self)
@@ -110,7 +132,9 @@ def _calling(method):
             outputs = method(self, inputs, *args, **kwargs)
         finally:
             _at_work.reset(token)
-        return _cast(outputs, self.compute_dtype) if mixed else outputs
+        if mixed:
+            outputs = _cast(outputs, self.compute_dtype)
+        return _without_mask(given, outputs)
 
     return call
 
@@ -170,10 +194,85 @@ class Bridged:
             kwargs.setdefault("mask", None)
         return super().__call__(*args, **kwargs)
 
+    def __setattr__(self, name, value):
+        # Keras 3 trains only its own variables, and says nothing of others.
+        if isinstance(value, tf.Variable):
+            value = as_variable(value)
+        elif isinstance(value, (list, tuple)) and any(
+            isinstance(x, tf.Variable) for x in value
+        ):
+            value = [as_variable(x) for x in value]
+        super().__setattr__(name, value)
+
     def add_weight(self, *args, **kwargs):
+        """Adds a weight, from the arguments of Keras 2 or of Keras 3."""
+        names = ("shape", "initializer")
+        if args and (args[0] is None or isinstance(args[0], str)):
+            names = ("name", "shape", "dtype", "initializer", "regularizer")
+            names += ("trainable", "constraint")
+        kwargs.update(zip(names, args, strict=False))
+        if kwargs.get("name"):
+            kwargs["name"] = kwargs["name"].replace("/", "_")
         # What is not computed in half precision is not read in it, either.
         kwargs.setdefault("autocast", self.half_precision)
-        return super().add_weight(*args, **kwargs)
+        return super().add_weight(**kwargs)
+
+    def add_metric(self, value, name=None, aggregation="mean"):
+        """Shows the mean of `value` over the batches as a metric."""
+        metric = mean_metric(self, name, aggregation)
+        if not is_inferring():
+            metric.update_state(keras.ops.mean(value))
+
+    def add_update(self, updates, inputs=None):
+        """Refuses the symbolic updates of Keras 2, unless there are none."""
+        if updates:
+            raise ValueError(
+                "Keras 3 has no symbolic updates. Assign to the variable in "
+                "`call`: K.update(variable, value) does so at once. "
+                f"Received: updates={updates}"
+            )
+
+    @property
+    def _trainable_weights(self):
+        """Keras 2's list of the layer's own variables that are trained."""
+        return self._trainable_variables
+
+    @_trainable_weights.setter
+    def _trainable_weights(self, variables):
+        self._replace(self._trainable_variables, variables, trainable=True)
+
+    @property
+    def _non_trainable_weights(self):
+        """Keras 2's list of the layer's own variables that are not trained."""
+        return self._non_trainable_variables
+
+    @_non_trainable_weights.setter
+    def _non_trainable_weights(self, variables):
+        self._replace(self._non_trainable_variables, variables, trainable=False)
+
+    @property
+    def trainable_weights(self):
+        """The variables that are trained; may be set in `build`."""
+        return super().trainable_weights
+
+    @trainable_weights.setter
+    def trainable_weights(self, variables):
+        self._trainable_weights = variables
+
+    def _replace(self, old, new, trainable):
+        """Tracks the variables `new` instead of `old`."""
+        new = [as_variable(v) for v in new]
+        for v in new:
+            if not isinstance(v, keras.Variable):
+                raise ValueError(
+                    "Expected variables, from K.variable or self.add_weight. "
+                    f"Received: {v!r}"
+                )
+        for v in {id(v): v for v in [*old, *new]}.values():
+            self._untrack_variable(v)
+        for v in new:
+            v.trainable = trainable
+            self._track_variable(v)
 
     def compute_output_spec(self, *args, **kwargs):
         # Keras 3 would trust `compute_output_shape` and never trace `call`:
@@ -193,6 +292,62 @@ class Bridged:
         """The output(s) of one of several calls of a shared layer."""
         tensors = self._inbound_nodes[node_index].outputs
         return tensors[0] if len(tensors) == 1 else list(tensors)
+
+    @property
+    def input_shape(self):
+        """The static shape(s) of the input(s)."""
+        return _shapes(self.get_input_at(0))
+
+    @property
+    def output_shape(self):
+        """The static shape(s) of the output(s)."""
+        return _shapes(self.get_output_at(0))
+
+    def get_input_shape_at(self, node_index):
+        """The static shape(s) of the input(s) of one of several calls."""
+        return _shapes(self.get_input_at(node_index))
+
+    def get_output_shape_at(self, node_index):
+        """The static shape(s) of the output(s) of one of several calls."""
+        return _shapes(self.get_output_at(node_index))
+
+
+def _shapes(tensors):
+    if isinstance(tensors, list):
+        return [tuple(x.shape) for x in tensors]
+    return tuple(tensors.shape)
+
+
+def as_variable(value):
+    """Makes a variable of TensorFlow one of Keras that shares its value."""
+    if isinstance(value, tf.Variable):
+        name = value.name.partition(":")[0].replace("/", "_")
+        return keras.Variable(
+            value, dtype=value.dtype.name, trainable=value.trainable, name=name
+        )
+    return value
+
+
+def mean_metric(owner, name, aggregation="mean"):
+    """Returns the metric `name` of a layer or model, made at its first use."""
+    if aggregation != "mean":
+        raise ValueError(
+            "Expected `aggregation` to be 'mean'. "
+            f"Received: aggregation={aggregation!r}"
+        )
+    if not isinstance(name, str):
+        raise ValueError(
+            "Expected `name` to be the name of the metric. "
+            f"Received: name={name!r}"
+        )
+    for metric in owner._metrics:
+        if metric.name == name:
+            return metric
+    with tf.init_scope():
+        metric = keras.metrics.Mean(name=name)
+    # The list itself: a layer that has been built takes no new attributes.
+    owner._metrics.append(metric)
+    return metric
 
 
 class Layer(Bridged, keras.layers.Layer):
@@ -218,6 +373,30 @@ class Embedding(Bridged, keras.layers.Embedding):
                 kwargs["embeddings_initializer"]
             )
         super().__init__(input_dim, output_dim, *args, **kwargs)
+
+    # What `call` has set `embeddings` to, for as long as it runs.
+    _in_place = None
+
+    @property
+    def embeddings(self):
+        """The table. `call` may set it, to a tensor made from the table."""
+        if self._in_place is not None:
+            return self._in_place
+        table = super().embeddings
+        # As a tensor: a variable of Keras 3 times an array of float64 would be
+        # of float64, a tensor gives the array its own dtype.
+        calling = layer_at_work() is self and self.built
+        return tf.convert_to_tensor(table) if calling else table
+
+    @embeddings.setter
+    def embeddings(self, value):
+        object.__setattr__(self, "_in_place", value)
+
+    def __call__(self, *args, **kwargs):
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            object.__setattr__(self, "_in_place", None)
 
 
 class GlobalAveragePooling1D(Bridged, keras.layers.GlobalAveragePooling1D):

@@ -1,14 +1,25 @@
-"""The model class that bert4keras builds: Keras 3's, with Keras 2's habits."""
+"""The model classes that old scripts see: Keras 3's, with Keras 2's habits."""
 
 import contextvars
 
 import keras
-import numpy as np
 
+from blogkeras.bert4keras import data, layers, saving
 from blogkeras.bert4keras.names import register
+from blogkeras.bert4keras.optimizers import get_optimizer
 
 # The model whose loss is being computed, if any.
 _at_work = contextvars.ContextVar("model at work", default=None)
+
+# Arguments of Keras 2's queue of batches, which Keras 3 has no more.
+_QUEUE = ("max_queue_size", "max_q_size", "workers", "use_multiprocessing")
+_QUEUE += ("pickle_safe",)
+_RENAMED = {
+    "nb_epoch": "epochs",
+    "samples_per_epoch": "steps_per_epoch",
+    "nb_val_samples": "validation_steps",
+    "val_samples": "steps",
+}
 
 
 def model_at_work():
@@ -23,39 +34,175 @@ def _unwrapped(tensors):
     return tensors
 
 
-def as_tuples(data):
-    """Makes tuples of arrays: Keras 3 takes a list of numbers for a structure.
+def _arguments(kwargs):
+    """Renames and drops arguments of Keras 2."""
+    return {
+        _RENAMED.get(name, name): value
+        for name, value in kwargs.items()
+        if name not in _QUEUE
+    }
 
-    Nones are left out, as the targets of models whose loss is a layer.
+
+class Habits:
+    """What a model of Keras 2 takes and a model of Keras 3 does not.
+
+    Data may be lists, and generators may yield lists and batches of any
+    length; `fit_generator` and its like are there; arguments stand in the
+    order of Keras 2; a file may have any name.
     """
-    if not isinstance(data, (list, tuple)):
-        return data
-    if data and all(np.isscalar(x) for x in data):
-        return np.array(data)
-    return tuple(as_tuples(x) for x in data if x is not None)
+
+    def compile(
+        self,
+        optimizer="rmsprop",
+        loss=None,
+        metrics=None,
+        loss_weights=None,
+        sample_weight_mode=None,
+        weighted_metrics=None,
+        target_tensors=None,
+        **kwargs,
+    ):
+        if target_tensors is not None:
+            raise ValueError(
+                "Keras 3 has no symbolic targets: give `y` to fit. "
+                f"Received: target_tensors={target_tensors}"
+            )
+        if sample_weight_mode not in (None, "temporal"):
+            raise ValueError(
+                "Expected `sample_weight_mode` to be None or 'temporal'; "
+                "weights of steps are known by their shape. "
+                f"Received: sample_weight_mode={sample_weight_mode!r}"
+            )
+        super().compile(
+            get_optimizer(optimizer),
+            loss,
+            metrics=metrics,
+            loss_weights=loss_weights,
+            weighted_metrics=weighted_metrics,
+            **kwargs,
+        )
+
+    @property
+    def metrics_names(self):
+        """The names of what `evaluate` returns, in its order."""
+        names = []
+        for metric in self.metrics:
+            parts = getattr(metric, "metrics", None)
+            names += [m.name for m in parts] if parts else [metric.name]
+        return [name for name in names if name != "compile_metrics"]
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        kwargs = _arguments(kwargs)
+        shuffle = kwargs.get("shuffle", True)
+        if data.is_iterator(x):
+            if isinstance(x, data.Sequence):
+                kwargs.setdefault("steps_per_epoch", None)
+                kwargs["steps_per_epoch"] = kwargs["steps_per_epoch"] or len(x)
+            x = _batches(x, shuffle=shuffle)
+        if kwargs.get("sample_weight") is not None:
+            kwargs["sample_weight"] = data.as_arrays(kwargs["sample_weight"])
+        held_out = kwargs.get("validation_data")
+        if data.is_iterator(held_out):
+            if isinstance(held_out, data.Sequence):
+                steps = kwargs.get("validation_steps") or len(held_out)
+                kwargs["validation_steps"] = steps
+            kwargs["validation_data"] = _batches(held_out)
+        elif isinstance(held_out, (list, tuple)):
+            kwargs["validation_data"] = data.as_batch(held_out)
+        x, y = _arrays(x), data.as_arrays(y)
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        kwargs = _arguments(kwargs)
+        x = _with_steps(x, kwargs)
+        return super().evaluate(_arrays(x), data.as_arrays(y), *args, **kwargs)
+
+    def predict(self, x, batch_size=None, verbose=0, *args, **kwargs):
+        kwargs = _arguments(kwargs)
+        x = _with_steps(x, kwargs, inputs_only=True)
+        return super().predict(_arrays(x), batch_size, verbose, *args, **kwargs)
+
+    def fit_generator(
+        self, generator, steps_per_epoch=None, epochs=1, verbose=1, *args, **kw
+    ):
+        """`fit`, with the arguments in the order of Keras 2."""
+        names = ("callbacks", "validation_data", "validation_steps")
+        names += ("validation_freq", "class_weight", "max_queue_size")
+        names += ("workers", "use_multiprocessing", "shuffle", "initial_epoch")
+        kw.update(zip(names, args, strict=False))
+        kw.setdefault("steps_per_epoch", steps_per_epoch)
+        kw.setdefault("epochs", epochs)
+        return self.fit(generator, verbose=verbose, **kw)
+
+    def evaluate_generator(
+        self, generator, steps=None, callbacks=None, *queue, verbose=0, **kwargs
+    ):
+        """`evaluate`, with the arguments in the order of Keras 2."""
+        kwargs.setdefault("steps", steps)
+        return self.evaluate(
+            generator, callbacks=callbacks, verbose=verbose, **kwargs
+        )
+
+    def predict_generator(
+        self, generator, steps=None, callbacks=None, *queue, verbose=0, **kwargs
+    ):
+        """`predict`, with the arguments in the order of Keras 2."""
+        kwargs.setdefault("steps", steps)
+        return self.predict(
+            generator, callbacks=callbacks, verbose=verbose, **kwargs
+        )
+
+    def train_on_batch(self, x, y=None, *args, **kwargs):
+        x, y = data.as_arrays(x), data.as_arrays(y)
+        kwargs.pop("reset_metrics", None)  # Keras 3 counts each batch anew
+        return super().train_on_batch(x, y, *args, **kwargs)
+
+    def test_on_batch(self, x, y=None, *args, **kwargs):
+        x, y = data.as_arrays(x), data.as_arrays(y)
+        kwargs.pop("reset_metrics", None)
+        return super().test_on_batch(x, y, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        return super().predict_on_batch(data.as_arrays(x))
+
+    def save(self, filepath, *args, **kwargs):
+        saving.save_model(self, filepath, *args, **kwargs)
+
+    def save_weights(self, filepath, *args, **kwargs):
+        saving.save_weights(self, filepath, *args, **kwargs)
+
+    def load_weights(self, filepath, *args, **kwargs):
+        saving.load_weights(self, filepath, *args, **kwargs)
 
 
-def _weights_path(filepath):
-    """Keras 3 insists on the ending `.weights.h5`."""
-    path = str(filepath)
-    return f"{path}.h5" if path.endswith(".weights") else filepath
+def _arrays(x):
+    return x if isinstance(x, data.Batches) else data.as_arrays(x)
 
 
-def _model_path(filepath):
-    """Keras 3 insists on the ending `.keras` or `.h5`."""
-    path = str(filepath)
-    known = path.endswith((".keras", ".h5", ".hdf5"))
-    return filepath if known else f"{path}.keras"
+def _batches(items, inputs_only=False, shuffle=False):
+    if isinstance(items, data.Sequence):
+        items = data.endless(items, shuffle)
+    return data.Batches(items, inputs_only)
 
 
-class Model(keras.Model):
-    """A functional model that takes what old scripts give to it.
+def _with_steps(x, kwargs, inputs_only=False):
+    """Makes batches of an iterator; a `Sequence` knows how many there are."""
+    if not data.is_iterator(x):
+        return x
+    if isinstance(x, data.Sequence) and kwargs.get("steps") is None:
+        kwargs["steps"] = len(x)
+    return _batches(x, inputs_only)
 
-    With one input, `model.input` is a tensor, and data may be given as `x` or
-    as `[x]`; `predict` takes lists of numbers. A file may be called
-    `best_model.weights` or `my.model`, and gets the ending that Keras 3 wants:
-    `best_model.weights.h5`, `my.model.keras`.
+
+class Model(Habits, keras.Model):
+    """A functional or subclassed model that takes what old scripts give to it.
+
+    With one input, `model.input` is a tensor. `add_loss` and `add_metric` take
+    symbolic tensors of the model; as in Keras 2 they are not saved with it.
     """
+
+    # A function: Keras must not find the layers in there a second time.
+    _with_added = None
 
     @property
     def input(self):
@@ -84,35 +231,74 @@ class Model(keras.Model):
         finally:
             _at_work.reset(token)
 
-    def predict(self, x, *args, **kwargs):
-        if isinstance(x, (list, tuple)):
-            x = [np.array(a) if isinstance(a, list) else a for a in x]
-        return super().predict(x, *args, **kwargs)
+    def add_loss(self, loss, inputs=None):
+        """Adds a loss: a symbolic tensor of the model, or a list of them."""
+        losses = loss if isinstance(loss, (list, tuple)) else [loss]
+        for tensor in losses:
+            if isinstance(tensor, keras.KerasTensor):
+                self._add(tensor, super().add_loss)
+            else:
+                super().add_loss(tensor)
 
-    def save(self, filepath, *args, **kwargs):
-        super().save(_model_path(filepath), *args, **kwargs)
+    def add_metric(self, value, name=None, aggregation="mean"):
+        """Shows the mean of a symbolic tensor of the model as a metric."""
+        if not isinstance(value, keras.KerasTensor):
+            raise ValueError(
+                "Expected `value` to be a symbolic tensor of the model. In a "
+                f"layer use the layer's `add_metric`. Received: value={value}"
+            )
+        metric = layers.mean_metric(self, name, aggregation)
+        self._add(value, metric.update_state)
 
-    def save_weights(self, filepath, *args, **kwargs):
-        super().save_weights(_weights_path(filepath), *args, **kwargs)
+    def _add(self, tensor, use):
+        """Computes a further tensor in each call, and hands it to `use`."""
+        tensors, uses = self._with_added() if self._with_added else ([], [])
+        tensors, uses = [*tensors, tensor], [*uses, use]
+        self._with_added = lambda: (tensors, uses)
+        extended = keras.Model(self.inputs, [*self.outputs, *tensors])
+        self._extended = lambda: extended
 
-    def load_weights(self, filepath, *args, **kwargs):
-        super().load_weights(_weights_path(filepath), *args, **kwargs)
+    def call(self, inputs, training=None, mask=None, **kwargs):
+        if self._with_added is None:
+            return super().call(inputs, training, mask, **kwargs)
+        uses = self._with_added()[1]
+        values = self._extended()(
+            keras.tree.flatten(inputs), training=training, mask=mask
+        )
+        count = len(self.outputs)
+        for use, value in zip(uses, values[count:], strict=True):
+            use(value)
+        return keras.tree.pack_sequence_as(self.output, values[:count])
+
+
+class Sequential(Habits, keras.Sequential):
+    """`keras.Sequential` that takes what old scripts give to it."""
+
+    def predict_proba(self, x, batch_size=None, verbose=0):
+        """`predict` under a name of Keras 2."""
+        return self.predict(x, batch_size, verbose)
+
+    def predict_classes(self, x, batch_size=None, verbose=0):
+        """The classes predicted: the largest output, or one above 0.5."""
+        probabilities = self.predict(x, batch_size, verbose)
+        if probabilities.shape[-1] > 1:
+            return probabilities.argmax(axis=-1)
+        return (probabilities > 0.5).astype("int32")
 
 
 register(Model)
+register(Sequential)
 
 
 def make_model(*args, **kwargs):
-    """Makes a functional `Model`; any other one is as Keras makes it."""
-    kwargs.update(zip(("inputs", "outputs"), args, strict=False))
+    """Makes a functional `Model`, from the arguments of Keras 2."""
+    for old, new in (("input", "inputs"), ("output", "outputs")):
+        if old in kwargs:
+            kwargs[new] = kwargs.pop(old)
+    kwargs.update(zip(("inputs", "outputs", "name"), args, strict=False))
     if kwargs.get("inputs") is None:
-        return keras.Model(*args, **kwargs)
-    inputs, outputs = kwargs.pop("inputs"), kwargs.pop("outputs")
-    if isinstance(inputs, keras.KerasTensor):
-        inputs = [inputs]
-    return Model(inputs, _unwrapped(outputs), *args[2:], **kwargs)
-
-
-def load_model(filepath, *args, **kwargs):
-    """`keras.models.load_model` that finds what `Model.save` has written."""
-    return keras.models.load_model(_model_path(filepath), *args, **kwargs)
+        return Model(**kwargs)
+    if isinstance(kwargs["inputs"], keras.KerasTensor):
+        kwargs["inputs"] = [kwargs["inputs"]]
+    kwargs["outputs"] = _unwrapped(kwargs["outputs"])
+    return Model(**kwargs)

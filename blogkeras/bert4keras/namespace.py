@@ -1,32 +1,49 @@
-"""The module that bert4keras sees as `keras` while it is being imported."""
+"""The modules that bert4keras and old scripts see as `keras`."""
 
 import types
 
 import keras
 import tensorflow as tf
+from keras._tf_keras import keras as tf_keras
 
-from blogkeras.bert4keras import layers, names
+from blogkeras.bert4keras import (
+    callbacks,
+    data,
+    layers,
+    names,
+    old_names,
+    saving,
+)
 from blogkeras.bert4keras.backend import make_backend
-from blogkeras.bert4keras.models import load_model, make_model
-from blogkeras.bert4keras.optimizers import Optimizer
+from blogkeras.bert4keras.models import Model, Sequential, make_model
+from blogkeras.bert4keras.optimizers import (
+    OPTIMIZERS,
+    Optimizer,
+    get_optimizer,
+)
 
 
 class Door:
     """Stands for a Keras class where old scripts call, derive from or test it.
 
-    Calling the door makes a genuine object of the Keras class, from arguments
-    written for Keras 2.
+    Calling the door makes an object from arguments written for Keras 2.
+
+    Args:
+        cls: The class of Keras that objects are tested for.
+        make: Function that makes an object.
+        base: The class to derive from; `cls` if none is given.
     """
 
-    def __init__(self, cls, make):
+    def __init__(self, cls, make, base=None):
         self._cls = cls
         self._make = make
+        self._base = base or cls
 
     def __call__(self, *args, **kwargs):
         return self._make(*args, **kwargs)
 
     def __mro_entries__(self, bases):
-        return (self._cls,)
+        return (self._base,)
 
     def __instancecheck__(self, instance):
         return isinstance(instance, self._cls)
@@ -35,10 +52,12 @@ class Door:
         return issubclass(subclass, self._cls)
 
     def __getattr__(self, name):
-        return getattr(self._cls, name)
+        return getattr(self._base, name)
 
 
-def _make_dense(units, activation=None, *args, **kwargs):
+def _make_dense(units=None, activation=None, *args, **kwargs):
+    if units is None:
+        units = kwargs.pop("output_dim", None)
     if kwargs.get("dtype") is None:
         kwargs["dtype"] = layers.inner_dtype(layers.layer_at_work())
     if "kernel_initializer" in kwargs:
@@ -54,11 +73,19 @@ def _make_activation(activation, **kwargs):
     return keras.layers.Activation(names.get_activation(activation), **kwargs)
 
 
+def _public(module):
+    return {k: v for k, v in vars(module).items() if not k.startswith("_")}
+
+
 def _copy(module, name, **changes):
     """Returns a new module with the public names of `module` and `changes`."""
-    copy = types.ModuleType(name)
-    public = {k: v for k, v in vars(module).items() if not k.startswith("_")}
-    copy.__dict__.update(public, **changes)
+    copy = old_names.Module(name)
+    # `keras._tf_keras` has names of Keras 2 beside most of Keras 3's.
+    plain = keras
+    for part in name.split(".")[1:]:
+        plain = getattr(plain, part, None)
+    copy.__dict__.update(_public(plain) if plain else {})
+    copy.__dict__.update(_public(module), **changes)
     return copy
 
 
@@ -74,52 +101,70 @@ for _name, _layer in _LAYERS.items():
 
 def make_keras():
     """Returns new modules to stand in `sys.modules` as Keras, by name."""
-    model = Door(keras.Model, make_model)
-    submodules = {
-        "activations": _copy(
-            keras.activations, "keras.activations", get=names.get_activation
-        ),
-        "backend": make_backend(),
-        "initializers": _copy(
-            keras.initializers,
-            "keras.initializers",
-            get=names.get_initializer,
-        ),
-        "layers": _copy(
-            keras.layers,
-            "keras.layers",
-            Dense=Door(keras.layers.Dense, _make_dense),
-            Activation=Door(keras.layers.Activation, _make_activation),
+    model = Door(keras.Model, make_model, Model)
+    changes = {
+        "activations": {"get": names.get_activation},
+        "callbacks": {
+            "Callback": callbacks.Callback,
+            "ModelCheckpoint": callbacks.ModelCheckpoint,
+            "TensorBoard": callbacks.TensorBoard,
+        },
+        "initializers": {"get": names.get_initializer},
+        "layers": {
+            "Dense": Door(keras.layers.Dense, _make_dense),
+            "Activation": Door(keras.layers.Activation, _make_activation),
             **_LAYERS,
-        ),
-        "models": _copy(
-            keras.models, "keras.models", Model=model, load_model=load_model
-        ),
-        "optimizers": _copy(
-            keras.optimizers, "keras.optimizers", Optimizer=Optimizer
-        ),
-        "utils": _copy(
-            keras.utils,
-            "keras.utils",
-            get_custom_objects=names.get_custom_objects,
-        ),
+        },
+        "models": {
+            "Model": model,
+            "Sequential": Sequential,
+            "load_model": saving.load_model,
+            "save_model": saving.save_model,
+        },
+        "optimizers": {
+            "Optimizer": Optimizer,
+            "get": get_optimizer,
+            **OPTIMIZERS,
+        },
+        "utils": {
+            "get_custom_objects": names.get_custom_objects,
+            "Sequence": data.Sequence,
+        },
     }
-    root = _copy(keras, "keras", **submodules, Model=model)
+    submodules = {
+        name: _copy(module, f"keras.{name}", **changes.get(name, {}))
+        for name, module in _public(tf_keras).items()
+        if isinstance(module, types.ModuleType)
+    }
+    submodules["backend"] = make_backend()
+    root = _copy(tf_keras, "keras", **submodules)
+    root.Model, root.Sequential = model, Sequential
     root.__version__ = keras.__version__
     modules = {f"keras.{name}": module for name, module in submodules.items()}
-    return {"keras": root, **modules}
+    return {"keras": root, **modules, **old_names.add(root)}
 
 
 class _TensorFlow(types.ModuleType):
-    """TensorFlow, but for its lazily loaded `keras`."""
+    """TensorFlow, but for its lazily loaded `keras`.
+
+    Under `compatible`, names of TensorFlow 1 are found in `tf.compat.v1`.
+    """
+
+    compatible = False
 
     def __getattr__(self, name):
-        return getattr(tf, name)
+        try:
+            return getattr(tf, name)
+        except AttributeError:
+            if self.compatible and not name.startswith("_"):
+                return getattr(tf.compat.v1, name)
+            raise
 
 
-def make_tensorflow(root):
+def make_tensorflow(root, compatible=False):
     """Returns a module to stand in `sys.modules` as TensorFlow."""
     module = _TensorFlow("tensorflow")
     module.keras = root
+    module.compatible = compatible
     module.__version__ = tf.__version__
     return module

@@ -6,9 +6,90 @@ them, and any stack of their extensions, run as they are, while `compile`,
 `fit`, clipping, loss scaling and saving are Keras 3's.
 """
 
+import inspect
+
 import keras
 import numpy as np
 import tensorflow as tf
+
+from blogkeras.bert4keras.names import register
+
+
+class LearningRate:
+    """Mixin of Keras 2's names of the learning rate.
+
+    `lr=` and `decay=` are taken as arguments, and `optimizer.lr` is a
+    variable that callbacks read and set.
+    """
+
+    def __init__(self, *args, **kwargs):
+        if "lr" in kwargs:
+            kwargs["learning_rate"] = kwargs.pop("lr")
+        decay = kwargs.pop("decay", None)
+        if decay:
+            rate = kwargs.pop("learning_rate", None)
+            if args:
+                rate, *args = args
+            # Keras 2: rate / (1 + decay * iterations)
+            kwargs["learning_rate"] = (
+                keras.optimizers.schedules.InverseTimeDecay(
+                    rate or self._default_rate, 1, decay
+                )
+            )
+        if kwargs.get("epsilon", 0) is None:
+            del kwargs["epsilon"]
+        for name, default in (("schedule_decay", 0.004), ("initial_decay", 0)):
+            value = kwargs.pop(name, default)
+            if value != default:
+                raise ValueError(
+                    f"Keras 3 knows no `{name}` but {default}. "
+                    f"Received: {name}={value!r}"
+                )
+        super().__init__(*args, **kwargs)
+
+    @property
+    def lr(self):
+        """Keras 2's short name of `learning_rate`."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value):
+        self.learning_rate = value
+
+
+def _of_keras_2(name):
+    """Returns a class of the optimizer `name` with Keras 2's names."""
+    cls = getattr(keras.optimizers, name)
+    rate = inspect.signature(cls).parameters["learning_rate"].default
+    members = {
+        "__doc__": f"`keras.optimizers.{name}` that takes Keras 2's `lr`.",
+        "__module__": __name__,
+        "_default_rate": rate,
+    }
+    return register(type(name, (LearningRate, cls), members), f"keras.{name}")
+
+
+OPTIMIZERS = {
+    name: _of_keras_2(name)
+    for name in (
+        "SGD",
+        "RMSprop",
+        "Adagrad",
+        "Adadelta",
+        "Adam",
+        "Adamax",
+        "Nadam",
+    )
+}
+
+
+def get_optimizer(identifier):
+    """`keras.optimizers.get` that makes optimizers with Keras 2's names."""
+    if isinstance(identifier, str):
+        for name, cls in OPTIMIZERS.items():
+            if identifier.lower() == name.lower():
+                return cls()
+    return keras.optimizers.get(identifier)
 
 
 class Optimizer(keras.optimizers.Optimizer):
@@ -82,7 +163,9 @@ class Optimizer(keras.optimizers.Optimizer):
             # starts from zero and halves all weights in the first step.
             with tf.init_scope():
                 initializer = keras.initializers.Constant(variable.numpy())
+        # Names of TensorFlow's variables repeat; an HDF5 file wants others.
         path = variable.name.partition(":")[0].replace("/", "_")
+        path = f"{self._get_variable_index(variable)}_{path}"
         slot = self.add_variable(
             tuple(shape),
             initializer=initializer,

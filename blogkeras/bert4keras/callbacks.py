@@ -1,0 +1,71 @@
+"""Callbacks with the habits of Keras 2."""
+
+import keras
+
+from blogkeras import arguments
+
+
+class Callback(keras.callbacks.Callback):
+    """A callback whose `model` a script may set itself."""
+
+    validation_data = None
+
+    @property
+    def model(self):
+        return getattr(self, "_model", None)
+
+    @model.setter
+    def model(self, model):
+        self._model = model
+
+
+class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """`ModelCheckpoint` of files of any name, and of every `period` epochs.
+
+    Args:
+        filepath: String. As it is; `{epoch}` and the like are filled in.
+        period: Integer. Epochs from one save to the next.
+        others: as those of `keras.callbacks.ModelCheckpoint`.
+    """
+
+    def __init__(
+        self,
+        filepath,
+        monitor="val_loss",
+        verbose=0,
+        save_best_only=False,
+        save_weights_only=False,
+        mode="auto",
+        period=1,
+        **kwargs,
+    ):
+        period = arguments.check_integer("period", period, minimum=1)
+        known = "x.weights.h5" if save_weights_only else "x.keras"
+        super().__init__(
+            known,
+            monitor,
+            verbose,
+            save_best_only,
+            save_weights_only,
+            mode,
+            **kwargs,
+        )
+        self.filepath = str(filepath)
+        self.period = period
+        self._epochs_since_save = 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._epochs_since_save += 1
+        if self._epochs_since_save >= self.period:
+            self._epochs_since_save = 0
+            super().on_epoch_end(epoch, logs)
+
+
+class TensorBoard(keras.callbacks.TensorBoard):
+    """`TensorBoard` that takes, and does not need, arguments of Keras 2."""
+
+    def __init__(self, log_dir="./logs", histogram_freq=0, **kwargs):
+        for name in ("batch_size", "write_grads", "embeddings_layer_names"):
+            kwargs.pop(name, None)
+        kwargs.pop("embeddings_data", None)
+        super().__init__(log_dir, histogram_freq, **kwargs)

@@ -1,0 +1,159 @@
+"""Data as Keras 2 took it, made ready for Keras 3.
+
+Keras 2 took lists where Keras 3 wants tuples of arrays, `None` for targets that
+are not there, and Python generators whose batches differ in length.
+"""
+
+import collections.abc
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+# Not public. Keras takes an object of this class as it is, where it would fix
+# all lengths of a generator whose first two batches happen to be equally long.
+from keras.src.trainers.data_adapters.data_adapter import DataAdapter
+
+
+def as_arrays(data):
+    """Turns the inputs or the targets of one batch into arrays.
+
+    Args:
+        data: An array, a list of numbers, a list of arrays or of lists (one
+            for each input or output of the model), a dictionary, or `None`.
+
+    Returns:
+        An array, or a tuple or dictionary of several arrays. `None`s are left
+        out, and one array alone stands without its tuple.
+    """
+    if isinstance(data, dict):
+        arrays = {name: _as_array(x) for name, x in data.items()}
+        return arrays if len(arrays) != 1 else next(iter(arrays.values()))
+    if not isinstance(data, (list, tuple)):
+        return _as_array(data)
+    if data and all(np.isscalar(x) for x in data):
+        return np.array(data)
+    arrays = tuple(_as_array(x) for x in data if x is not None)
+    if not arrays:
+        return None
+    return arrays if len(arrays) != 1 else arrays[0]
+
+
+def as_batch(item, inputs_only=False):
+    """Turns what a generator yields into the tuple that Keras 3 expects.
+
+    Args:
+        item: `(x, y)`, `(x, y, sample_weight)`, `(x,)` or lists of the same.
+        inputs_only: Whether the item is a batch for `predict`. There a list
+            holds inputs, and only of a tuple the first entry is taken.
+
+    Returns:
+        A tuple of `x` and, where there are any, `y` and `sample_weight`.
+    """
+    if inputs_only:
+        x = item[0] if isinstance(item, tuple) else item
+        return (as_arrays(x),)
+    if not isinstance(item, (list, tuple)):
+        return (as_arrays(item),)
+    if not 1 <= len(item) <= 3:
+        raise ValueError(
+            "Expected a generator to yield (x, y) or (x, y, sample_weight). "
+            f"Received: {len(item)} entries"
+        )
+    x, y, *weight = item
+    parts = [as_arrays(x), as_arrays(y), *map(as_arrays, weight)]
+    while parts[-1] is None:
+        parts.pop()
+    return tuple(parts)
+
+
+def is_iterator(data):
+    """Tells whether `data` are batches of a generator or of a `Sequence`."""
+    return isinstance(data, (collections.abc.Iterator, Sequence))
+
+
+class Batches(DataAdapter):
+    """Batches of a Python iterator, as an iterator and as data of Keras 3.
+
+    `next` gives what the iterator gives: NumPy arrays. `fit`, `evaluate` and
+    `predict` of any model of Keras 3 take it, and batches may have any lengths.
+
+    Args:
+        items: Iterator of batches, as Keras 2 took them.
+        inputs_only: Whether the batches are inputs for `predict`.
+    """
+
+    def __init__(self, items, inputs_only=False):
+        self._items = iter(items)
+        self._inputs_only = inputs_only
+        self._pending = []  # looked at, and not yet given out
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return self._pending.pop() if self._pending else next(self._items)
+
+    def _batches(self):
+        for item in self:
+            yield as_batch(item, self._inputs_only)
+
+    def get_tf_dataset(self):
+        try:
+            first = next(self)
+        except StopIteration:
+            raise ValueError(
+                "Expected a generator of at least one batch. "
+                "Received: a generator at its end"
+            ) from None
+        self._pending.append(first)
+        first = as_batch(first, self._inputs_only)
+        signature = keras.tree.map_structure(_spec, first)
+        return tf.data.Dataset.from_generator(
+            self._batches, output_signature=signature
+        ).prefetch(tf.data.AUTOTUNE)
+
+    num_batches = None
+    batch_size = None
+    has_partial_batch = None
+    partial_batch_size = None
+
+
+class Sequence:
+    """Keras 2's `keras.utils.Sequence`: batches by their number.
+
+    A subclass defines `__len__` and `__getitem__`, and `on_epoch_end` if it
+    likes. Nothing has to be called of this class.
+    """
+
+    def on_epoch_end(self):
+        """Is called after each pass through the batches."""
+
+    def __iter__(self):
+        for index in range(len(self)):
+            yield self[index]
+
+
+def endless(sequence, shuffle=False):
+    """Yields the batches of a `Sequence` over and over."""
+    while True:
+        count = len(sequence)
+        order = np.random.permutation(count) if shuffle else range(count)
+        for index in order:
+            yield sequence[int(index)]
+        sequence.on_epoch_end()
+
+
+def _as_array(x):
+    if x is None or isinstance(x, (np.ndarray, dict)) or tf.is_tensor(x):
+        return x
+    return np.asarray(x)  # lists, numbers, frames and series of pandas
+
+
+def _spec(array):
+    """Every size may vary, but an axis of size 1 stays one."""
+    array = np.asarray(array)
+    sizes = [1 if size == 1 else None for size in array.shape[1:]]
+    dtype = "float32" if array.dtype == "float64" else array.dtype
+    batch = [None] if array.ndim else []
+    return tf.TensorSpec([*batch, *sizes], dtype)
