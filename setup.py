@@ -9,8 +9,10 @@ examples = [
     "scikit-learn>=1.4",
     "snownlp>=0.12.3",
 ]
+bert4keras = ["safetensors>=0.4.3"]
 test = [
     *examples,
+    *bert4keras,
     "jax>=0.4.35",
     "keras-hub>=0.18",
     "pytest>=8",
@@ -51,6 +53,7 @@ setup(
         "tensorflow>=2.18",
     ],
     extras_require={
+        "bert4keras": bert4keras,
         "examples": examples,
         "test": test,
         "bench": test,

@@ -1,18 +1,25 @@
-"""Runs the original examples of bert4keras on Keras 3.
+"""Runs bert4keras's own examples, and scripts of strangers, on Keras 3.
 
     git clone https://github.com/bojone/bert4keras
     python benchmarks/run_bert4keras_examples.py --examples bert4keras/examples
+
+    git clone https://github.com/bojone/CoSENT repositories/bojone/CoSENT
+    python benchmarks/run_bert4keras_examples.py --repositories repositories
 
 Each script runs in a process of its own: untouched, by
 `python -m blogkeras.bert4keras script.py`; with the line
 `import blogkeras.bert4keras` added; and, if that does not do, with the line
 `import blogkeras.bert4keras.keras2`. Checkpoints, vocabularies and data are
 made here: random and tiny. Texts are short, training stops after two steps and
-a web server after one request. A script runs if it comes to its end. The table
-goes into docs/bert4keras.md; with `--folder` it grows from call to call.
+a web server after one request. A script runs if it comes to its end. The tables
+go into docs/bert4keras.md; with `--folder` they grow from call to call.
+
+Of the repositories listed in `strangers.py` those are run that are in the
+folder; their scripts run untouched only, with paths, sizes and epochs changed
+by the rules below, and data made by the rules there.
 
 The scripts also need: pip install bottle cchess jieba nltk
-opencv-python-headless pandas rouge sympy
+opencv-python-headless pandas rouge scipy sympy
 """
 
 import argparse
@@ -30,13 +37,24 @@ import textwrap
 import traceback
 
 import numpy as np
+import strangers
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs/bert4keras.md"
-START, END = "<!-- examples -->", "<!-- end of examples -->"
 HOME = "/root"  # where the original scripts keep their files
 HIDDEN = 16
 # Lengths of texts, and numbers of sampling steps.
 SIZES = r"^(max\w*len|\w*steps) = (\d+)\b"
+# Sizes of models, as entries of a dictionary or as arguments.
+MODEL_SIZES = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": 2 * HIDDEN,
+    "attention_head_n": 2,
+    "attention_block_n": 2,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
+# Absolute paths in strings.
+ABSOLUTE = r"""(?<=["'])/(?=(?:root|home|data|mnt|Users|search|opt)/)"""
 LIMIT = """
 import functools, json, os, sys, wsgiref.util
 import keras
@@ -51,9 +69,16 @@ keras.Model.fit = fit
 # A tiny random model may never be good enough for the script to save it.
 _load = keras.Model.load_weights
 def load_weights(self, path, *args, **kwargs):
-    if os.path.exists(path) or os.path.exists(str(path) + ".h5"):
+    if os.path.exists(path):
         _load(self, path, *args, **kwargs)
 keras.Model.load_weights = load_weights
+import blogkeras.bert4keras
+from blogkeras.bert4keras import saving
+_load_any = saving.load_weights
+def load_any(self, path, *args, **kwargs):
+    if os.path.exists(path):
+        _load_any(self, path, *args, **kwargs)
+saving.load_weights = load_any
 images = keras.applications.mobilenet_v2
 images.MobileNetV2 = functools.partial(images.MobileNetV2, weights=None)
 try:
@@ -72,7 +97,31 @@ except ImportError:
     pass
 """
 PLAIN = LIMIT + "import runpy; runpy.run_path({0!r}, run_name='__main__')"
-MAIN = "from blogkeras.bert4keras.__main__ import main; main([{0!r}])"
+MAIN = "from blogkeras.bert4keras.__main__ import main; main([{0!r}, *{1!r}])"
+# A checkpoint that is not there is made, of the shapes of its model.
+CHECKPOINTS = """
+import numpy as np
+import blogkeras.bert4keras
+from bert4keras.models import Transformer
+def values(self):
+    rng = np.random.default_rng(0)
+    for layer, names in self.variable_mapping().items():
+        layer = self.layers.get(self.prefixed(layer))
+        weights = getattr(layer, "trainable_weights", [])
+        for name, weight in zip(names, weights):
+            array = np.zeros(tuple(weight.shape), "float32")
+            _, array = self.create_variable(name, array)
+            shape = array.shape
+            if self.keep_tokens and shape[:1] == (self.vocab_size,):
+                shape = (max(self.keep_tokens) + 1, *shape[1:])
+            yield name, rng.normal(0, 0.02, shape).astype("float32")
+_read = Transformer.load_weights_from_checkpoint
+def load(self, checkpoint, *args, **kwargs):
+    if not os.path.exists(f"{{checkpoint}}.index"):
+        checkpoint = dict(values(self))
+    _read(self, checkpoint, *args, **kwargs)
+Transformer.load_weights_from_checkpoint = load
+"""
 # name: (program, added line)
 KINDS = {
     "untouched": (LIMIT + MAIN, ""),
@@ -164,6 +213,28 @@ def write_data(root, examples, characters):
         path.write_bytes(b"P6 4 4 255 " + bytes(range(48)))
 
 
+BERT = {
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "hidden_size": HIDDEN,
+    "initializer_range": 0.02,
+    "intermediate_size": 2 * HIDDEN,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 2,
+    "type_vocab_size": 2,
+}
+
+
+def vocabulary(characters):
+    """The tokens of a vocabulary of characters."""
+    tokens = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100))]
+    tokens += ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>"]
+    words = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
+    words += characters
+    return [*tokens, *words, *("##" + word for word in words)]
+
+
 def write_checkpoints(root, source, characters, layers):
     """Writes a configuration, a vocabulary and random weights per model."""
     import blogkeras.bert4keras  # noqa: F401
@@ -171,22 +242,10 @@ def write_checkpoints(root, source, characters, layers):
     # isort: split
     from bert4keras.models import build_transformer_model
 
-    tokens = ["[PAD]", *(f"[unused{i}]" for i in range(1, 100))]
-    tokens += ["[UNK]", "[CLS]", "[SEP]", "[MASK]", "<S>", "<T>"]
-    words = [chr(i) for i in range(33, 127) if not chr(i).isupper()]
-    words += characters
-    tokens += [*words, *("##" + word for word in words)]
+    tokens = vocabulary(characters)
     bert = {
-        "attention_probs_dropout_prob": 0.1,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "hidden_size": HIDDEN,
-        "initializer_range": 0.02,
-        "intermediate_size": 2 * HIDDEN,
-        "max_position_embeddings": 512,
-        "num_attention_heads": 2,
+        **BERT,
         "num_hidden_layers": layers,
-        "type_vocab_size": 2,
         "vocab_size": len(tokens),
     }
     heads = {"with_mlm": True, "with_nsp": True}
@@ -244,12 +303,20 @@ def write_pieces(path, characters):
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
 
 
-def run(code, template, seconds):
-    """Returns `ok`, or the reason why the script does not run."""
+def run(code, template, seconds, inside=".", before=None):
+    """Returns `ok`, or the reason why the script does not run.
+
+    Args:
+        code: Program to run.
+        template: Folder, of which a copy is made.
+        seconds: Integer. The program is ended after them.
+        inside: Where in the copy it runs.
+        before: Function that is called in the process first.
+    """
     with tempfile.TemporaryDirectory() as folder:
         examples = pathlib.Path(folder) / "examples"
         shutil.copytree(template, examples)
-        return run_in(code, examples, seconds)
+        return run_in(code, examples / inside, seconds, before)
 
 
 def in_a_process(function, seconds=None, log=None):
@@ -279,19 +346,23 @@ def in_a_process(function, seconds=None, log=None):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def run_in(code, folder, seconds):
+def run_in(code, folder, seconds, before=None):
     def script():
         os.chdir(folder)
         sys.path.insert(0, "")
+        if before:
+            before()
         exec(code, {"__name__": "__main__"})
 
-    log = folder.parent / "log"
+    log = pathlib.Path(tempfile.mkstemp()[1])
     status = in_a_process(script, seconds, log)
     if status == 0:
         return "ok"
     if status == -signal.SIGALRM:
         return f"still running after {seconds} s"
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    if os.environ.get("SHOW_LOG"):
+        print("\n".join(lines[-40:]))
     lines = [x.strip() for x in lines if x.strip()]
     errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)]
     last = (errors or lines)[-1]
@@ -361,54 +432,169 @@ def table(results):
     ]
 
 
+def scripts_of(root):
+    """The scripts of a repository that train or evaluate a model."""
+    sources = {
+        path.relative_to(root): path.read_text("utf-8", "replace")
+        for path in sorted(root.rglob("*.py"))
+    }
+    imported = set()
+    for source in sources.values():
+        imported |= set(re.findall(r"^from (\w+) import", source, re.M))
+        imported |= set(re.findall(r"^import (\w+)", source, re.M))
+    uses = r"^(from bert4keras|import bert4keras|from (snippets|utils) import)"
+    works = r"\.(fit|fit_generator|predict|evaluate|compile)\("
+    return {
+        path: source
+        for path, source in sources.items()
+        if path.stem not in imported and "bert4keras" not in path.parts
+        if re.search(uses, source, re.M) and re.search(works, source)
+    }
+
+
+def shrunk(source, root):
+    """A script with its absolute paths under `root`, and small sizes."""
+    source = re.sub(ABSOLUTE, f"{root.as_posix()}/", source)
+    for name, size in MODEL_SIZES.items():
+        source = re.sub(
+            rf"(\b{name}['\"]?\s*[=:]\s*)\d+", rf"\g<1>{size}", source
+        )
+    return re.sub(SIZES, small, source, flags=re.MULTILINE)
+
+
+def run_repository(root, options, folder):
+    """Runs the scripts of one repository; returns what each says."""
+    name = "/".join(root.parts[-2:])
+    scripts = scripts_of(root)
+    text = "".join(
+        path.read_text("utf-8", "replace") for path in root.rglob("*.py")
+    )
+    text = text.encode("gbk", "ignore").decode("gbk") + "是人行动文化娱乐"
+    characters = sorted(set(re.findall("[\u4e00-\u9fff]", text)))
+    tokens = vocabulary(characters)
+    given = strangers.REPOSITORIES[name]
+    found = {}
+    for path, source in scripts.items():
+        label = f"{name}/{path.as_posix()}"
+        if not any(part in label for part in options.only):
+            continue
+        with tempfile.TemporaryDirectory() as temporary:
+            copy = pathlib.Path(temporary) / "copy"
+            home = pathlib.Path(temporary) / "home"
+            shutil.copytree(root, copy)
+            for file in copy.rglob("*.py"):
+                text = file.read_text("utf-8", "replace")
+                file.write_text(shrunk(text, home), "utf-8")
+            deep = "theseus" in label
+            config = {**BERT, "num_hidden_layers": 12 if deep else 2}
+            config["vocab_size"] = len(tokens)
+            if "mt5" in source:
+                config["hidden_act"] = ["gelu", "linear"]
+
+            found_models = set(
+                re.findall(r"[\w/.-]+\.model", shrunk(source, home))
+            )
+
+            def before(config=config, found_models=found_models):
+                writers = (
+                    (r"config\.json$", lambda *_: config),
+                    (r"vocab\.txt$", lambda *_: tokens),
+                    (r"keep_tokens\.json$", lambda *_: list(range(200))),
+                )
+                for model in found_models:
+                    write_pieces(pathlib.Path(model), characters)
+                strangers.write_on_demand(characters, writers)
+
+            arguments = next(
+                (a for part, a in given.items() if part in str(path)), []
+            )
+            code = (LIMIT + CHECKPOINTS + MAIN).format(path.name, arguments)
+            found[label] = run(code, copy, options.seconds, path.parent, before)
+        print(f"{label:60} {found[label]}", flush=True)
+        write(
+            folder / "strangers" / f"{label.replace('/', '+')}.json",
+            [json.dumps(found[label])],
+        )
+    return found
+
+
+def put(mark, lines):
+    """Puts `lines` into the page, between the marks of this name."""
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    text = DOCS.read_text(encoding="utf-8")
+    before, _, rest = text.partition(start)
+    after = rest.partition(end)[2]
+    lines = [before + start, "", *lines, "", end + after]
+    DOCS.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines[2:-2]))
+
+
+def run_examples(options, folder):
+    """Runs bert4keras's own examples, and puts the table into the page."""
+    scripts = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in sorted(options.examples.glob("*.py"))
+    }
+    if not (folder / "home12").exists():
+        in_a_process(lambda: prepare(folder, scripts))
+    for name in scripts:
+        if not any(part in name for part in options.only):
+            continue
+        found = {}
+        for kind, (template, _) in KINDS.items():
+            if kind == "keras2" and found["line"] == "ok":
+                continue
+            examples = folder / kind / "examples"
+            code = template.format(name, [])
+            found[kind] = run(code, examples, options.seconds)
+            print(f"{name:50} {kind:10} {found[kind]}", flush=True)
+        write(folder / f"{name}.json", [json.dumps(found)])
+    results = {
+        name: json.loads((folder / f"{name}.json").read_text())
+        for name in scripts
+        if (folder / f"{name}.json").exists()
+    }
+    if not results:
+        return
+    lines = table(results)
+    left = sorted(scripts.keys() - results.keys())
+    if left:
+        text = f"Not tried: {', '.join(left)}."
+        lines += ["", *textwrap.wrap(text, 80, break_on_hyphens=False)]
+    put("examples", lines)
+
+
+def run_strangers(options, folder):
+    """Runs scripts of repositories, and puts the table into the page."""
+    for name in strangers.REPOSITORIES:
+        root = options.repositories / name
+        if root.exists():
+            run_repository(root, options, folder)
+    results = {}
+    for path in sorted((folder / "strangers").glob("*.json")):
+        results[path.stem.replace("+", "/")] = json.loads(path.read_text())
+    if results:
+        put("strangers", strangers.table(results))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--examples", type=pathlib.Path, required=True)
+    parser.add_argument("--examples", type=pathlib.Path)
+    parser.add_argument("--repositories", type=pathlib.Path)
     parser.add_argument("--only", nargs="*", default=[""], metavar="PART")
     parser.add_argument("--seconds", type=int, default=600)
     parser.add_argument(
         "--folder", type=pathlib.Path, help="keep files and results here"
     )
     options = parser.parse_args()
-    scripts = {
-        path.name: path.read_text(encoding="utf-8")
-        for path in sorted(options.examples.glob("*.py"))
-    }
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     importlib.import_module("keras")
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or pathlib.Path(temporary)).absolute()
-        if not (folder / "home12").exists():
-            in_a_process(lambda: prepare(folder, scripts))
-        for name in scripts:
-            if not any(part in name for part in options.only):
-                continue
-            found = {}
-            for kind, (template, _) in KINDS.items():
-                if kind == "keras2" and found["line"] == "ok":
-                    continue
-                examples = folder / kind / "examples"
-                code = template.format(name)
-                found[kind] = run(code, examples, options.seconds)
-                print(f"{name:50} {kind:10} {found[kind]}", flush=True)
-            write(folder / f"{name}.json", [json.dumps(found)])
-        results = {
-            name: json.loads((folder / f"{name}.json").read_text())
-            for name in scripts
-            if (folder / f"{name}.json").exists()
-        }
-    if results:
-        lines = table(results)
-        left = sorted(scripts.keys() - results.keys())
-        if left:
-            text = f"Not tried: {', '.join(left)}."
-            lines += ["", *textwrap.wrap(text, 80, break_on_hyphens=False)]
-        print("\n".join(lines))
-        text = DOCS.read_text(encoding="utf-8")
-        before, _, rest = text.partition(START)
-        after = rest.partition(END)[2]
-        lines = [before + START, "", *lines, "", END + after]
-        DOCS.write_text("\n".join(lines), encoding="utf-8")
+        if options.examples:
+            run_examples(options, folder)
+        if options.repositories:
+            run_strangers(options, folder)
 
 
 if __name__ == "__main__":

@@ -394,9 +394,9 @@ def _also_symbolic(function):
 REFUSED = {
     name: reason
     for names, reason in {
-        "get_session clear_get_session get_graph manual_variable_initialization "
+        "get_session get_graph manual_variable_initialization "
         "v1_variable_initialization": "Keras 3 has no sessions and graphs",
-        "control_dependencies eager symbolic is_symbolic": (
+        "control_dependencies eager is_symbolic": (
             "Keras 3 runs in the order of the program"
         ),
         "local_conv1d local_conv2d": "use keras.layers.Conv1D or Conv2D",

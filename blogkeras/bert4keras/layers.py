@@ -319,13 +319,20 @@ def _shapes(tensors):
 
 
 def as_variable(value):
-    """Makes a variable of TensorFlow one of Keras that shares its value."""
-    if isinstance(value, tf.Variable):
-        name = value.name.partition(":")[0].replace("/", "_")
-        return keras.Variable(
-            value, dtype=value.dtype.name, trainable=value.trainable, name=name
+    """Makes a variable of TensorFlow one of Keras that shares its value.
+
+    Of one variable of TensorFlow there is one of Keras.
+    """
+    if not isinstance(value, tf.Variable):
+        return value
+    if not hasattr(value, "_as_keras_variable"):
+        value._as_keras_variable = keras.Variable(
+            value,
+            dtype=value.dtype.name,
+            trainable=value.trainable,
+            name=value.name.partition(":")[0].replace("/", "_"),
         )
-    return value
+    return value._as_keras_variable
 
 
 def mean_metric(owner, name, aggregation="mean"):

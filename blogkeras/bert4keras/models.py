@@ -48,7 +48,12 @@ class Habits:
 
     Data may be lists, and generators may yield lists and batches of any
     length; `fit_generator` and its like are there; arguments stand in the
-    order of Keras 2; a file may have any name.
+    order of Keras 2; a file may have any name. With one input, `model.input` is
+    a tensor. `add_loss` and `add_metric` take symbolic tensors of the model; as
+    in Keras 2 they are not saved with it.
+
+    A mixin: Keras gives a class that derives from its `Model` another base at
+    its first functional model, which no other class may notice.
     """
 
     def compile(
@@ -81,6 +86,12 @@ class Habits:
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
+
+    def compile_from_config(self, config):
+        # Keras does this itself for models that leave `compile` as it is.
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.built:
+            self.optimizer.build(self.trainable_variables)
 
     @property
     def metrics_names(self):
@@ -174,33 +185,6 @@ class Habits:
     def load_weights(self, filepath, *args, **kwargs):
         saving.load_weights(self, filepath, *args, **kwargs)
 
-
-def _arrays(x):
-    return x if isinstance(x, data.Batches) else data.as_arrays(x)
-
-
-def _batches(items, inputs_only=False, shuffle=False):
-    if isinstance(items, data.Sequence):
-        items = data.endless(items, shuffle)
-    return data.Batches(items, inputs_only)
-
-
-def _with_steps(x, kwargs, inputs_only=False):
-    """Makes batches of an iterator; a `Sequence` knows how many there are."""
-    if not data.is_iterator(x):
-        return x
-    if isinstance(x, data.Sequence) and kwargs.get("steps") is None:
-        kwargs["steps"] = len(x)
-    return _batches(x, inputs_only)
-
-
-class Model(Habits, keras.Model):
-    """A functional or subclassed model that takes what old scripts give to it.
-
-    With one input, `model.input` is a tensor. `add_loss` and `add_metric` take
-    symbolic tensors of the model; as in Keras 2 they are not saved with it.
-    """
-
     # A function: Keras must not find the layers in there a second time.
     _with_added = None
 
@@ -236,9 +220,13 @@ class Model(Habits, keras.Model):
         losses = loss if isinstance(loss, (list, tuple)) else [loss]
         for tensor in losses:
             if isinstance(tensor, keras.KerasTensor):
-                self._add(tensor, super().add_loss)
+                self._add(tensor, self._add_value)
             else:
-                super().add_loss(tensor)
+                self._add_value(tensor)
+
+    def _add_value(self, loss):
+        # A functional model of Keras 3 overrides `add_loss` to refuse.
+        keras.layers.Layer.add_loss(self, loss)
 
     def add_metric(self, value, name=None, aggregation="mean"):
         """Shows the mean of a symbolic tensor of the model as a metric."""
@@ -260,7 +248,7 @@ class Model(Habits, keras.Model):
 
     def call(self, inputs, training=None, mask=None, **kwargs):
         if self._with_added is None:
-            return super().call(inputs, training, mask, **kwargs)
+            return super().call(inputs, training=training, mask=mask, **kwargs)
         uses = self._with_added()[1]
         values = self._extended()(
             keras.tree.flatten(inputs), training=training, mask=mask
@@ -269,6 +257,29 @@ class Model(Habits, keras.Model):
         for use, value in zip(uses, values[count:], strict=True):
             use(value)
         return keras.tree.pack_sequence_as(self.output, values[:count])
+
+
+def _arrays(x):
+    return x if isinstance(x, data.Batches) else data.as_arrays(x)
+
+
+def _batches(items, inputs_only=False, shuffle=False):
+    if isinstance(items, data.Sequence):
+        items = data.endless(items, shuffle)
+    return data.Batches(items, inputs_only)
+
+
+def _with_steps(x, kwargs, inputs_only=False):
+    """Makes batches of an iterator; a `Sequence` knows how many there are."""
+    if not data.is_iterator(x):
+        return x
+    if isinstance(x, data.Sequence) and kwargs.get("steps") is None:
+        kwargs["steps"] = len(x)
+    return _batches(x, inputs_only)
+
+
+class Model(Habits, keras.Model):
+    """A functional model that takes what old scripts give to it."""
 
 
 class Sequential(Habits, keras.Sequential):

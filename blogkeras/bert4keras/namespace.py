@@ -15,7 +15,7 @@ from blogkeras.bert4keras import (
     saving,
 )
 from blogkeras.bert4keras.backend import make_backend
-from blogkeras.bert4keras.models import Model, Sequential, make_model
+from blogkeras.bert4keras.models import Habits, Sequential, make_model
 from blogkeras.bert4keras.optimizers import (
     OPTIMIZERS,
     Optimizer,
@@ -31,19 +31,19 @@ class Door:
     Args:
         cls: The class of Keras that objects are tested for.
         make: Function that makes an object.
-        base: The class to derive from; `cls` if none is given.
+        bases: The classes to derive from; `cls` if none are given.
     """
 
-    def __init__(self, cls, make, base=None):
+    def __init__(self, cls, make, bases=None):
         self._cls = cls
         self._make = make
-        self._base = base or cls
+        self._bases = bases or (cls,)
 
     def __call__(self, *args, **kwargs):
         return self._make(*args, **kwargs)
 
     def __mro_entries__(self, bases):
-        return (self._base,)
+        return self._bases
 
     def __instancecheck__(self, instance):
         return isinstance(instance, self._cls)
@@ -52,7 +52,10 @@ class Door:
         return issubclass(subclass, self._cls)
 
     def __getattr__(self, name):
-        return getattr(self._base, name)
+        for base in self._bases:
+            if hasattr(base, name):
+                return getattr(base, name)
+        return getattr(self._cls, name)
 
 
 def _make_dense(units=None, activation=None, *args, **kwargs):
@@ -101,7 +104,7 @@ for _name, _layer in _LAYERS.items():
 
 def make_keras():
     """Returns new modules to stand in `sys.modules` as Keras, by name."""
-    model = Door(keras.Model, make_model, Model)
+    model = Door(keras.Model, make_model, (Habits, keras.Model))
     changes = {
         "activations": {"get": names.get_activation},
         "callbacks": {

@@ -134,25 +134,9 @@ REFUSED = {
         "Node": _INNER,
         "disable_tracking": _INNER,
     },
-    "preprocessing.image": dict.fromkeys(
-        (
-            "DataFrameIterator",
-            "DirectoryIterator",
-            "ImageDataGenerator",
-            "Iterator",
-            "NumpyArrayIterator",
-            "apply_affine_transform",
-            "apply_brightness_shift",
-            "apply_channel_shift",
-            "random_brightness",
-            "random_channel_shift",
-            "random_rotation",
-            "random_shear",
-            "random_shift",
-            "random_zoom",
-        ),
-        "use the layers of keras.layers that change pictures",
-    ),
+    "preprocessing.image": {
+        "DataFrameIterator": "use ImageDataGenerator",
+    },
     "applications": dict.fromkeys(
         ("backend", "layers", "models", "utils"), _INNER
     ),

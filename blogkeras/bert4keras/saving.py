@@ -7,13 +7,16 @@ holds no state of the optimizer. A model is written in the format of Keras 3
 under the name that was given.
 """
 
+import inspect
 import os
 import pathlib
 import tempfile
+import warnings
 import zipfile
 
 import h5py
 import keras
+from keras._tf_keras.keras import losses as legacy_losses
 
 # Not public: `model.save_weights` writes this format no longer.
 from keras.src.legacy.saving import legacy_h5_format
@@ -36,7 +39,11 @@ def save_weights(model, filepath, overwrite=True, **kwargs):
 def load_weights(model, filepath, by_name=False, skip_mismatch=False, **kwargs):
     """Reads weights that `save_weights`, Keras 2 or Keras 3 has written."""
     path = str(filepath)
-    if path.endswith(".weights.json") or not os.path.exists(path):
+    if not os.path.exists(path):
+        raise FileNotFoundError(
+            f"Expected a file of weights. Received: filepath={filepath}"
+        )
+    if path.endswith(".weights.json") or os.path.isdir(path):
         keras.Model.load_weights(model, filepath, skip_mismatch, **kwargs)
         return
     try:
@@ -60,7 +67,16 @@ def save_model(model, filepath, overwrite=True, **kwargs):
     """Writes `model` to the file of exactly this name."""
     path = str(filepath)
     kwargs.pop("save_format", None)
-    if path.endswith((".keras", *_HDF5)):
+    if path.endswith(_HDF5):
+        # Keras 3 takes the optimizer out of the model's own configuration
+        # while it writes HDF5, and would not find it there the next time.
+        compiled = getattr(model, "_compile_config", None)
+        config = dict(compiled.config) if compiled else {}
+        keras.Model.save(model, filepath, overwrite, **kwargs)
+        if compiled:
+            compiled.config.update(config)
+        return
+    if path.endswith(".keras"):
         keras.Model.save(model, filepath, overwrite, **kwargs)
         return
     kwargs.pop("include_optimizer", None)
@@ -84,8 +100,57 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
     name = pathlib.Path(path).name
     if os.path.isfile(path) and not path.endswith((".keras", *_HDF5)):
         name = "model.keras" if zipfile.is_zipfile(path) else "model.h5"
-    with _named(path, name) as path:
-        return keras.models.load_model(path, custom_objects, compile, safe_mode)
+    if name.endswith(_HDF5):
+        # Keras 3 does not find the functions of its own names in HDF5 files.
+        known = {
+            key: keras.saving.get_registered_object(f"bert4keras>{key}")
+            for key in ("Model", "Sequential")
+        }
+        known["Functional"] = known["Model"]
+        custom_objects = {
+            **_loss_functions(),
+            **known,
+            **(custom_objects or {}),
+        }
+    with _named(path, name) as link:
+        model = keras.models.load_model(
+            link, custom_objects, compile, safe_mode
+        )
+    if compile and name.endswith(_HDF5) and model.compiled:
+        _restore_optimizer(model, path)
+    return model
+
+
+def _restore_optimizer(model, path):
+    """Gives the optimizer its state, which Keras 3 leaves in an HDF5 file."""
+    with h5py.File(path, "r") as file:
+        group = file.get("optimizer_weights")
+        names = [] if group is None else group.attrs["weight_names"]
+        values = [group[name][()] for name in names]
+    config = model.get_compile_config()
+    if values and config:
+        # Anew: the loaded optimizer has been built for no variables.
+        model.compile_from_config(config)
+        variables = model.optimizer.variables
+        if [v.shape for v in values] == [tuple(v.shape) for v in variables]:
+            for variable, value in zip(variables, values, strict=True):
+                variable.assign(value)
+        else:
+            warnings.warn(
+                f"The state of the optimizer in {path} is of another kind, "
+                "and is not read.",
+                stacklevel=3,
+            )
+
+
+def _loss_functions():
+    return {
+        name: function
+        for module in (keras.losses, keras.metrics, legacy_losses)
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        if name not in ("get", "serialize", "deserialize")
+    }
 
 
 class _named:

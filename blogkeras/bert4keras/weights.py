@@ -1,11 +1,11 @@
 """Weights of bert4keras models in the files of other libraries."""
 
+import importlib
 import json
+import os
 import pathlib
 
 import keras
-import ml_dtypes
-import numpy as np
 import tensorflow as tf
 
 
@@ -56,10 +56,21 @@ def read_safetensors(path):
 
     Returns what bert4keras takes for a checkpoint: the arrays by the names of
     the original TensorFlow checkpoints. All options of bert4keras's loading
-    (`keep_tokens`, `ignore_invalid_weights`, ...) apply.
+    (`keep_tokens`, `ignore_invalid_weights`, ...) apply. Floating point numbers
+    become float32; integers and booleans stay what they are.
+
+    Needs the library `safetensors`, which checks the file.
 
     Args:
-        path: String or path. The file `model.safetensors`, or its folder.
+        path: String or path. The file `model.safetensors`; or the index
+            `model.safetensors.index.json` of a model in several files; or the
+            folder of either.
+
+    Raises:
+        ValueError: where a file is damaged, a file or a tensor that the index
+            names is missing, or the numbers are of a kind that NumPy has not
+            (as float8).
+        FileNotFoundError: where there is no such file.
 
     Example:
 
@@ -69,27 +80,111 @@ def read_safetensors(path):
     ...     "bert/config.json", read_safetensors("bert/model.safetensors")
     ... )
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(
+            f"Expected `path` to be a file or a folder. Received: path={path!r}"
+        )
     path = pathlib.Path(path)
     if path.is_dir():
-        path = path / "model.safetensors"
-    with open(path, "rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        start = file.tell()
-    header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, "r", start)
+        folder, path = path, path / "model.safetensors"
+        if not path.exists():
+            path = folder / _INDEX
+    if not path.exists():
+        raise FileNotFoundError(
+            f"Expected model.safetensors or {_INDEX}. Received: path={path}"
+        )
+    if path.suffix == ".json":
+        files = _read_index(path)
+    else:
+        files = {path: None}
     checkpoint = _Checkpoint()
-    for name, item in header.items():
-        if item["dtype"] in _DTYPES:
-            begin, end = item["data_offsets"]
-            array = data[begin:end].view(_DTYPES[item["dtype"]])
-            array = array.reshape(item["shape"]).astype("float32")
+    for file, expected in files.items():
+        for name, array in _read_file(file, expected):
             names, transposed = _tensorflow_names(name)
             for name in names:
                 checkpoint[name] = array.T if transposed else array
     return checkpoint
 
 
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": ml_dtypes.bfloat16}
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_OTHERS = ("BOOL", "I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64")
+
+
+def _read_index(path):
+    """Returns the names of the tensors in each file of a sharded model."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map = dict(index["weight_map"])
+        named = [*weight_map, *weight_map.values()]
+        if not weight_map or not all(isinstance(x, str) for x in named):
+            raise ValueError("no names of files")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"Expected an index of tensors and their files in {path}. "
+            f"Received: {error!r}"
+        ) from None
+    files = {}
+    for tensor, name in weight_map.items():
+        if pathlib.PurePath(name).name != name:
+            raise ValueError(
+                "Expected the files of an index to lie beside it. "
+                f"Received: {name!r} in {path}"
+            )
+        files.setdefault(path.parent / name, set()).add(tensor)
+    for file in files:
+        if not file.exists():
+            raise ValueError(
+                f"Expected the file {file.name} beside {path}. "
+                "Received: no such file"
+            )
+    return files
+
+
+def _read_file(path, expected=None):
+    """Yields the names and arrays of one file, after all of it is checked."""
+    safetensors = _import_safetensors()
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            names = list(file.keys())
+            kinds = {name: file.get_slice(name).get_dtype() for name in names}
+            for name, kind in kinds.items():
+                if kind not in (*_FLOATS, *_OTHERS):
+                    raise ValueError(
+                        "Expected tensors of floating point numbers, integers "
+                        f"or booleans. Received: {name} of {kind} in {path}"
+                    )
+            missing = sorted((expected or set()) - set(names))
+            if missing:
+                raise ValueError(
+                    f"Expected in {path} the tensors that the index names. "
+                    f"Received: a file without {', '.join(missing[:3])}"
+                )
+            for name in sorted(expected or names):
+                array = file.get_tensor(name)
+                yield (
+                    name,
+                    (
+                        array.astype("float32")
+                        if kinds[name] in _FLOATS
+                        else array
+                    ),
+                )
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"Expected a file of safetensors. Received: {path} ({error})"
+        ) from None
+
+
+def _import_safetensors():
+    try:
+        return importlib.import_module("safetensors")
+    except ImportError:
+        raise ImportError(
+            "read_safetensors needs the library safetensors: "
+            "pip install safetensors"
+        ) from None
+
 
 # From Hugging Face to TensorFlow, in this order.
 _RENAMED = (

@@ -380,6 +380,91 @@ def run_optimizer(name, optimizer, steps=7):
     return {f"optimizer {name}": np.array(rows)}
 
 
+def run_habits():
+    """What old scripts do with layers and models, apart from bert4keras."""
+    from bert4keras import layers
+    from bert4keras.backend import K, keras
+
+    rng = generator("habits")
+    x, y = rng.normal(size=(4, 3)), rng.normal(size=(4, 1))
+    ids = rng.integers(1, 6, (4, 3))
+    result = {}
+
+    class WithMetric(layers.Loss):
+        def compute_loss(self, inputs, mask=None):
+            loss = K.mean(K.square(inputs[0] - inputs[1]))
+            self.add_metric(3 * loss, name="m", aggregation="mean")
+            return loss
+
+    class Variable(keras.layers.Layer):
+        def build(self, input_shape):
+            self.w = K.variable(np.ones((3, 1)), name="w")
+            self._trainable_weights = [self.w]
+            super().build(input_shape)
+
+        def call(self, inputs):
+            return K.dot(inputs, self.w)
+
+        def compute_output_shape(self, input_shape):
+            return (*input_shape[:-1], 1)
+
+    class SomeRows(layers.Embedding):
+        def call(self, inputs, mode="embedding"):
+            table = self.embeddings
+            mask = np.zeros((K.int_shape(table)[0], 1))
+            mask[1:3] += 1
+            fixed = K.stop_gradient(table)
+            self.embeddings = table * mask + fixed * (1 - mask)
+            outputs = super().call(inputs, mode)
+            self.embeddings = table
+            return outputs
+
+    def fit(name, model, *data):
+        randomize(model)
+        history = model.fit(*data, epochs=3, verbose=0, batch_size=4).history
+        result.update({f"{name} {k}": v for k, v in history.items()})
+        for i, w in enumerate(model.get_weights()):
+            result[f"{name} weight {i}"] = w
+
+    Input, Dense, Model = keras.layers.Input, keras.layers.Dense, keras.Model
+    a, b = Input((3,)), Input((1,))
+    model = Model(
+        [a, b], WithMetric(0, name="loss")([Dense(1, name="one")(a), b])
+    )
+    model.compile("sgd")
+    fit("layer", model, [x, y])
+
+    a = Input((3,))
+    model = Model(a, Variable(name="variable")(a))
+    model.compile("sgd", "mse")
+    fit("variable", model, x, y)
+
+    a = Input((3,))
+    pooled = keras.layers.GlobalAveragePooling1D()(SomeRows(6, 2)(a))
+    model = Model(a, Dense(1, name="last")(pooled))
+    model.compile("sgd", "mse")
+    fit("rows", model, ids, y)
+
+    a = Input((3,))
+    h = Dense(2, name="first")(a)
+    model = Model(a, Dense(1, name="last")(h))
+    model.add_loss(K.mean(K.square(h)))
+    model.add_metric(K.mean(K.abs(h)), name="size", aggregation="mean")
+    model.compile("sgd", "mse")
+    fit("added", model, x, y)
+    return {f"habit {k}": np.array(v) for k, v in result.items()}
+
+
+def weights_file():
+    """The bytes of a file of weights that this Keras writes."""
+    model = build("albert")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "best_model.h5")
+        model.save_weights(path)
+        with open(path, "rb") as file:
+            return np.frombuffer(file.read(), np.uint8)
+
+
 @functools.cache
 def reference(full=False):
     """Returns the results of tf_keras, computed once in another process."""
@@ -415,6 +500,8 @@ def main(path, full=False):
         results.update(run_autoresize())
     results.update(run_functions())
     results.update(run_snippets())
+    results.update(run_habits())
+    results["weights file"] = weights_file()
     for name, optimizer in optimizer_cases().items():
         results.update(run_optimizer(name, optimizer))
     np.savez(path, **results)

@@ -1,9 +1,5 @@
 """What Keras 3 offers, with models of bert4keras."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -282,59 +278,3 @@ def test_two_replicas_train_as_one():
         """
     )
     assert float(output.splitlines()[-1]) < 1e-5
-
-
-def test_keras_of_old_scripts_by_one_line(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    names = [n for n in sys.modules if n.partition(".")[0] == "keras"]
-    for name in names:  # put back after the test
-        monkeypatch.setitem(sys.modules, name, sys.modules[name])
-    from blogkeras.bert4keras import keras2  # noqa: F401
-
-    # isort: split
-    import keras as keras_of_scripts
-    from keras.layers import Dense
-    from keras.models import Model
-
-    assert keras_of_scripts is backend.keras and keras is not keras_of_scripts
-    bert = oracle.built("bert")
-    model = Model(bert.inputs, Dense(2)(bert.output))
-    assert isinstance(model, keras.Model)
-    model.save_weights("best_model.weights")
-    model.load_weights("best_model.weights")
-    assert (tmp_path / "best_model.weights.h5").exists()
-
-
-@pytest.mark.verify
-def test_runs_an_old_script_without_any_change(tmp_path):
-    script = tmp_path / "old_script.py"
-    script.write_text(
-        """
-import sys
-import keras.backend as K
-from bert4keras.backend import keras, is_tf_keras
-from bert4keras.models import build_transformer_model
-from keras.layers import Add, Dense, Lambda
-from keras.models import Model, load_model
-
-assert is_tf_keras and sys.argv[1:] == ["argument"]
-bert = build_transformer_model(
-    vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-    intermediate_size=16, hidden_act="gelu", max_position=8,
-)
-model = Model(bert.inputs, Dense(2)(Lambda(lambda x: x[:, 0])(bert.output)))
-model.compile("sgd", "mse")
-model.save_weights("best_model.weights")
-model.load_weights("best_model.weights")
-print(model.predict([[[1, 2]], [[0, 0]]], verbose=0).shape, K.floatx())
-"""
-    )
-    output = subprocess.run(
-        [sys.executable, "-m", "blogkeras.bert4keras", script, "argument"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    assert output.splitlines()[-1] == "(1, 2) float32"

@@ -132,10 +132,32 @@ def test_data_generator_feeds_fit_and_predict():
 
 def test_data_generator_goes_through_all_data_in_each_epoch():
     batches = numbers([4, 3, 2, 4, 7])
-    data = iter(batches.forfit(random=False))
+    data = batches.forfit(random=False)
     for _ in range(2):
         lengths = [next(data)[0][0].shape for _ in range(len(batches))]
         assert lengths == [(2, 4), (2, 4), (1, 7)]
+
+
+def test_data_generator_gives_arrays_that_may_be_changed():
+    for method in ("forfit", "fortest"):
+        item = next(getattr(numbers([3, 4]), method)())
+        x = item[0][0] if method == "forfit" else item[0]
+        assert type(x) is np.ndarray
+        x += 1
+
+
+def test_data_generator_feeds_a_model_of_plain_keras():
+    """With the added line alone `keras.Model` is Keras's own."""
+    batches = numbers([4, 3, 2, 4, 7, 1, 2])
+    tokens, segments = keras.Input((None,)), keras.Input((None,))
+    x = keras.layers.Embedding(9, 2)(tokens)
+    x = keras.layers.GlobalMaxPooling1D()(x)
+    model = keras.Model([tokens, segments], keras.layers.Dense(1)(x))
+    model.compile("sgd", "mse", run_eagerly=True)
+    model.fit(batches.forfit(), steps_per_epoch=4, epochs=2, verbose=0)
+    predicted = model.predict(batches.fortest(), steps=4, verbose=0)
+    expected = [model.predict_on_batch(x) for x, _ in batches]
+    np.testing.assert_allclose(predicted, np.concatenate(expected), atol=1e-6)
 
 
 def test_data_generator_to_dataset_pads_batches():
@@ -298,7 +320,7 @@ def test_learning_phase_is_that_of_the_model():
 
 def test_error_of_a_missing_backend_function():
     with pytest.raises(AttributeError, match="no counterpart on Keras 3"):
-        _ = backend.K.set_learning_phase
+        _ = backend.K.get_session
 
 
 def test_search_layer_finds_layers_behind_tensors_and_models():

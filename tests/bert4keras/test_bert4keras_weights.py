@@ -15,7 +15,6 @@ import tensorflow as tf
 from blogkeras.bert4keras import read_safetensors
 
 # isort: split
-from bert4keras.backend import keras as keras_of_scripts
 from bert4keras.models import build_transformer_model, data_parallel
 
 
@@ -290,27 +289,6 @@ def test_autoresize_weights_equals_reference():
     for key, value in oracle.run_autoresize().items():
         reference = oracle.reference(full=True)[key]
         np.testing.assert_allclose(value, reference, rtol=0, atol=1e-6)
-
-
-def test_names_of_weights_files_of_old_scripts(tmp_path):
-    model = oracle.build("gpt2_ml")
-    before = model.get_weights()
-    model.save_weights(tmp_path / "best_model.weights")
-    assert (tmp_path / "best_model.weights.h5").exists()
-    model.set_weights([0 * w for w in before])
-    model.load_weights(str(tmp_path / "best_model.weights"))
-    for new, old in zip(model.get_weights(), before, strict=True):
-        np.testing.assert_array_equal(new, old)
-
-
-def test_names_of_model_files_of_old_scripts(tmp_path):
-    model = oracle.build("gpt2_ml")
-    model.save(tmp_path / "test.model")
-    loaded = keras_of_scripts.models.load_model(tmp_path / "test.model")
-    x = [[3, 7, 12], [4, 0, 0]]
-    np.testing.assert_array_equal(
-        loaded.predict([x], verbose=0), model.predict(np.array(x), verbose=0)
-    )
 
 
 def test_data_parallel_splits_the_batch():
