@@ -438,18 +438,18 @@ def scripts_of(root):
         path.relative_to(root): path.read_text("utf-8", "replace")
         for path in sorted(root.rglob("*.py"))
     }
-    imported = set()
-    for source in sources.values():
-        imported |= set(re.findall(r"^from (\w+) import", source, re.M))
-        imported |= set(re.findall(r"^import (\w+)", source, re.M))
-    uses = r"^(from bert4keras|import bert4keras|from (snippets|utils) import)"
-    works = r"\.(fit|fit_generator|predict|evaluate|compile)\("
-    return {
-        path: source
-        for path, source in sources.items()
-        if path.stem not in imported and "bert4keras" not in path.parts
-        if re.search(uses, source, re.M) and re.search(works, source)
-    }
+    imported, scripts = set(), {}
+    for path, source in sources.items():
+        names = set(re.findall(r"^(?:from|import) (\w+)", source, re.M))
+        imported |= names
+        # What a script does may stand in a module beside it.
+        beside = [sources.get(path.with_name(f"{name}.py")) for name in names]
+        whole = "\n".join([source, *filter(None, beside)])
+        uses = re.search(r"^(from|import) bert4keras", whole, re.M)
+        works = re.search(r"\.(fit|fit_generator|predict|compile)\(", whole)
+        if uses and works and "bert4keras" not in path.parts:
+            scripts[path] = source
+    return {p: s for p, s in scripts.items() if p.stem not in imported}
 
 
 def shrunk(source, root):
@@ -476,7 +476,10 @@ def run_repository(root, options, folder):
     found = {}
     for path, source in scripts.items():
         label = f"{name}/{path.as_posix()}"
+        result = folder / "strangers" / f"{label.replace('/', '+')}.json"
         if not any(part in label for part in options.only):
+            continue
+        if result.exists() and options.only == [""]:
             continue
         with tempfile.TemporaryDirectory() as temporary:
             copy = pathlib.Path(temporary) / "copy"
@@ -511,10 +514,7 @@ def run_repository(root, options, folder):
             code = (LIMIT + CHECKPOINTS + MAIN).format(path.name, arguments)
             found[label] = run(code, copy, options.seconds, path.parent, before)
         print(f"{label:60} {found[label]}", flush=True)
-        write(
-            folder / "strangers" / f"{label.replace('/', '+')}.json",
-            [json.dumps(found[label])],
-        )
+        write(result, [json.dumps(found[label])])
     return found
 
 
