@@ -1,8 +1,10 @@
 """Weights of bridged models in files."""
 
 import json
+import sys
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -75,11 +77,12 @@ def test_keep_tokens_and_compound_tokens():
     )
 
 
-def write_safetensors(path, tensors):
+def write_safetensors(path, tensors, kinds=None):
     """Writes the format as its specification says."""
+    known = {"f2": "F16", "f4": "F32", "f8": "F64", "i8": "I64", "b1": "BOOL"}
     header, data = {"__metadata__": {"format": "pt"}}, b""
     for name, value in tensors.items():
-        kind = {"f2": "F16", "f4": "F32", "i8": "I64"}[value.dtype.str[1:]]
+        kind = (kinds or {}).get(name) or known[value.dtype.str[1:]]
         offsets = [len(data), len(data) + value.nbytes]
         header[name] = {
             "dtype": kind,
@@ -87,8 +90,14 @@ def write_safetensors(path, tensors):
             "data_offsets": offsets,
         }
         data += value.tobytes()
-    header = json.dumps(header).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    write_file(path, header, data)
+
+
+def write_file(path, header, data=b"", length=None):
+    if not isinstance(header, bytes):
+        header = json.dumps(header).encode()
+    size = len(header) if length is None else length
+    path.write_bytes(size.to_bytes(8, "little") + header + data)
 
 
 def random_tensors(shapes, dtype="float32"):
@@ -232,6 +241,107 @@ def test_reads_hugging_face_electra(tmp_path, prefix, embedding):
         logits = linear(h, tensors, f"{head}.dense_prediction")
         expected = 1 / (1 + np.exp(-logits))
     np.testing.assert_allclose(model([IDS, SEGMENTS]), expected, atol=1e-5)
+
+
+def test_reads_a_model_in_several_files(tmp_path):
+    tensors = random_tensors(encoder_shapes("bert."))
+    write_safetensors(tmp_path / "model.safetensors", tensors)
+    expected = read_safetensors(tmp_path)
+    names = sorted(tensors)
+    weight_map = {}
+    for i in range(2):
+        file = f"model-{i + 1:05d}-of-00002.safetensors"
+        part = {name: tensors[name] for name in names[i::2]}
+        write_safetensors(tmp_path / file, part)
+        weight_map |= dict.fromkeys(part, file)
+    (tmp_path / "model.safetensors").unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    for path in (tmp_path, str(index)):
+        found = read_safetensors(path)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            np.testing.assert_array_equal(found[name], value)
+
+
+def test_kinds_of_numbers(tmp_path):
+    path = tmp_path / "a.safetensors"
+    values = np.array([1.5, -2.0, 3e-5])
+    half = values.astype(ml_dtypes.bfloat16)
+    tensors = {
+        "double": values,
+        "half": half.view("u2"),
+        "ids": np.array([2**40, 3]),
+        "flags": np.array([True, False]),
+    }
+    write_safetensors(path, tensors, {"half": "BF16"})
+    found = read_safetensors(path)
+    np.testing.assert_array_equal(found["double"], values.astype("float32"))
+    np.testing.assert_array_equal(found["half"], half.astype("float32"))
+    assert found["ids"].tolist() == [2**40, 3]
+    assert found["flags"].tolist() == [True, False]
+    floats = {"eight": np.zeros(4, "u1"), "other": np.zeros(2)}
+    write_safetensors(path, floats, {"eight": "F8_E4M3"})
+    with pytest.raises(ValueError, match="eight of F8_E4M3"):
+        read_safetensors(path)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DAMAGED = {
+    "empty": (b"", b"", 0),
+    "no header": ({}, b"", 2**40),
+    "text": (b"hello, this is a text", b"", None),
+    "deep": (b"[" * 5000, b"", None),
+    "trailing bytes": ({"a": ENTRY}, bytes(9), None),
+    "too short": ({"a": ENTRY}, bytes(7), None),
+    "negative": ({"a": {**ENTRY, "data_offsets": [-8, 0]}}, bytes(8), None),
+    "backwards": ({"a": {**ENTRY, "data_offsets": [8, 0]}}, bytes(8), None),
+    "overlapping": ({"a": ENTRY, "b": ENTRY}, bytes(8), None),
+    "shape": ({"a": {**ENTRY, "shape": [3]}}, bytes(8), None),
+    "unknown": ({"a": {**ENTRY, "dtype": "F99"}}, bytes(8), None),
+    "not text": (b"\xff\xfe\xfd", b"", None),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_error_of_a_damaged_file(tmp_path, case):
+    header, data, length = DAMAGED[case]
+    path = tmp_path / "model.safetensors"
+    write_file(path, header, data, length)
+    with pytest.raises(ValueError, match="Expected a file of safetensors"):
+        read_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "Expected an index"),
+        ("[1]", "Expected an index"),
+        ('{"weight_map": {}}', "Expected an index"),
+        ('{"weight_map": {"a": 3}}', "Expected an index"),
+        ('{"weight_map": {"a": "../b"}}', "to lie beside it"),
+        ('{"weight_map": {"a": "none"}}', "Expected the file none"),
+        ('{"weight_map": {"x": "b"}}', "a file without x"),
+        ("[" * 100000, "Expected an index"),
+    ],
+)
+def test_error_of_an_index(tmp_path, index, message):
+    write_safetensors(tmp_path / "b", {"a": np.zeros(2)})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        read_safetensors(tmp_path)
+
+
+def test_errors_of_paths_and_of_the_library(tmp_path, monkeypatch):
+    for path in (None, 3, [tmp_path]):
+        with pytest.raises(ValueError, match="a file or a folder"):
+            read_safetensors(path)
+    with pytest.raises(FileNotFoundError, match="index.json"):
+        read_safetensors(tmp_path)
+    write_safetensors(tmp_path / "model.safetensors", {"a": np.zeros(2)})
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        read_safetensors(tmp_path)
 
 
 def test_a_file_without_some_weights(tmp_path, capsys):
