@@ -29,7 +29,7 @@ else:
         f"starts. Received: KERAS_BACKEND={BACKEND}"
     )
 
-from blogkeras.backend.branches import cond  # noqa: E402, F401
+from blogkeras.backend.branches import cond, run_branch  # noqa: E402, F401
 
 # Gradients
 

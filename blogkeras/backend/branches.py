@@ -41,8 +41,75 @@ def cond(predicate, true_fn, false_fn, layers):
     ...     [dense, dropout],
     ... )
     """
-    variables = {id(v): v for layer in layers for v in layer.variables}
+    run = _runner(layers)
     assigned = {}
+
+    # A first trace tells which variables the branches assign: handing all of
+    # them out of the branch would copy every weight.
+    for fn in (true_fn, false_fn):
+
+        def record(fn=fn):
+            outputs, loss, scope = run(fn)
+            assigned.update(scope.assigned)
+            return loss
+
+        framework.trace(record)
+    changing = [variable for variable, _ in assigned.values()]
+    run = _runner(layers, changing)
+
+    def branch(fn):
+        outputs, loss, scope = run(fn)
+        with no_autocast():
+            state = [
+                ops.cast(scope.get_current_value(v), v.dtype) for v in changing
+            ]
+        return outputs, loss, state
+
+    outputs, loss, state = framework.branch(
+        predicate, lambda: branch(true_fn), lambda: branch(false_fn)
+    )
+    with no_autocast():
+        for variable, value in zip(changing, state, strict=True):
+            variable.assign(value)
+    _forget_losses(layers)
+    return outputs, loss
+
+
+def run_branch(fn, layers, unused=()):
+    """Runs a function as `cond` runs the branch that it chooses.
+
+    For a choice that is known now, as in eager execution: no graph is built.
+
+    Args:
+        fn: Function without arguments that returns a list of tensors.
+        layers: The Keras layers that it calls.
+        unused: The Keras layers of the other branch. As with `cond`, their
+            trainable variables have a gradient: zero.
+
+    Returns:
+        `(outputs, loss)` as `cond`.
+    """
+    outputs, loss, scope = _runner([*layers, *unused])(fn)
+    with no_autocast():
+        for variable, value in scope.assigned.values():
+            variable.assign(ops.cast(value, variable.dtype))
+        idle = [v for layer in unused for v in layer.trainable_variables]
+        for i, x in enumerate(outputs):
+            if idle and keras.backend.is_float_dtype(x.dtype):
+                outputs[i] = framework.with_zero_gradients(x, idle)
+                break
+    _forget_losses([*layers, *unused])
+    return outputs, loss
+
+
+def _runner(layers, others=()):
+    """A function that runs a branch with the values that variables have now.
+
+    It returns the branch's outputs, the sum of its losses and the scope, which
+    knows what was assigned.
+    """
+    variables = {id(v): v for layer in layers for v in layer.variables}
+    variables |= {id(v): v for v in others}
     with no_autocast():
         mapping = [(v, ops.convert_to_tensor(v)) for v in variables.values()]
 
@@ -64,40 +131,11 @@ def cond(predicate, true_fn, false_fn, layers):
         )
         return outputs, loss, scope
 
-    # A first trace tells which variables the branches assign: handing all of
-    # them out of the branch would copy every weight.
-    for fn in (true_fn, false_fn):
+    return run
 
-        def record(fn=fn):
-            outputs, loss, scope = run(fn)
-            assigned.update(scope.assigned)
-            return loss
 
-        framework.trace(record)
-    changing = [variable for variable, _ in assigned.values()]
-    with no_autocast():
-        mapping += [
-            (v, ops.convert_to_tensor(v))
-            for v in changing
-            if id(v) not in variables
-        ]
-
-    def branch(fn):
-        outputs, loss, scope = run(fn)
-        with no_autocast():
-            state = [
-                ops.cast(scope.get_current_value(v), v.dtype) for v in changing
-            ]
-        return outputs, loss, state
-
-    outputs, loss, state = framework.branch(
-        predicate, lambda: branch(true_fn), lambda: branch(false_fn)
-    )
-    with no_autocast():
-        for variable, value in zip(changing, state, strict=True):
-            variable.assign(value)
+def _forget_losses(layers):
     # Keras recognizes a layer's `add_loss` tensors by id. Those of the branches
     # are gone; without this, a later tensor with a like id would count twice.
     for layer in layers:
         layer._clear_losses()
-    return outputs, loss

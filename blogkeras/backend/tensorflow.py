@@ -180,9 +180,27 @@ def branch(predicate, true_fn, false_fn):
     return run()
 
 
-@tf.custom_gradient
+def with_zero_gradients(x, variables):
+    """`x`, in a graph in which variables that did not run have a gradient."""
+
+    @tf.custom_gradient
+    def joined(x, *values):
+        def gradient(upstream):
+            return upstream, *map(tf.zeros_like, values)
+
+        return tf.identity(x), gradient
+
+    return joined(x, *[tf.identity(v.value) for v in variables])
+
+
 def inside_branch(x):
     """A weight, as the layers of a branch read it."""
+    # Eagerly it may be the variable itself, which has to be read before.
+    return _with_dense_gradient(tf.identity(x))
+
+
+@tf.custom_gradient
+def _with_dense_gradient(x):
     # XLA wants gradients of one shape from both branches, where those of a
     # lookup would have as many rows as there were looked up.
     return tf.identity(x), tf.convert_to_tensor

@@ -1,15 +1,12 @@
 """BERT-of-Theseus (post 7575): compression by replacing modules."""
 
 from blogkeras.compression import CompressionReport, compression_report
-from blogkeras.graph import cut_model, keep_blocks, spaced_blocks
+from blogkeras.graph import Segment, cut_model, keep_blocks, spaced_blocks
 from blogkeras.theseus.bert import bert_of_theseus
 from blogkeras.theseus.distillation import Distillation
 from blogkeras.theseus.model import Theseus
-from blogkeras.theseus.replacement import (
-    CosineReplacement,
-    LinearReplacement,
-    ModuleReplacement,
-)
+from blogkeras.theseus.replacement import ModuleReplacement
+from blogkeras.theseus.schedules import CosineReplacement, LinearReplacement
 
 __all__ = [
     "CompressionReport",
@@ -17,6 +14,7 @@ __all__ = [
     "Distillation",
     "LinearReplacement",
     "ModuleReplacement",
+    "Segment",
     "Theseus",
     "bert_of_theseus",
     "compression_report",

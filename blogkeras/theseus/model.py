@@ -3,28 +3,31 @@
 import keras
 from keras import tree
 
+from blogkeras.arguments import check_boolean, check_integer
 from blogkeras.graph import (
     Cut,
     Segment,
     Untracked,
     as_list,
+    copied,
     freeze,
     thaw,
     thawed,
 )
-from blogkeras.theseus.replacement import (
-    ModuleReplacement,
+from blogkeras.models import CompositeModel
+from blogkeras.theseus.modules import (
     chain,
     check_modules,
     deserialized,
     output_shape,
-    serialized_rate,
     with_masks,
 )
+from blogkeras.theseus.replacement import ModuleReplacement
+from blogkeras.theseus.schedules import serialized_rate
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class Theseus(keras.Model):
+class Theseus(CompositeModel):
     """Compresses a model by replacing its modules at random while it learns.
 
     The predecessor, trained and frozen, is given as n modules, the smaller
@@ -99,6 +102,7 @@ class Theseus(keras.Model):
     ):
         # The modules cast by themselves, each layer what it takes.
         super().__init__(**{"autocast": False, **kwargs})
+        train_shared = check_boolean("train_shared", train_shared)
         check_modules(
             predecessor_modules, successor_modules, stem, head, train_shared
         )
@@ -108,7 +112,7 @@ class Theseus(keras.Model):
         self.mode = mode
         self.train_shared = train_shared
         self.predecessor_dropout = predecessor_dropout
-        self.seed = seed
+        self.seed = seed = None if seed is None else check_integer("seed", seed)
         self.supports_masking = True
         self.replacements = [
             ModuleReplacement(
@@ -179,12 +183,6 @@ class Theseus(keras.Model):
         self._freeze()
         super().compile(*args, **kwargs)
 
-    def compile_from_config(self, config):
-        # Keras does this itself only where `compile` is not overridden.
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built and self.optimizer is not None:
-            self.optimizer.build(self.trainable_variables)
-
     def call(self, inputs, training=False, mask=None):
         inputs = with_masks(inputs, mask)
         return chain(self._layers_in_order(), inputs, bool(training))
@@ -192,7 +190,7 @@ class Theseus(keras.Model):
     def compute_mask(self, inputs, previous_mask=None):
         return None  # the layers have set the masks that there are
 
-    def detach(self, inputs=None):
+    def detach(self, inputs=None, copy=False):
         """The successor as a plain Keras model, ready for its own training.
 
         It consists of stem, successor modules and head. Layers and weights are
@@ -200,22 +198,31 @@ class Theseus(keras.Model):
         were given. This model may be trained on; `compile` it again before if
         stem or head hold BatchNormalization, whose statistics would move.
 
+        What changes the layers themselves (`quantize`, `enable_lora`) needs a
+        copy if this model is to be trained on: with other weights it cannot.
+
         Args:
             inputs: `keras.Input`, or a structure of them, where this model does
                 not begin with a functional one and its inputs differ from
                 floating tensors of the shapes that it has been built for.
+            copy: Boolean. Whether the model gets layers and weights of its own.
+                This model then stays as it is.
 
         Returns:
             A functional `keras.Model`.
         """
+        copy = check_boolean("copy", copy)
         if inputs is None:
             inputs = self._fresh_inputs()
         x = inputs
         for layer in self._successor():
             # A segment is spelt out, in the layers that it was cut from.
             x = layer.call(x) if isinstance(layer, Segment) else layer(x)
+        model = keras.Model(inputs, x)
+        if copy:
+            return copied(model)
         thaw(self._shared())
-        return keras.Model(inputs, x)
+        return model
 
     def _layers_in_order(self):
         return [

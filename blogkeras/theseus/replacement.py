@@ -1,87 +1,32 @@
-"""One module that is replaced at random by its successor, and how often."""
+"""One module that is replaced at random by its successor."""
 
 import dataclasses
-import math
-import numbers
 from typing import Any
 
 import keras
 from keras import ops, tree
 
 from blogkeras import backend
+from blogkeras.arguments import (
+    check_boolean,
+    check_choice,
+    check_integer,
+)
 from blogkeras.backend import get_keras_mask, set_keras_mask
-from blogkeras.graph import as_list, freeze
+from blogkeras.graph import Untracked, as_list, freeze
+from blogkeras.state import NumberedDraws
+from blogkeras.theseus.modules import (
+    chain,
+    check_modules,
+    deserialized,
+    flat_shapes,
+    output_shape,
+    serialized,
+    with_masks,
+)
+from blogkeras.theseus.schedules import check_rate, serialized_rate
 
 MODES = ("batch", "sample", "mixing", "annealing")
-
-
-@keras.saving.register_keras_serializable(package="blogkeras")
-class LinearReplacement(keras.optimizers.schedules.LearningRateSchedule):
-    """A replacement rate that grows in a straight line up to 1.
-
-        rate(t) = min(1, slope · t + start)
-
-    Args:
-        slope: Float ≥ 0, the growth per training step.
-        start: Float in [0, 1], the rate of the first step.
-
-    Example:
-
-    >>> LinearReplacement(slope=0.0006, start=0.3)(500)  # 0.6
-
-    Reference:
-        [Xu et al., 2020](https://arxiv.org/abs/2002.02925), curriculum
-        replacement
-    """
-
-    def __init__(self, slope, start=0.0):
-        super().__init__()
-        if not 0 <= slope < math.inf:
-            raise ValueError(
-                "Expected `slope` to be finite and ≥ 0: the successor takes "
-                f"over. Received: slope={slope}"
-            )
-        self.slope = slope
-        self.start = checked_rate(start, "start")
-
-    def __call__(self, step):
-        step = ops.cast(step, "float32")
-        return ops.minimum(1.0, self.slope * step + self.start)
-
-    def get_config(self):
-        return {"slope": self.slope, "start": self.start}
-
-
-@keras.saving.register_keras_serializable(package="blogkeras")
-class CosineReplacement(keras.optimizers.schedules.LearningRateSchedule):
-    """A replacement rate that grows along half a cosine wave up to 1.
-
-        rate(t) = 1 - (1 - start) (1 + cos(π min(1, t / steps))) / 2
-
-    Args:
-        steps: Integer ≥ 1, the training steps until the rate is 1.
-        start: Float in [0, 1], the rate of the first step.
-
-    Example:
-
-    >>> CosineReplacement(steps=1000, start=0.5)(500)  # 0.75
-    """
-
-    def __init__(self, steps, start=0.0):
-        super().__init__()
-        if not steps >= 1:
-            raise ValueError(
-                f"Expected `steps` to be at least 1. Received: steps={steps}"
-            )
-        self.steps = steps
-        self.start = checked_rate(start, "start")
-
-    def __call__(self, step):
-        part = ops.minimum(1.0, ops.cast(step, "float32") / self.steps)
-        return 1 - (1 - self.start) * (1 + ops.cos(math.pi * part)) / 2
-
-    def get_config(self):
-        return {"steps": self.steps, "start": self.start}
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -166,46 +111,31 @@ class ModuleReplacement(keras.layers.Layer):
         # The branches cast by themselves, each of their layers what it takes.
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
-        if mode not in MODES:
-            raise ValueError(
-                f"Expected `mode` to be one of {', '.join(map(repr, MODES))}. "
-                f"Received: mode={mode!r}"
-            )
+        self.mode = check_choice("mode", mode, MODES)
+        self.predecessor_dropout = check_boolean(
+            "predecessor_dropout", predecessor_dropout
+        )
+        self.seed = None if seed is None else check_integer("seed", seed)
         check_modules([predecessor], [successor])
         for layer in as_list(predecessor):
             if not layer.built:
                 raise ValueError(
-                    f"Module {self.name!r}: the predecessor has no weights "
-                    "yet. Train it, or load its weights, before. "
+                    f"Module {self.name!r}: expected a predecessor that is "
+                    "built: train it, or load its weights, before. "
                     f"Received: predecessor layer {layer.name!r}, not built"
                 )
         self.predecessor = predecessor
         self.successor = successor
         self.replacement_rate = replacement_rate
-        self.mode = mode
-        self.predecessor_dropout = predecessor_dropout
-        self.seed = seed
         self.supports_masking = True
         freeze(as_list(predecessor))
-        self.seed_generator = keras.random.SeedGenerator(seed)
-        # Keras saves no seeds: a draw is a function of two weights.
-        state = ops.convert_to_numpy(self.seed_generator.state.value)
-        self.draw_seed = self.add_weight(
-            (),
-            keras.initializers.Constant(int(state[0]) % 2**31),
-            "int32",
-            trainable=False,
-            name="draw_seed",
-        )
-        # Each replica counts for itself: to wait here for one another would mix
-        # up what their layers give to `add_loss`.
-        self.iterations = self.add_weight(
-            (),
-            "zeros",
-            "int32",
-            trainable=False,
-            name="iterations",
-        )
+        self.draws = NumberedDraws(self, self.seed)
+        self._plans = Untracked({})
+
+    @property
+    def iterations(self):
+        """The weight that counts the training steps."""
+        return self.draws.iterations
 
     def build(self, input_shape):
         shapes = []
@@ -224,9 +154,7 @@ class ModuleReplacement(keras.layers.Layer):
 
     @replacement_rate.setter
     def replacement_rate(self, rate):
-        if not callable(rate):
-            checked_rate(rate, "replacement_rate")
-        self._replacement_rate = rate
+        self._replacement_rate = check_rate("replacement_rate", rate)
 
     def rate(self):
         """The replacement rate of the next training step, a float32 scalar."""
@@ -242,17 +170,11 @@ class ModuleReplacement(keras.layers.Layer):
             return chain(as_list(self.successor), inputs, training=False)
         masks = [get_keras_mask(x) for x in tree.flatten(inputs)]
         rate = self.rate()
-        state = self.seed_generator.state
-        state.assign(
-            ops.cast(
-                ops.stack([self.draw_seed.value, self.iterations.value]),
-                state.dtype,
-            )
-        )
-        self.iterations.assign_add(1)
+        seed = self.draws.next_step()
         if self.mode == "batch":
-            return self._choose(rate, inputs, masks)
-        return self._mix(rate, inputs, masks)
+            chosen = keras.random.uniform((), seed=seed) < rate
+            return self._choose(chosen, inputs, masks)
+        return self._mix(rate, seed, inputs, masks)
 
     def _run(self, name, inputs, masks):
         """What a branch returns in training."""
@@ -270,8 +192,15 @@ class ModuleReplacement(keras.layers.Layer):
             [_position(x, passed) for x in tensors],
         )
 
-    def _choose(self, rate, inputs, masks):
-        """One branch runs."""
+    def _choose(self, chosen, inputs, masks):
+        """One branch runs: the successor where `chosen` is true."""
+        signature = tuple(
+            (len(x.shape), str(x.dtype), mask is None)
+            for x, mask in zip(tree.flatten(inputs), masks, strict=True)
+        )
+        if signature in self._plans.value and backend.is_concrete(chosen):
+            plan = self._plans.value[signature]
+            return self._run_chosen(bool(chosen), inputs, masks, plan)
         seen = {}
 
         def branch(name):
@@ -279,50 +208,67 @@ class ModuleReplacement(keras.layers.Layer):
             # `cond` runs each branch once to look what it assigns, then both.
             if len(seen) < 2:
                 return []
-            made = self._made(**seen)
-            return [
-                (
-                    ops.cast(outputs.tensors[i], like.dtype),
-                    [m for m in outputs.masks[i : i + 1] if m is not None],
-                )
-                for i, like in made.items()
-            ]
+            return self._made_by(outputs, self._plan(**seen))
 
         made, loss = backend.cond(
-            keras.random.uniform((), seed=self.seed_generator) < rate,
+            chosen,
             lambda: branch("successor"),
             lambda: branch("predecessor"),
             [*as_list(self.successor), *as_list(self.predecessor)],
         )
         self.add_loss(loss)
-        return self._joined(inputs, made, **seen)
+        plan = self._plans.value[signature] = self._plan(**seen)
+        return self._joined(inputs, made, plan)
 
-    def _mix(self, rate, inputs, masks):
+    def _run_chosen(self, successor, inputs, masks, plan):
+        """Runs the branch that is known to be chosen, and builds no graph.
+
+        `plan` is that of an earlier call, in which both were compared.
+        """
+        names = ["successor", "predecessor"]
+        name, other = names if successor else names[::-1]
+        found = {}
+
+        def branch():
+            outputs = self._run(name, inputs, masks)
+            made = found["made"] = self._made_by(outputs, plan)
+            return [x for x, _ in made]
+
+        tensors, loss = backend.run_branch(
+            branch, as_list(getattr(self, name)), as_list(getattr(self, other))
+        )
+        self.add_loss(loss)
+        made = [
+            (x, kept)
+            for x, (_, kept) in zip(tensors, found["made"], strict=True)
+        ]
+        return self._joined(inputs, made, plan)
+
+    def _mix(self, rate, seed, inputs, masks):
         """Both branches run."""
         old, new = (
             self._run(name, inputs, masks)
             for name in ("predecessor", "successor")
         )
         size = ops.shape(new.tensors[0])[0]
-        weight = self._weight(rate, size)
+        weight = self._weight(rate, seed, size)
+        plan = self._plan(old, new)
         made = [
             (
-                _mixed(
-                    ops.cast(old.tensors[i], like.dtype), like, weight, size
-                ),
+                _mixed(ops.cast(old.tensors[i], dtype), x, weight, size),
                 [_mixed(old.masks[i], new.masks[i], weight, size)]
                 if new.masks[i] is not None
                 else [],
             )
-            for i, like in self._made(old, new).items()
+            for i, dtype in plan.made.items()
+            for x in [new.tensors[i]]
         ]
-        return self._joined(inputs, made, old, new)
+        return self._joined(inputs, made, plan)
 
-    def _weight(self, rate, size):
+    def _weight(self, rate, seed, size):
         """The successor's weight: a scalar, or booleans, one per sample."""
         if self.mode == "annealing":
             return rate
-        seed = self.seed_generator
         if self.mode == "sample":
             # All replicas draw alike; each takes its own samples' share.
             shape = backend.num_replicas(), size
@@ -331,8 +277,8 @@ class ModuleReplacement(keras.layers.Layer):
         power = (1 - rate) / ops.maximum(rate, 1e-30)
         return keras.random.uniform((), seed=seed) ** power
 
-    def _made(self, predecessor, successor):
-        """The successor's outputs that were not inputs, by their number.
+    def _plan(self, predecessor, successor):
+        """What the module returns: what is made, and what is handed on.
 
         Raises a ValueError where the branches do not fit together.
         """
@@ -351,25 +297,37 @@ class ModuleReplacement(keras.layers.Layer):
                     f"{i} or at none; one of the branches drops it. Received: "
                     f"predecessor's mask {masks[0]}, successor's {masks[1]}"
                 )
-        return {
-            i: x
+        made = {
+            i: x.dtype
             for i, x in enumerate(new.tensors)
             if new.sources[i] is None or new.sources[i] != old.sources[i]
         }
+        sources = [
+            None if i in made else source
+            for i, source in enumerate(new.sources)
+        ]
+        structure = tree.map_structure(lambda _: 0, new.structure)
+        return _Plan(structure, made, sources)
 
-    def _joined(self, inputs, made, predecessor, successor):
+    def _made_by(self, outputs, plan):
+        """What a branch has made: pairs of a tensor and a list of its mask."""
+        return [
+            (
+                ops.cast(outputs.tensors[i], dtype),
+                [m for m in outputs.masks[i : i + 1] if m is not None],
+            )
+            for i, dtype in plan.made.items()
+        ]
+
+    def _joined(self, inputs, made, plan):
         """Puts what was made and what was handed on in order."""
         flat = tree.flatten(inputs)
-        outputs = [
-            x if i is None else flat[i]
-            for x, i in zip(successor.tensors, successor.sources, strict=True)
-        ]
-        numbers = self._made(predecessor, successor)
-        for i, (x, masks) in zip(numbers, made, strict=True):
+        outputs = [None if i is None else flat[i] for i in plan.sources]
+        for i, (x, masks) in zip(plan.made, made, strict=True):
             for mask in masks:
                 set_keras_mask(x, mask)
             outputs[i] = x
-        return tree.pack_sequence_as(successor.structure, outputs)
+        return tree.pack_sequence_as(plan.structure, outputs)
 
     def _check(self, old, new):
         """Compares two lists of shapes; unknown sizes fit all."""
@@ -433,115 +391,13 @@ class _Outputs:
     sources: list  # the number of the input that was handed on, or None
 
 
-def check_modules(
-    predecessor_modules, successor_modules, stem=None, head=None, shared=False
-):
-    """Raises a ValueError that names the module where something is wrong.
+@dataclasses.dataclass
+class _Plan:
+    """How a module's outputs are put together from those of its branches."""
 
-    Args:
-        stem, head: Layers before and after the modules, or `None`.
-        shared: Boolean. Whether they learn, too.
-    """
-    both = predecessor_modules, successor_modules
-    old, new = (len(m) if isinstance(m, (list, tuple)) else m for m in both)
-    if old != new or not isinstance(old, int) or not old:
-        raise ValueError(
-            "Expected a list of predecessor modules and one of as many "
-            "successor modules, at least one; a list inside of the list is one "
-            f"module. Received: {old} and {new}"
-        )
-    roles = [
-        *((f"Module {i} of the predecessor", m) for i, m in enumerate(both[0])),
-        ("The stem", [] if stem is None else stem),
-        ("The head", [] if head is None else head),
-        *((f"Module {i} of the successor", m) for i, m in enumerate(both[1])),
-    ]
-    places, frozen = {}, {}
-    for role, module in roles:
-        if not as_list(module) and role.startswith("Module"):
-            raise ValueError(
-                f"{role}: expected at least one layer. To leave a module of "
-                "the predecessor without a successor, make it one with its "
-                "neighbour. Received: []"
-            )
-        for layer in as_list(module):
-            if not isinstance(layer, keras.Layer):
-                raise ValueError(
-                    f"{role}: expected a Keras layer, a model or a list of "
-                    f"them. Received: {layer!r}"
-                )
-            if isinstance(layer, keras.layers.InputLayer):
-                raise ValueError(
-                    f"{role}: expected layers that compute; leave the input "
-                    "layer out, or make modules by `cut_model`. Received: "
-                    f"{layer.name!r}"
-                )
-            if places.setdefault(id(layer), role) != role:
-                raise ValueError(
-                    f"{role}: expected each module to stand in one place only; "
-                    f"make a copy. Received: {layer.name!r}, also in: "
-                    f"{places[id(layer)]}"
-                )
-            for variable in layer.variables:
-                if not role.endswith("successor"):
-                    if role.endswith("predecessor") or not shared:
-                        frozen.setdefault(id(variable), role)
-                elif id(variable) in frozen:
-                    raise ValueError(
-                        f"{role}: expected weights of its own, as those of the "
-                        "others are frozen; make a copy. Received: "
-                        f"{variable.path!r}, also in: {frozen[id(variable)]}"
-                    )
-
-
-def chain(layers, x, training):
-    """Calls layers one after another."""
-    # Explicitly: what one layer is told, Keras would tell all that follow.
-    for layer in layers:
-        x = layer(x, training=training)
-    return x
-
-
-def checked_rate(rate, name):
-    if not isinstance(rate, numbers.Real) or not 0 <= rate <= 1:
-        raise ValueError(
-            f"Expected `{name}` to be a probability in [0, 1]. "
-            f"Received: {name}={rate!r}"
-        )
-    return rate
-
-
-def output_shape(layer, shape):
-    """The layer's output shape, also where it does not tell by itself."""
-    try:
-        return layer.compute_output_shape(shape)
-    except NotImplementedError:
-        inputs = tree.map_shape_structure(keras.KerasTensor, shape)
-        outputs = layer.compute_output_spec(inputs)
-        return tree.map_structure(lambda x: tuple(x.shape), outputs)
-
-
-def flat_shapes(shapes):
-    """A shape or a structure of shapes as a list of shapes."""
-    found = []
-    tree.map_shape_structure(found.append, shapes)
-    return found
-
-
-def serialized(layers):
-    return tree.map_structure(keras.saving.serialize_keras_object, layers)
-
-
-def serialized_rate(rate):
-    return keras.saving.serialize_keras_object(rate) if callable(rate) else rate
-
-
-def deserialized(config):
-    if isinstance(config, (list, tuple)):
-        return [*map(deserialized, config)]
-    if isinstance(config, dict):
-        return keras.saving.deserialize_keras_object(config)
-    return config
+    structure: Any
+    made: dict  # the numbers of the outputs that are made, with their dtypes
+    sources: list  # of the others, the number of the input that is handed on
 
 
 def _position(x, tensors):
@@ -566,17 +422,3 @@ def _mixed(old, new, weight, size):
     chosen = ops.logical_or(chosen, ops.not_equal(rows, size))
     shape = [-1] + [1] * (len(new.shape) - 1)
     return ops.where(ops.reshape(chosen, shape), new, old)
-
-
-def with_masks(inputs, masks):
-    """The inputs with the masks that came as an argument.
-
-    On copies: the tensors are the caller's, who may call again without them.
-    """
-    flat = tree.flatten(inputs)
-    given = [None] if masks is None else tree.flatten(masks)
-    for i, mask in enumerate(given):
-        if mask is not None and get_keras_mask(flat[i]) is not mask:
-            flat[i] = ops.copy(flat[i])
-            set_keras_mask(flat[i], mask)
-    return tree.pack_sequence_as(inputs, flat)

@@ -1,18 +1,22 @@
-"""Module replacement: gates, gradients, state, schedules, cuts, saving."""
-
-import math
+"""Theseus: detaching, freezing, cuts, masks, saving."""
 
 import keras
 import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import close_in_ulps, replicated
+from kit import close_in_ulps, value
+from theseus_parts import (
+    X,
+    Y,
+    built,
+    dense,
+    no_gradient,
+    two_modules,
+)
 
-from blogkeras import backend
 from blogkeras.graph import copied
 from blogkeras.theseus import (
-    CosineReplacement,
     Distillation,
     LinearReplacement,
     ModuleReplacement,
@@ -21,654 +25,6 @@ from blogkeras.theseus import (
     keep_blocks,
     spaced_blocks,
 )
-
-ON_TENSORFLOW = backend.BACKEND == "tensorflow"
-MODES = ("batch", "sample", "mixing", "annealing")
-X = toy.DENSE[:16]
-Y = toy.LABELS[:16]
-# TensorFlow misses the gradient of what does not run.
-no_gradient = pytest.mark.filterwarnings("ignore:Gradients do not exist")
-
-
-def value(x):
-    return np.asarray(ops.convert_to_numpy(x))
-
-
-def built(layer, *shape):
-    layer.build((None, *shape))
-    return layer
-
-
-def dense(units=3, **kwargs):
-    kwargs.setdefault("kernel_initializer", "random_normal")
-    return built(layers.Dense(units, "tanh", **kwargs), 3)
-
-
-def exact():
-    """A layer whose sums of eighths no rounding can change."""
-    layer = built(layers.Dense(3, "relu"), 3)
-    layer.set_weights([np.round(8 * w) / 8 for w in layer.get_weights()])
-    return layer
-
-
-def constants(rate, mode="batch", seed=0):
-    """A module that says 0 for the predecessor, 1 for the successor."""
-    zero, one = (
-        built(layers.Dense(1, kernel_initializer=k), 1)
-        for k in ("zeros", "ones")
-    )
-    return built(ModuleReplacement(zero, one, rate, mode, seed=seed), 1)
-
-
-def fleet(rate, count, seed):
-    """Modules of one Theseus that say 0 or 1, as `constants`."""
-    zeros, ones = (
-        [built(layers.Dense(1, kernel_initializer=k), 1) for _ in range(count)]
-        for k in ("zeros", "ones")
-    )
-    theseus = Theseus(zeros, ones, replacement_rate=rate, seed=seed)
-    theseus.build((None, 1))
-    return theseus.replacements
-
-
-def draws(module, count, size=1):
-    """Outputs for inputs of 1 in `count` training steps, one after another."""
-    fixed = [v.value for v in module.trainable_variables]
-    state = [v.value for v in module.non_trainable_variables]
-
-    def step(state):
-        outputs, state = module.stateless_call(
-            fixed, state, ops.ones((size, 1)), training=True
-        )
-        return outputs[:, 0], state
-
-    step = backend.jit(step)
-    found = []
-    for _ in range(count):
-        outputs, state = step(state)
-        found.append(value(outputs))
-    return np.array(found)
-
-
-def stack(name, **kwargs):
-    """Dropout, moving averages and a loss of its own."""
-    return built(
-        keras.Sequential(
-            [
-                layers.Dense(3, name=f"{name}_dense"),
-                layers.BatchNormalization(name=f"{name}_normalization"),
-                layers.Dropout(0.4, seed=5, name=f"{name}_dropout"),
-                toy.ActivityLoss(name=f"{name}_loss"),
-            ],
-            name=name,
-        ),
-        3,
-    )
-
-
-def ship(rate=0.5, mode="batch", seed=1, **kwargs):
-    """A predecessor of two modules, a successor, and Theseus of both."""
-    old = [[stack("old_a"), dense(name="old_b")], dense(name="old_c")]
-    new = [stack("new_a"), dense(name="new_b")]
-    head = built(layers.Dense(3, "softmax", name="head"), 3)
-    return Theseus(old, new, head, rate, mode=mode, seed=seed, **kwargs)
-
-
-# The gate
-
-
-@pytest.mark.parametrize("rate", [0.3])
-def test_gate_frequencies(rate, count=300):
-    """χ² of the four patterns of two modules: p ≥ 1e-3 for three freedoms."""
-    rows = [draws(m, count, size=3) for m in fleet(rate, 2, seed=1)]
-    two = np.array(rows)[:, :, 0]
-    assert set(np.unique(two)) == {0, 1}
-    for row in rows:  # one draw for all samples
-        np.testing.assert_array_equal(row, np.repeat(row[:, :1], 3, axis=1))
-    pattern = (2 * two[0] + two[1]).astype(int)
-    found = np.bincount(pattern, minlength=4)
-    p = np.array([1 - rate, rate])
-    expected = count * np.outer(p, p).ravel()
-    assert ((found - expected) ** 2 / expected).sum() < 16.27
-
-
-@pytest.mark.verify
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_gate_frequencies_of_many_steps(rate):
-    test_gate_frequencies(rate, count=20_000)
-
-
-def test_gate_of_a_seed():
-    first, again, other = (
-        value(constants(0.5, "sample", seed)(ops.ones((50, 1)), training=True))
-        for seed in (7, 7, 8)
-    )
-    np.testing.assert_array_equal(first, again)
-    assert (first != other).any()
-
-
-def test_gate_of_samples():
-    rows = draws(constants(0.3, "sample"), 2, size=4000)
-    assert set(np.unique(rows)) == {0, 1}
-    assert not np.array_equal(*rows)
-    # Three standard deviations of a mean of 4000 draws.
-    assert np.abs(rows.mean(1) - 0.3).max() < 3 * math.sqrt(0.21 / 4000)
-
-
-@pytest.mark.parametrize(("rate", "power"), [(0.5, 1.0), (0.8, 0.25)])
-def test_mixing_weights(rate, power, count=300):
-    """P(w ≤ x) = x^(1/power); Kolmogorov-Smirnov, p ≥ 1e-3."""
-    w = np.sort(draws(constants(rate, "mixing"), count)[:, 0])
-    steps = np.arange(count + 1) / count
-    model = w ** (1 / power)
-    distance = max(np.max(steps[1:] - model), np.max(model - steps[:-1]))
-    assert distance < 1.95 / math.sqrt(count)
-
-
-class Several(layers.Layer):
-    """x + c, a table without samples, integers, what came second, and c."""
-
-    def __init__(self, constant):
-        super().__init__()
-        self.constant = constant
-        self.built = True
-
-    def call(self, inputs):
-        x, side = inputs
-        table = self.constant * ops.ones((5, 2))
-        whole = ops.cast(self.constant + 0 * x, "int32")
-        return [x + self.constant, table, whole, side, table[0, 0]]
-
-    def compute_output_shape(self, shapes):
-        return [shapes[0], (5, 2), shapes[0], shapes[1], ()]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_what_is_not_mixed(mode):
-    """Tables are the successor's, integers one branch's, inputs themselves.
-
-    And so are numbers without any axis.
-    """
-    module = ModuleReplacement(Several(1.0), Several(2.0), 0.5, mode, seed=0)
-    x, side = ops.zeros((40, 1)), ops.convert_to_tensor(X)
-    y, table, whole, handed, number = module([x, side], training=True)
-    assert handed is side
-    share, whole = value(y)[:, 0] - 1, value(whole)[:, 0]
-    if mode == "sample":
-        assert set(share) == {0, 1}
-        np.testing.assert_array_equal(value(table), np.full((5, 2), 2))
-    else:
-        assert (share == share[0]).all()
-        np.testing.assert_allclose(value(table), 1 + share[0], atol=1e-6)
-    np.testing.assert_array_equal(whole, np.where(share > 0, 2, 1))
-    assert float(number) == value(table)[0, 0]
-
-
-def test_annealing_is_the_rate():
-    module = constants(LinearReplacement(0.25, 0.1), "annealing")
-    found = draws(module, 5)[:, 0]
-    np.testing.assert_allclose(found, [0.1, 0.35, 0.6, 0.85, 1.0], rtol=1e-6)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_ends_of_the_rate_are_one_branch_to_the_bit(mode):
-    x = ops.convert_to_tensor(np.round(8 * X) / 8)
-    old = [exact(), layers.Dropout(0.5)]
-    for rate in (0.0, 1.0):
-        new = [exact(), layers.Dropout(0.5, seed=3)]
-        module = ModuleReplacement(old, new, rate, mode)
-        expected = (
-            layers.Dropout(0.5, seed=3)(new[0](x), training=True)
-            if rate
-            else old[0](x)
-        )
-        found = module(x, training=True)
-        np.testing.assert_array_equal(value(found), value(expected))
-
-
-def test_inference_is_the_successor():
-    module = ModuleReplacement(dense(), dense(), 0.0)
-    x = ops.convert_to_tensor(X)
-    np.testing.assert_array_equal(value(module(x)), value(module.successor(x)))
-    assert int(module.iterations.value) == 0
-
-
-def test_masks_may_be_arguments():
-    mean = layers.GlobalAveragePooling1D()
-    module = ModuleReplacement(mean, layers.GlobalAveragePooling1D())
-    x = np.arange(12.0, dtype="float32").reshape(2, 3, 2)
-    x = ops.convert_to_tensor(x)
-    mask = ops.convert_to_tensor([[True, False, False], [True, True, False]])
-    theseus = Theseus([mean], [layers.GlobalAveragePooling1D()])
-    for model in (module, theseus):
-        for training in (False, True):
-            found = model(x, training=training, mask=mask)
-            np.testing.assert_allclose(value(found), [[0, 1], [7, 8]])
-            other = model(x, training=training, mask=~mask)
-            np.testing.assert_allclose(value(other), [[3, 4], [10, 11]])
-            whole = model(x, training=training)
-            np.testing.assert_allclose(value(whole), [[2, 3], [8, 9]])
-
-
-def attentive(count, name):
-    """Blocks of Keras's own attention, which takes masks off its inputs."""
-    tokens = keras.Input((6,), dtype="int32")
-    x = layers.Embedding(5, 4, mask_zero=True, name=f"{name}_start")(tokens)
-    for i in range(count):
-        h = layers.MultiHeadAttention(2, 2, name=f"{name}_attention_{i}")(x, x)
-        h = layers.Add(name=f"{name}_sum_{i}")([x, h])
-        x = layers.LayerNormalization(name=f"{name}_block_{i}")(h)
-    return keras.Model(tokens, layers.Dense(3, name=f"{name}_classes")(x))
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_masks_that_a_branch_takes_away(mode):
-    tokens = np.array([[1, 2, 3, 0, 0, 0], [4, 1, 0, 0, 0, 0]], "int32")
-    old, new = attentive(2, "old"), attentive(1, "new")
-    new.get_layer("new_classes").set_weights(
-        old.get_layer("old_classes").get_weights()
-    )
-    modules = cut_model(old, ["old_start", "old_block_1"])
-    successors = cut_model(new, ["new_start", "new_block_0"])[:2]
-    for rate, whole in ((0.0, old), (1.0, new)):
-        theseus = Theseus(modules[:2], successors, modules[2], rate, mode=mode)
-        found = value(theseus(tokens, training=True))
-        expected = value(whole(tokens))
-        free = value(whole(np.where(tokens, tokens, 1)))
-        seen = tokens > 0
-        np.testing.assert_allclose(found[seen], expected[seen], atol=1e-6)
-        assert np.abs(free - expected)[seen].max() > 1e-3
-
-
-def test_masks_are_chosen_with_what_they_mask():
-    # Zeros are masked by the one; by the other ones, which become zeros, too.
-    x = np.tile([[0.0], [1.0], [0.0]], (16, 1, 1)).astype("float32")
-    masking = layers.Masking(0.0), layers.Masking(1.0)
-    module = ModuleReplacement(*masking, mode="sample", seed=0)
-    found = module(x, training=True)
-    replaced = value(found).sum((1, 2)) == 0
-    assert 0 < replaced.sum() < 16
-    np.testing.assert_array_equal(
-        value(backend.get_keras_mask(found)),
-        np.where(replaced[:, None], x[..., 0] != 1, x[..., 0] != 0),
-    )
-    for rate, masked in ((0.0, 0), (0.3, 1), (1.0, 1)):
-        module = ModuleReplacement(*masking, rate, mode="annealing")
-        mask = backend.get_keras_mask(module(x, training=True))
-        np.testing.assert_array_equal(value(mask), x[..., 0] != masked)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_successor_of_less_precision(mode):
-    old, new = dense(), dense(dtype="bfloat16")
-    for rate in (0.0, 1.0):
-        found = ModuleReplacement(old, new, rate, mode)(X, training=True)
-        assert keras.backend.standardize_dtype(found.dtype) == "bfloat16"
-        expected = ops.cast((new if rate else old)(X), "bfloat16")
-        close_in_ulps(found, expected)
-
-
-def test_dropout_of_the_predecessor_is_optional():
-    x = ops.ones((50, 3))
-    drop = layers.Dropout(0.5, seed=3)
-    for dropout in (False, True):
-        module = ModuleReplacement(
-            drop, dense(), 0.0, predecessor_dropout=dropout
-        )
-        theseus = Theseus(
-            [layers.Dropout(0.5, seed=3)],
-            [dense()],
-            replacement_rate=0.0,
-            predecessor_dropout=dropout,
-        )
-        for model in (module, theseus):
-            zeros = (value(model(x, training=True)) == 0).any()
-            assert zeros == dropout
-
-
-# Gradients and state
-
-
-def slopes(rates):
-    """Gradients of the mean square of two modules' output, by weight."""
-    old, new = [dense() for _ in "ab"], [dense() for _ in "ab"]
-    modules = [
-        ModuleReplacement(p, s, r)
-        for p, s, r in zip(old, new, rates, strict=True)
-    ]
-    weights = [v for layer in [*old, *new] for v in layer.weights]
-    kinds = [w.value for w in weights]
-
-    def loss(values):
-        with keras.StatelessScope([*zip(weights, values, strict=True)]):
-            x = ops.convert_to_tensor(X)
-            for module in modules:
-                x = module(x, training=True)
-            return ops.mean(x**2), None
-
-    (_, _), found = backend.value_and_grad(loss, kinds)
-
-    return old, new, [value(g) for g in found]
-
-
-@pytest.mark.parametrize("rates", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_gradients_reach_the_chosen_modules_only(rates):
-    """Against central differences of the same net in NumPy, float64."""
-    old, new, found = slopes(rates)
-    chosen = [new[i] if rate else old[i] for i, rate in enumerate(rates)]
-    values = [
-        [value(w).astype("float64") for w in layer.weights] for layer in chosen
-    ]
-
-    def loss():
-        x = X.astype("float64")
-        for kernel, bias in values:
-            x = np.tanh(x @ kernel + bias)
-        return np.mean(x**2)
-
-    for frozen in found[:4]:
-        np.testing.assert_array_equal(frozen, np.zeros(frozen.shape))
-    for i, rate in enumerate(rates):
-        ours = found[4 + 2 * i]  # the successor's kernel
-        if not rate:
-            np.testing.assert_array_equal(ours, np.zeros((3, 3)))
-            continue
-        kernel = values[i][0]
-        for place in np.ndindex(3, 3):
-            ends = []
-            for sign in (1, -1):
-                kernel[place] += sign * 1e-5
-                ends.append(loss())
-                kernel[place] -= sign * 1e-5
-            slope = (ends[0] - ends[1]) / 2e-5
-            np.testing.assert_allclose(ours[place], slope, rtol=1e-3, atol=1e-6)
-
-
-@no_gradient
-@pytest.mark.parametrize(
-    "mode", ["batch", pytest.param("mixing", marks=pytest.mark.verify)]
-)
-def test_frozen_weights_stay_to_the_bit(mode):
-    theseus = ship(mode=mode)
-    frozen = [
-        w
-        for m in [*theseus.predecessor_modules[0], theseus.head]
-        for w in m.weights
-    ]
-    before = [value(w) for w in frozen]
-    first = [value(w) for m in theseus.successor_modules for w in m.weights]
-    toy.compiled(theseus).fit(X, Y, batch_size=4, epochs=2, verbose=0)
-    for w, old in zip(frozen, before, strict=True):
-        np.testing.assert_array_equal(value(w), old)
-    last = [value(w) for m in theseus.successor_modules for w in m.weights]
-    assert toy.difference(first, last) > 1e-3
-    assert len(theseus.trainable_variables) == 2 + 2 + 2
-
-
-def test_compile_freezes_again():
-    """The predecessor was trained on since it was given."""
-    theseus = ship()
-    theseus.build((None, 3))
-    for layer in [*theseus.predecessor_modules[0], theseus.head]:
-        layer.trainable = True
-    theseus.compile("sgd", "mse")
-    ours = [w.path for m in theseus.successor_modules for w in m.weights]
-    found = {w.path for w in theseus.trainable_weights}
-    assert found < set(ours) and len(found) == 6
-    # Of the predecessor's layers none is left that learns.
-    parts = [*theseus.predecessor_modules[0], theseus.head]
-    assert not any(w.trainable for m in parts for w in m.weights)
-
-
-@pytest.mark.filterwarnings("ignore:Using .* cross-replica")
-@no_gradient
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "graph" if ON_TENSORFLOW else "xla",
-        pytest.param("replicas", marks=pytest.mark.verify),
-        *([pytest.param("xla", marks=pytest.mark.verify)] * ON_TENSORFLOW),
-    ],
-)
-def test_dropout_normalization_and_losses_in_a_branch(kind):
-    """At rate 1: the losses and weights of the successor trained plainly."""
-    results = []
-    for plain in (False, True):
-        toy.reset()
-
-        def make(plain=plain):
-            theseus = model = ship(rate=1.0)
-            if plain:
-                parts = [*theseus.successor_modules, theseus.head]
-                model = keras.Sequential([keras.Input((3,)), *parts])
-            jit = kind == "xla" or not ON_TENSORFLOW
-            return theseus, toy.compiled(model, jit_compile=jit)
-
-        theseus, model = replicated(make) if kind == "replicas" else make()
-        history = model.fit(
-            X, Y, batch_size=4, shuffle=False, verbose=0
-        ).history
-        keras.distribution.set_distribution(None)
-        state = [
-            value(v) for m in theseus.successor_modules for v in m.variables
-        ]
-        results.append((state, history["loss"]))
-    (ours, loss), (expected, plain_loss) = results
-    assert toy.difference(ours, expected) <= 1e-6
-    np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
-
-
-@no_gradient
-def test_state_of_the_successor_rests_while_the_predecessor_runs():
-    theseus = ship(rate=0.0)
-    moving = [
-        v for v in theseus.successor_modules[0].variables if "moving" in v.path
-    ]
-    before = [value(v) for v in moving]
-    toy.compiled(theseus).fit(X, Y, batch_size=8, verbose=0)
-    assert len(moving) == 2
-    assert toy.difference(before, [value(v) for v in moving]) == 0
-
-
-def test_only_the_chosen_branch_is_computed():
-    """The products stand in the branches of a conditional, none outside."""
-    module = ModuleReplacement(dense(), dense())
-    both = ModuleReplacement(dense(), dense(), mode="mixing")
-
-    def main(module):
-        state = [v.value for v in module.variables]
-
-        def run(state, x):
-            with keras.StatelessScope(
-                [*zip(module.variables, state, strict=True)]
-            ):
-                return module(x, training=True)
-
-        text = backend.hlo_text(run, state, ops.convert_to_tensor(X))
-        return text.split("ENTRY")[1]
-
-    assert " conditional(" in main(module) and " dot(" not in main(module)
-    assert main(both).count(" dot(") == 2
-
-
-def test_only_the_chosen_branch_has_a_gradient_to_compute():
-    """All products, forward and backward, stand in the branches.
-
-    Where both branches of two layers run there are seven: four forward, two of
-    the successor's weights, and one of what is between them.
-    """
-
-    def products(mode):
-        branches = [[dense(), dense()] for _ in "ab"]
-        module = built(ModuleReplacement(*branches, mode=mode), 3)
-
-        def run(weights, x):
-            def loss(weights):
-                fixed = [v.value for v in module.non_trainable_variables]
-                outputs, _ = module.stateless_call(
-                    weights, fixed, x, training=True
-                )
-                return ops.sum(outputs), None
-
-            return backend.value_and_grad(loss, weights)
-
-        weights = [v.value for v in module.trainable_variables]
-        text = backend.hlo_text(run, weights, ops.convert_to_tensor(X))
-        return [part.count(" dot(") for part in text.split("ENTRY")]
-
-    inside, outside = products("batch")
-    assert inside >= 7 and outside == 0
-    assert products("mixing") == [0, 7]
-
-
-class Positions(layers.Layer):
-    """Adds vectors that it spreads over a batch of any size."""
-
-    def build(self, input_shape):
-        self.table = self.add_weight(input_shape[1:], name="table")
-
-    def call(self, x):
-        return x + ops.broadcast_to(self.table, ops.shape(x))
-
-
-@no_gradient
-def test_branches_of_unknown_batch_size_under_xla():
-    """The same weights with and without; `fit` hides the batch's size."""
-    x = np.random.default_rng(0).normal(size=(8, 2, 3)).astype("float32")
-
-    def model(name):
-        inputs = keras.Input((2, 3))
-        y = Positions(name=f"{name}_positions")(dense(name=name)(inputs))
-        return keras.Model(inputs, y, name=f"{name}_model")
-
-    results = []
-    for jit in (True, False):
-        keras.utils.set_random_seed(1)
-        # The draws may differ, so that there is no choice.
-        theseus = Theseus([model("a")], [model("b")], replacement_rate=1.0)
-        theseus.compile("sgd", "mse", jit_compile=jit)
-        theseus.fit(x, x, batch_size=2, shuffle=False, verbose=0)
-        results.append(toy.weights(theseus))
-    assert toy.difference(*results) <= 1e-6
-
-
-# Replicas
-
-
-def replica_run(rate, mode, replicas):
-    """A trained fleet of two modules, and its losses."""
-    toy.reset()
-
-    def make():
-        old, new, shared = (
-            [
-                [dense(name=f"{kind}{i}"), built(toy.ActivityLoss(), 3)]
-                for i in range(2)
-            ]
-            for kind in ("old", "new", "shared")
-        )
-        theseus = Theseus(
-            old,
-            new,
-            [*shared[1], layers.Softmax()],
-            rate,
-            stem=shared[0],
-            mode=mode,
-            train_shared=True,
-            seed=3,
-        )
-        return toy.compiled(theseus)
-
-    theseus = replicated(make) if replicas == 2 else make()
-    fitted = theseus.fit(X, Y, batch_size=4, epochs=2, shuffle=False, verbose=0)
-    keras.distribution.set_distribution(None)
-    return theseus, fitted.history["loss"]
-
-
-@pytest.mark.filterwarnings("ignore:Using .* cross-replica")
-@no_gradient
-@pytest.mark.parametrize(
-    ("rate", "mode"),
-    [
-        pytest.param(0.0, "batch", marks=pytest.mark.verify),
-        pytest.param(1.0, "batch", marks=pytest.mark.verify),
-        (0.5, "batch"),
-        (0.5, "sample"),
-        pytest.param(0.5, "mixing", marks=pytest.mark.verify),
-    ],
-)
-def test_two_replicas_equal_one(rate, mode):
-    """Also with random gates: all replicas draw the same, or each its share."""
-    one, loss = replica_run(rate, mode, 1)
-    two, other = replica_run(rate, mode, 2)
-    steps = [int(value(m.iterations)) for m in two.replacements]
-    assert steps == [8, 8]
-    assert toy.difference(toy.weights(one), toy.weights(two)) <= 1e-6
-    np.testing.assert_allclose(loss, other, rtol=1e-6)
-
-
-# Schedules
-
-
-def test_schedules():
-    linear = LinearReplacement(0.0006, 0.3)
-    np.testing.assert_allclose(
-        [float(linear(t)) for t in (0, 500, 1000, 5000)],
-        [0.3, 0.6, 0.9, 1.0],
-        rtol=1e-6,
-    )
-    cosine = CosineReplacement(100, 0.2)
-    np.testing.assert_allclose(
-        [float(cosine(t)) for t in (0, 50, 100, 600)],
-        [0.2, 0.6, 1.0, 1.0],
-        rtol=1e-6,
-    )
-    module = constants(lambda t: 3.0 - t)
-    assert float(module.rate()) == 1
-    module.iterations.assign(5)
-    assert float(module.rate()) == 0
-
-
-@no_gradient
-def test_saved_and_resumed(tmp_path):
-    """Three steps, saved, loaded, three more: six steps in one go."""
-    x, y = toy.DENSE[:24], toy.LABELS[:24]
-
-    def model():
-        keras.utils.clear_session()
-        keras.utils.set_random_seed(3)
-        theseus = Theseus(  # without dropout, whose seeds Keras does not save
-            [dense(name=name) for name in "ab"],
-            [dense(name=name) for name in "cd"],
-            built(layers.Dense(3, "softmax", name="head"), 3),
-            CosineReplacement(6, 0.2),
-        )
-        return toy.compiled(theseus, keras.optimizers.Adam(0.01))
-
-    def fit(model, *rows):
-        model.fit(
-            x[rows[0] :][:12],
-            y[rows[0] :][:12],
-            batch_size=4,
-            shuffle=False,
-            verbose=0,
-        )
-
-    one = model()
-    fit(one, 0)
-    fit(one, 12)
-    two = model()
-    fit(two, 0)
-    two.save(tmp_path / "theseus.keras")
-    keras.utils.set_random_seed(4)
-    three = keras.saving.load_model(tmp_path / "theseus.keras")
-    assert [int(m.iterations.value) for m in three.replacements] == [3, 3]
-    fit(three, 12)
-    assert toy.difference(toy.weights(one), toy.weights(three)) == 0
-    assert int(three.optimizer.iterations) == 6
-
-
-# Theseus
 
 
 def test_configurations_revive():
@@ -690,14 +46,14 @@ def test_configurations_revive():
 
 
 def test_predict_is_the_successor_and_detach_gives_it(tmp_path):
-    theseus = ship(rate=0.0)
+    theseus = two_modules(rate=0.0)
     expected = X
     for layer in [*theseus.successor_modules, theseus.head]:
         expected = layer(expected)
-    np.testing.assert_array_equal(theseus(X), value(expected))
+    close_in_ulps(theseus(X), value(expected))
     assert not theseus.head.trainable
     model = theseus.detach()
-    np.testing.assert_array_equal(value(model(X)), value(expected))
+    close_in_ulps(value(model(X)), value(expected))
     assert type(model) is keras.Model or "Functional" in type(model).__name__
     ours = {w.path for m in theseus.predecessor_modules[0] for w in m.weights}
     assert not ours & {w.path for w in model.weights}
@@ -743,7 +99,7 @@ def test_detaching_while_it_learns_changes_nothing():
     found = []
     for looking in (False, True):
         toy.reset()
-        theseus = ship()
+        theseus = two_modules()
         head = toy.weights(theseus.head)
         toy.compiled(theseus, keras.optimizers.Adam(0.01))
         look = keras.callbacks.LambdaCallback(
@@ -757,6 +113,29 @@ def test_detaching_while_it_learns_changes_nothing():
         assert toy.difference(head, toy.weights(theseus.head)) == 0
         found.append(toy.weights(theseus))
     assert toy.difference(*found) == 0
+
+
+@no_gradient
+@pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")
+def test_a_detached_copy_may_be_quantized():
+    """And what it was detached from is trained on."""
+    head = built(layers.Dense(3, "softmax"), 3)
+    theseus = Theseus([dense()], [dense()], head, 1.0)
+    toy.compiled(theseus, run_eagerly=True)
+    theseus.fit(X, Y, verbose=0)
+    expected = value(theseus(X))
+    small = theseus.detach(copy=True)
+    close_in_ulps(value(small(X)), expected)
+    assert len(small.trainable_variables) == 4
+    assert not theseus.head.trainable
+    assert not {id(w) for w in small.weights} & {id(w) for w in theseus.weights}
+    small.quantize("int8")
+    np.testing.assert_allclose(value(small(X)), expected, atol=0.05)
+    close_in_ulps(value(theseus(X)), expected)
+    theseus.fit(X, Y, verbose=0)
+    assert np.abs(value(theseus(X)) - expected).max() > 0
+    with pytest.raises(ValueError, match="Received: copy=1"):
+        theseus.detach(copy=1)
 
 
 def test_what_was_frozen_learns_again_and_only_that(tmp_path):
@@ -788,7 +167,7 @@ def test_what_was_frozen_learns_again_and_only_that(tmp_path):
 
 
 def test_the_rate_can_be_set():
-    theseus = ship(rate=0.5)
+    theseus = two_modules(rate=0.5)
     theseus.replacement_rate = 1.0
     assert [m.replacement_rate for m in theseus.replacements] == [1.0, 1.0]
     assert theseus.get_config()["replacement_rate"] == 1.0
@@ -802,7 +181,7 @@ def test_the_rate_can_be_set():
 )
 def test_half_precision_sample_weights_and_checkpoints(mode, tmp_path):
     keras.config.set_dtype_policy("mixed_bfloat16")
-    theseus = ship(mode=mode)
+    theseus = two_modules(mode=mode)
     toy.compiled(theseus, keras.optimizers.Adam(0.01))
     best = tmp_path / "best.weights.h5"
     theseus.fit(
@@ -828,7 +207,7 @@ def test_a_layer_in_full_precision_gets_its_inputs_so():
     old, new = dense(dtype="float32"), dense(dtype="float32")
     expected = value(new(X))
     for model in (ModuleReplacement(old, new), Theseus([old], [new])):
-        np.testing.assert_array_equal(value(model(X)), expected)
+        close_in_ulps(value(model(X)), expected)
 
 
 @no_gradient
@@ -990,7 +369,7 @@ def test_cut_model_computes_the_same():
     expected = value(model(x))
     for segment in segments:
         x = segment(x)
-    np.testing.assert_array_equal(value(x), expected)
+    close_in_ulps(value(x), expected)
     names = [[p.name for p in s.parts] for s in segments]
     assert names[0] == ["embedding"] and names[-1] == ["classes"]
     assert "bias" in names[1] and "sum_1" in names[2]
@@ -1028,7 +407,7 @@ def test_segments_train_as_the_uncut_model():
             for part in cut_model(model, "told") if cut else [model]:
                 y = part(y, training=training)
             results.append(value(y))
-        np.testing.assert_array_equal(*results)
+        close_in_ulps(*results)
         assert (results[0] == 0).any() == training
 
 
@@ -1074,7 +453,7 @@ def test_keep_blocks():
         keep_blocks(model, [1, 2], cuts(range(3)))
 
 
-def sailing_tagger(rate, **kwargs):
+def theseus_of_taggers(rate, **kwargs):
     old = cut_model(tagger(), cuts([1, 2]))
     new = cut_model(tagger(2, "new_"), cuts([0, 1], "new_"))
     return Theseus(old[:3], new[:3], old[3], rate, seed=0, **kwargs)
@@ -1084,7 +463,7 @@ def sailing_tagger(rate, **kwargs):
 def test_masks_and_side_inputs_cross_the_modules(tmp_path):
     """At rate 1 and 0: the loss of the whole models, masked positions out."""
     keras.utils.set_random_seed(1)
-    theseus = sailing_tagger(1.0)
+    theseus = theseus_of_taggers(1.0)
     old, new = (
         m[0].cut.model
         for m in (theseus.predecessor_modules, theseus.successor_modules)
@@ -1110,7 +489,7 @@ def test_masks_and_side_inputs_cross_the_modules(tmp_path):
     loaded = keras.saving.load_model(tmp_path / "theseus.keras")
     expected = theseus.predict(TEXT, verbose=0)
     found = loaded.predict(TEXT, verbose=0)
-    np.testing.assert_array_equal(found, expected)
+    close_in_ulps(found, expected)
     found = theseus.detach().predict(TEXT, verbose=0)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
@@ -1140,26 +519,10 @@ def test_layers_used_in_several_segments(tmp_path):
     theseus.save(tmp_path / "theseus.keras")
     loaded = keras.saving.load_model(tmp_path / "theseus.keras")
     assert len(loaded.trainable_variables) == 2
-    np.testing.assert_array_equal(value(loaded(X)), value(theseus(X)))
+    close_in_ulps(value(loaded(X)), value(theseus(X)))
 
 
 # Bad input
-
-
-def test_bad_rates_and_modes():
-    for rate in (-0.1, 1.5, float("nan"), None, "0.5"):
-        with pytest.raises(ValueError, match="a probability in"):
-            ModuleReplacement(dense(), dense(), rate)
-        with pytest.raises(ValueError, match="Received: start="):
-            LinearReplacement(0.1, rate)
-    for slope in (-1, float("inf"), float("nan")):
-        with pytest.raises(ValueError, match=f"Received: slope={slope}"):
-            LinearReplacement(slope)
-    for steps in (0, float("nan")):
-        with pytest.raises(ValueError, match=f"Received: steps={steps}"):
-            CosineReplacement(steps)
-    with pytest.raises(ValueError, match="Received: mode='token'"):
-        ModuleReplacement(dense(), dense(), mode="token")
 
 
 def test_bad_modules_are_named():
@@ -1200,31 +563,9 @@ def test_bad_modules_are_named():
         Theseus([a], [wide]).build((None, 3))
 
 
-def test_bad_branches_are_named():
-    def pair(x):
-        return keras.Model(x, [x + 1.0, x + 2.0])
-
-    module = ModuleReplacement(
-        pair(keras.Input((3,))), pair(keras.Input((3,))), name="two"
-    )
-    assert len(module(ops.ones((2, 3)), training=True)) == 2
-    single = keras.Input((3,))
-    module = ModuleReplacement(
-        pair(keras.Input((3,))), keras.Model(single, single + 1.0), name="odd"
-    )
-    module.built = True
-    with pytest.raises(ValueError, match="'odd': expected as many outputs"):
-        module(ops.ones((2, 3)), training=True)
-    masked = built(layers.Embedding(11, 4, mask_zero=True), 5)
-    plain = built(layers.Embedding(11, 4), 5)
-    module = ModuleReplacement(masked, plain, name="unmasked")
-    with pytest.raises(ValueError, match="'unmasked': expected a mask"):
-        module(toy.TOKENS, training=True)
-
-
 def test_bad_cuts():
     model = tagger()
-    with pytest.raises(ValueError, match="Received: nowhere"):
+    with pytest.raises(ValueError, match="Received: 'nowhere'"):
         cut_model(model, ["nowhere"])
     with pytest.raises(ValueError, match="in the order of the computation"):
         cut_model(model, ["add_1", "add_0"])
