@@ -86,7 +86,7 @@ RECORDS = [
 # {layer: (trainable, non-trainable weights, losses, seeds)} after a call
 COUNTS = {
     "HSICRegularization": (0, 0, 1, 0),
-    "ModuleReplacement": (2, 6, 0, 1),
+    "ModuleReplacement": (2, 6, 0, 0),
     "QuadraticHead": (6, 0, 0, 0),
     "ResidualVectorQuantizer": (0, 12, 1, 0),
     "TokenMasking": (0, 2, 0, 0),

@@ -103,6 +103,11 @@ def denoising_autoencoder():
     return model
 
 
+def network():
+    layers = [dense(name=name) for name in ("first", "middle", "last")]
+    return keras.Sequential([keras.Input((3,)), *layers])
+
+
 LAYERS = [
     (blogkeras.QuadraticHead, {}, toy.DENSE[:8]),
     (
@@ -140,6 +145,11 @@ LAYERS = [
     (
         blogkeras.ModuleReplacement,
         {"predecessor": [dense(4), dense(3, 4)], "successor": dense()},
+        toy.DENSE[:8],
+    ),
+    (
+        blogkeras.Segment,
+        {"cut": blogkeras.cut_model(network(), "middle")[0].cut, "index": 1},
         toy.DENSE[:8],
     ),
     (
