@@ -193,11 +193,14 @@ def install(model, hook):
 
     The model stays what it is: `compile` before or after, `save`,
     `load_model`, pickle and `clone_model` do not see the hook (what they give
-    is a model that trains plainly). Installing again replaces the hook.
+    is a model that trains plainly). Installing again replaces the hook, also
+    from a callback in the middle of `fit`.
 
     Args:
         model: A `keras.Model` with Keras's own train step.
-        hook: Pure function, see the head of this module.
+        hook: Pure function, see the head of this module. It may have an
+            attribute `version`: where that has changed, the step is traced
+            anew, since a compiled step keeps the numbers it was traced with.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
@@ -219,8 +222,13 @@ def install(model, hook):
             "keras.config.is_nnx_enabled()=True"
         )
 
+    made_for = None
+
     def make_train_function(self, force=False):
-        if self.train_function is None or force:
+        nonlocal made_for
+        version = getattr(hook, "version", None)
+        if self.train_function is None or force or made_for != version:
+            made_for = version
             # A fresh step every time: jax.jit caches by function, and a kept
             # one would go on with the optimizer and loss of the last `compile`.
             self.train_step = types.MethodType(_make_step(hook), self)
@@ -228,11 +236,13 @@ def install(model, hook):
                 type(self).make_train_function(self, force=True)
             finally:
                 del self.train_step
-            self.train_function = _keep_state(self, self.train_function)
+            self.train_function = _keep_version(
+                self, hook, _keep_state(self, self.train_function)
+            )
 
     make_train_function.hook = hook
     model.make_train_function = types.MethodType(make_train_function, model)
-    model.train_function = None
+    _start_anew(model)
 
 
 def installed(model):
@@ -245,7 +255,111 @@ def uninstall(model):
     """Gives the model back its own train step."""
     if installed(model) is not None:
         del model.make_train_function
+        _start_anew(model)
+
+
+def _start_anew(model):
+    """Drops the compiled step; inside of `fit` a new one takes its place."""
+    if model.train_function is not None:
+        if backend.BACKEND == "jax":
+            # Within `fit` the variables are empty; this fills them.
+            model.jax_state_sync()
         model.train_function = None
+        model.make_train_function()
+
+
+def _keep_version(model, hook, train_function):
+    """The step, made anew where the hook is not what it was traced with."""
+    if not hasattr(hook, "version"):
+        return train_function
+    version = hook.version
+
+    def current(*args):
+        if hook.version == version:
+            return train_function(*args)
+        model.make_train_function(force=True)
+        return model.train_function(*args)
+
+    return current
+
+
+def evaluate_with(model, visit, **data):
+    """Hands the batches that `model.evaluate` would see to a function.
+
+    So a function of batches takes all that `evaluate` takes: arrays, `tf.data`,
+    `PyDataset`, raw texts of a model that preprocesses. Nothing of the model is
+    assigned, however the call ends.
+
+    Args:
+        model: A compiled `keras.Model` with Keras's own test step.
+        visit: Function `(mapping, batch) -> logs`. `mapping` is a list of pairs
+            `(variable, value)`: on JAX the variables are empty meanwhile.
+            `batch` is `(x, y, sample_weight)`; `logs` is a dict of numbers, for
+            the progress bar.
+        data: Arguments of `evaluate`.
+
+    Raises:
+        ValueError: If the model has a test step of its own.
+    """
+    for name in ("test_step", "make_test_function"):
+        if getattr(type(model), name) is not getattr(keras.Model, name):
+            raise ValueError(
+                f"{type(model).__name__} has a `{name}` of its own, which "
+                "would be bypassed. Express it through `compute_loss` or "
+                f"`compute_metrics`. Received: {model!r}"
+            )
+    saved = [(v, ops.copy(v.value)) for v in model.metrics_variables]
+    if backend.BACKEND == "jax":
+        saved += [(v, v.value) for v in model.variables]
+    test_function = model.test_function
+
+    def visit_all(mapping, iterator):
+        logs = None
+        for _, data in zip(
+            range(model.steps_per_execution), iterator, strict=False
+        ):
+            batch = keras.utils.unpack_x_y_sample_weight(
+                backend.whole_batch(data)
+            )
+            logs = visit(mapping, batch)
+        if logs is None:
+            raise StopIteration
+        return logs
+
+    if backend.BACKEND == "jax":
+
+        def function(state, iterator):
+            variables = (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                model.metrics_variables,
+            )
+            mapping = [
+                pair
+                for part, values in zip(variables, state, strict=True)
+                for pair in zip(part, values, strict=True)
+            ]
+            return visit_all(mapping, iterator), state
+
+    else:
+
+        def function(iterator):
+            return visit_all(
+                [(v, backend.read(v)) for v in model.variables],
+                iterator,
+            )
+
+    model.make_test_function = lambda force=False: None
+    model.test_function = function
+    try:
+        model.evaluate(**data)
+    finally:
+        del model.make_test_function
+        model.test_function = test_function
+        if backend.BACKEND == "jax":
+            model._jax_state = None
+        for variable, value in saved:
+            variable.assign(value)
 
 
 def step_memory(model, x, y):
@@ -286,7 +400,7 @@ if backend.BACKEND == "tensorflow":
                 loss_scale=optimizer.scale_loss(ops.ones(())),
             )
             variables = model.trainable_variables
-            weights = [ops.convert_to_tensor(v.value) for v in variables]
+            weights = [backend.read(v) for v in variables]
             evaluation, gradients = hook(objective, weights)
             for variable, value in evaluation.updates:
                 variable.assign(value)
@@ -440,9 +554,9 @@ _local = threading.local()
 class _StandIn:
     """Stands in for `layer.call` while the objective is evaluated."""
 
-    def __init__(self, layer):
+    def __init__(self, layer, method):
         self.layer = layer
-        self.call = layer.call
+        self.call = getattr(layer, method)
         self.users = 0
 
     def __call__(self, *args, **kwargs):
@@ -452,9 +566,12 @@ class _StandIn:
             return output
         new = fn(output, *args, **kwargs)
         # Some layers set the mask of their output in `call`.
-        mask = getattr(output, "_keras_mask", None)
-        if mask is not None:
-            new._keras_mask = mask
+        for before, after in zip(
+            tree.flatten(output), tree.flatten(new), strict=True
+        ):
+            mask = backend.get_keras_mask(before)
+            if mask is not None and after is not before:
+                backend.set_keras_mask(after, mask)
         return new
 
 
@@ -467,18 +584,25 @@ def perturbed(perturb):
     """
     before = getattr(_local, "perturb", {})
     _local.perturb = {id(layer): fn for layer, fn in perturb.items()}
-    for layer in perturb:
-        stand_in = layer.__dict__.get("call")
+    methods = {layer: _called_method(layer) for layer in perturb}
+    for layer, method in methods.items():
+        stand_in = layer.__dict__.get(method)
         if not isinstance(stand_in, _StandIn):
-            stand_in = _StandIn(layer)
-            object.__setattr__(layer, "call", stand_in)
+            stand_in = _StandIn(layer, method)
+            object.__setattr__(layer, method, stand_in)
         stand_in.users += 1
     try:
         yield
     finally:
         _local.perturb = before
-        for layer in perturb:
-            stand_in = layer.__dict__["call"]
+        for layer, method in methods.items():
+            stand_in = layer.__dict__[method]
             stand_in.users -= 1
             if not stand_in.users:
-                object.__delattr__(layer, "call")
+                object.__delattr__(layer, method)
+
+
+def _called_method(layer):
+    """What Keras calls in a layer: another method where it is quantized."""
+    is_quantized = getattr(layer, "quantization_mode", None) is not None
+    return "quantized_call" if is_quantized else "call"

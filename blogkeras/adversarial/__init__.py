@@ -3,19 +3,22 @@
 对抗训练浅谈：意义、方法和思考（附Keras实现）, https://kexue.fm/archives/7234
 """
 
+import keras
+
 from blogkeras import training
-from blogkeras.adversarial.ascent import PGD, FreeLB
-from blogkeras.adversarial.methods import (
-    FGM,
-    FGSM,
+from blogkeras.adversarial.base import (
     AdversarialMethod,
-    GradientPenalty,
+    check_name,
+    check_strength,
 )
-from blogkeras.adversarial.robustness import Robustness, evaluate_robustness
-from blogkeras.adversarial.virtual import (
+from blogkeras.adversarial.label_free import (
     NoiseStability,
     VirtualAdversarialTraining,
 )
+from blogkeras.adversarial.multi_step import PGD, FreeLB
+from blogkeras.adversarial.one_step import FGM, FGSM
+from blogkeras.adversarial.penalty import GradientPenalty
+from blogkeras.adversarial.robustness import Robustness, evaluate_robustness
 
 __all__ = [
     "FGM",
@@ -45,7 +48,14 @@ METHODS = {
 }
 
 
-def adversarial_training(model, embedding_name=None, epsilon=1.0, method="fgm"):
+def adversarial_training(
+    model,
+    embedding_name=None,
+    epsilon=1.0,
+    method="fgm",
+    *,
+    padding_mask=None,
+):
     """Makes `fit` train a model adversarially, in place.
 
     One line before or after `compile`; from then on `fit` and `train_on_batch`
@@ -63,15 +73,22 @@ def adversarial_training(model, embedding_name=None, epsilon=1.0, method="fgm"):
         epsilon: Float ≥ 0. Strength; for FGM the norm of the perturbation.
         method: `"fgm"`, `"fgsm"`, `"pgd"`, `"freelb"`, `"gradient_penalty"`,
             `"noise_stability"`, `"vat"`, or an object such as
-            `FGM(0.5, site="output")`, whose own `epsilon` then holds.
+            `FGM(0.5, site="output")`, whose own `epsilon` then holds. Its
+            attributes may be changed later: `method.epsilon = 0.3`.
+        padding_mask: The name of the input that is 1 at real positions and 0 at
+            padding, which is then never perturbed (with `site="output"` and at
+            floating inputs). `None` takes the mask that the perturbed layer's
+            output carries, else one that the model gives to a layer (such as
+            `attention_mask`), else an input of such a name.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: If the layer is not found or not unique (the message lists
-            the candidates), if `epsilon` is negative or not a number, if the
-            method is unknown, or if the model has a train step of its own.
+            the candidates), if nothing can be perturbed, if `epsilon` is
+            negative or not a number, if the method is unknown, or if the model
+            has a train step of its own.
 
     Example:
 
@@ -83,12 +100,23 @@ def adversarial_training(model, embedding_name=None, epsilon=1.0, method="fgm"):
         [blog post 7234](https://kexue.fm/archives/7234)
     """
     method = _method(method, epsilon)
-    training.install(model, method.hook(model, embedding_name))
+    _check_model(model)
+    check_name("embedding_name", embedding_name)
+    check_name("padding_mask", padding_mask)
+    training.install(model, method.hook(model, embedding_name, padding_mask))
     return model
 
 
 def virtual_adversarial_training(
-    model, embedding_name=None, epsilon=1.0, xi=10.0, iters=1
+    model,
+    embedding_name=None,
+    epsilon=1.0,
+    xi=10.0,
+    iters=1,
+    *,
+    output_kind=None,
+    from_logits=None,
+    padding_mask=None,
 ):
     """Makes `fit` train with labelled and unlabelled rows, in place.
 
@@ -113,21 +141,34 @@ def virtual_adversarial_training(
     there of saving holds here.
 
     Args:
-        model: A `keras.Model` that classifies, with probabilities or, if its
-            compiled loss says so, logits.
+        model: A `keras.Model`. Its compiled loss tells what its outputs are:
+            classes, independent labels (probabilities or logits), numbers.
         embedding_name: As in `adversarial_training`.
         epsilon: Float ≥ 0. Norm of the step, over the batch.
         xi: Float > 0. Norm of the probe that finds its direction.
         iters: Integer ≥ 0. Power iterations; 0 is random noise.
+        output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`, or a list or dict
+            of these for several outputs. `None` asks the loss; one of your own
+            does not tell.
+        from_logits: Boolean, or a list or dict. `None` asks the loss.
+        padding_mask: As in `adversarial_training`.
 
     Returns:
         The same model.
 
+    Raises:
+        ValueError: As `adversarial_training`, and if the loss does not tell
+            what the outputs are.
+
     Reference:
         [blog post 7466](https://kexue.fm/archives/7466)
     """
-    method = VirtualAdversarialTraining(epsilon, xi, iters)
-    return adversarial_training(model, embedding_name, method=method)
+    method = VirtualAdversarialTraining(
+        epsilon, xi, iters, from_logits=from_logits, output_kind=output_kind
+    )
+    return adversarial_training(
+        model, embedding_name, method=method, padding_mask=padding_mask
+    )
 
 
 def plain_training(model):
@@ -139,11 +180,21 @@ def plain_training(model):
     Returns:
         The same model.
     """
+    _check_model(model)
     training.uninstall(model)
     return model
 
 
+def _check_model(model):
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "Expected `model` to be a `keras.Model`, since the training step "
+            f"of `fit` is what changes. Received: model={model!r}"
+        )
+
+
 def _method(method, epsilon):
+    epsilon = check_strength("epsilon", epsilon)
     if isinstance(method, AdversarialMethod):
         if epsilon not in (1.0, method.epsilon):
             raise ValueError(
@@ -151,7 +202,7 @@ def _method(method, epsilon):
                 f"it alone. Received: epsilon={epsilon!r}, method={method!r}"
             )
         return method
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"Expected `method` to be one of {', '.join(map(repr, METHODS))} "
             f"or an `AdversarialMethod`. Received: method={method!r}"

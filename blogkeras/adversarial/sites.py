@@ -1,9 +1,21 @@
 """Where a model is perturbed: embedding matrix, layer output, float input."""
 
+import threading
+
 import keras
+import numpy as np
 from keras import ops, tree
 
-from blogkeras import training
+from blogkeras import backend
+from blogkeras.adversarial.padding import Padding
+from blogkeras.adversarial.survey import (
+    describe,
+    first_argument,
+    is_embedding,
+    is_float,
+    is_look_up,
+    try_survey_step,
+)
 
 
 class Site:
@@ -26,9 +38,13 @@ class Site:
         """
         raise NotImplementedError
 
-    def mask(self, gradients):
-        """Removes what must not be perturbed (padding) from gradients."""
-        return gradients
+    def mask(self, tensors):
+        """Zero where nothing may be perturbed (padding), else unchanged."""
+        return tensors
+
+    def padding(self):
+        """The mask of the positions in this step, boolean, or `None`."""
+        return None
 
     def merge(self, objective, gradients, point_gradients):
         """Gradients of the weights, where those at the point are some of them.
@@ -47,33 +63,140 @@ class Site:
     batched = True
 
 
-class Matrix(Site):
-    """The embedding matrix: one perturbation per vocabulary entry."""
+class OutputSite(Site):
+    """The outputs of a layer: each position has a perturbation of its own.
+
+    The values are offsets, with origin zero, one tensor for each call of the
+    layer, or several where the layer has several floating outputs. Of an
+    embedding only look-ups count: the calls that give one dimension more than
+    they take. The tied softmax of the same layer is left clean.
+
+    Args:
+        layer: The layer.
+        padding_mask: String, the name of the input that tells padding.
+    """
+
+    def __init__(self, layer, padding_mask=None):
+        self.layer = layer
+        self._padding = Padding(padding_mask)
+        self._step = threading.local()  # each replica has a thread
+
+    def origin(self, objective, weights):
+        offsets, outputs = [], []
+
+        def record(output, *args, **kwargs):
+            for x in self._perturbed(output, args, kwargs):
+                offsets.append(ops.zeros_like(ops.stop_gradient(x)))
+                outputs.append(x)
+            return output
+
+        # Only shapes and masks are of use here; the compiler drops the rest.
+        with self._padding.watch(objective) as watch:
+            objective(weights, perturb=watch({self.layer: record}))
+        if not offsets:
+            raise ValueError(
+                "The layer to perturb takes no part in the model's forward "
+                f"pass. Received: layer {self.layer.name!r}"
+            )
+        self._step.masks = self._padding.masks(
+            objective,
+            weights,
+            outputs,
+            [backend.get_keras_mask(x) for x in outputs],
+            lambda survey: survey.inputs_of(self.layer),
+        )
+        return offsets
+
+    def at(self, objective, weights, point):
+        offsets = iter(point)
+
+        def add(output, *args, **kwargs):
+            moved = {
+                id(x): x + ops.cast(next(offsets), x.dtype)
+                for x in self._perturbed(output, args, kwargs)
+            }
+            return tree.map_structure(lambda x: moved.get(id(x), x), output)
+
+        return weights, {"perturb": {self.layer: add}}
+
+    def mask(self, tensors):
+        return masked(tensors, self._step.masks)
+
+    def padding(self):
+        return self._step.masks[0]
+
+    def _perturbed(self, output, args, kwargs):
+        """The tensors of an output that are moved."""
+        if is_embedding(self.layer):
+            first = first_argument(args, kwargs)
+            return [output] if is_look_up(output, first) else []
+        # An LSTM with `return_state` returns one of its tensors twice.
+        floats = {id(x): x for x in tree.flatten(output) if is_float(x)}
+        return list(floats.values())
+
+
+class MatrixSite(Site):
+    """The embedding matrix: one perturbation for each vocabulary entry.
+
+    Entries that are not in the batch have no gradient, so where the matrix is
+    only looked up in, its perturbation is that of the tokens of the batch: the
+    values are offsets `(tokens, dim)` with origin zero, one row for each
+    distinct token (and unused rows), which every occurrence of the token adds
+    to its look-up. Time and memory then do not grow with the vocabulary.
+
+    Where the matrix has another use (a tied softmax, a regularizer, a second
+    layer), and on several replicas, the values are the matrix itself.
+    """
 
     shared = True
     batched = False
 
     def __init__(self, layer):
         self.layer = layer
+        self._only_looked_up = None
+        self._step = threading.local()
 
-    def _variable(self):
+    def variable(self):
+        """The matrix, a variable of floating numbers."""
         # With LoRA the effective matrix is this variable plus the low-rank
         # product: moving either moves the sum.
         for variable in self.layer.variables:
-            if variable.name == "embeddings":
+            if variable.name == "embeddings" and is_float(variable):
                 return variable
         raise ValueError(
-            "The embedding layer has no weight named 'embeddings' to perturb; "
-            'use site="output". Received: layer '
+            "Expected an embedding layer with a weight 'embeddings' of "
+            'floating numbers, to perturb its rows; use site="output" for a '
+            "quantized one. Received: layer "
             f"{self.layer.name!r} with weights "
-            f"{[v.name for v in self.layer.variables]}"
+            f"{[(v.name, v.dtype) for v in self.layer.variables]}"
         )
 
     def origin(self, objective, weights):
-        return [objective.value(weights, self._variable())]
+        variable = self.variable()
+        if not self._is_only_looked_up(objective, weights, variable):
+            return [objective.value(weights, variable)]
+        ids = []
+
+        def record(output, *args, **kwargs):
+            if is_look_up(output, first_argument(args, kwargs)):
+                tokens = first_argument(args, kwargs)
+                ids.append(ops.cast(ops.reshape(tokens, (-1,)), "int32"))
+            return output
+
+        objective(weights, perturb={self.layer: record})
+        if not ids:
+            raise ValueError(
+                "The layer to perturb takes no part in the model's forward "
+                f"pass. Received: layer {self.layer.name!r}"
+            )
+        self._step.rows = rows_of_tokens(ops.concatenate(ids))
+        shape = (ops.shape(self._step.rows)[0], variable.shape[-1])
+        return [ops.zeros(shape, dtype=variable.dtype)]
 
     def at(self, objective, weights, point):
-        variable = self._variable()
+        if self._only_looked_up:
+            return weights, {"perturb": {self.layer: self._add(point[0])}}
+        variable = self.variable()
         index = objective.index(variable)
         if index is None:
             return weights, {"values": [(variable, point[0])]}
@@ -82,8 +205,8 @@ class Matrix(Site):
         return [*weights[:index], point[0], *weights[index + 1 :]], {}
 
     def merge(self, objective, gradients, point_gradients):
-        index = objective.index(self._variable())
-        if index is None:
+        index = objective.index(self.variable())
+        if index is None or self._only_looked_up:
             return gradients
         return [
             *gradients[:index],
@@ -91,316 +214,137 @@ class Matrix(Site):
             *gradients[index + 1 :],
         ]
 
+    def _add(self, offsets):
+        start = 0
 
-class Output(Site):
-    """The outputs of a layer: each position has a perturbation of its own.
+        def add(output, *args, **kwargs):
+            nonlocal start
+            tokens = first_argument(args, kwargs)
+            if not is_look_up(output, tokens):
+                return output
+            size = ops.size(tokens)
+            rows = ops.reshape(
+                self._step.rows[start : start + size], ops.shape(tokens)
+            )
+            start = start + size
+            delta = ops.take(offsets, rows, axis=0)
+            return output + ops.cast(delta, output.dtype)
 
-    The values are offsets, with origin zero, one tensor per call of the layer.
-    Of an embedding only look-ups count: the calls that give one dimension more
-    than they take. The tied softmax of the same layer is left clean.
+        return add
+
+    def _is_only_looked_up(self, objective, weights, variable):
+        if self._only_looked_up is None:
+            self._only_looked_up = backend.num_replicas() == 1 and not (
+                self._is_used_elsewhere(objective, weights, variable)
+            )
+        return self._only_looked_up
+
+    def _is_used_elsewhere(self, objective, weights, variable):
+        survey = try_survey_step(objective, weights, [(self.layer, variable)])
+        return survey is None or bool(survey.matrices_used)
+
+
+class InputSite(Site):
+    """The model's floating inputs (images, spectra, measurements).
+
+    The values are those that the model casts its inputs to: bytes of an image
+    become the floating numbers of the model's `Input`.
+
+    Args:
+        index: The only input to perturb, of `tree.flatten(x)`, or its name.
+            `None`: all floating inputs, but not those that are masks by name.
+        padding_mask: String, the name of the input that tells padding.
     """
 
-    def __init__(self, layer):
-        self.layer = layer
-        self.is_embedding = isinstance(layer, keras.layers.Embedding)
-        self._masks = []
+    def __init__(self, index=None, padding_mask=None):
+        self.index = index
+        self._padding = Padding(padding_mask)
+        self._step = threading.local()  # each replica has a thread
 
-    def _is_look_up(self, output, inputs):
-        return not self.is_embedding or len(output.shape) > len(inputs.shape)
-
-    def origin(self, objective, weights):
-        offsets, self._masks = [], []
-
-        def record(output, inputs=None, *args, **kwargs):
-            if self._is_look_up(output, inputs):
-                offsets.append(ops.zeros_like(ops.stop_gradient(output)))
-                self._masks.append(
-                    self.layer.compute_mask(inputs, None)
-                    if self.is_embedding
-                    else None
-                )
-            return output
-
-        # Only the shapes are of use here; the compiler drops the rest.
-        objective(weights, perturb={self.layer: record})
-        if not offsets:
-            raise ValueError(
-                "The layer to perturb takes no part in the model's forward "
-                f"pass. Received: layer {self.layer.name!r}"
-            )
-        return offsets
-
-    def at(self, objective, weights, point):
-        offsets = iter(point)
-
-        def add(output, inputs=None, *args, **kwargs):
-            if self._is_look_up(output, inputs):
-                return output + ops.cast(next(offsets), output.dtype)
-            return output
-
-        return weights, {"perturb": {self.layer: add}}
-
-    def mask(self, gradients):
-        return [
-            g if mask is None else g * ops.cast(mask, g.dtype)[..., None]
-            for g, mask in zip(gradients, self._masks, strict=True)
-        ]
-
-
-class Input(Site):
-    """The model's floating inputs (images, spectra, measurements)."""
-
-    def __init__(self, index=None):
-        self.index = index  # the only one to perturb, or all
-
-    def _is_perturbed(self, index, x):
+    def _indices(self, objective):
+        leaves = describe(objective.model, objective.data[0])
+        if isinstance(self.index, int):
+            return [self.index]
         if self.index is not None:
-            return index == self.index
-        return _is_float(x)
+            return [i for i, x in enumerate(leaves) if self.index in x.names]
+        found = [i for i, x in enumerate(leaves) if x.is_float]
+        masks = self._padding.inputs(objective)
+        return [i for i in found if i not in masks] or found
 
     def origin(self, objective, weights):
-        # `train_on_batch` hands NumPy's float64 through to the step.
-        return [
-            ops.cast(x, keras.config.floatx()) if x.dtype == "float64" else x
-            for index, x in enumerate(tree.flatten(objective.data[0]))
-            if self._is_perturbed(index, x)
-        ]
+        x = objective.data[0]
+        leaves, flat = describe(objective.model, x), tree.flatten(x)
+        indices = self._indices(objective)
+        if not indices:
+            raise ValueError(
+                "Nothing to perturb: the inputs are integers, and the model "
+                "does not say to which floating numbers it casts them. Give "
+                "floating inputs, or name the layer that casts them, with "
+                'site="output". Received: inputs of dtype '
+                f"{[str(t.dtype) for t in flat if t is not None]}"
+            )
+        origin = []
+        for index in indices:
+            dtype = leaves[index].dtype or str(
+                keras.backend.standardize_dtype(flat[index].dtype)
+            )
+            if leaves[index].dtype is None and dtype == "float64":
+                # `train_on_batch` hands NumPy's float64 through to the step.
+                dtype = keras.config.floatx()
+            origin.append(ops.cast(flat[index], dtype))
+        self._step.masks = self._find_masks(objective, weights, origin, indices)
+        return origin
+
+    def _find_masks(self, objective, weights, origin, indices):
+        if all(len(x.shape) < 3 for x in origin):
+            return [None] * len(origin)  # no positions
+        with self._padding.watch(objective) as watch:
+            if self._padding.needs_pass:
+                objective(weights, perturb=watch({}))
+        return self._padding.masks(
+            objective,
+            weights,
+            origin,
+            [None] * len(origin),
+            lambda survey: [{index} for index in indices],
+        )
 
     def at(self, objective, weights, point):
         x, y, sample_weight = objective.data
-        values = iter(point)
+        # `train_on_batch` hands over arrays; Keras wants tensors or arrays.
         flat = [
-            next(values) if self._is_perturbed(index, t) else t
-            for index, t in enumerate(tree.flatten(x))
+            ops.convert_to_tensor(t) if isinstance(t, np.ndarray) else t
+            for t in tree.flatten(x)
         ]
+        for index, value in zip(self._indices(objective), point, strict=True):
+            flat[index] = value
         return weights, {
             "data": (tree.pack_sequence_as(x, flat), y, sample_weight)
         }
 
+    def mask(self, tensors):
+        return masked(tensors, self._step.masks)
 
-class Deferred(Site):
-    """A site that only the first training step can tell."""
-
-    def __init__(self, name, kind):
-        self.name = name
-        self.kind = kind
-        self._site = None
-
-    def origin(self, objective, weights):
-        if self._site is None:
-            self._site = self._find(objective, weights)
-            self.shared, self.batched = self._site.shared, self._site.batched
-        return self._site.origin(objective, weights)
-
-    def _find(self, objective, weights):
-        model, x = objective.model, objective.data[0]
-        if self.name is not None:
-            return _named(model, self.name, self.kind, x)
-        reached = _reached(
-            model, x, lambda perturb: objective(weights, perturb=perturb)
-        )
-        return _choose(model, self.kind, reached, x)
-
-    def at(self, objective, weights, point):
-        return self._site.at(objective, weights, point)
-
-    def mask(self, gradients):
-        return self._site.mask(gradients)
-
-    def merge(self, objective, gradients, point_gradients):
-        return self._site.merge(objective, gradients, point_gradients)
+    def padding(self):
+        return self._step.masks[0]
 
 
-def find_site(model, name=None, kind="matrix"):
-    """Finds where a model is to be perturbed.
-
-    Args:
-        model: A `keras.Model`.
-        name: The name of a layer or its path `"outer/inner"`, or the name of a
-            floating input. `None` finds the token embedding: the largest
-            vocabulary that is reached from an input of the model; without
-            embeddings, the floating inputs.
-        kind: `"matrix"` or `"output"`.
-
-    Returns:
-        A `Site`. That of a model which cannot be traced ahead, such as a
-        subclassed one, is found in the first step.
-
-    Raises:
-        ValueError: If the name fits nothing or several layers, if two
-            embeddings are equally large, or if nothing can be perturbed. The
-            message lists the candidates.
-    """
-    x = _symbolic_input(model)
-    if x is None:
-        return Deferred(name, kind)
-    if name is not None:
-        return _named(model, name, kind, x)
-    run = _SymbolicRun(model)
-    try:
-        run.compute_output_spec(x)
-    except Exception:
-        # Not every model can be traced with unknown sizes; `fit` will tell.
-        return Deferred(name, kind)
-    return _choose(model, kind, run.reached, x)
+def masked(tensors, masks):
+    """Zero where the mask of a tensor's first axes is false."""
+    found = []
+    for x, mask in zip(tensors, masks, strict=True):
+        if mask is not None:
+            for _ in range(len(x.shape) - len(mask.shape)):
+                mask = ops.expand_dims(mask, -1)
+            x = ops.where(mask, x, ops.zeros_like(x))
+        found.append(x)
+    return found
 
 
-def _symbolic_input(model):
-    """Symbolic inputs like the model's own, `None` if it does not have any."""
-    if not model.built:
-        return None
-    if isinstance(model, keras.Sequential):
-        x = model.inputs[0]
-    else:
-        x = getattr(model, "input", None)
-    if x is None:
-        return None
-    return tree.map_structure(lambda t: keras.KerasTensor(t.shape, t.dtype), x)
-
-
-class _SymbolicRun(keras.layers.Layer):
-    """Traces a model once to see which embeddings it reaches."""
-
-    def __init__(self, model):
-        super().__init__(name="symbolic_run")
-        self._model = lambda: model  # not a sublayer
-        self.reached = []
-
-    def call(self, x):
-        model = self._model()
-
-        def run(perturb):
-            with training.perturbed(perturb):
-                model(x)
-
-        self.reached = [*_reached(model, x, run)]
-        return x
-
-
-def _reached(model, x, run):
-    """The embeddings that look up something of the batch `x`."""
-    batch_size = _first_dimension(x)
-    reached = []
-
-    def note(layer):
-        def fn(output, inputs=None, *args, **kwargs):
-            # Positions, counted off inside the model, have no batch axis.
-            is_look_up = len(output.shape) > len(inputs.shape) > 0
-            if is_look_up and inputs.shape[0] == batch_size:
-                reached.append(layer)
-            return output
-
-        return fn
-
-    run({layer: note(layer) for layer in _embeddings(model).values()})
-    return reached
-
-
-def _choose(model, kind, reached, x):
-    candidates = {
-        path: layer
-        for path, layer in _embeddings(model).items()
-        if any(layer is other for other in reached)
-    }
-    if not candidates:
-        if any(_is_float(t) for t in tree.flatten(x)):
-            return Input()
-        raise ValueError(
-            "Nothing to perturb: the model's inputs are integers and no "
-            "embedding layer looks them up. Name a layer whose output is to be "
-            'perturbed, with method=FGM(site="output"). Received: '
-            f"embedding_name=None; {_list(model, x)}"
-        )
-    largest = max(layer.input_dim for layer in candidates.values())
-    best = [
-        path for path, layer in candidates.items() if layer.input_dim == largest
-    ]
-    if len(best) > 1:
-        raise ValueError(
-            f"{len(best)} embedding layers have the largest vocabulary: "
-            f"{best}. Name the one to perturb as `embedding_name`. Received: "
-            f"embedding_name=None; {_list(model, x)}"
-        )
-    layer = candidates[best[0]]
-    return Matrix(layer) if kind == "matrix" else Output(layer)
-
-
-def _named(model, name, kind, x):
-    found = {
-        path: layer
-        for path, layer in _layers(model)
-        if name in (path, layer.name)
-    }
-    if len(found) != 1:
-        problem = (
-            f"several layers have this name: {list(found)}; give the path"
-            if found
-            else "the model has no such layer"
-        )
-        raise ValueError(
-            f"Expected the name of one layer to perturb, but {problem}. "
-            f"Received: embedding_name={name!r}; {_list(model, x)}"
-        )
-    (layer,) = found.values()
-    if isinstance(layer, keras.layers.InputLayer):
-        return _named_input(model, layer, name, x)
-    if kind == "output":
-        return Output(layer)
-    if isinstance(layer, keras.layers.Embedding):
-        return Matrix(layer)
-    raise ValueError(
-        "Expected an embedding layer, since its matrix is to be perturbed; to "
-        'perturb the output of another layer use method=FGM(site="output"). '
-        f"Received: embedding_name={name!r}, a {type(layer).__name__}; "
-        f"{_list(model, x)}"
-    )
-
-
-def _named_input(model, layer, name, x):
-    inputs = getattr(model, "inputs", None) or []
-    for index, tensor in enumerate(inputs):
-        if tensor is layer.output and _is_float(tensor):
-            return Input(index)
-    raise ValueError(
-        "Expected a floating input of the model: integers cannot be "
-        f"perturbed. Received: embedding_name={name!r}; {_list(model, x)}"
-    )
-
-
-def _list(model, x):
-    found = {path: e.input_dim for path, e in _embeddings(model).items()}
-    inputs = [f"{t.dtype}" for t in tree.flatten(x) if t is not None]
-    return (
-        f"embedding layers and their vocabularies: {found or 'none'}, "
-        f"inputs of dtype {inputs}"
-    )
-
-
-def _embeddings(model):
-    return {
-        path: layer
-        for path, layer in _layers(model)
-        if isinstance(layer, keras.layers.Embedding)
-    }
-
-
-def _layers(parent, prefix="", seen=None):
-    """Pairs `(path, layer)` of all layers inside, each once."""
-    seen = set() if seen is None else seen
-    children = parent._flatten_layers(include_self=False, recursive=False)
-    for layer in children:
-        if id(layer) not in seen:
-            seen.add(id(layer))
-            path = prefix + layer.name
-            yield path, layer
-            yield from _layers(layer, path + "/", seen)
-
-
-def _first_dimension(x):
-    return next(t for t in tree.flatten(x) if t is not None).shape[0]
-
-
-def _is_float(x):
-    return x is not None and keras.backend.is_float_dtype(
-        keras.backend.standardize_dtype(x.dtype)
-    )
+def rows_of_tokens(tokens):
+    """A number for each token, equal where tokens are, below their count."""
+    order = ops.argsort(tokens)
+    tokens = ops.take(tokens, order, axis=0)
+    is_new = ops.cast(tokens[1:] != tokens[:-1], "int32")
+    numbers = ops.concatenate([ops.zeros((1,), "int32"), ops.cumsum(is_new)])
+    return ops.take(numbers, ops.argsort(order), axis=0)

@@ -62,14 +62,63 @@ def weighted_sum(gradients, weights):
 
 
 def second_order():
-    """A context in which normalization layers are right to second order.
+    """A context in which layers are right to second order, in this thread.
 
-    `tf.nn.moments` stops the gradient of the mean inside the variance. That is
-    exact to first order and wrong to second, and so are the LayerNormalization
-    and BatchNormalization that use it. Within this context, in this thread, the
-    variance is the plain formula. On JAX it is so anyway.
+    Where TensorFlow's own second derivative is wrong or missing, layers that
+    are called inside compute the same values by another formula:
+
+    - `tf.nn.moments` stops the gradient of the mean inside the variance, which
+      is wrong to second order; the normalization layers use it.
+    - `tf.image.resize` (UpSampling2D, Resizing) and `tf.nn.softsign` have first
+      derivatives only.
+
+    `tf.nn.ctc_loss` raises a `ValueError`. On JAX nothing is to be done.
     """
     return _framework.second_order()
+
+
+def check_second_order(gradients):
+    """Raises a `ValueError` where a second derivative is missing.
+
+    TensorFlow takes some of the missing ones for zero, in silence. What can be
+    seen is a graph: called eagerly, nothing is checked.
+
+    Args:
+        gradients: List of tensors, first derivatives.
+    """
+    _framework.check_second_order(gradients)
+
+
+def dependencies(fn, args):
+    """Which arguments the values of a function's outputs depend on.
+
+    The function is traced, nothing is computed. Shapes do not count: an
+    `arange` as long as an argument does not depend on it.
+
+    Args:
+        fn: Function of a list of tensors; returns a list of tensors.
+        args: List of tensors, at least one.
+
+    Returns:
+        For each output the set of the indices of arguments. It may hold too
+        many where a step of the computation has several results.
+    """
+    return _framework.dependencies(fn, args)
+
+
+def read(variable):
+    """The value of a Keras variable as a tensor, read once.
+
+    `keras.ops.convert_to_tensor` gives TensorFlow's variable itself, which is
+    read at each use: a copy of the whole matrix for one that is updated by
+    sparse gradients.
+    """
+    return _framework.read(variable)
+
+
+def trace(fn):
+    """Runs a function for its side effects on Python, computing nothing."""
+    _framework.trace(fn)
 
 
 def is_recorded():
@@ -84,9 +133,15 @@ def is_recorded():
 # Compiled programs
 
 
-def jit(fn):
-    """Compiles a function of tensors with XLA."""
-    return _framework.jit(fn)
+def jit(fn, xla=True):
+    """Compiles a function of tensors, with XLA.
+
+    Args:
+        fn: Function of tensors.
+        xla: Boolean, as Keras's `jit_compile`. Without XLA, TensorFlow makes a
+            graph, and JAX runs one operation after the other.
+    """
+    return _framework.jit(fn, xla)
 
 
 def jit_layer(fn, layer):
@@ -150,6 +205,11 @@ def all_gather(x):
     The gradient is summed over the replicas.
     """
     return _framework.all_gather(x)
+
+
+def whole_batch(data):
+    """A batch that `tf.distribute` has split, put together (on JAX: `data`)."""
+    return _framework.whole_batch(data)
 
 
 class ReplicaLosses:

@@ -1,6 +1,7 @@
 """JAX's half of the backend; `__init__.py` says what each name does."""
 
 import contextlib
+import itertools
 
 import jax
 import keras
@@ -17,6 +18,39 @@ def dense(gradient):
     return gradient
 
 
+def check_second_order(gradients):
+    pass
+
+
+def dependencies(fn, args):
+    inside = []
+
+    def traced(*args):
+        outputs = fn([*args])
+        # A tensor of a loop's body cannot leave it, and one of an enclosing
+        # program does not depend on anything here.
+        trace = getattr(args[0], "_trace", None)
+        inside[:] = [
+            is_traced(x) and getattr(x, "_trace", None) is trace
+            for x in outputs
+        ]
+        return list(itertools.compress(outputs, inside))
+
+    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args]
+    jaxpr = jax.make_jaxpr(traced)(*specs).jaxpr
+    found = {var: {index} for index, var in enumerate(jaxpr.invars)}
+
+    def depends(var):
+        # A literal number has a value, and no hash.
+        return set() if hasattr(var, "val") else found.get(var, set())
+
+    for equation in jaxpr.eqns:
+        sources = set().union(*map(depends, equation.invars))
+        found.update({var: sources for var in equation.outvars})
+    results = iter([depends(var) for var in jaxpr.outvars])
+    return [next(results) if is_inside else set() for is_inside in inside]
+
+
 def weighted_sum(gradients, weights):
     return sum(
         g * ops.cast(w, g.dtype)
@@ -24,12 +58,16 @@ def weighted_sum(gradients, weights):
     )
 
 
+def read(variable):
+    return variable.value
+
+
 def is_recorded():
     return False
 
 
-def jit(fn):
-    return jax.jit(fn)
+def jit(fn, xla=True):
+    return jax.jit(fn) if xla else fn
 
 
 def jit_layer(fn, layer):
@@ -69,7 +107,11 @@ def full_precision():
 
 
 def is_concrete(x):
-    return not isinstance(x, jax.core.Tracer)
+    return not is_traced(x)
+
+
+def is_traced(x):
+    return isinstance(x, jax.core.Tracer)
 
 
 # Arrays are global: whatever the number of devices, the step sees one batch.
@@ -89,6 +131,10 @@ def all_reduce_sum(x):
 
 def all_gather(x):
     return x
+
+
+def whole_batch(data):
+    return data
 
 
 # For `branches.py`.

@@ -39,14 +39,29 @@ def run(make, hook, x=toy.TOKENS, y=toy.LABELS, how="fit", **fit):
             rows = slice(start, start + 32)
             logs = model.train_on_batch(x[rows], y[rows], return_dict=True)
         history = {name: [float(value)] for name, value in logs.items()}
-    return toy.state(model), history
+    return model, toy.state(model), history
 
 
 def assert_identical(make, hook=plain, **kwargs):
-    state, history = run(make, None, **kwargs)
-    ours, our_history = run(make, hook, **kwargs)
-    assert toy.difference(state, ours) == 0
-    assert history == our_history
+    """Plain `fit` and that of a hook give the same weights and history.
+
+    To the bit where operations run one by one. Two compiled programs may add
+    in another order, and differ by rounding.
+    """
+    model, state, history = run(make, None, **kwargs)
+    _, ours, our_history = run(make, hook, **kwargs)
+    assert history.keys() == our_history.keys()
+    if model.run_eagerly:
+        assert toy.difference(state, ours) == 0
+        assert history == our_history
+        return
+    half = model.dtype_policy.compute_dtype != "float32"
+    rtol = 2e-2 if half else 1e-5
+    for expected, found in zip(state, ours, strict=True):
+        scale = max(np.abs(expected).max(initial=0), 1.0)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=rtol * scale)
+    for name, values in history.items():
+        np.testing.assert_allclose(our_history[name], values, rtol=rtol)
 
 
 def eager(model, optimizer=None, **kwargs):
@@ -226,7 +241,7 @@ def test_evaluations_share_the_dropout_mask():
     model = toy.compiled(toy.classifier(dropout=0.5))
     training.install(model, hook)
     history = model.fit(toy.TOKENS, toy.LABELS, epochs=2, verbose=0).history
-    assert history["loss"] == [0, 0]
+    np.testing.assert_allclose(history["loss"], [0, 0], atol=1e-6)
 
 
 def evaluated(model, hook):
@@ -514,8 +529,9 @@ def test_add_loss_alone_is_a_loss():
 def test_two_replicas():
     plain_two, history = replica_run(None, 2)
     ours_two, our_history = replica_run(lambda model: plain, 2)
-    assert toy.difference(plain_two, ours_two) == 0
-    assert history == our_history
+    assert toy.difference(plain_two, ours_two) <= 1e-6
+    for name, values in history.items():
+        np.testing.assert_allclose(our_history[name], values, rtol=1e-5)
     ours_one, _ = replica_run(lambda model: plain, 1)
     assert toy.difference(ours_one, ours_two) <= 1e-6
 

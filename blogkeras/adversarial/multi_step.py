@@ -1,18 +1,25 @@
 """Attacks of several steps: PGD and FreeLB."""
 
-import keras
 from keras import ops
 
-from blogkeras.adversarial.methods import (
+from blogkeras.adversarial.base import (
     Attack,
+    check_not_negative,
+    check_seed,
+    check_share,
+    check_steps,
     mixed,
+)
+from blogkeras.adversarial.norms import (
+    float_dtype,
     norms,
-    number,
+    random_units,
+    scaled,
     shifted,
     site_gradients,
     units,
-    whole,
 )
+from blogkeras.arguments import check_boolean
 
 
 class PGD(Attack):
@@ -58,12 +65,20 @@ class PGD(Attack):
         **kwargs,
     ):
         super().__init__(epsilon, norm_scope, site, **kwargs)
-        self.steps = whole("steps", steps, minimum=1)
-        self.step_size = number(
-            "step_size", 2.5 / self.steps if step_size is None else step_size
-        )
-        self.random_start = bool(random_start)
+        self.steps = steps
+        self.step_size = step_size
+        self.random_start = random_start
         self.seed = seed
+
+    checks = {
+        **Attack.checks,
+        "steps": check_steps,
+        "step_size": lambda name, value: (
+            None if value is None else check_not_negative(name, value)
+        ),
+        "random_start": check_boolean,
+        "seed": check_seed,
+    }
 
     def check(self, site):
         super().check(site)
@@ -126,10 +141,18 @@ class FreeLB(Attack):
         **kwargs,
     ):
         super().__init__(epsilon, norm_scope, site, **kwargs)
-        self.steps = whole("steps", steps, minimum=1)
-        self.step_size = number("step_size", step_size)
-        self.initial_norm = number("initial_norm", initial_norm, maximum=1.0)
+        self.steps = steps
+        self.step_size = step_size
+        self.initial_norm = initial_norm
         self.seed = seed
+
+    checks = {
+        **Attack.checks,
+        "steps": check_steps,
+        "step_size": check_not_negative,
+        "initial_norm": check_share,
+        "seed": check_seed,
+    }
 
     def check(self, site):
         super().check(site)
@@ -175,27 +198,24 @@ class FreeLB(Attack):
 def start(objective, site, origin, method, radius):
     """Random offsets of norm `radius`; zero if the radius is."""
     if isinstance(radius, float) and radius == 0:
-        return [ops.zeros(ops.shape(x), "float32") for x in origin]
-    seed = objective.seed(method.seed)
-    noise = [
-        keras.random.normal(ops.shape(x), dtype="float32", seed=seed)
-        for x in origin
-    ]
-    noise = units(site.mask(noise), method.norm_scope, site)
-    return [radius * u for u in noise]
+        return [ops.zeros(ops.shape(x), float_dtype(x)) for x in origin]
+    return scaled(radius, random_units(objective, site, origin, method))
 
 
 def ascend(delta, gradients, method, site, epsilon):
     """One step uphill, and back into the ball of radius ε."""
     directions = units(gradients, method.norm_scope, site)
-    step = method.step_size * epsilon
-    delta = [d + step * u for d, u in zip(delta, directions, strict=True)]
+    size = method.step_size
+    if size is None:
+        size = 2.5 / method.steps
+    steps = scaled(size * epsilon, directions)
+    delta = [d + step for d, step in zip(delta, steps, strict=True)]
     return project(delta, epsilon, method.norm_scope, site)
 
 
 def project(delta, epsilon, scope, site):
     """Shrinks what is longer than ε back to ε."""
     return [
-        d * ops.minimum(1.0, epsilon / ops.maximum(norm, 1e-30))
-        for d, norm in zip(delta, norms(delta, scope, site), strict=True)
+        d * ops.minimum(1.0, ops.cast(epsilon, d.dtype) / ops.maximum(n, 1e-30))
+        for d, n in zip(delta, norms(delta, scope, site), strict=True)
     ]

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import toy
+from adversarial_reference import LABELS, TOKENS, compiled, small_model
 from keras import layers
 from kit import replica_run
-from test_adversarial import LABELS, TOKENS, compiled, small_model
 
 import blogkeras
 from blogkeras import FGM, FGSM, PGD, FreeLB, GradientPenalty

@@ -102,10 +102,10 @@ def directions(model, method, x):
     found = {}
 
     def hook(objective, weights):
-        site = blogkeras.adversarial.sites.Input()
+        site = blogkeras.adversarial.sites.InputSite()
         origin = site.origin(objective, weights)
         _, clean = objective(weights)
-        target = method._target(objective, clean)
+        target = method._target(objective, clean, site)
         (d,) = method.direction(objective, weights, site, origin, target)
         found["d"] = ops.convert_to_numpy(d)
         return objective.value_and_grad(objective, weights)
@@ -281,7 +281,7 @@ def test_gradient_of_the_stability_penalty():
     direction = RNG.normal(size=W.shape).astype("float32")
 
     def hook(objective, weights):
-        site = blogkeras.adversarial.sites.Input()
+        site = blogkeras.adversarial.sites.InputSite()
         evaluation, (g,) = method.gradients(objective, weights, site)
 
         def value(h):

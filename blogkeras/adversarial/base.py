@@ -1,0 +1,266 @@
+"""What a method is: a training step that looks at the loss around a site."""
+
+import functools
+
+import keras
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.adversarial.finding import find_site
+from blogkeras.adversarial.norms import shifted, site_gradients
+from blogkeras.arguments import check_choice, check_integer, check_number
+from blogkeras.arguments import check_seed as check_any_seed
+
+SITES = ("matrix", "output")
+NORM_SCOPES = ("batch", "sample", "token")
+
+
+def check_name(name, value):
+    """A string that is not empty, or `None`."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ValueError(
+            f"Expected `{name}` to be a name or None. "
+            f"Received: {name}={value!r}"
+        )
+    return value
+
+
+def check_strength(name, value):
+    """A finite number of at least 0, or a schedule."""
+    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        return value
+    return check_number(name, value, minimum=0)
+
+
+def check_seed(name, value):
+    """A seed as Keras takes it, made an integer."""
+    value = check_any_seed(name, value)
+    if value is None:
+        value = keras.random.SeedGenerator()
+    if isinstance(value, keras.random.SeedGenerator):
+        value = int(ops.convert_to_numpy(value.state.value)[0])
+    return value
+
+
+check_norm_scope = functools.partial(check_choice, choices=NORM_SCOPES)
+check_share = functools.partial(check_number, minimum=0, maximum=1)
+check_count = functools.partial(check_integer, minimum=0)
+check_steps = functools.partial(check_integer, minimum=1)
+check_not_negative = functools.partial(check_number, minimum=0)
+check_positive = functools.partial(check_number, above=0)
+
+
+class AdversarialMethod:
+    """A training step that looks at the loss around a site.
+
+    A method of your own is a subclass with a `gradients` function:
+
+    ```python
+    class RandomNoise(AdversarialMethod):
+        def gradients(self, objective, weights, site):
+            seed = objective.seed(1)
+            point = [
+                x + self.epsilon * keras.random.normal(ops.shape(x), seed=seed)
+                for x in site.origin(objective, weights)
+            ]
+            moved, kwargs = site.at(objective, weights, point)
+            return objective.value_and_grad(
+                lambda weights: objective(weights, **kwargs), moved
+            )
+    ```
+
+    An attribute that is changed later, `method.epsilon = 0.5`, holds from the
+    next step on, which is then compiled anew: use a schedule for what changes
+    often.
+
+    Args:
+        epsilon: Float ≥ 0, or a `keras.optimizers.schedules` schedule of the
+            optimizer's update count. The strength; at 0 training is plain.
+        site: `"matrix"` or `"output"`; where a model with an embedding is
+            perturbed. A model of floating inputs is perturbed there.
+        start_step: Integer. Before this many updates the strength is 0.
+    """
+
+    def __init__(self, epsilon=1.0, site="matrix", start_step=0):
+        self.epsilon = epsilon
+        self.site = site
+        self.start_step = start_step
+
+    # How each attribute is checked, when it is set and when it is changed.
+    checks = {
+        "epsilon": check_strength,
+        "site": functools.partial(check_choice, choices=SITES),
+        "start_step": check_count,
+    }
+
+    def __setattr__(self, name, value):
+        if name in self.checks:
+            value = self.checks[name](name, value)
+        object.__setattr__(self, name, value)
+        # A compiled step keeps the numbers that it was traced with: the count
+        # of changes tells the hook that it is out of date.
+        object.__setattr__(self, "_version", self.version + 1)
+
+    @property
+    def version(self):
+        """How often an attribute was set."""
+        return vars(self).get("_version", 0)
+
+    def strength(self, objective):
+        """The present ε, a number or a scalar tensor."""
+        step = objective.iterations
+        epsilon = self.epsilon
+        if callable(epsilon):
+            epsilon = ops.cast(epsilon(step), "float32")
+        if self.start_step:
+            epsilon = ops.where(step < self.start_step, 0.0, epsilon)
+        return epsilon
+
+    def gradients(self, objective, weights, site):
+        """One step, see `blogkeras.training`.
+
+        Args:
+            objective: A `training.Objective`.
+            weights: List of tensors, the trainable weights.
+            site: A `Site`.
+
+        Returns:
+            `(evaluation, gradients)`.
+        """
+        raise NotImplementedError
+
+    def check(self, site):
+        """Raises a `ValueError` if the method cannot work at this site."""
+
+    def hook(self, model, name=None, padding_mask=None):
+        """The hook for `training.install`."""
+        return Hook(self, model, name, padding_mask)
+
+    def __repr__(self):
+        arguments = ", ".join(
+            f"{k}={v!r}" for k, v in vars(self).items() if k[0] != "_"
+        )
+        return f"{type(self).__name__}({arguments})"
+
+
+class Hook:
+    """A method at work on a model, see `blogkeras.training`.
+
+    Args:
+        method: An `AdversarialMethod`.
+        model: A `keras.Model`.
+        name: The layer or input to perturb, or `None`.
+        padding_mask: The name of the input that tells padding, or `None`.
+    """
+
+    def __init__(self, method, model, name, padding_mask):
+        self.method = method
+        self._where = (name, method.site, padding_mask)
+        self._site = find_site(model, *self._where)
+        method.check(self._site)
+
+    @property
+    def version(self):
+        return self.method.version
+
+    def __call__(self, objective, weights):
+        name, kind, padding_mask = self._where
+        if self.method.site != kind:
+            self._where = (name, self.method.site, padding_mask)
+            self._site = find_site(objective.model, *self._where)
+        version = self.version
+        try:
+            return self.method.gradients(objective, weights, self._site)
+        finally:
+            # What a method notes down in a step is no change of the method.
+            object.__setattr__(self.method, "_version", version)
+
+
+class Attack(AdversarialMethod):
+    """A method that moves a point of the site, and trains there.
+
+    Args:
+        epsilon: Float ≥ 0 or a schedule.
+        norm_scope: `"batch"`, `"sample"` or `"token"`: what shares one norm.
+            A token is a row of the matrix, or a position of an output (for
+            other tensors: a vector along the last axis).
+        site: `"matrix"` or `"output"`.
+        clean_weight: Float in [0, 1]. Share of the clean loss.
+        start_step: Integer.
+    """
+
+    def __init__(
+        self,
+        epsilon=1.0,
+        norm_scope="batch",
+        site="matrix",
+        clean_weight=0.0,
+        start_step=0,
+    ):
+        super().__init__(epsilon, site, start_step)
+        self.norm_scope = norm_scope
+        self.clean_weight = clean_weight
+
+    checks = {
+        **AdversarialMethod.checks,
+        "norm_scope": check_norm_scope,
+        "clean_weight": check_share,
+    }
+
+    def check(self, site):
+        if self.norm_scope == "sample" and not site.batched:
+            raise ValueError(
+                "The embedding matrix belongs to the whole batch: a norm per "
+                'sample needs site="output". Received: '
+                f"norm_scope={self.norm_scope!r}, site={self.site!r}"
+            )
+
+    def perturbation(self, objective, weights, site, origin):
+        """The offsets from the origin at which to train.
+
+        Args:
+            objective: A `training.Objective`.
+            weights: List of tensors.
+            site: A `Site`.
+            origin: List of tensors, the site's values.
+
+        Returns:
+            List of tensors of the shapes of `origin`, float32.
+        """
+        raise NotImplementedError
+
+    def gradients(self, objective, weights, site):
+        origin = site.origin(objective, weights)
+        self.check(site)
+        delta = self.perturbation(objective, weights, site, origin)
+        moved, kwargs = site.at(objective, weights, shifted(origin, delta))
+        evaluation, gradients = objective.value_and_grad(
+            lambda weights: objective(weights, **kwargs), moved
+        )
+        if not self.clean_weight:
+            return evaluation, gradients
+        other, clean_gradients = objective.value_and_grad(objective, weights)
+        return mixed(
+            [evaluation, other],
+            [gradients, clean_gradients],
+            [1 - self.clean_weight, self.clean_weight],
+        )
+
+    def slope(self, objective, weights, site, origin, point):
+        """The gradient of the loss at a point of the site, float32."""
+
+        def attack(point):
+            moved, kwargs = site.at(objective, weights, point)
+            return objective(moved, **kwargs)
+
+        _, g = objective.value_and_grad(attack, point)
+        return site_gradients(g, origin, site)
+
+
+def mixed(evaluations, gradients, shares):
+    """The weighted mean of several passes; state is that of the first."""
+    loss = sum(e.loss * s for e, s in zip(evaluations, shares, strict=True))
+    return evaluations[0]._replace(loss=loss), [
+        None if parts[0] is None else backend.weighted_sum(parts, shares)
+        for parts in zip(*gradients, strict=True)
+    ]

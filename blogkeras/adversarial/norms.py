@@ -1,0 +1,107 @@
+"""Lengths and directions of what stands at a site."""
+
+import functools
+
+import keras
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.state import draw_rows
+
+
+def site_gradients(gradients, origin, site):
+    """Gradients at a site as float32 tensors: dense, masked, over replicas."""
+    gradients = [
+        ops.zeros_like(x) if g is None else backend.dense(g)
+        for g, x in zip(gradients, origin, strict=True)
+    ]
+    gradients = site.mask([at_least_float32(g) for g in gradients])
+    if site.shared:
+        gradients = [backend.all_reduce_sum(g) for g in gradients]
+    return gradients
+
+
+def at_least_float32(x):
+    """x in float32, or in float64 if it is."""
+    return ops.cast(x, float_dtype(x))
+
+
+def float_dtype(x):
+    """The dtype in which lengths of x are computed."""
+    return keras.backend.result_type(x.dtype, "float32")
+
+
+def shifted(origin, delta):
+    """origin + delta, in the dtype of the origin."""
+    return [
+        x + ops.cast(d, x.dtype) for x, d in zip(origin, delta, strict=True)
+    ]
+
+
+def scaled(factor, tensors):
+    """factor · x of each tensor, in its dtype."""
+    return [ops.cast(factor, x.dtype) * x for x in tensors]
+
+
+def norms(tensors, scope, site):
+    """Euclidean norms of what `scope` says, broadcastable to the tensors."""
+    if scope == "token":
+        return [
+            ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True))
+            for x in tensors
+        ]
+    if scope == "sample":
+        norm = sample_norms(tensors)
+        return [per_sample(norm, x) for x in tensors]
+    total = sum(ops.sum(ops.square(x)) for x in tensors)
+    if not site.shared:
+        total = backend.all_reduce_sum(total)
+    return [ops.sqrt(total)] * len(tensors)
+
+
+def sample_norms(tensors):
+    """One norm for each sample, over all the tensors: `(batch,)`."""
+    sizes = [x.shape[0] if len(x.shape) else 1 for x in tensors]
+    if any(not len(x.shape) for x in tensors) or len({*sizes} - {None}) > 1:
+        raise ValueError(
+            "A norm per sample needs the batch as the first axis of all that "
+            "is perturbed. Name another layer as `embedding_name`, or use "
+            'norm_scope="token". Received: tensors of shapes '
+            f"{[tuple(x.shape) for x in tensors]}"
+        )
+    return ops.sqrt(
+        sum(
+            ops.sum(ops.square(x), axis=tuple(range(1, len(x.shape))))
+            for x in tensors
+        )
+    )
+
+
+def per_sample(values, x):
+    """One value for each sample, broadcastable to `x`."""
+    return ops.reshape(values, (-1,) + (1,) * (len(x.shape) - 1))
+
+
+def units(tensors, scope, site):
+    """x / ‖x‖, and zero where the norm is zero or not finite."""
+    directions = []
+    for x, norm in zip(tensors, norms(tensors, scope, site), strict=True):
+        usable = ops.logical_and(norm > 0, ops.isfinite(norm))
+        norm = ops.where(usable, norm, ops.ones_like(norm))
+        directions.append(ops.where(usable, x / norm, ops.zeros_like(x)))
+    return directions
+
+
+def random_units(objective, site, origin, method):
+    """Random directions: of norm 1 over `norm_scope`, zero at padding."""
+    seed = objective.seed(method.seed)
+    noise = []
+    for x in origin:
+        draw = functools.partial(keras.random.normal, dtype=float_dtype(x))
+        noise.append(draw_rows(draw, ops.shape(x), seed))
+    return units(site.mask(noise), method.norm_scope, site)
+
+
+def zero_if_not_finite(x):
+    """x, and zero where it is not finite."""
+    return ops.where(ops.isfinite(x), x, ops.zeros_like(x))
