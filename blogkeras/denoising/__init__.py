@@ -6,6 +6,8 @@ the noisy data: denoising is learning a density.
 https://kexue.fm/archives/7038
 """
 
+from blogkeras.denoising import toy_densities
+from blogkeras.denoising.annealed import AnnealedScoreMatching
 from blogkeras.denoising.energy import (
     QuadraticHead,
     mlp_log_density,
@@ -15,6 +17,8 @@ from blogkeras.denoising.estimator import (
     DenoisingAutoencoder,
     DenoisingDensityEstimator,
 )
+from blogkeras.denoising.generator import DenoisingGenerator
+from blogkeras.denoising.partition import LogPartition, log_partition
 from blogkeras.denoising.samplers import (
     Samples,
     annealed_langevin,
@@ -24,14 +28,19 @@ from blogkeras.denoising.samplers import (
 )
 
 __all__ = [
+    "AnnealedScoreMatching",
     "DenoisingAutoencoder",
     "DenoisingDensityEstimator",
+    "DenoisingGenerator",
+    "LogPartition",
     "QuadraticHead",
     "Samples",
     "annealed_langevin",
     "hmc",
     "langevin",
+    "log_partition",
     "mala",
     "mlp_log_density",
     "residual_log_density",
+    "toy_densities",
 ]

@@ -69,7 +69,7 @@ class DenoisingModel(CompositeModel):
                 f"input_shape={input_shape}"
             )
         if not self.network.built:
-            self.network(keras.KerasTensor((None, *shape), "float32"))
+            self._build_network(shape)
         if self._moments_built:
             return
         self._moments_built = True
@@ -89,6 +89,9 @@ class DenoisingModel(CompositeModel):
         self.num_adapted = self.add_weight(
             (), "zeros", "int32", trainable=False, name="num_adapted"
         )
+
+    def _build_network(self, shape):
+        self.network(keras.KerasTensor((None, *shape), "float32"))
 
     @property
     def row_shape(self):
@@ -162,6 +165,9 @@ class DenoisingModel(CompositeModel):
     def _noise(self, x, seed):
         return draw_rows(keras.random.normal, ops.shape(x), seed)
 
+    def _uniform(self, x, seed):
+        return draw_rows(keras.random.uniform, (ops.shape(x)[0],), seed)
+
     def _finish(self, each, error, sample_weight):
         """The scalar loss of a batch from one for each row.
 
@@ -234,6 +240,11 @@ class DenoisingModel(CompositeModel):
     def from_config(cls, config):
         network = keras.saving.deserialize_keras_object(config["network"])
         return cls(**{**config, "network": network})
+
+
+def row_mean(x):
+    """The mean over all axes but the first."""
+    return ops.mean(ops.reshape(x, (ops.shape(x)[0], -1)), axis=-1)
 
 
 def check_seed_number(seed):

@@ -10,7 +10,7 @@ from blogkeras.arguments import (
     check_layer,
     check_number,
 )
-from blogkeras.denoising.base import DenoisingModel
+from blogkeras.denoising.base import DenoisingModel, row_mean
 from blogkeras.denoising.energy import (
     as_scalars,
     check_network,
@@ -233,12 +233,12 @@ class DenoisingDensityEstimator(_OneNoise):
         unit = self._noise(x, seed)  # ε / σ
         # σ ∇log p̂(x + ε); it should be −ε / σ.
         score = sigma * self._score(x + sigma * unit, sigma, training)
-        error = _row_mean(ops.square(score + unit))
+        error = row_mean(ops.square(score + unit))
         # Only the mean of ‖ε‖² is kept: 1 for each number.
-        steady = error + 1 - _row_mean(ops.square(unit))
+        steady = error + 1 - row_mean(ops.square(unit))
         if self.control_variate:
             clean = sigma * self._score(x, sigma, training)
-            reduction = 2 * _row_mean(clean * unit)
+            reduction = 2 * row_mean(clean * unit)
             error, steady = error - reduction, steady - reduction
         return self._finish(error, steady, sample_weight)
 
@@ -300,11 +300,6 @@ class DenoisingDensityEstimator(_OneNoise):
         return langevin(
             self, x, num_steps, step_size, seed=seed, verbose=verbose
         ).x
-
-
-def _row_mean(x):
-    """The mean over all axes but the first."""
-    return ops.mean(ops.reshape(x, (ops.shape(x)[0], -1)), axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -371,7 +366,7 @@ class DenoisingAutoencoder(_OneNoise):
         sigma = self._sigma_at(step, training)
         unit = self._noise(x, seed)
         denoised = self(x + sigma * unit, training=training)
-        error = _row_mean(ops.square((denoised - x) / sigma))
+        error = row_mean(ops.square((denoised - x) / sigma))
         return self._finish(error, error, sample_weight)
 
     def denoise(self, x, batch_size=1024, verbose=0):

@@ -65,7 +65,7 @@ def _per_chain(values, like):
     return ops.reshape(values, [-1] + [1] * (len(like.shape) - 1))
 
 
-def _sum_rows(x):
+def sum_rows(x):
     """Σ over all axes but the first."""
     return ops.sum(ops.reshape(x, (ops.shape(x)[0], -1)), axis=-1)
 
@@ -169,10 +169,10 @@ def mala_kernel(log_density):
         back = x - new_x - drift * new[2]
         log_ratio = (
             (new[1] - value) / temperature
-            - _sum_rows(ops.square(back)) / (2 * step_size)
-            + _sum_rows(ops.square(noise)) / 2
+            - sum_rows(ops.square(back)) / (2 * step_size)
+            + sum_rows(ops.square(noise)) / 2
         )
-        return _metropolis(state, new, log_ratio, seed)
+        return metropolis(state, new, log_ratio, seed)
 
     return Kernel(init, step)
 
@@ -196,10 +196,9 @@ def hmc_kernel(log_density, num_leapfrog):
             init, state, momentum, step_size, num_leapfrog, temperature
         )
         log_ratio = (new[1] - value) / temperature + 0.5 * (
-            _sum_rows(ops.square(momentum))
-            - _sum_rows(ops.square(new_momentum))
+            sum_rows(ops.square(momentum)) - sum_rows(ops.square(new_momentum))
         )
-        return _metropolis(state, new, log_ratio, seed)
+        return metropolis(state, new, log_ratio, seed)
 
     return Kernel(init, step)
 
@@ -211,7 +210,7 @@ def leapfrog(init, state, momentum, step_size, num_steps, temperature=1.0):
 
     Args:
         init: Function of positions that returns a state.
-        state: `(x, log_density, score)`.
+        state: Tuple that begins with `x, log_density, score`.
         momentum: Tensor like x.
         step_size: Float, or one for each chain shaped to broadcast.
         num_steps: Integer.
@@ -223,15 +222,15 @@ def leapfrog(init, state, momentum, step_size, num_steps, temperature=1.0):
     half = 0.5 * step_size / temperature
 
     def body(_, carry):
-        (x, _, score), momentum = carry
-        momentum = momentum + half * score
-        state = init(x + step_size * momentum)
+        state, momentum = carry
+        momentum = momentum + half * state[2]
+        state = init(state[0] + step_size * momentum)
         return state, momentum + half * state[2]
 
     return ops.fori_loop(0, num_steps, body, (tuple(state), momentum))
 
 
-def _metropolis(state, new, log_ratio, seed):
+def metropolis(state, new, log_ratio, seed):
     """Accepts with probability min(1, exp(log_ratio)), each chain for itself.
 
     Returns what a kernel's step returns.

@@ -96,6 +96,25 @@ def density_estimator():
     return model
 
 
+def denoising_generator():
+    model = blogkeras.DenoisingGenerator(
+        keras.Sequential([keras.Input((3,)), dense(2)]),
+        blogkeras.mlp_log_density((2,), (4,)),
+        blogkeras.mlp_log_density((2,), (4,)),
+        0.5,
+        seed=0,
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def annealed_score_matching():
+    network = blogkeras.mlp_log_density((3,), (4,), head="quadratic")
+    model = blogkeras.AnnealedScoreMatching(network, [0.1, 1.0], seed=0)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
 def denoising_autoencoder():
     network = keras.Sequential([keras.Input((3,)), dense(3, 3)])
     model = blogkeras.DenoisingAutoencoder(network, 0.5, seed=0)
@@ -180,6 +199,12 @@ METRICS = [
 MODELS = [
     (density_estimator, toy.DENSE[:16], None),
     (denoising_autoencoder, toy.DENSE[:16], None),
+    (annealed_score_matching, toy.DENSE[:16], None),
+    *(
+        [(denoising_generator, toy.DENSE[:16], None)]
+        if hasattr(keras.optimizers, "MultiOptimizer")
+        else []
+    ),
     (electra, toy.TOKENS[:16], None),
     (masked_language_model, toy.TOKENS[:16], None),
     (code_prior, toy.TOKENS[:16], None),

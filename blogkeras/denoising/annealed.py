@@ -1,0 +1,347 @@
+"""One energy for all amounts of noise, sampled from hot to cold."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras.arguments import (
+    as_numpy,
+    check_boolean,
+    check_integer,
+    check_number,
+)
+from blogkeras.denoising.base import DenoisingModel, row_mean
+from blogkeras.denoising.energy import (
+    as_scalars,
+    check_network,
+    log_density_and_score,
+)
+from blogkeras.denoising.samplers import (
+    annealed_langevin,
+    check_levels,
+    check_mask,
+)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class AnnealedScoreMatching(DenoisingModel):
+    """Learns a log-density from noise of many strengths, and samples from it.
+
+    In many dimensions noisy data lie on a shell of radius σ√d around the data,
+    so one σ teaches nothing of all other distances. Here each row of a batch
+    has its own σ, drawn from `sigmas`. With ε ~ N(0, σ²) the loss is
+
+        σ₀⁴ ‖∇log_density(x + ε) + ε/σ₀²‖² / dσ²
+
+    (the paper's, divided by d; 1 where the log-density is constant). The
+    network does not know σ, so at the distance of the noise σ the gradient is
+    about σ²/σ₀² times that of log p̂: it is log p̂ at the temperature
+    T = σ²/σ₀². Sampling goes through the temperatures from that of the largest
+    σ down, and ends with one jump of the denoiser, x + σ₀² ∇log_density(x).
+
+    With `conditional=True` the network also takes σ, `network([x, sigma])` with
+    `sigma` of shape `(rows, 1)`. Then its output is log p̂ for that σ, and the
+    loss has the weights of NCSN:
+
+        σ² ‖∇log p̂(x + ε; σ) + ε/σ²‖² / d
+
+    Signs: `log_density` grows towards the data, the score is its gradient, the
+    energy of the paper and `anomaly_score` are −`log_density`.
+
+    Args:
+        network: Keras layer or model from rows (and σ) to one number,
+            `(rows,)` or `(rows, 1)`; twice differentiable. A quadratic head
+            keeps chains from running away: `residual_log_density`,
+            `mlp_log_density(..., head="quadratic")`.
+        sigmas: Sequence of floats > 0, rising or falling: from well below the
+            details of the data to their scale, such as
+            `np.geomspace(0.1, 1, 10)`.
+        sigma0: Float within the range of `sigmas`. The σ of the final jump.
+        conditional: Boolean. Whether the network takes σ.
+        allow_piecewise: Boolean. Whether ReLU and max-pooling pass.
+        seed: Integer or `None`. Of the noise.
+
+    Input shape:  `(rows, ...)`, any numeric dtype.
+    Output shape: `(rows,)`, float32: `log_density` (at `sigma0`).
+
+    Example:
+
+    >>> network = residual_log_density((28, 28, 1))
+    >>> model = AnnealedScoreMatching(network, np.geomspace(0.1, 1, 10))
+    >>> model.compile(keras.optimizers.Adam(1e-4))
+    >>> model.fit(images)
+    >>> new_images = model.sample(16)
+    >>> model.inpaint(images[:4], mask)
+    >>> model.anomaly_score(images)
+
+    Departs from the paper: σ is drawn for each row; there it is a function of
+    the row's position in the batch, and so of the batch size.
+
+    Reference:
+        [Li, Chen and Sommer, 2019](https://arxiv.org/abs/1910.07762);
+        [Song and Ermon, 2019](https://arxiv.org/abs/1907.05600), conditional;
+        [blog post 7038](https://kexue.fm/archives/7038)
+    """
+
+    def __init__(
+        self,
+        network,
+        sigmas,
+        sigma0=0.1,
+        conditional=False,
+        allow_piecewise=False,
+        seed=None,
+        **kwargs,
+    ):
+        check_network(network, allow_piecewise)
+        # The largest first, as the samplers want them.
+        falling = np.ndim(sigmas) == 1 and np.size(sigmas) > 1
+        if falling and np.asarray(sigmas)[0] < np.asarray(sigmas)[-1]:
+            sigmas = list(sigmas)[::-1]
+        levels = check_levels("sigmas", sigmas, above=0)
+        sigma0 = check_number("sigma0", sigma0, above=0)
+        # Numbers such as those of `np.geomspace` miss their ends by little.
+        if not levels[-1] * (1 - 1e-6) <= sigma0 <= levels[0] * (1 + 1e-6):
+            raise ValueError(
+                f"Expected sigma0 between {levels[-1]:g} and {levels[0]:g}, "
+                f"the range of sigmas. Received: sigma0={sigma0}"
+            )
+        super().__init__(network, seed, **kwargs)
+        self.sigmas = [float(level) for level in levels]
+        self.sigma0 = sigma0
+        self.conditional = check_boolean("conditional", conditional)
+        self.allow_piecewise = allow_piecewise
+        self._build_if_known()
+
+    def _build_network(self, shape):
+        inputs = keras.KerasTensor((None, *shape), "float32")
+        if self.conditional:
+            inputs = [inputs, keras.KerasTensor((None, 1), "float32")]
+        self.network(inputs)
+
+    def _log_density(self, x, sigma, training=False):
+        """`sigma` of shape `(rows,)`; without meaning unless conditional."""
+        inputs = [x, ops.reshape(sigma, (-1, 1))] if self.conditional else x
+        return as_scalars(self.network(inputs, training=training))
+
+    def _score(self, x, sigma, training=False):
+        return log_density_and_score(
+            lambda x: self._log_density(x, sigma, training), x
+        )[1]
+
+    def call(self, inputs, training=None):
+        x = ops.cast(inputs, "float32")
+        return self._log_density(x, self._sigma_of(x, self.sigma0), training)
+
+    def compute_output_spec(self, inputs, training=None):
+        return keras.KerasTensor(inputs.shape[:1], "float32")
+
+    def _sigma_of(self, x, sigma):
+        return ops.broadcast_to(
+            ops.convert_to_tensor(sigma, "float32"), (ops.shape(x)[0],)
+        )
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        x = ops.cast(x, "float32")
+        _, seed = self._step(training)
+        unit = self._noise(x, seed)
+        drawn = self._uniform(x, seed) * len(self.sigmas)
+        index = ops.minimum(ops.cast(drawn, "int32"), len(self.sigmas) - 1)
+        sigmas = ops.take(ops.convert_to_tensor(self.sigmas, "float32"), index)
+        wide = ops.reshape(sigmas, [-1] + [1] * (len(x.shape) - 1))
+        score = self._score(x + wide * unit, sigmas, training)
+        # Both losses in one: the score times a length should be −ε/σ.
+        length = wide if self.conditional else self.sigma0**2 / wide
+        error = row_mean(ops.square(length * score + unit))
+        steady = error + 1 - row_mean(ops.square(unit))
+        return self._finish(error, steady, sample_weight)
+
+    def log_density(self, x, sigma=None, batch_size=256, verbose=0):
+        """log p̂ of rows up to a constant.
+
+        Args:
+            x: `(rows, ...)`.
+            sigma: Float > 0, for a conditional network: whose noise. Defaults
+                to `sigma0`.
+            batch_size: Integer. Rows computed at once.
+            verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
+
+        Returns:
+            NumPy array `(rows,)`.
+        """
+        return self._at_sigma(
+            "log_density", self._log_density, x, sigma, batch_size, verbose
+        )
+
+    def score(self, x, sigma=None, batch_size=256, verbose=0):
+        """The gradient of `log_density`: a NumPy array like `x`.
+
+        Arguments: as for `log_density`.
+        """
+        return self._at_sigma(
+            "score", self._score, x, sigma, batch_size, verbose
+        )
+
+    def _at_sigma(self, name, fn, x, sigma, batch_size, verbose):
+        x = self._check_rows(x)
+        sigma = self._check_sigma(sigma)
+        return self._by_batches(
+            name,
+            fn,
+            [x, np.full(len(x), sigma, "float32")],
+            batch_size,
+            verbose,
+        )
+
+    def _check_sigma(self, sigma):
+        if sigma is None:
+            return self.sigma0
+        if not self.conditional:
+            raise ValueError(
+                "Expected no sigma: the network does not take it. Received: "
+                f"sigma={sigma}"
+            )
+        return check_number("sigma", sigma, above=0)
+
+    def denoise(self, x, sigma=None, batch_size=256, verbose=0):
+        """x + σ₀² ∇log_density(x), the denoiser's jump.
+
+        Without `conditional` it takes off whatever noise within `sigmas` there
+        is; a conditional network takes off that of `sigma` (or σ₀).
+
+        Args and returns: as for `score`.
+        """
+        length = self._check_sigma(sigma) ** 2
+        score = self.score(x, sigma, batch_size, verbose)
+        return self._check_rows(x) + length * score
+
+    def anomaly_score(self, x, batch_size=256, verbose=0):
+        """−`log_density`: the higher, the less like the data. `(rows,)`."""
+        return -self.log_density(x, None, batch_size, verbose)
+
+    # Sampling
+
+    def sample(
+        self,
+        num,
+        num_steps=1000,
+        step_size=None,
+        denoise=True,
+        seed=None,
+        verbose=0,
+    ):
+        """Draws rows: annealed Langevin dynamics, then the denoiser's jump.
+
+        Without `conditional`: a fifth of the steps at the temperature of the
+        largest σ, the rest on a geometric way down to T = 1, σ₀'s. With it:
+        equally many steps at each σ.
+
+        Args:
+            num: Integer ≥ 1.
+            num_steps: Integer ≥ 1. Steps of the dynamics in all (conditional:
+                rounded to a multiple of the number of `sigmas`).
+            step_size: Float > 0. ε; defaults to σ₀²/5 (conditional: to a
+                fifth of the square of the least σ).
+            denoise: Boolean. Whether the last jump is made.
+            seed: Integer, `None` or `keras.random.SeedGenerator`.
+            verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
+
+        Returns:
+            NumPy array `(num, ...)`, float32.
+        """
+        num_steps = check_integer("num_steps", num_steps, minimum=1)
+        x = self._start(num, seed)
+        return self._anneal(
+            x, None, num_steps, step_size, denoise, seed, verbose
+        )
+
+    def inpaint(
+        self,
+        x,
+        mask,
+        num_steps=1000,
+        step_size=None,
+        denoise=True,
+        seed=None,
+        verbose=0,
+    ):
+        """Draws what is missing in rows, given the rest.
+
+        As `sample`, but before each step what is known is put back, with the
+        noise of the level.
+
+        Args:
+            x: `(rows, ...)`. What stands where `mask` is false has no part.
+            mask: Boolean array, true where `x` is known: shaped like `x` or
+                like one row; of pictures, the axis of channels may be missing.
+            num_steps, step_size, denoise, seed, verbose: As for `sample`.
+
+        Returns:
+            NumPy array like `x`, equal to it where `mask` is true.
+        """
+        num_steps = check_integer("num_steps", num_steps, minimum=1)
+        x = as_numpy(x)
+        known = np.broadcast_to(check_mask(mask, x), x.shape)
+        # NaN is a usual mark of what is missing.
+        filled = np.where(known, x, 0)
+        start = self._start(len(x), seed)
+        start = np.where(known, self._check_rows(filled), start)
+        return self._anneal(
+            start, known, num_steps, step_size, denoise, seed, verbose
+        )
+
+    def _anneal(
+        self, start, known, num_steps, step_size, denoise, seed, verbose
+    ):
+        check_boolean("denoise", denoise)
+        sigmas = np.asarray(self.sigmas)
+        if self.conditional:
+            repeats = max(round(num_steps / len(sigmas)), 1)
+            default = sigmas[-1] ** 2 / 5
+            levels = {"sigmas": sigmas, "steps_per_level": repeats}
+        else:
+            default = self.sigma0**2 / 5
+            hot = num_steps // 5
+            way = np.geomspace(sigmas[0], self.sigma0, num_steps - hot)
+            way = np.minimum(np.r_[np.full(hot, sigmas[0]), way], sigmas[0])
+            levels = {
+                "temperatures": (way / self.sigma0) ** 2,
+                "known_sigmas": way,
+            }
+        if step_size is None:
+            step_size = default
+        density = _Conditional(self) if self.conditional else self
+        x = annealed_langevin(
+            density,
+            start,
+            step_size,
+            mask=known,
+            seed=seed,
+            verbose=verbose,
+            **levels,
+        ).x
+        if denoise:
+            sigma = self.sigmas[-1] if self.conditional else None
+            x = self.denoise(x, sigma)
+        return x if known is None else np.where(known, start, x)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "sigmas": self.sigmas,
+            "sigma0": self.sigma0,
+            "conditional": self.conditional,
+            "allow_piecewise": self.allow_piecewise,
+        }
+
+
+class _Conditional:
+    """The log-density of x and σ, with the model as its owner."""
+
+    def __init__(self, model):
+        self.__self__ = model
+
+    def __call__(self, x, sigma):
+        return self.__self__._log_density(x, sigma)
