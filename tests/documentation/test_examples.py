@@ -13,6 +13,8 @@ import keras
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
+# A reader waits a minute for a figure; a test does not.
+SHORT = {"basic_denoising_density.py": ("--steps", "20")}
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 
@@ -27,7 +29,7 @@ def test_basic_example(name, capsys, monkeypatch, tmp_path):
     needs_tensorflow = "bert4keras" in (EXAMPLES / name).read_text("utf-8")
     if needs_tensorflow and not ON_TENSORFLOW:
         pytest.skip("bert4keras runs on TensorFlow")
-    monkeypatch.setattr(sys, "argv", [name])
+    monkeypatch.setattr(sys, "argv", [name, *SHORT.get(name, ())])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out.strip()
