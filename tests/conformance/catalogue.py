@@ -82,6 +82,16 @@ RECORDS = [
         blogkeras.SearchResult,
         lambda: FILES[0][1]().search(np.array([0, 2]), k=1),
     ),
+    (
+        blogkeras.Samples,
+        lambda: blogkeras.langevin(standard_normal, toy.DENSE[:8], 2, 0.1),
+    ),
+    (
+        blogkeras.LogPartition,
+        lambda: blogkeras.log_partition(
+            standard_normal, "quadrature", bounds=[(-8, 8)], num_points=65
+        ),
+    ),
 ]
 # {layer: (trainable, non-trainable weights, losses, seeds)} after a call
 COUNTS = {
@@ -107,6 +117,10 @@ BY_KIND = [
     *(row[0] for row in RECORDS),
     *ABSTRACT,
 ]
+
+
+def standard_normal(x):
+    return -keras.ops.sum(keras.ops.square(x), axis=-1) / 2
 
 
 def compiled(layer):
