@@ -160,11 +160,16 @@ def _steps(mapping, old, new):
     """Pairs: how many blocks of either model a module has."""
     if mapping is None:
         mapping = [(i + 1) * old // new - i * old // new for i in range(new)]
+    steps = mapping if isinstance(mapping, (list, tuple)) else []
     steps = [
-        (m, 1) if isinstance(m, numbers.Integral) else tuple(m) for m in mapping
+        tuple(m) if isinstance(m, (list, tuple)) else (m, 1) for m in steps
     ]
-    sums = tuple(sum(s) for s in zip(*steps, strict=True))
-    if sums != (old, new) or min(map(min, steps)) < 1:
+    counts = [n for step in steps for n in step]
+    fits = all(len(step) == 2 for step in steps) and all(
+        isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1
+        for n in counts
+    )
+    if not fits or (sum(counts[::2]), sum(counts[1::2])) != (old, new):
         raise ValueError(
             f"Expected `mapping` to divide the predecessor's {old} blocks and "
             f"the successor's {new} into modules of at least one block each; "

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import close_in_ulps, replicated, value
+from kit import (
+    close_in_ulps,
+    jax_only,
+    lower_train_step,
+    replicated,
+    value,
+)
 
 from blogkeras.theseus import Distillation
 
@@ -417,3 +423,11 @@ def test_the_divergence_sums_up_as_the_loss():
     x = ops.convert_to_tensor(X[:4])
     found = model.compute_loss(x, ops.zeros((4, 1)), model(x))
     np.testing.assert_allclose(float(found), 4 * 12.25, rtol=1e-6)
+
+
+@jax_only
+def test_the_train_step_lowers_for_a_tpu():
+    model = toy.compiled(Distillation(*pair()), jit_compile=True)
+    program = lower_train_step(model, X[:8], Y[:8])
+    # The teacher's product, the student's, and that of its weights' gradient.
+    assert program.count("stablehlo.dot_general") == 3

@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, close_in_ulps, replicated, value
+from kit import (
+    TENSORFLOW,
+    close_in_ulps,
+    jax_only,
+    lower_train_step,
+    replicated,
+    value,
+)
 from theseus_parts import (
     MODES,
     X,
@@ -641,6 +648,15 @@ def test_saved_and_resumed(tmp_path):
     fit(three, 12)
     assert toy.difference(toy.weights(one), toy.weights(three)) == 0
     assert int(three.optimizer.iterations) == 6
+
+
+@jax_only
+@pytest.mark.parametrize("mode", MODES)
+def test_the_train_step_lowers_for_a_tpu(mode):
+    """One branch alone stands in a conditional; both stand outside."""
+    theseus = toy.compiled(two_modules(mode=mode), jit_compile=True)
+    program = lower_train_step(theseus, X[:8], Y[:8])
+    assert program.count("stablehlo.case") >= (mode == "batch")
 
 
 # Bad input

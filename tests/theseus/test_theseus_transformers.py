@@ -290,3 +290,129 @@ def test_backbones_of_keras_hub(kind, jit, tmp_path):
         np.testing.assert_allclose(
             value(loaded(tensors)), value(theseus(tensors)), atol=1e-6
         )
+
+
+CLASSIFIERS = ["Bert", pytest.param("Roberta", marks=pytest.mark.verify)]
+
+
+@no_gradient
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_classifiers_of_keras_hub(kind):
+    """The cut goes through the backbone that the classifier calls."""
+    keras_hub = pytest.importorskip("keras_hub")
+    old, new = (
+        getattr(keras_hub.models, f"{kind}TextClassifier")(
+            backbone=hub_backbone(kind, blocks), num_classes=3, dropout=0.0
+        )
+        for blocks in (2, 1)
+    )
+    x = {"token_ids": TOKENS, "padding_mask": (TOKENS > 0).astype("int32")}
+    if "segment_ids" in old.input:
+        x["segment_ids"] = np.zeros_like(TOKENS)
+    theseus = bert_of_theseus(old, new, None, 0.0)
+    close_in_ulps(value(theseus(x, training=True)), value(old(x)), 16)
+    assert len(theseus.predecessor_modules) == 2
+    # The head is the predecessor's.
+    for layer in theseus.head[0].parts:
+        if layer.weights:
+            name = layer.name
+            inside = {x.name for x in new.layers}
+            owner = new if name in inside else new.backbone
+            owner.get_layer(name).set_weights(layer.get_weights())
+    close_in_ulps(value(theseus(x)), value(new(x)), 16)
+    small = keep_blocks(old, 1)
+    assert small(x).shape == (6, 3)
+
+
+@no_gradient
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["Gemma", "FNet"])
+def test_copies_are_cut_again(kind):
+    """What `keep_blocks` has copied has blocks like any other model."""
+    keras_hub = pytest.importorskip("keras_hub")
+    if kind == "Gemma":
+        old = keras_hub.models.GemmaBackbone(
+            vocabulary_size=30,
+            num_layers=2,
+            num_query_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            hidden_dim=8,
+            intermediate_dim=12,
+        )
+        head = layers.Dense(3, name="head")
+    else:
+        old = keras_hub.models.FNetBackbone(
+            vocabulary_size=30,
+            num_layers=2,
+            hidden_dim=8,
+            intermediate_dim=12,
+            max_sequence_length=7,
+        )
+        ends = {
+            k: keras.Input(x.shape[1:], name=k) for k, x in old.output.items()
+        }
+        dense = layers.Dense(3, name="head")
+        head = keras.Model(ends, dense(ends["sequence_output"]))
+    theseus = bert_of_theseus(old, keep_blocks(old, 1), head)
+    assert [len(m.parts) for m in theseus.predecessor_modules[1:]] == [2]
+    x = {"token_ids": TOKENS}
+    x |= {k: np.ones_like(TOKENS) for k in old.input if k != "token_ids"}
+    assert theseus(x).shape == (6, 7, 3)
+
+
+def test_boundaries_of_models_in_which_no_blocks_are_found():
+    def model(widths, name):
+        x = inputs = keras.Input((3,))
+        for i, width in enumerate(widths):
+            x = layers.Dense(width, "relu", name=f"{name}{i}")(x)
+        return keras.Model(inputs, layers.Dense(2, name=f"{name}_top")(x))
+
+    old, new = model([4, 5, 5, 4, 4], "a"), model([4, 4], "b")
+    places = [["a0", "a3", "a4"], ["b0", "b1"]]
+    theseus = bert_of_theseus(old, new, None, boundaries=places)
+    names = [[p.name for p in m.parts] for m in theseus.predecessor_modules]
+    assert names == [["a0"], ["a1", "a2", "a3", "a4"]]
+    x = np.ones((2, 3), "float32")
+    expected = old.get_layer("a_top")(new.get_layer("b1").output)
+    expected = keras.Model(new.input, expected)
+    close_in_ulps(value(theseus(x)), value(expected(x)))
+    with pytest.raises(ValueError, match="Found no blocks.*`boundaries`"):
+        bert_of_theseus(old, new, None)
+    for wrong in (["a0"], "a", 3, [["a0"], ["b0", "b1"]], [["x"], ["b0"]]):
+        with pytest.raises(ValueError, match=r"(?s)Expected .*Received: "):
+            bert_of_theseus(old, new, None, boundaries=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        (name, value)
+        for name, values in {
+            "predecessor": [None, "bert", 3, []],
+            "successor": [None, "bert", 3, []],
+            "classifier": ["dense", 3, [None], layers.Dense],
+            "method": ["prune", None, True],
+            "mapping": [[1.0], "1", 1, [True], [(1,)], [("a", 1)], [[]], []],
+            "replace_embedding": [0, "no", None],
+            "replacement_rate": [None, "0.5", 2.0],
+        }.items()
+        for value in values
+    ],
+    ids=str,
+)
+def test_bad_arguments_of_bert_of_theseus(name, wrong):
+    def model(prefix):
+        x = inputs = keras.Input((3,))
+        for layer in ("embedding", "transformer_layer_0"):
+            x = layers.Dense(3, name=prefix + layer)(x)
+        return keras.Model(inputs, x)
+
+    arguments = {
+        "predecessor": model("old_"),
+        "successor": model("new_"),
+        "classifier": layers.Dense(2),
+    }
+    with pytest.raises(ValueError, match=r"(?s)xpected .*Received: "):
+        bert_of_theseus(**{**arguments, name: wrong})
