@@ -1,5 +1,6 @@
 """The blocks of a transformer."""
 
+import collections
 import dataclasses
 import re
 
@@ -152,10 +153,13 @@ def _groups(model, listed):
     ]
     if found:
         return found
-    blocks = {}
+    blocks, uses = {}, collections.Counter()
     for call in every:
         if match := _NUMBERED.match(call.operation.name):
-            blocks.setdefault(match[1], []).append(call)
+            # Where a numbered block is applied again, that is another block.
+            uses[call.operation] += 1
+            key = match[1], uses[call.operation]
+            blocks.setdefault(key, []).append(call)
     return list(blocks.values()) or _shared_groups(every)
 
 

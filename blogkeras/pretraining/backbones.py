@@ -40,7 +40,7 @@ class Backbone:
             )
         self.pad_token = pad_token
         self.roles = _roles(name, model)
-        self.embedding = _embedding(name, model, embedding)
+        self.embedding = find_embedding(name, model, embedding)
         self.dim = self._dim()
 
     @property
@@ -202,7 +202,7 @@ def _role(name):
     return None
 
 
-def _embedding(name, model, given):
+def find_embedding(name, model, given):
     """The layer that looks the tokens up."""
     layers = [
         layer

@@ -1,0 +1,131 @@
+"""A learning rate that is smaller the deeper a layer lies."""
+
+import re
+
+import keras
+
+from blogkeras.arguments import check_number
+from blogkeras.graph import calls, find_blocks
+
+
+def layerwise_optimizer(model, optimizer, decay=0.8):
+    """An optimizer whose learning rate decays from the head to the embedding.
+
+        rate of a layer = rate · decay ** depth
+
+    Depth is 0 for what comes after a transformer's blocks, 1 for the last
+    block, L for the first, and L + 1 for what comes before it. ELECTRA is
+    fine-tuned so.
+
+    Args:
+        model: A functional model, built, with the blocks of a transformer.
+        optimizer: A `keras.optimizers.Optimizer`, which is copied for each
+            depth, with weight decay and all.
+        decay: Float above 0, at most 1.
+
+    Returns:
+        A `keras.optimizers.MultiOptimizer`, for `compile`.
+
+    Raises:
+        ImportError: where Keras has no `MultiOptimizer` (it came after 3.12;
+            3.15 has it).
+
+    Example:
+
+    >>> model.compile(
+    ...     layerwise_optimizer(model, keras.optimizers.AdamW(1e-4)),
+    ...     "sparse_categorical_crossentropy",
+    ... )
+
+    Reference:
+        [Clark et al., 2020](https://arxiv.org/abs/2003.10555), appendix
+    """
+    decay = check_number("decay", decay, above=0, maximum=1)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise ValueError(
+            "Expected `optimizer` to be a Keras optimizer. Received: "
+            f"optimizer={optimizer!r}"
+        )
+    if not hasattr(keras.optimizers, "MultiOptimizer"):
+        raise ImportError(
+            "Expected a Keras with `keras.optimizers.MultiOptimizer`, such as "
+            f"3.15. Received: Keras {keras.__version__}"
+        )
+    depths = _depths(model)
+    paths = {}
+    for variable in model.trainable_variables:
+        depth = depths.get(id(variable), 0)
+        if paths.setdefault(variable.path, depth) != depth:
+            raise ValueError(
+                "Expected layers of different depth to have different names: "
+                "Keras tells variables by their paths. Received: "
+                f"{variable.path!r} at the depths {paths[variable.path]} and "
+                f"{depth}"
+            )
+    optimizers = {}
+    for depth in sorted(set(paths.values())):
+        # One pattern for each depth, so that one optimizer is saved and loaded.
+        pattern = "|".join(
+            re.escape(path) for path, at in paths.items() if at == depth
+        )
+        optimizers[pattern] = _scaled(optimizer, decay**depth)
+    default = next(iter(optimizers.values()))
+    return keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(default, optimizers)
+    )
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning-rate schedule times a factor."""
+
+    def __init__(self, schedule, factor):
+        self.schedule = schedule
+        self.factor = factor
+
+    def __call__(self, step):
+        return self.factor * self.schedule(step)
+
+    def get_config(self):
+        schedule = keras.saving.serialize_keras_object(self.schedule)
+        return {"schedule": schedule, "factor": self.factor}
+
+    @classmethod
+    def from_config(cls, config):
+        schedule = keras.saving.deserialize_keras_object(config["schedule"])
+        return cls(schedule, config["factor"])
+
+
+def _scaled(optimizer, factor):
+    config = optimizer.get_config()
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        rate = ScaledSchedule(rate, factor)
+    else:
+        rate = float(optimizer.learning_rate) * factor
+    return type(optimizer).from_config({**config, "learning_rate": rate})
+
+
+def _depths(model):
+    """The depth of each variable, by its id; of those after the blocks none."""
+    model, blocks = find_blocks(model)
+    depths = {}
+    for layer in _before(model, blocks[0].input):
+        depths.update((id(v), len(blocks) + 1) for v in layer.variables)
+    # A block that is shared counts as the last of its places.
+    for i, block in enumerate(blocks):
+        for layer in block.layers:
+            depths.update((id(v), len(blocks) - i) for v in layer.variables)
+    return depths
+
+
+def _before(model, tensor):
+    """The layers that make a tensor."""
+    makers = {id(x): call for call in calls(model) for x in call.outputs}
+    waiting, found = [tensor], {}
+    while waiting:
+        call = makers.get(id(waiting.pop()))
+        if call is not None and call not in found:
+            found[call] = call.operation
+            waiting += call.input_tensors
+    return [x for x in found.values() if isinstance(x, keras.Layer)]

@@ -1,0 +1,305 @@
+"""ALBERT ↔ BERT: layers shared and un-shared; a factorized embedding."""
+
+import re
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from blogkeras.arguments import check_integer
+from blogkeras.graph import (
+    calls,
+    copied,
+    cut_model,
+    find_blocks,
+    rearranged,
+    whole_model,
+)
+from blogkeras.pretraining.backbones import find_embedding
+
+SOURCES = ("first", "mean")
+
+
+def share_layers(model, source="first", groups=1, inner=1, boundaries=None):
+    """BERT → ALBERT: blocks of a transformer share their weights.
+
+        y = f(f(… f(x)))
+
+    The L blocks are parted into `groups` of consecutive ones; within a group
+    `inner` different blocks take turns. So groups · inner different blocks
+    remain. `share_layers(unshare_layers(albert))` is `albert`; else the new
+    model computes what the old one does if, and only if, the blocks that become
+    one were equal. The operations stay as many: only the file gets smaller.
+
+    Args:
+        model: A functional model; for others see `cut_model`.
+        source: Where the weights of a shared block come from: `"first"`, the
+            first of those that become one; `"mean"`, their mean; or a list with
+            one list of arrays for each different block, as `get_weights` gives
+            them, layer after layer.
+        groups: Integer. How many groups.
+        inner: Integer. How many different blocks a group has. L must be
+            divisible by groups · inner.
+        boundaries: The tensors or layers before the first block and after each,
+            as for `cut_model`. `None` finds the blocks.
+
+    Returns:
+        A functional `keras.Model` with weights of its own.
+
+    Example:
+
+    >>> albert = share_layers(bert, source="mean")
+    >>> bert = unshare_layers(albert)  # twelve equal layers to fine-tune
+
+    Reference:
+        [Lan et al., 2019](https://arxiv.org/abs/1909.11942);
+        [blog post 7846](https://kexue.fm/archives/7846)
+    """
+    if isinstance(source, str) and source not in SOURCES:
+        raise ValueError(
+            "Expected `source` to be 'first', 'mean' or a list of lists of "
+            f"arrays. Received: source={source!r}"
+        )
+    _, blocks = _blocks(model, boundaries)
+    count = len(blocks)
+    groups = check_integer("groups", groups, minimum=1)
+    inner = check_integer("inner", inner, minimum=1)
+    if count % (groups * inner):
+        raise ValueError(
+            "Expected a number of blocks that groups · inner divides. "
+            f"Received: {count} blocks, groups={groups}, inner={inner}"
+        )
+    size = count // groups
+    order = [i // size * size + i % size % inner for i in range(count)]
+    _check_alike(blocks, order)
+    shared = copied(rearranged(model, order, boundaries))
+    shared.name = whole_model(model).name
+    if isinstance(source, str) and source == "first":
+        return shared
+    kept = sorted(set(order))
+    if not isinstance(source, str) and len(source) != len(kept):
+        raise ValueError(
+            "Expected one list of arrays in `source` for each different block, "
+            f"{len(kept)} of them. Received: {len(source)}"
+        )
+    for number, first in enumerate(kept):
+        if isinstance(source, str):
+            values = [
+                _weights(blocks[i]) for i in range(count) if order[i] == first
+            ]
+            values = [np.mean(v, axis=0) for v in zip(*values, strict=True)]
+        else:
+            values = list(source[number])
+        layers = [shared.get_layer(x.name) for x in _layers(blocks[first])]
+        _set_weights(layers, values)
+    return shared
+
+
+def unshare_layers(model, boundaries=None):
+    """ALBERT → BERT: each block of a transformer gets weights of its own.
+
+    The new model computes exactly what the old one does. Fine-tuned, its layers
+    may differ: that is the "one line" of post 7187.
+
+    Args:
+        model: A functional model that applies layers several times, such as
+            ALBERT of bert4keras or KerasHub.
+        boundaries: As for `share_layers`.
+
+    Returns:
+        A functional `keras.Model` with weights of its own.
+
+    Example:
+
+    >>> bert = unshare_layers(albert)
+
+    Reference:
+        [blog post 7187](https://kexue.fm/archives/7187)
+    """
+    inner_model, blocks = _blocks(model, boundaries)
+    uses, block_of = {}, {}
+    for i, block in enumerate(blocks):
+        for call in block:
+            block_of[id(call.outputs[0])] = i
+            uses.setdefault(call.operation, set()).add(i)
+    names = {
+        call.operation.name
+        for call in calls(inner_model)
+        if len(uses.get(call.operation, ())) < 2
+    }
+    clones = {}
+
+    def clone(call):
+        layer = call.operation
+        i = block_of.get(id(call.outputs[0]))
+        if (
+            i is None
+            or not isinstance(layer, keras.Layer)
+            or len(uses[layer]) == 1
+        ):
+            return layer
+        if (layer, i) not in clones:
+            name = _numbered(layer.name, i, names)
+            names.add(name)
+            clones[layer, i] = type(layer).from_config(
+                {**layer.get_config(), "name": name}
+            )
+        return clones[layer, i]
+
+    new = copied(_replayed(inner_model, clone))
+    for (layer, _), twin in clones.items():
+        new.get_layer(twin.name).set_weights(layer.get_weights())
+    new.name = inner_model.name
+    return new
+
+
+def factorize_embedding(model, size, embedding=None):
+    """ALBERT's embedding: a narrow table and a projection.
+
+        E ≈ U · P,   (V, H) ≈ (V, size) · (size, H)
+
+    by the truncated singular value decomposition, the best there is in the sum
+    of squares. The rows of P are orthonormal.
+
+    Args:
+        model: A functional model that looks tokens up in a
+            `keras.layers.Embedding`, and does not use its table besides.
+        size: Integer from 1 to H.
+        embedding: Name of that layer; `None` finds it.
+
+    Returns:
+        `(model, error)`: a functional `keras.Model` with weights of its own,
+        and ‖E - U P‖ / ‖E‖ in Frobenius norms.
+
+    Example:
+
+    >>> small, error = factorize_embedding(bert, 128)
+
+    Reference:
+        [Lan et al., 2019](https://arxiv.org/abs/1909.11942)
+    """
+    model = whole_model(model)
+    layer = find_embedding("model", model, embedding)
+    table = ops.convert_to_numpy(layer.embeddings).astype("float64")
+    size = check_integer("size", size, 1, min(table.shape))
+    uses = [call for call in calls(model) if call.operation is layer]
+    if len(uses) != 1 or len(uses[0].outputs[0].shape) != (
+        len(uses[0].main_input.shape) + 1
+    ):
+        raise ValueError(
+            "Expected a model that calls its embedding once, to look tokens "
+            f"up. Received: {len(uses)} calls of {layer.name!r}, which may be "
+            "inside another layer or tied to the output"
+        )
+    u, s, p = np.linalg.svd(table, full_matrices=False)
+    values = [u[:, :size] * s[:size], p[:size]]
+    narrow = type(layer).from_config({**layer.get_config(), "output_dim": size})
+    projection = keras.layers.Dense(
+        table.shape[1],
+        use_bias=False,
+        dtype=layer.dtype_policy,
+        name=f"{layer.name}_projection",
+    )
+
+    def replace(call):
+        if call.operation is not layer:
+            return call.operation
+        return lambda *args, **kwargs: projection(narrow(*args, **kwargs))
+
+    new = copied(_replayed(model, replace))
+    for part, value in zip((narrow, projection), values, strict=True):
+        new.get_layer(part.name).set_weights([value.astype("float32")])
+    new.name = model.name
+    scale = np.sqrt(np.square(s).sum())
+    error = np.sqrt(np.square(s[size:]).sum()) / scale if scale else 0.0
+    return new, float(error)
+
+
+def _blocks(model, boundaries):
+    """The model in which the blocks lie, and each block's calls."""
+    if boundaries is None:
+        model, blocks = find_blocks(model)
+        return model, [block.calls for block in blocks]
+    segments = cut_model(model, boundaries)
+    cut = segments[0].cut
+    inside = segments[1 : len(cut.boundaries)]
+    if not inside:
+        raise ValueError(
+            "Expected at least two boundaries, before the first block and "
+            f"after each. Received: boundaries={boundaries}"
+        )
+    return cut.model, [segment.nodes.value for segment in inside]
+
+
+def _layers(block):
+    found = dict.fromkeys(call.operation for call in block)
+    return [x for x in found if isinstance(x, keras.Layer)]
+
+
+def _weights(block):
+    return [w for layer in _layers(block) for w in layer.get_weights()]
+
+
+def _set_weights(layers, values):
+    shapes = [tuple(w.shape) for layer in layers for w in layer.weights]
+    given = [np.shape(value) for value in values]
+    if shapes != given:
+        raise ValueError(
+            f"Expected arrays of the shapes {shapes} for a block. "
+            f"Received: {given}"
+        )
+    for layer in layers:
+        count = len(layer.weights)
+        layer.set_weights(values[:count])
+        values = values[count:]
+
+
+def _check_alike(blocks, order):
+    """Blocks that become one must be of one kind."""
+
+    def kind(block):
+        return [
+            (type(x).__name__, [tuple(w.shape) for w in x.weights])
+            for x in _layers(block)
+        ]
+
+    for i, first in enumerate(order):
+        if kind(blocks[i]) != kind(blocks[first]):
+            raise ValueError(
+                "Expected blocks of the same layers and sizes, to share them. "
+                f"Received: block {first} {kind(blocks[first])}, "
+                f"block {i} {kind(blocks[i])}"
+            )
+
+
+def _numbered(name, number, taken):
+    """A name for the layer of one block, by which it is found as such."""
+    if match := re.match(r"(.*Transformer)-(?:\d+-)?(.*)$", name):
+        new = f"{match[1]}-{number}-{match[2]}"
+    else:
+        new = re.sub(r"_\d+$", "", name) + f"_{number}"
+    while new in taken:
+        new = f"{name}_unshared_{number}" if new != name else f"{new}_"
+        name = new
+    return new
+
+
+def _replayed(model, layer_of):
+    """A model that calls `layer_of(call)` where the old one made the call."""
+    inputs = tree.map_structure(
+        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name),
+        model._inputs_struct,
+    )
+    values = dict(zip(map(id, model.inputs), tree.flatten(inputs), strict=True))
+    for call in calls(model):
+        args, kwargs = tree.map_structure(
+            lambda x: values[id(x)] if isinstance(x, keras.KerasTensor) else x,
+            (call.args, call.kwargs),
+        )
+        results = tree.flatten(layer_of(call)(*args, **kwargs))
+        for x, y in zip(call.outputs, results, strict=True):
+            values[id(x)] = y
+    outputs = tree.pack_sequence_as(
+        model._outputs_struct, [values[id(x)] for x in model.outputs]
+    )
+    return keras.Model(inputs, outputs)

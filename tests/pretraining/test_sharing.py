@@ -1,0 +1,343 @@
+"""Shared and un-shared layers, the factorized embedding, layer-wise rates."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+from kit import JAX, TENSORFLOW, value
+
+import blogkeras
+
+VOCABULARY, DIM = 30, 6
+IDS = np.random.default_rng(0).integers(1, VOCABULARY, (4, 8)).astype("int32")
+
+
+def transformer(blocks=4, shared=False, dim=DIM, embedding_dim=None):
+    """A transformer of the functional API, or ALBERT's."""
+    ids = keras.Input((8,), dtype="int32", name="token_ids")
+    h = layers.Embedding(VOCABULARY, embedding_dim or dim, name="table")(ids)
+    if embedding_dim:
+        h = layers.Dense(dim, name="widen")(h)
+    block = None
+    for i in range(blocks):
+        if block is None or not shared:
+            block = [
+                layers.MultiHeadAttention(2, 3, name=f"block_{i}_attention"),
+                layers.Add(name=f"block_{i}_add"),
+                layers.LayerNormalization(name=f"block_{i}_norm"),
+            ]
+        attention, add, norm = block
+        h = norm(add([h, attention(h, h)]))
+    return keras.Model(ids, layers.Dense(2, name="head")(h), name="toy")
+
+
+def boundaries(model):
+    """Before the first block, and after each: by the symbolic tensors."""
+    table = model.get_layer("table")
+    norms = [x for x in model.layers if x.name.endswith("norm")]
+    ends = [n.outputs[0] for x in norms for n in x._inbound_nodes]
+    return [table.output, *ends]
+
+
+def difference(one, other):
+    return max(
+        np.abs(value(one(IDS)) - value(other(IDS))).max(),
+        np.abs(
+            one.predict(IDS, verbose=0) - other.predict(IDS, verbose=0)
+        ).max(),
+    )
+
+
+def test_unsharing_is_exact_and_gives_weights_of_their_own():
+    albert = transformer(shared=True)
+    for norm in albert.get_layer("block_0_norm").weights:
+        norm.assign(np.random.default_rng(1).normal(size=norm.shape))
+    bert = blogkeras.unshare_layers(albert, boundaries(albert))
+    assert difference(albert, bert) == 0
+    block = sum(
+        albert.get_layer(f"block_0_{n}").count_params()
+        for n in ("attention", "norm")
+    )
+    assert bert.count_params() == albert.count_params() + 3 * block
+    ours = {id(v) for v in albert.variables}
+    assert not ours & {id(v) for v in bert.variables}
+    again = blogkeras.share_layers(bert, boundaries=boundaries(bert))
+    assert difference(albert, again) == 0
+    assert again.count_params() == albert.count_params()
+    assert len(again.weights) == len(albert.weights)
+
+
+def test_sharing_takes_the_first_the_mean_or_what_is_given():
+    bert = transformer()
+    cuts = boundaries(bert)
+    first = blogkeras.share_layers(bert, boundaries=cuts)
+    mean = blogkeras.share_layers(bert, "mean", boundaries=cuts)
+    kernels = [
+        [value(w) for w in bert.get_layer(f"block_{i}_attention").weights]
+        for i in range(4)
+    ]
+    assert difference(bert, first) > 0
+    for i, w in enumerate(first.get_layer("block_0_attention").weights):
+        np.testing.assert_array_equal(value(w), kernels[0][i])
+    for i, w in enumerate(mean.get_layer("block_0_attention").weights):
+        np.testing.assert_allclose(
+            value(w), np.mean([k[i] for k in kernels], 0), rtol=1e-6
+        )
+    norm = [value(w) for w in bert.get_layer("block_2_norm").weights]
+    given = blogkeras.share_layers(
+        bert, [[*kernels[2], *norm]], boundaries=cuts
+    )
+    for i, w in enumerate(given.get_layer("block_0_attention").weights):
+        np.testing.assert_array_equal(value(w), kernels[2][i])
+    # Equal layers are shared exactly.
+    for i in range(1, 4):
+        for name in ("attention", "norm"):
+            bert.get_layer(f"block_{i}_{name}").set_weights(
+                bert.get_layer(f"block_0_{name}").get_weights()
+            )
+    mean = blogkeras.share_layers(bert, "mean", boundaries=cuts)
+    assert difference(bert, mean) < 1e-6
+    first = blogkeras.share_layers(bert, boundaries=cuts)
+    assert difference(bert, first) == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "inner", "order"),
+    [(2, 1, [0, 0, 2, 2]), (1, 2, [0, 1, 0, 1]), (2, 2, [0, 1, 2, 3])],
+)
+def test_groups_and_inner_repetitions(groups, inner, order):
+    bert = transformer()
+    shared = blogkeras.share_layers(
+        bert, groups=groups, inner=inner, boundaries=boundaries(bert)
+    )
+    h = bert.get_layer("table")(IDS)
+    for i in order:
+        parts = [
+            bert.get_layer(f"block_{i}_{n}")
+            for n in ("attention", "add", "norm")
+        ]
+        h = parts[2](parts[1]([h, parts[0](h, h)]))
+    h = bert.get_layer("head")(h)
+    np.testing.assert_array_equal(value(shared(IDS)), value(h))
+
+
+def test_saved_and_trained(tmp_path):
+    bert = transformer()
+    shared = blogkeras.share_layers(bert, boundaries=boundaries(bert))
+    shared.compile("sgd", "mse", jit_compile=False)
+    shared.fit(IDS, np.zeros((4, 8, 2)), verbose=0)
+    shared.save(tmp_path / "shared.keras")
+    loaded = keras.saving.load_model(tmp_path / "shared.keras")
+    assert difference(shared, loaded) == 0
+
+
+def test_operations_stay_and_the_file_shrinks():
+    """The blocks of ALBERT cost what BERT's cost."""
+    if not JAX:
+        pytest.skip("JAX counts operations")
+    import jax
+
+    albert = transformer(shared=True)
+    bert = blogkeras.unshare_layers(albert, boundaries(albert))
+
+    def flops(model):
+        def run(values, ids):
+            return model.stateless_call(values, [], ids)[0]
+
+        values = [v.value for v in model.trainable_variables]
+        return jax.jit(run).lower(values, IDS).cost_analysis()["flops"]
+
+    assert flops(albert) == flops(bert)
+
+
+@pytest.mark.verify
+def test_the_file_of_albert_is_four_times_smaller():
+    """12 × 256, V 21128, E 128: 14.9 and 3.5 million weights."""
+
+    def weights(blocks, dim=256, vocabulary=21128, embedding_dim=128):
+        h = inputs = keras.Input((8, dim))
+        for _ in range(blocks):
+            h = layers.LayerNormalization()(
+                h + layers.MultiHeadAttention(4, dim // 4)(h, h)
+            )
+            f = layers.Dense(dim)(layers.Dense(4 * dim, "gelu")(h))
+            h = layers.LayerNormalization()(h + f)
+        return keras.Model(inputs, h).count_params()
+
+    table = 21128 * 256, 21128 * 128 + 128 * 256
+    assert (table[0] + weights(12)) / (table[1] + weights(1)) >= 4
+
+
+def test_the_factorized_embedding_is_the_best_of_its_size():
+    bert = transformer()
+    table = value(bert.get_layer("table").embeddings, "float64")
+    small, error = blogkeras.factorize_embedding(bert, 2)
+    u, s, v = np.linalg.svd(table, full_matrices=False)
+    best = u[:, :2] * s[:2] @ v[:2]
+    narrow = value(small.get_layer("table").embeddings, "float64")
+    kernel = value(small.get_layer("table_projection").kernel, "float64")
+    np.testing.assert_allclose(narrow @ kernel, best, atol=1e-6)
+    assert error == pytest.approx(
+        np.linalg.norm(table - best) / np.linalg.norm(table), rel=1e-6
+    )
+    full, error = blogkeras.factorize_embedding(bert, DIM)
+    assert error == 0
+    assert difference(bert, full) < 1e-5
+    assert small.count_params() == (
+        bert.count_params() - VOCABULARY * DIM + 2 * (VOCABULARY + DIM)
+    )
+
+
+def named(blocks=2):
+    """A transformer whose blocks are found by their names."""
+    ids = keras.Input((8,), dtype="int32", name="token_ids")
+    h = layers.Embedding(VOCABULARY, DIM, name="table")(ids)
+    for i in range(blocks):
+        h = layers.Dense(DIM, name=f"transformer_layer_{i}")(h)
+    return keras.Model(ids, layers.Dense(2, name="head")(h))
+
+
+def test_layerwise_rates(tmp_path):
+    model = named()
+    optimizer = blogkeras.layerwise_optimizer(
+        model, keras.optimizers.SGD(0.5), decay=0.5
+    )
+    model.compile(optimizer, "mse", jit_compile=False)
+    before = {w.path: value(w) for w in model.trainable_variables}
+    twin = keras.models.clone_model(model)
+    twin.set_weights(model.get_weights())
+    twin.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=False)
+    for each in (model, twin):
+        each.fit(IDS, np.ones((4, 8, 2)), verbose=0)
+    # The head's rate is the optimizer's; the table lies 3 deeper.
+    for name, depth in (
+        ("head", 0),
+        ("transformer_layer_1", 1),
+        ("transformer_layer_0", 2),
+        ("table", 3),
+    ):
+        ours, theirs = (m.get_layer(name).weights[0] for m in (model, twin))
+        start = before[ours.path]
+        np.testing.assert_allclose(
+            value(ours) - start,
+            0.5**depth * (value(theirs) - start),
+            rtol=1e-4,
+            atol=1e-7,
+        )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert len(loaded.optimizer.variables) == len(optimizer.variables)
+
+
+def test_layerwise_rates_of_a_schedule():
+    schedule = keras.optimizers.schedules.ExponentialDecay(1.0, 10, 0.5)
+    optimizer = blogkeras.layerwise_optimizer(
+        named(), keras.optimizers.AdamW(schedule), decay=0.1
+    )
+    rates = [float(o._learning_rate(10)) for o in optimizer.optimizers]
+    np.testing.assert_allclose(rates, [0.5, 0.05, 0.005, 0.0005], rtol=1e-6)
+
+
+def test_layerwise_rates_need_a_new_keras(monkeypatch):
+    monkeypatch.delattr(keras.optimizers, "MultiOptimizer")
+    with pytest.raises(ImportError, match="MultiOptimizer"):
+        blogkeras.layerwise_optimizer(named(), keras.optimizers.SGD())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: blogkeras.share_layers(named(), "last"), "source"),
+        (lambda: blogkeras.share_layers(named(), groups=0), "groups"),
+        (lambda: blogkeras.share_layers(named(3), groups=2), "divides"),
+        (lambda: blogkeras.share_layers(named(), inner=1.0), "inner"),
+        (lambda: blogkeras.share_layers(named(), [[], []]), "source"),
+        (lambda: blogkeras.share_layers(named(), [[np.ones(3)]]), "shapes"),
+        (lambda: blogkeras.share_layers("bert"), "functional"),
+        (lambda: blogkeras.share_layers(transformer()), "boundaries"),
+        (lambda: blogkeras.unshare_layers(None), "functional"),
+        (lambda: blogkeras.factorize_embedding(named(), 0), "size"),
+        (lambda: blogkeras.factorize_embedding(named(), 7), "size"),
+        (
+            lambda: blogkeras.factorize_embedding(named(), 2, "head"),
+            "Embedding",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(named(), "adam"),
+            "optimizer",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                named(), keras.optimizers.SGD(), 1.5
+            ),
+            "decay",
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="bert4keras runs on TensorFlow")
+def test_bert4keras():
+    import blogkeras.bert4keras  # noqa: F401
+
+    # isort: split
+    from bert4keras.models import build_transformer_model
+
+    def build(model):
+        return build_transformer_model(
+            model=model,
+            vocab_size=VOCABULARY,
+            embedding_size=4,
+            hidden_size=DIM,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=8,
+            hidden_act="gelu",
+            max_position=8,
+            segment_vocab_size=2,
+            dropout_rate=0.1,
+        )
+
+    albert = build("albert")
+    bert = blogkeras.unshare_layers(albert)
+    inputs = [ops.convert_to_tensor(IDS), ops.zeros(IDS.shape, "int32")]
+    expected = value(albert(inputs))
+    np.testing.assert_array_equal(value(bert(inputs)), expected)
+    # As bert4keras's own un-shared model, weight by weight.
+    theirs = build("albert_unshared")
+    assert {(w.path.split("/")[-2], w.shape) for w in theirs.weights} == {
+        (w.path.split("/")[-2], w.shape) for w in bert.weights
+    }
+    groups = blogkeras.share_layers(bert, groups=2)
+    np.testing.assert_array_equal(value(groups(inputs)), expected)
+    again = blogkeras.unshare_layers(groups)
+    np.testing.assert_array_equal(value(again(inputs)), expected)
+
+
+def test_kerashub():
+    keras_hub = pytest.importorskip("keras_hub")
+    albert = keras_hub.models.AlbertBackbone(
+        vocabulary_size=VOCABULARY,
+        num_layers=4,
+        num_heads=2,
+        embedding_dim=4,
+        hidden_dim=DIM,
+        intermediate_dim=8,
+        num_groups=2,
+        max_sequence_length=8,
+    )
+    inputs = {
+        "token_ids": IDS,
+        "segment_ids": np.zeros_like(IDS),
+        "padding_mask": np.ones_like(IDS),
+    }
+    inputs = {k: ops.convert_to_tensor(v) for k, v in inputs.items()}
+    bert = blogkeras.unshare_layers(albert)
+    again = blogkeras.share_layers(bert, groups=2)
+    for name, expected in albert(inputs).items():
+        np.testing.assert_array_equal(value(bert(inputs)[name]), expected)
+        np.testing.assert_array_equal(value(again(inputs)[name]), expected)
+    assert bert.count_params() > albert.count_params() == again.count_params()
