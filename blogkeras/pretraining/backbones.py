@@ -87,11 +87,14 @@ class Backbone:
         return sequences[0]
 
     def _dim(self):
-        try:
-            outputs = self.model.output
-        except (AttributeError, ValueError):
-            ids = keras.KerasTensor((None, 8), "int32")
-            outputs = self.model.compute_output_spec(ids)
+        if isinstance(self.model, keras.Sequential):
+            outputs = self.model.outputs
+        else:
+            try:
+                outputs = self.model.output
+            except (AttributeError, ValueError):
+                ids = keras.KerasTensor((None, 8), "int32")
+                outputs = self.model.compute_output_spec(ids)
         return self._sequence(outputs).shape[-1]
 
     def share_table(self, other):
