@@ -24,8 +24,8 @@ REPOSITORIES = {
     "bojone/SimCSE": {"eval.py": ["BERT", "cls", "LCQMC", "0.1"]},
     "bojone/BERT-whitening": {
         "chn/eval.py": ["BERT", "first-last-avg", "LCQMC", "8"],
-        "eng/eval.py": ["BERT-base", "sts-b", "8", "target"],
-        "eng/nli_train.py": ["BERT-base"],
+        "eng/eval.py": ["base", "STS-B", "8", "target"],
+        "eng/nli_train.py": ["base"],
     },
     "bojone/r-drop": {},
     "bojone/GPLinker": {},
