@@ -145,9 +145,9 @@ def endless(sequence, shuffle=False):
 
 
 def _as_array(x):
-    if x is None or isinstance(x, (np.ndarray, dict)) or tf.is_tensor(x):
-        return x
-    return np.asarray(x)  # lists, numbers, frames and series of pandas
+    # Lists, numbers, frames and series of pandas become arrays.
+    listed = isinstance(x, (list, tuple)) or np.isscalar(x)
+    return np.asarray(x) if listed or hasattr(x, "iloc") else x
 
 
 def _spec(array):

@@ -3,6 +3,7 @@
 import contextvars
 
 import keras
+import tensorflow as tf
 
 from blogkeras.bert4keras import data, layers, saving
 from blogkeras.bert4keras.names import register
@@ -14,12 +15,6 @@ _at_work = contextvars.ContextVar("model at work", default=None)
 # Arguments of Keras 2's queue of batches, which Keras 3 has no more.
 _QUEUE = ("max_queue_size", "max_q_size", "workers", "use_multiprocessing")
 _QUEUE += ("pickle_safe",)
-_RENAMED = {
-    "nb_epoch": "epochs",
-    "samples_per_epoch": "steps_per_epoch",
-    "nb_val_samples": "validation_steps",
-    "val_samples": "steps",
-}
 
 
 def model_at_work():
@@ -35,12 +30,11 @@ def _unwrapped(tensors):
 
 
 def _arguments(kwargs):
-    """Renames and drops arguments of Keras 2."""
-    return {
-        _RENAMED.get(name, name): value
-        for name, value in kwargs.items()
-        if name not in _QUEUE
-    }
+    """Renames and drops arguments of Keras 1 and 2."""
+    kwargs = {k: v for k, v in kwargs.items() if k not in _QUEUE}
+    if "nb_epoch" in kwargs:
+        kwargs["epochs"] = kwargs.pop("nb_epoch")
+    return kwargs
 
 
 class Habits:
@@ -104,12 +98,23 @@ class Habits:
 
     def fit(self, x=None, y=None, *args, **kwargs):
         kwargs = _arguments(kwargs)
-        shuffle = kwargs.get("shuffle", True)
         if data.is_iterator(x):
+            weight = kwargs.get("sample_weight")
+            if y is not None or weight is not None or args:
+                raise ValueError(
+                    "Expected a generator to yield the targets and weights, "
+                    "and further arguments by name. "
+                    f"Received: y={y}, sample_weight={weight}, {args}"
+                )
             if isinstance(x, data.Sequence):
-                kwargs.setdefault("steps_per_epoch", None)
-                kwargs["steps_per_epoch"] = kwargs["steps_per_epoch"] or len(x)
-            x = _batches(x, shuffle=shuffle)
+                steps = kwargs.get("steps_per_epoch") or len(x)
+                kwargs["steps_per_epoch"] = steps
+            x = _batches(x, shuffle=kwargs.pop("shuffle", True))
+            kwargs["shuffle"] = False
+            if kwargs.get("class_weight") is not None:
+                # Of batches of a class of ours Keras would not weigh the
+                # classes.
+                x = x.get_tf_dataset()
         if kwargs.get("sample_weight") is not None:
             kwargs["sample_weight"] = data.as_arrays(kwargs["sample_weight"])
         held_out = kwargs.get("validation_data")
@@ -260,7 +265,8 @@ class Habits:
 
 
 def _arrays(x):
-    return x if isinstance(x, data.Batches) else data.as_arrays(x)
+    is_data = isinstance(x, (data.Batches, tf.data.Dataset))
+    return x if is_data else data.as_arrays(x)
 
 
 def _batches(items, inputs_only=False, shuffle=False):

@@ -109,6 +109,19 @@ def test_lists_of_numbers_in_place_of_arrays():
     model.train_on_batch(lists, [0, 1, 1, 0], reset_metrics=False)
 
 
+def test_weights_of_classes_count_with_a_generator():
+    keras.utils.set_random_seed(1)
+    model, reference = network(), network()
+    reference.set_weights(model.get_weights())
+    weights = {0: 2.0, 1: 5.0}
+    model.fit(batches(), steps_per_epoch=3, verbose=0, class_weight=weights)
+    source = batches()
+    for _ in range(3):
+        reference.train_on_batch(*next(source), class_weight=weights)
+    for a, b in zip(model.get_weights(), reference.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 class Rows(old.utils.Sequence):
     """A `Sequence` that, as is usual, calls nothing of its base class."""
 
@@ -140,6 +153,8 @@ def test_errors_of_generators():
     model = network()
     with pytest.raises(ValueError, match="at least one batch"):
         model.fit(iter(()), steps_per_epoch=1)
+    with pytest.raises(ValueError, match="to yield the targets"):
+        model.fit(batches(), TARGETS, steps_per_epoch=1)
     with pytest.raises(ValueError, match="4 entries"):
         data.as_batch((1, 2, 3, 4))
 
