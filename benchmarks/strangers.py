@@ -66,6 +66,7 @@ LABELS = (
 # Columns by the name of the file: two texts a and b, a label y, a score s,
 # numbers of tokens n and m, and anything else. `^` is a line of headings.
 COLUMNS = (
+    (r"senteval_cn/", "aby"),
     (r"CoLA/test", "^.a"),
     (r"CoLA/", ".y.a"),
     (r"SST-2/test", "^.a"),
