@@ -206,12 +206,9 @@ class Distillation(CompositeModel):
             )
         arguments = self.output_kind, self.from_logits
         ours = read_outputs(self._judge(), y_pred, *arguments)
-        theirs = [None] * len(ours)
-        if getattr(self.teacher, "loss", None) is not None:
-            try:
-                theirs = read_outputs(self.teacher, target, *arguments)
-            except UnreadableLoss:
-                pass  # then it is as the student
+        if self.from_logits is None:
+            self._check_student(y_pred, ours)
+        theirs = _read_if_told(self.teacher, target, *arguments)
         pairs = [
             (a if a is not None else b, b)
             for a, b in zip(theirs, ours, strict=True)
@@ -224,6 +221,19 @@ class Distillation(CompositeModel):
                     f"{a.kind!r} and {b.kind!r} for output {name!r}"
                 )
         return pairs
+
+    def _check_student(self, y_pred, meanings):
+        """The student may be compiled, too, with another loss."""
+        own = _read_if_told(self.student, y_pred, self.output_kind, None)
+        names = output_names(self, y_pred)
+        for name, a, b in zip(names, own, meanings, strict=True):
+            if a and b and a.kind == b.kind and a.from_logits != b.from_logits:
+                raise ValueError(
+                    "Expected the loss of the distillation and that of the "
+                    "student to agree in whether the student returns logits; "
+                    f"give `from_logits` otherwise. Received: {b.from_logits} "
+                    f"and {a.from_logits} for output {name!r}"
+                )
 
     def _judge(self):
         """The model whose loss is asked: this one if it has a loss."""
@@ -274,6 +284,16 @@ class Distillation(CompositeModel):
         for name in ("teacher", "student"):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)
+
+
+def _read_if_told(model, outputs, *arguments):
+    """What a model's own loss tells of its outputs, `None` where nothing."""
+    if getattr(model, "loss", None) is not None:
+        try:
+            return read_outputs(model, outputs, *arguments)
+        except UnreadableLoss:
+            pass
+    return [None] * len(tree.flatten(outputs))
 
 
 class _Divergence(keras.losses.Loss):

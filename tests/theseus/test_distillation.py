@@ -288,6 +288,21 @@ def test_a_teacher_of_logits_and_a_student_of_probabilities():
         divergence_of(teacher, constant(q), loss)
 
 
+def test_the_students_own_loss_is_not_contradicted():
+    """A classifier of KerasHub comes compiled, with logits."""
+    teacher, student = constant([3.0, -2.0]), constant([-1.0, 0.5])
+    logits = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    student.compile(loss=logits)
+    model = Distillation(teacher, student)
+    with pytest.raises(ValueError, match="whether the student returns logits"):
+        model.compile("sgd", "sparse_categorical_crossentropy")
+    model.compile("sgd", logits)
+    student.compile(loss="mse")
+    model.compile("sgd", logits)
+    student.compile(loss="sparse_categorical_crossentropy")
+    Distillation(teacher, student, from_logits=True).compile("sgd", logits)
+
+
 def test_contradictions_and_losses_that_do_not_tell():
     def own(y_true, y_pred):
         return keras.losses.sparse_categorical_crossentropy(
