@@ -54,6 +54,7 @@ from blogkeras.hsic import (
     median_bandwidth,
     nhsic,
 )
+from blogkeras.nvae import NVAE, NVAEConfig
 from blogkeras.ops import straight_through
 from blogkeras.optimizers import SkipNonFinite
 from blogkeras.pretraining import (
@@ -210,4 +211,6 @@ __all__ = [
     "word_rotator_bound",
     "word_rotator_distance",
     "word_rotator_similarity",
+    "NVAE",
+    "NVAEConfig",
 ]

@@ -29,7 +29,7 @@ else:
         f"starts. Received: KERAS_BACKEND={BACKEND}"
     )
 
-from blogkeras.backend.branches import cond, run_branch  # noqa: E402, F401
+from blogkeras.backend.branches import cond, remat, run_branch  # noqa: E402, F401
 
 # Gradients
 
@@ -144,15 +144,21 @@ def jit(fn, xla=True):
     return _framework.jit(fn, xla)
 
 
-def jit_layer(fn, layer):
+def jit_layer(fn, layer, xla=True):
     """`jit(fn)`, reading the variables of `layer` as they are at each call.
 
     Args:
         fn: Function of tensors that calls `layer` or its parts and assigns
             nothing.
         layer: A built Keras layer or model.
+        xla: As for `jit`.
     """
-    return _framework.jit_layer(fn, layer)
+    return _framework.jit_layer(fn, layer, xla)
+
+
+def has_accelerator():
+    """Whether there is a device other than CPUs."""
+    return _framework.has_accelerator()
 
 
 def hlo_text(fn, *args):

@@ -1,4 +1,4 @@
-"""Branches whose layers have state, losses and masks."""
+"""Branches, and parts computed again, whose layers have state and losses."""
 
 import keras
 from keras import ops
@@ -139,3 +139,58 @@ def _forget_losses(layers):
     # are gone; without this, a later tensor with a like id would count twice.
     for layer in layers:
         layer._clear_losses()
+
+
+def remat(fn, layers, *inputs):
+    """Runs a function whose results between are not kept for the gradient.
+
+    The gradient computes them once more: less memory, more time. As in
+    `keras.remat`; but layers may have state, which `keras.remat` cannot have
+    on JAX: a BatchNormalization inside raises UnexpectedTracerError. Here all
+    variables go in as values, new state comes out as values, and it is assigned
+    after, once.
+
+    Args:
+        fn: Function of the inputs that returns a tensor or a structure of
+            tensors.
+        layers: The Keras layers that `fn` calls.
+        *inputs: Tensors.
+
+    Returns:
+        What `fn` returns. What layers give to `add_loss` inside is an error:
+        nobody would get it.
+
+    Example:
+
+    >>> dense = keras.layers.Dense(3)
+    >>> x = keras.ops.ones((2, 3)); dense.build(x.shape)
+    >>> y = remat(dense, [dense], x)
+    """
+    variables = {id(v): v for layer in layers for v in layer.variables}
+    variables = list(variables.values())
+    changing = [v for v in variables if not v.trainable]
+    with no_autocast():
+        values = [ops.convert_to_tensor(v) for v in variables]
+
+    def pure(*args):
+        values, inputs = args[: len(variables)], args[len(variables) :]
+        with no_autocast():
+            scope = RecordingScope(list(zip(variables, values, strict=True)))
+        with scope:
+            outputs = fn(*inputs)
+        if scope.losses:
+            raise ValueError(
+                "Expected layers without `add_loss` in what is computed again. "
+                f"Received: layers={layers}"
+            )
+        with no_autocast():
+            state = [
+                ops.cast(scope.get_current_value(v), v.dtype) for v in changing
+            ]
+        return outputs, state
+
+    outputs, state = framework.recomputed(pure)(*values, *inputs)
+    with no_autocast():
+        for variable, value in zip(changing, state, strict=True):
+            variable.assign(value)
+    return outputs

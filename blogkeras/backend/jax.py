@@ -70,13 +70,17 @@ def jit(fn, xla=True):
     return jax.jit(fn) if xla else fn
 
 
-def jit_layer(fn, layer):
+def has_accelerator():
+    return jax.default_backend() != "cpu"
+
+
+def jit_layer(fn, layer, xla=True):
     def pure(values, *args):
         mapping = zip(layer.variables, values, strict=True)
         with keras.StatelessScope([*mapping]):
             return fn(*args)
 
-    compiled = jax.jit(pure)
+    compiled = jit(pure, xla)
     return lambda *args: compiled([v.value for v in layer.variables], *args)
 
 
@@ -143,6 +147,11 @@ def whole_batch(data):
 def trace(fn):
     """Runs a function for its side effects on Python, computing nothing."""
     jax.eval_shape(fn)
+
+
+def recomputed(fn):
+    """A pure function whose gradient computes it once more."""
+    return jax.checkpoint(fn)
 
 
 def branch(predicate, true_fn, false_fn):

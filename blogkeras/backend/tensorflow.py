@@ -266,8 +266,12 @@ def jit(fn, xla=True):
     return tf.function(fn, jit_compile=xla, autograph=False)
 
 
-def jit_layer(fn, layer):
-    return jit(fn)
+def jit_layer(fn, layer, xla=True):
+    return jit(fn, xla)
+
+
+def has_accelerator():
+    return any(d.device_type != "CPU" for d in tf.config.list_logical_devices())
 
 
 def hlo_text(fn, *args):
@@ -337,6 +341,13 @@ def whole_batch(data):
 def trace(fn):
     """Runs a function for its side effects on Python, computing nothing."""
     tf.function(fn, autograph=False).get_concrete_function()
+
+
+def recomputed(fn):
+    """A pure function whose gradient computes it once more."""
+    again = tf.recompute_grad(fn)
+    # Values, not variables, which would be read where no gradient is recorded.
+    return lambda *args: again(*map(tf.identity, args))
 
 
 def branch(predicate, true_fn, false_fn):

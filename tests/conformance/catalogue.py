@@ -57,6 +57,7 @@ FILES = [
 ]
 # (class, function that makes one): what functions return
 RECORDS = [
+    (blogkeras.NVAEConfig, lambda: blogkeras.NVAEConfig((4, 4, 1))),
     (
         blogkeras.Robustness,
         lambda: blogkeras.evaluate_robustness(

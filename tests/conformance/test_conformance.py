@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
-from kit import close_in_ulps
+from kit import TENSORFLOW, close_in_ulps
 
 import blogkeras
 from blogkeras import backend
@@ -127,6 +127,23 @@ def network():
     return keras.Sequential([keras.Input((3,)), *layers])
 
 
+def nvae():
+    config = blogkeras.NVAEConfig(
+        (4, 4, 1),
+        groups=(1,),
+        channels=2,
+        latent_channels=2,
+        cells_per_block=1,
+        cells_per_group=1,
+        likelihood="normal",
+    )
+    model = blogkeras.NVAE(config, seed=0)
+    # Depthwise convolutions compile slowly.
+    model.compile("sgd", jit_compile=not TENSORFLOW)
+    return model
+
+
+PICTURES = np.abs(np.tanh(toy.DENSE[:, :1, None, None] * np.ones((4, 4, 1))))
 LAYERS = [
     (blogkeras.QuadraticHead, {}, toy.DENSE[:8]),
     (
@@ -197,6 +214,7 @@ METRICS = [
 ]
 # (function that builds and compiles a model, x, y)
 MODELS = [
+    (nvae, PICTURES[:16], None),
     (density_estimator, toy.DENSE[:16], None),
     (denoising_autoencoder, toy.DENSE[:16], None),
     (annealed_score_matching, toy.DENSE[:16], None),

@@ -1,0 +1,271 @@
+"""Residual cells of the two sides, and what they are made of."""
+
+import numpy as np
+from keras import layers, ops
+
+from blogkeras import backend
+from blogkeras.nvae.convolution import Convolution, fan_in_uniform
+
+
+class SqueezeExcite(layers.Layer):
+    """Scales each channel by a number in [0, 1] that depends on the picture.
+
+        x · sigmoid(W₂ relu(W₁ mean(x)))         mean over the positions
+
+    Input and output shape: `(batch, height, width, channels)`.
+    """
+
+    def build(self, input_shape):
+        channels = input_shape[-1]
+        hidden = max(channels // 16, 4)
+        self.squeeze, self.excite = (
+            layers.Dense(
+                units,
+                activation,
+                kernel_initializer=fan_in_uniform,
+                dtype=self.dtype_policy,
+                name=name,
+            )
+            for units, activation, name in (
+                (hidden, "relu", "squeeze"),
+                (channels, "sigmoid", "excite"),
+            )
+        )
+        self.squeeze.build((None, channels))
+        self.excite.build((None, hidden))
+
+    def call(self, x):
+        scale = self.excite(self.squeeze(ops.mean(x, axis=(1, 2))))
+        return x * scale[:, None, None]
+
+
+class Reduction(layers.Layer):
+    """Half the sides, twice the channels: the way around a cell.
+
+    Four convolutions of size 1 look at the even and odd rows and columns; each
+    gives a quarter of the output.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, height / 2, width / 2, 2 · channels)`.
+    """
+
+    # The corners in the published order.
+    corners = (0, 0), (1, 1), (0, 1), (1, 0)
+
+    def build(self, input_shape):
+        channels = input_shape[-1]
+        quarter = 2 * channels // 4
+        filters = [quarter] * 3 + [2 * channels - 3 * quarter]
+        self.parts = [
+            Convolution(count, 1, dtype=self.dtype_policy, name=f"part_{i}")
+            for i, count in enumerate(filters)
+        ]
+        for part in self.parts:
+            part.build(input_shape)
+
+    def call(self, x):
+        x = ops.silu(x)
+        return ops.concatenate(
+            [
+                part(x[:, row::2, column::2])
+                for part, (row, column) in zip(
+                    self.parts, self.corners, strict=True
+                )
+            ],
+            axis=-1,
+        )
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        return batch, height // 2, width // 2, 2 * channels
+
+
+class Enlargement(layers.Layer):
+    """Twice the sides, half the channels: the way around a cell.
+
+    Bilinear, corners on corners. The convolution of size 1 comes first, which
+    gives the same numbers at a quarter of the cost.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, 2 · height, 2 · width, channels / 2)`.
+    """
+
+    def build(self, input_shape):
+        self.convolution = Convolution(
+            input_shape[-1] // 2,
+            1,
+            use_bias=False,
+            dtype=self.dtype_policy,
+            name="convolution",
+        )
+        self.convolution.build(input_shape)
+
+    def call(self, x):
+        x = self.convolution(x)
+        rows, columns = (
+            ops.convert_to_tensor(_interpolation(size), x.dtype)
+            for size in x.shape[1:3]
+        )
+        x = ops.einsum("ih,bhwc->biwc", rows, x)
+        return ops.einsum("jw,biwc->bijc", columns, x)
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        return batch, 2 * height, 2 * width, channels // 2
+
+
+def _interpolation(size):
+    """`(2 size, size)`: linear, with the first and the last points fixed."""
+    positions = np.linspace(0, size - 1, 2 * size)
+    distances = np.abs(positions[:, None] - np.arange(size))
+    return np.maximum(1 - distances, 0).astype("float32")
+
+
+def double(x):
+    """Repeats each row and each column."""
+    return ops.repeat(ops.repeat(x, 2, axis=1), 2, axis=2)
+
+
+class Cell(layers.Layer):
+    """x + 0.1 · residual(x): what cells of both sides have in common.
+
+    Args:
+        squeeze_excite: Boolean.
+        batch_norm: Boolean.
+    """
+
+    def __init__(self, squeeze_excite=True, batch_norm=True, **kwargs):
+        super().__init__(**kwargs)
+        self.squeeze_excite = squeeze_excite
+        self.batch_norm = batch_norm
+
+    def _add(self, layer, input_shape):
+        """Builds a part of the cell."""
+        layer.build(input_shape)
+        return layer
+
+    def _norm(self, name, channels):
+        if not self.batch_norm:
+            return self._add(layers.Identity(name=name), (channels,))
+        norm = layers.BatchNormalization(
+            momentum=0.95,
+            epsilon=1e-5,
+            # On JAX arrays are global, so batches are whole anyway.
+            synchronized=backend.num_replicas() > 1,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        return self._add(norm, (None, None, None, channels))
+
+    def _convolution(self, name, channels, *args, **kwargs):
+        return self._add(
+            Convolution(*args, **kwargs, dtype=self.dtype_policy, name=name),
+            (None, None, None, channels),
+        )
+
+    def _part(self, cls, name, input_shape):
+        return self._add(cls(dtype=self.dtype_policy, name=name), input_shape)
+
+
+class ResidualCell(Cell):
+    """The encoder's cell: twice batch norm, swish, convolution 3 × 3.
+
+    Args:
+        down: Boolean. Whether sides are halved and channels doubled.
+
+    Input shape: `(batch, height, width, channels)`.
+    """
+
+    def __init__(self, down=False, **kwargs):
+        super().__init__(**kwargs)
+        self.down = down
+
+    def build(self, input_shape):
+        inputs = input_shape[-1]
+        outputs = 2 * inputs if self.down else inputs
+        self.norm_1 = self._norm("norm_1", inputs)
+        self.conv_1 = self._convolution(
+            "conv_1", inputs, outputs, 3, strides=2 if self.down else 1
+        )
+        self.norm_2 = self._norm("norm_2", outputs)
+        self.conv_2 = self._convolution("conv_2", outputs, outputs, 3)
+        if self.squeeze_excite:
+            self.scale = self._part(
+                SqueezeExcite, "scale", (None, None, None, outputs)
+            )
+        if self.down:
+            self.skip = self._part(Reduction, "skip", input_shape)
+
+    def call(self, x, training=None):
+        h = self.conv_1(ops.silu(self.norm_1(x, training=training)))
+        h = self.conv_2(ops.silu(self.norm_2(h, training=training)))
+        if self.squeeze_excite:
+            h = self.scale(h)
+        return (self.skip(x) if self.down else x) + 0.1 * h
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        if self.down:
+            return batch, height // 2, width // 2, 2 * channels
+        return input_shape
+
+
+class InvertedCell(Cell):
+    """The decoder's cell: many channels, each convolved for itself.
+
+    Batch norm; 1 × 1 to `expansion` times as many channels, batch norm, swish;
+    5 × 5 of each channel, batch norm, swish; 1 × 1 back, batch norm. These
+    convolutions have no trained norms.
+
+    Args:
+        expansion: Integer.
+        up: Boolean. Whether sides are doubled and channels halved.
+
+    Input shape: `(batch, height, width, channels)`.
+    """
+
+    def __init__(self, expansion=6, up=False, **kwargs):
+        super().__init__(**kwargs)
+        self.expansion = expansion
+        self.up = up
+
+    def build(self, input_shape):
+        inputs = input_shape[-1]
+        outputs = inputs // 2 if self.up else inputs
+        wide = self.expansion * inputs
+        plain = {"weight_norm": False, "use_bias": False}
+        self.norm_1 = self._norm("norm_1", inputs)
+        self.widen = self._convolution("widen", inputs, wide, 1, **plain)
+        self.norm_2 = self._norm("norm_2", wide)
+        self.depthwise = self._convolution(
+            "depthwise", wide, wide, 5, depthwise=True, **plain
+        )
+        self.norm_3 = self._norm("norm_3", wide)
+        self.narrow = self._convolution("narrow", wide, outputs, 1, **plain)
+        self.norm_4 = self._norm("norm_4", outputs)
+        if self.squeeze_excite:
+            self.scale = self._part(
+                SqueezeExcite, "scale", (None, None, None, outputs)
+            )
+        if self.up:
+            self.skip = self._part(Enlargement, "skip", input_shape)
+
+    def call(self, x, training=None):
+        h = self.widen(self.norm_1(x, training=training))
+        h = ops.silu(self.norm_2(h, training=training))
+        if self.up:
+            # Published: rows and columns are repeated first. What is done to
+            # each position alone, and the statistics of a batch, are the same
+            # before and after, at a quarter of the cost.
+            h = double(h)
+        h = ops.silu(self.norm_3(self.depthwise(h), training=training))
+        h = self.norm_4(self.narrow(h), training=training)
+        if self.squeeze_excite:
+            h = self.scale(h)
+        return (self.skip(x) if self.up else x) + 0.1 * h
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, channels = input_shape
+        if self.up:
+            return batch, 2 * height, 2 * width, channels // 2
+        return input_shape

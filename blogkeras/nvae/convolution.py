@@ -1,0 +1,231 @@
+"""Convolutions with normalized weights, and the penalty on their norms."""
+
+import random
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras.ops import safe_norm
+
+
+def fan_in_uniform(shape, dtype="float32"):
+    """Uniform in ±1/√(numbers that one output sums): the published start.
+
+    In NumPy: on JAX, an operation takes a moment to compile for each new shape,
+    and a model has hundreds of them.
+    """
+    limit = 1 / np.sqrt(np.prod(shape[:-1]))
+    return _generator().uniform(-limit, limit, shape).astype(dtype)
+
+
+def _generator():
+    # `keras.utils.set_random_seed` seeds Python's numbers, too.
+    return np.random.default_rng(random.getrandbits(32))
+
+
+class Convolution(keras.layers.Layer):
+    """A convolution whose kernels have trained norms.
+
+        kernel_c = exp(s_c) · v_c / (‖v_c‖ + 10⁻⁵)       for each output c
+
+    With `strides=2` a kernel of size 3 is centred on the even pixels, as one
+    row and column of zeros around the picture have it.
+
+    Args:
+        filters: Integer. Channels of the output.
+        kernel_size: Integer.
+        strides: 1 or 2.
+        depthwise: Boolean. One kernel for each channel, which is convolved
+            with that channel alone.
+        weight_norm: Boolean. Without it, the kernel is v.
+        use_bias: Boolean.
+        gain: Number > 0. Factor of the norms at the start.
+
+    Input shape: `(batch, height, width, channels)`.
+    Output shape: `(batch, height / strides, width / strides, filters)`.
+    """
+
+    def __init__(
+        self,
+        filters,
+        kernel_size,
+        strides=1,
+        depthwise=False,
+        weight_norm=True,
+        use_bias=True,
+        gain=1.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.filters = filters
+        self.kernel_size = kernel_size
+        self.strides = strides
+        self.depthwise = depthwise
+        self.weight_norm = weight_norm
+        self.use_bias = use_bias
+        self.gain = gain
+        self.mask = None
+
+    def build(self, input_shape):
+        size, channels = self.kernel_size, input_shape[-1]
+        shape = (size, size, channels, self.filters)
+        if self.depthwise:
+            shape = (size, size, channels, 1)
+        # In float32 under any policy: norms are taken of it.
+        self.direction = self.add_weight(
+            shape, self._initial_direction, name="direction", autocast=False
+        )
+        if self.weight_norm:
+            self.log_norm = self.add_weight(
+                (self.filters,),
+                self._initial_log_norm,
+                name="log_norm",
+                autocast=False,
+            )
+        if self.use_bias:
+            self.bias = self.add_weight((self.filters,), "zeros", name="bias")
+
+    def _initial_direction(self, shape, dtype):
+        if not self.depthwise:
+            return fan_in_uniform(shape, dtype)
+        # One channel is all that an output sums.
+        size, _, channels, _ = shape
+        return fan_in_uniform((size, size, channels), dtype)[..., None]
+
+    def _initial_log_norm(self, shape, dtype):
+        direction = ops.convert_to_numpy(self.direction.value)
+        if self.mask is not None:
+            direction = direction * self.mask
+        axes = (0, 1) if self.depthwise else (0, 1, 2)
+        norm = np.sqrt(np.sum(direction**2, axis=axes)).reshape(shape)
+        return (np.log(norm + 1e-2) + np.log(self.gain)).astype(dtype)
+
+    def kernel(self):
+        """The kernel as it is used, float32."""
+        direction = ops.convert_to_tensor(self.direction)
+        if self.mask is not None:
+            direction = direction * self.mask
+        if not self.weight_norm:
+            return direction
+        axes = (0, 1) if self.depthwise else (0, 1, 2)
+        norm = safe_norm(direction, axis=axes, keepdims=True)
+        scale = ops.exp(ops.convert_to_tensor(self.log_norm))
+        return direction * (ops.reshape(scale, norm.shape) / (norm + 1e-5))
+
+    def matrix(self):
+        """The kernel as `(filters, numbers of one kernel)`, float32."""
+        axes = (2, 0, 1, 3) if self.depthwise else (3, 0, 1, 2)
+        kernel = ops.transpose(self.kernel(), axes)
+        return ops.reshape(kernel, (self.filters, -1))
+
+    @property
+    def matrix_shape(self):
+        """The shape of `matrix()`."""
+        return self.filters, int(np.prod(self.direction.shape)) // self.filters
+
+    def call(self, x):
+        convolve = ops.depthwise_conv if self.depthwise else ops.conv
+        padding = "same"
+        if self.strides == 2:
+            around = (self.kernel_size - 1) // 2
+            x = ops.pad(x, [[0, 0], [around] * 2, [around] * 2, [0, 0]])
+            padding = "valid"
+        x = convolve(
+            x,
+            ops.cast(self.kernel(), x.dtype),
+            strides=self.strides,
+            padding=padding,
+        )
+        return x + self.bias if self.use_bias else x
+
+    def compute_output_shape(self, input_shape):
+        batch, height, width, _ = input_shape
+        return (
+            batch,
+            height // self.strides,
+            width // self.strides,
+            self.filters,
+        )
+
+
+class SpectralPenalty:
+    """The sum of the largest singular values of convolutions.
+
+    Kernels of one shape are stacked and share each power iteration. The
+    singular vectors are weights of the owner, so that a resumed run goes on
+    with them.
+
+    Args:
+        owner: Layer or model that gets the weights, two for each shape.
+        convolutions: List of `Convolution`, built.
+
+    Reference:
+        [Yoshida & Miyato, 2017](https://arxiv.org/abs/1705.10941)
+    """
+
+    def __init__(self, owner, convolutions):
+        stacks = {}
+        for layer in convolutions:
+            stacks.setdefault(layer.matrix_shape, []).append(layer)
+        self.stacks = [stacks[shape] for shape in sorted(stacks)]
+        self.vectors = []
+        for (rows, columns), layers in sorted(stacks.items()):
+            self.vectors.append(
+                tuple(
+                    owner.add_weight(
+                        (len(layers), size),
+                        _unit_vectors,
+                        "float32",
+                        trainable=False,
+                        autocast=False,
+                        name=f"{side}_{rows}x{columns}",
+                    )
+                    for side, size in (("left", rows), ("right", columns))
+                )
+            )
+
+    def __call__(self, num_iterations=4):
+        """The sum, a float32 scalar; moves the singular vectors.
+
+        For the gradient the vectors are constants: that of a singular value
+        σ = uᵀ W v is u vᵀ.
+        """
+        total = ops.zeros((), "float32")
+        for layers, (left, right) in zip(
+            self.stacks, self.vectors, strict=True
+        ):
+            matrices = ops.stack([layer.matrix() for layer in layers])
+            fixed = ops.stop_gradient(matrices)
+            u = ops.convert_to_tensor(left)[..., None]
+            for _ in range(num_iterations):
+                v = _normalize(ops.matmul(ops.swapaxes(fixed, 1, 2), u))
+                u = _normalize(ops.matmul(fixed, v))
+            left.assign(u[..., 0])
+            right.assign(v[..., 0])
+            total += ops.sum(ops.matmul(matrices, v) * u)
+        return total
+
+    def norms(self):
+        """`{path of a convolution: its largest singular value}` as NumPy
+        numbers, by the vectors of the last step.
+        """
+        norms = {}
+        for layers, (left, right) in zip(
+            self.stacks, self.vectors, strict=True
+        ):
+            u, v = map(ops.convert_to_numpy, (left.value, right.value))
+            for i, layer in enumerate(layers):
+                matrix = ops.convert_to_numpy(layer.matrix())
+                norms[layer.path] = float(u[i] @ matrix @ v[i])
+        return norms
+
+
+def _normalize(x):
+    # Kernels of zeros have singular vectors of zeros.
+    return x / ops.maximum(safe_norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _unit_vectors(shape, dtype):
+    x = _generator().normal(size=shape)
+    return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(dtype)

@@ -1,0 +1,863 @@
+"""NVAE: a variational autoencoder with many groups of latent variables."""
+
+import random
+import types
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.arguments import (
+    as_numpy,
+    check_boolean,
+    check_choice,
+    check_finite,
+    check_integer,
+    check_number,
+    check_seed,
+)
+from blogkeras.loops import ProgramCache, loop_program, run_steps
+from blogkeras.models import CompositeModel, map_batches
+from blogkeras.nvae import objective
+from blogkeras.nvae.convolution import Convolution, SpectralPenalty
+from blogkeras.nvae.distributions import pixels
+from blogkeras.nvae.likelihood import bits_per_dim, importance_bound
+from blogkeras.nvae.networks import Decoder, Encoder
+from blogkeras.nvae.presets import PRESETS, NVAEConfig
+from blogkeras.state import NumberedDraws, StepSeed, draw_rows
+
+
+class _RowLoss(keras.losses.Loss):
+    """The mean of values that are there already, one for each row.
+
+    Keras's own reduction weighs them, and knows of replicas.
+    """
+
+    def call(self, y_true, y_pred):
+        return y_pred
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class NVAE(CompositeModel):
+    """A deep hierarchical variational autoencoder for pictures.
+
+    Latent variables come in groups z_1 … z_L, drawn one after another at
+    growing sizes. Prior and posterior of a group are normal distributions whose
+    parameters depend on the groups before:
+
+        p(z_l | z_<l) = N(μ, σ²),  q(z_l | z_<l, x) = N(μ + Δμ, σ² Δσ²)
+        KL = ½ Σ (Δμ²/σ² + Δσ² − log Δσ² − 1)
+        loss = −log p(x | z) + β Σ_l γ_l KL_l + λ (Σ σ_max + Σ max |γ_BN|)
+
+    with the largest singular value σ_max of each convolution and the scales
+    γ_BN of each batch normalization. β, γ_l and λ: see `NVAEConfig`.
+
+    `fit(x)` with pictures as floats in [0, 1], `(n, height, width, channels)`;
+    a `y` is not looked at. Metrics, in nats for each picture: `nelbo`, its
+    parts `reconstruction` and `kl`. `loss` has the weights and penalties of
+    training besides. `model(x)` gives a dict: the mean picture
+    `reconstruction`, `log_likelihood` `(n,)` and `kl` `(n, groups)`. Sample
+    weights are one for each picture. Convolutions and cells follow the dtype
+    policy; distributions, KL terms and penalties are of float32.
+
+    Latent variables are drawn anew at each training step, numbered by a saved
+    count: a model that is saved, loaded and trained on goes on as if it had
+    not been stopped. `evaluate` and `predict` draw the same at each call.
+
+    Args:
+        config: `NVAEConfig`, or a dict of its fields.
+        recompute: Boolean. Whether cells are computed again for the gradient,
+            which takes less memory and more time.
+        seed: Integer or `None`.
+
+    Example:
+
+    >>> model = NVAE.from_preset("digits", kl_warmup_steps=500)
+    >>> model.compile(keras.optimizers.Adamax(1e-3))
+    >>> model.fit(images, epochs=20)
+    >>> model.sample(16, temperature=0.8).shape
+    (16, 8, 8, 1)
+
+    Departs from the post: flows, which it advises to leave out, are part of
+    the presets that were published with them. From the published code: the
+    temperature of discretized logistics multiplies their scales (there it
+    divides them); batch statistics are recalibrated to the exact average; the
+    power iteration has no longer first step; biases start at zero.
+
+    Reference:
+        [Vahdat & Kautz, 2020](https://arxiv.org/abs/2007.03898);
+        [blog post 7574](https://kexue.fm/archives/7574)
+    """
+
+    def __init__(self, config, recompute=False, seed=None, **kwargs):
+        # Pictures keep their 8 bits under a policy of half precision.
+        super().__init__(autocast=False, **kwargs)
+        if isinstance(config, dict):
+            config = _config_of(config)
+        if not isinstance(config, NVAEConfig):
+            raise ValueError(
+                "Expected an NVAEConfig, or a dict of its fields; for a name "
+                f"take NVAE.from_preset. Received: config={config!r}"
+            )
+        self.config = config
+        self.recompute = check_boolean("recompute", recompute)
+        self.seed = check_seed("seed", seed)
+        self.encoder, self.decoder = (
+            cls(config, recompute, dtype=self.dtype_policy, name=name)
+            for cls, name in ((Encoder, "encoder"), (Decoder, "decoder"))
+        )
+        self.nelbo, self.reconstruction, self.kl = (
+            keras.metrics.Mean(name=name)
+            for name in ("nelbo", "reconstruction", "kl")
+        )
+        self._row_loss = _RowLoss(name="rows")
+        self._programs = ProgramCache(size=16)
+
+    @classmethod
+    def from_preset(
+        cls, name, input_shape=None, recompute=False, seed=None, **changes
+    ):
+        """A published architecture, untrained.
+
+        `"mnist"`, `"cifar10"`, `"celeba_64"`, `"imagenet_32"`,
+        `"celeba_hq_256"`, `"ffhq_256"`; for a CPU `"mnist_small"` and
+        `"digits"`.
+
+        Args:
+            name: String.
+            input_shape: `(height, width, channels)`. Where height or width are
+                not the preset's, nothing is padded unless you say so. Defaults
+                to the preset's.
+            recompute, seed: As for `NVAE`.
+            **changes: Fields of `NVAEConfig`; those that depend on the number
+                of steps, such as `kl_warmup_steps`, are in no preset.
+        """
+        check_choice("name", name, tuple(PRESETS))
+        fields = PRESETS[name].to_dict()
+        if input_shape is not None:
+            if list(input_shape)[:2] != fields["input_shape"][:2]:
+                fields["padding"] = 0
+            fields["input_shape"] = tuple(input_shape)
+        return cls(_config_of({**fields, **changes}), recompute, seed)
+
+    def compile(self, optimizer="adamax", loss=None, **kwargs):
+        if loss is not None:
+            raise ValueError(
+                "Expected no loss: the model has its own, the negative "
+                f"evidence lower bound. Received: loss={loss!r}"
+            )
+        super().compile(optimizer, **kwargs)
+        self._programs.clear()
+        # Shapes are known. TensorFlow would trace a step twice if it met the
+        # optimizer's variables only then.
+        self.build()
+        self.optimizer.build(self.trainable_variables)
+
+    def build(self, input_shape=None):
+        if self.built:
+            return
+        if input_shape is not None:
+            self._check_shape(input_shape)
+        self.encoder.build((None, *self.config.padded_shape))
+        self.decoder.build()
+        self.draws = NumberedDraws(self, self.seed)
+        self.convolutions = [
+            layer
+            for layer in self._flatten_layers()
+            if isinstance(layer, Convolution)
+        ]
+        self.norms = [
+            layer
+            for layer in self._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization)
+        ]
+        self.penalty = None
+        if self.config.spectral_weight:
+            self.penalty = SpectralPenalty(self, self.convolutions)
+
+    # The loss
+
+    def call(self, inputs, training=None):
+        self._check_shape(inputs.shape)
+        if training:
+            seed = self.draws.next_step()
+        else:
+            seed = StepSeed(
+                ops.convert_to_tensor(self.draws.seed.value),
+                ops.convert_to_tensor(self.draws.iterations.value),
+            )
+        x = self._prepare(inputs, seed)
+        outputs = self.decoder.draw(
+            ops.shape(x)[0],
+            _noise(seed, rows=True),
+            features=self._encode(x, training),
+            training=training,
+        )
+        distribution = pixels(self.config, outputs["parameters"])
+        return {
+            "reconstruction": distribution.mean(),
+            "log_likelihood": _picture_sum(distribution.log_prob(x)),
+            "kl": outputs["kl"],
+        }
+
+    def _prepare(self, x, seed):
+        """The picture that the likelihood is of, float32."""
+        config = self.config
+        x = ops.cast(x, "float32")
+        if config.binarize == "dynamic":
+            u = draw_rows(keras.random.uniform, ops.shape(x), seed)
+            return ops.cast(u < x, "float32")
+        if config.likelihood == "logistic_mixture":
+            steps = ops.round(x * 255)
+            steps = ops.floor(steps / 2 ** (8 - config.num_bits))
+            return steps / (2**config.num_bits - 1)
+        return x
+
+    def _encode(self, x, training=False):
+        around = [self.config.padding] * 2
+        if self.config.padding:
+            x = ops.pad(x, [[0, 0], around, around, [0, 0]])
+        return self.encoder(x, training=training)
+
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        config = self.config
+        kl, reconstruction = y_pred["kl"], -y_pred["log_likelihood"]
+        if sample_weight is not None:
+            sample_weight = _row_weight(sample_weight)
+        total = ops.sum(kl, axis=-1)
+        for metric, values in (
+            (self.nelbo, reconstruction + total),
+            (self.reconstruction, reconstruction),
+            (self.kl, total),
+        ):
+            metric.update_state(values, sample_weight)
+        if not training:
+            values = reconstruction + total
+            return self._row_loss(values, values, sample_weight)
+        # The step has been counted already.
+        step = ops.convert_to_tensor(self.draws.iterations.value) - 1
+        beta = objective.kl_weight(config, step)
+        gamma = objective.balance(config, kl, beta)
+        values = reconstruction + beta * ops.sum(gamma * kl, axis=-1)
+        loss = self._row_loss(values, values, sample_weight)
+        if self.penalty is None:
+            return loss
+        scales = [
+            ops.max(ops.abs(ops.cast(norm.gamma, "float32")))
+            for norm in self.norms
+        ]
+        penalty = self.penalty() + sum(scales)
+        penalty *= objective.spectral_weight(config, beta)
+        # Through the same reduction: replicas add up.
+        penalty = ops.reshape(penalty, (1,))
+        return loss + self._row_loss(penalty, penalty)
+
+    # Checks of what pictures hold: in a compiled step nothing is known.
+
+    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        x = self._checked(x)
+        if sample_weight is not None and y is None:
+            # Without any `y`, Keras would forget the weights.
+            y = np.zeros(len(x), "float32")
+        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        x = self._checked(x)
+        if sample_weight is not None and y is None:
+            y = np.zeros(len(x), "float32")
+        return super().evaluate(
+            x, y, *args, sample_weight=sample_weight, **kwargs
+        )
+
+    def _checked(self, x):
+        """`x`, after arrays or the first batch of a data set were checked."""
+        if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
+            return self._check_pixels(x)
+        if isinstance(x, types.GeneratorType):
+            first = next(x)
+            self._check_pixels(_pictures(first))
+            return _chain(first, x)
+        if isinstance(x, keras.utils.PyDataset):
+            self._check_pixels(_pictures(x[0]))
+        elif x is not None:
+            for batch in x:
+                # A batch of `tf.distribute` is in pieces: not looked at.
+                if ops.is_tensor(_pictures(batch)):
+                    self._check_pixels(_pictures(batch))
+                break
+        return x
+
+    def _check_pixels(self, x):
+        x = as_numpy(x)
+        self._check_shape(x.shape)
+        low, high = (x.min(), x.max()) if x.size else (0, 0)
+        check_finite("x", x)
+        if low < 0 or high > 1:
+            raise ValueError(
+                "Expected pixels in [0, 1]; divide by 255 where they are "
+                f"integers up to 255. Received: x of dtype {x.dtype} from "
+                f"{low} to {high}"
+            )
+        binary = self.config.likelihood == "bernoulli"
+        if binary and not self.config.binarize:
+            if not ((x == 0) | (x == 1)).all():
+                other = x[(x != 0) & (x != 1)].ravel()[0]
+                raise ValueError(
+                    "Expected pixels 0 and 1 for likelihood='bernoulli'; "
+                    "with binarize='dynamic' they are drawn from grey values. "
+                    f"Received: a pixel of {other}"
+                )
+        return x
+
+    def _check_shape(self, shape):
+        expected = self.config.input_shape
+        names = ", ".join(map(str, expected))
+        if len(shape) != 4 or any(
+            size not in (None, known)
+            for size, known in zip(shape[1:], expected, strict=True)
+        ):
+            raise ValueError(
+                f"Expected pictures of shape (n, {names}). "
+                f"Received: shape {tuple(shape)}"
+            )
+
+    # Verbs
+
+    def sample(
+        self,
+        num,
+        temperature=1.0,
+        output=None,
+        seed=None,
+        batch_size=32,
+        verbose=0,
+    ):
+        """New pictures.
+
+        Args:
+            num: Integer.
+            temperature: Number ≥ 0 that multiplies the scales of all latent
+                variables, and sharpens the pixels' distribution; 0 is the mode.
+            output: `"mean"` of the pixels, or a `"sample"` of them. Defaults
+                to the mean for binary pixels, else to the sample.
+            seed: Integer, `None` or a `keras.random.SeedGenerator`.
+            batch_size: Integer. Pictures computed at once.
+            verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
+
+        Returns:
+            NumPy array `(num, height, width, channels)` in [0, 1], float32.
+        """
+        num = check_integer("num", num, minimum=1)
+        none = [None] * len(self.config.latent_shapes)
+        return self._draw(
+            none, num, temperature, output, seed, batch_size, verbose
+        )
+
+    def decode(
+        self,
+        z,
+        num=None,
+        temperature=1.0,
+        output=None,
+        seed=None,
+        batch_size=32,
+        verbose=0,
+    ):
+        """Pictures with some groups given; the others are drawn.
+
+        The first groups fix what is seen at large, the last ones details.
+
+        Args:
+            z: List of arrays `(n, height, width, latent_channels)`, one for
+                each group as `encode` gives them, with `None` for groups to be
+                drawn from the prior. A shorter list gives the first groups.
+            num: Integer. How many pictures, where no group is given.
+            temperature, output, seed, batch_size, verbose: As for `sample`.
+
+        Returns:
+            NumPy array `(n, height, width, channels)`.
+        """
+        z, num = self._check_latents(z, num)
+        return self._draw(
+            z, num, temperature, output, seed, batch_size, verbose
+        )
+
+    def encode(self, x, temperature=0.0, seed=None, batch_size=32, verbose=0):
+        """Posteriors of pictures.
+
+        The posterior of a group depends on what was drawn for the groups
+        before.
+
+        Args:
+            x: `(n, height, width, channels)`.
+            temperature: Number ≥ 0 that multiplies the posteriors' scales. 0:
+                each group takes its mean.
+            seed, batch_size, verbose: As for `sample`. With
+                `binarize="dynamic"` the binary picture is drawn, too.
+
+        Returns:
+            Dict of three lists of NumPy arrays, one for each group: `z` as
+            drawn, behind flows; `mean` and `scale` of the posterior, before
+            them.
+        """
+        return self._posterior(
+            x,
+            lambda outputs, seed: {
+                name: outputs[name] for name in ("z", "mean", "scale")
+            },
+            "encode",
+            temperature,
+            seed,
+            batch_size,
+            verbose,
+        )
+
+    def reconstruct(
+        self,
+        x,
+        temperature=1.0,
+        output="mean",
+        seed=None,
+        batch_size=32,
+        verbose=0,
+    ):
+        """Pictures through the posterior and back.
+
+        Args:
+            x: `(n, height, width, channels)`.
+            temperature: Number ≥ 0 that multiplies the posteriors' scales.
+            output: `"mean"` or `"sample"` of the pixels.
+            seed, batch_size, verbose: As for `encode`.
+
+        Returns:
+            NumPy array shaped like `x`.
+        """
+        output = self._output(output)
+
+        def finish(outputs, seed):
+            return _observe(self.config, outputs, output, seed, 1.0)
+
+        return self._posterior(
+            x,
+            finish,
+            ("reconstruct", output),
+            temperature,
+            seed,
+            batch_size,
+            verbose,
+        )
+
+    def interpolate(
+        self, x1, x2, num=8, temperature=0.0, seed=None, batch_size=32
+    ):
+        """Between pairs of pictures: all groups are mixed linearly.
+
+            decode((1 − α) z(x1) + α z(x2))
+
+        Args:
+            x1: `(n, height, width, channels)`.
+            x2: Shaped like `x1`.
+            num: Integer ≥ 2. α runs from 0 to 1 in so many equal steps.
+            temperature, seed, batch_size: As for `encode`.
+
+        Returns:
+            NumPy array `(n, num, height, width, channels)`.
+        """
+        num = check_integer("num", num, minimum=2)
+        if np.shape(x1) != np.shape(x2):
+            raise ValueError(
+                "Expected pictures of one shape on both sides. Received: "
+                f"{np.shape(x1)} and {np.shape(x2)}"
+            )
+        z1, z2 = (
+            self.encode(x, temperature, seed, batch_size)["z"] for x in (x1, x2)
+        )
+        alpha = np.linspace(0, 1, num, dtype="float32")
+        alpha = alpha[:, None, None, None]
+        mixed = [
+            ((1 - alpha) * a[:, None] + alpha * b[:, None]).reshape(
+                -1, *a.shape[1:]
+            )
+            for a, b in zip(z1, z2, strict=True)
+        ]
+        x = self.decode(mixed, output="mean", batch_size=batch_size)
+        return x.reshape(-1, num, *x.shape[1:])
+
+    def evaluate_likelihood(
+        self,
+        x,
+        num_samples=10,
+        per_image=False,
+        seed=0,
+        batch_size=32,
+        verbose=0,
+    ):
+        """Lower bounds of log p(x) in nats, and as bits per dimension.
+
+            ELBO = E log w,   IWAE-k = E log (1/k) Σ w_i,
+            w = p(x, z) / q(z | x)
+
+        With `binarize="dynamic"` each picture is binarized once, by `seed`.
+        With `likelihood="normal"` p is a density.
+
+        Args:
+            x: `(n, height, width, channels)`.
+            num_samples: Integer k.
+            per_image: Boolean. Arrays `(n,)` in place of means.
+            seed, batch_size, verbose: As for `sample`.
+
+        Returns:
+            Dict: `elbo`, `iwae` (nats), `elbo_bits_per_dim`,
+            `iwae_bits_per_dim`, and `kl`, in nats for each group.
+        """
+        k = check_integer("num_samples", num_samples, minimum=1)
+        check_boolean("per_image", per_image)
+        x = self._check_pixels(x)
+        groups = len(self.config.latent_shapes)
+
+        def run(x, index, seed):
+            x = self._prepare(x, StepSeed(seed, index[0]))
+            features = self._encode(x)
+
+            def log_weight(i):
+                # Draw 0 is the binary picture's.
+                draws = StepSeed(seed + 1 + i * groups, index[0])
+                outputs = self.decoder.draw(
+                    x.shape[0], _noise(draws), features=features, training=False
+                )
+                distribution = pixels(self.config, outputs["parameters"])
+                log_x = _picture_sum(distribution.log_prob(x))
+                log_z = outputs["log_prior"] - outputs["log_posterior"]
+                values = ops.concatenate([log_x[:, None], outputs["kl"]], -1)
+                return log_x + ops.sum(log_z, axis=-1), values
+
+            return importance_bound(log_weight, k, x.shape[0])
+
+        bound, values = self._map(
+            ("likelihood", k), run, [x], (), seed, batch_size, verbose
+        )
+        kl = values[:, 1:]
+        elbo = values[:, 0] - kl.sum(-1)
+        if not per_image:
+            bound, elbo, kl = bound.mean(), elbo.mean(), kl.mean(0)
+        dimensions = self.config.num_dimensions
+        results = {
+            "elbo": elbo,
+            "iwae": bound,
+            "elbo_bits_per_dim": bits_per_dim(elbo, dimensions),
+            "iwae_bits_per_dim": bits_per_dim(bound, dimensions),
+        }
+        if not per_image:
+            results = {name: float(x) for name, x in results.items()}
+        return {**results, "kl": kl}
+
+    def recalibrate_batch_norm(
+        self,
+        num_batches=100,
+        temperature=1.0,
+        batch_size=32,
+        seed=None,
+        verbose=0,
+    ):
+        """Sets the decoder's batch statistics to those of its own samples.
+
+        Moving averages belong to the training data and to a temperature of 1.
+        Here the decoder samples batches as in training, and means and
+        variances over all of them take the averages' place. Batches with
+        numbers that are not finite are left out.
+
+        Args:
+            num_batches: Integer.
+            temperature: Number ≥ 0, as `sample` will be given.
+            batch_size: Integer.
+            seed, verbose: As for `sample`.
+        """
+        num_batches = check_integer("num_batches", num_batches, minimum=1)
+        temperature = check_number("temperature", temperature, minimum=0)
+        batch_size = check_integer("batch_size", batch_size, minimum=1)
+        self.build()
+        norms = [
+            layer
+            for layer in self.decoder._flatten_layers()
+            if isinstance(layer, keras.layers.BatchNormalization)
+        ]
+        if not norms:
+            raise ValueError(
+                "Expected a model with batch normalization. Received: "
+                "batch_norm=False"
+            )
+
+        def step(index, state, seed, temperature):
+            count, means, spreads = state
+            statistics = self._batch_statistics(
+                norms, batch_size, StepSeed(seed, index), temperature
+            )
+            finite = ops.all(
+                ops.stack([ops.all(ops.isfinite(x)) for x in statistics])
+            )
+            count += ops.cast(finite, "float32")
+            share = 1 / ops.maximum(count, 1)
+            new_means, new_spreads = [], []
+            for mean, spread, batch_mean, batch_variance in zip(
+                means, spreads, statistics[::2], statistics[1::2], strict=True
+            ):
+                # Variance within batches, and of their means.
+                shift = batch_mean - mean
+                new_mean = mean + share * shift
+                rise = batch_variance + shift * (batch_mean - new_mean)
+                new_spread = spread + share * (rise - spread)
+                new_means.append(ops.where(finite, new_mean, mean))
+                new_spreads.append(ops.where(finite, new_spread, spread))
+            return count, new_means, new_spreads
+
+        zeros = [ops.zeros(norm.moving_mean.shape) for norm in norms]
+        program = self._programs.get(
+            ("recalibrate", batch_size),
+            lambda: loop_program(step, self._compiled),
+        )
+        count, means, variances = run_steps(
+            program,
+            (ops.zeros(()), zeros, zeros),
+            num_batches,
+            _integer(seed),
+            ops.convert_to_tensor(temperature, "float32"),
+            verbose=verbose,
+        )
+        if not float(count):
+            raise ValueError(
+                "Expected the decoder to give finite numbers. Received: none "
+                f"in {num_batches} batches; are the weights finite?"
+            )
+        for norm, mean, variance in zip(norms, means, variances, strict=True):
+            norm.moving_mean.assign(mean)
+            norm.moving_variance.assign(ops.maximum(variance, 0))
+
+    def _batch_statistics(self, norms, rows, seed, temperature):
+        """Mean and variance of each norm for one batch of samples."""
+        momenta = [norm.momentum for norm in norms]
+        mapping = {id(v): (v, ops.convert_to_tensor(v)) for v in self.variables}
+        for norm in norms:
+            # What stands there may be NaN, and 0 · NaN is NaN.
+            for v in (norm.moving_mean, norm.moving_variance):
+                mapping[id(v)] = v, ops.zeros(v.shape, v.dtype)
+        try:
+            for norm in norms:
+                # The moving average is then the batch's.
+                norm.momentum = 0.0
+            with keras.StatelessScope([*mapping.values()]) as scope:
+                self.decoder.draw(
+                    rows,
+                    _noise(seed),
+                    temperature=temperature,
+                    training=True,
+                )
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+        return [
+            ops.cast(scope.get_current_value(v), "float32")
+            for norm in norms
+            for v in (norm.moving_mean, norm.moving_variance)
+        ]
+
+    # How verbs run
+
+    def _compiled(self, fn):
+        if self.compiled and self.run_eagerly:
+            return fn
+        # XLA's depthwise convolutions are several times slower on a CPU; JAX has
+        # nothing else.
+        xla = backend.BACKEND == "jax" or backend.has_accelerator()
+        if self.compiled:
+            xla = self.jit_compile
+        return backend.jit_layer(fn, self, xla=bool(xla))
+
+    def _map(self, key, fn, arrays, constants, seed, batch_size, verbose):
+        """`fn(*arrays, index, *constants, seed)`, compiled, in batches.
+
+        The number of the first row numbers a batch's draws.
+        """
+        if not self.built:
+            self.build()
+        program = self._programs.get(key, lambda: self._compiled(fn))
+        constants = [
+            *(ops.convert_to_tensor(x, "float32") for x in constants),
+            _integer(seed),
+        ]
+        rows = len(arrays[-1])
+        return map_batches(
+            lambda *arrays: program(*arrays, *constants),
+            [*arrays, np.arange(rows, dtype="int32")],
+            batch_size,
+            verbose,
+        )
+
+    def _draw(self, z, num, temperature, output, seed, batch_size, verbose):
+        temperature = check_number("temperature", temperature, minimum=0)
+        output = self._output(output)
+        given = tuple(x is not None for x in z)
+
+        def run(*args):
+            *arrays, index, temperature, seed = args
+            arrays = iter(arrays)
+            seed = StepSeed(seed, index[0])
+            outputs = self.decoder.draw(
+                index.shape[0],
+                _noise(seed),
+                given=[next(arrays) if known else None for known in given],
+                temperature=temperature,
+                training=False,
+            )
+            return _observe(self.config, outputs, output, seed, temperature)
+
+        arrays = [x for x in z if x is not None] or [np.zeros(num, "float32")]
+        if not any(given):
+            inner = run
+
+            def run(rows, *args):
+                return inner(*args)
+
+        return self._map(
+            ("draw", given, output),
+            run,
+            arrays,
+            (temperature,),
+            seed,
+            batch_size,
+            verbose,
+        )
+
+    def _posterior(self, x, finish, key, temperature, seed, *args):
+        temperature = check_number("temperature", temperature, minimum=0)
+        x = self._check_pixels(x)
+
+        def run(x, index, temperature, seed):
+            seed = StepSeed(seed, index[0])
+            x = self._prepare(x, seed)
+            outputs = self.decoder.draw(
+                x.shape[0],
+                _noise(seed),
+                features=self._encode(x),
+                temperature=temperature,
+                training=False,
+            )
+            return finish(outputs, seed)
+
+        return self._map(key, run, [x], (temperature,), seed, *args)
+
+    def _output(self, output):
+        if output is None:
+            binary = self.config.likelihood == "bernoulli"
+            return "mean" if binary else "sample"
+        return check_choice("output", output, ("mean", "sample"))
+
+    def _check_latents(self, z, num):
+        shapes = self.config.latent_shapes
+        if not isinstance(z, (list, tuple)) or len(z) > len(shapes):
+            raise ValueError(
+                f"Expected a list of at most {len(shapes)} groups, as `encode` "
+                f"gives under 'z'. Received: z of type {type(z).__name__}"
+                + (f" and length {len(z)}" if hasattr(z, "__len__") else "")
+            )
+        z = [
+            None if x is None else as_numpy(x).astype("float32", copy=False)
+            for x in [*z, *[None] * (len(shapes) - len(z))]
+        ]
+        rows = {len(x) for x in z if x is not None and x.ndim}
+        for i, (x, shape) in enumerate(zip(z, shapes, strict=True)):
+            if x is not None and (x.shape[1:] != shape or len(rows) != 1):
+                raise ValueError(
+                    f"Expected z[{i}] of shape (n, "
+                    f"{', '.join(map(str, shape))}), with one n for all "
+                    f"groups. Received: shape {x.shape}"
+                )
+            if x is not None:
+                check_finite(f"z[{i}]", x)
+        if rows:
+            if num is not None and check_integer("num", num, 1) not in rows:
+                raise ValueError(
+                    "Expected `num` to be the number of pictures given. "
+                    f"Received: num={num} and {rows.pop()} pictures"
+                )
+            return z, rows.pop()
+        return z, check_integer("num", 1 if num is None else num, 1)
+
+    def spectral_norms(self):
+        """`{path of a convolution: its largest singular value}`.
+
+        By the saved singular vectors, which each training step moves.
+        """
+        return {} if self.penalty is None else self.penalty.norms()
+
+    def get_config(self):
+        seed = self.seed if isinstance(self.seed, int) else None
+        return {
+            **super().get_config(),
+            "config": self.config.to_dict(),
+            "recompute": self.recompute,
+            "seed": seed,
+        }
+
+
+def _config_of(fields):
+    known = set(NVAEConfig.__dataclass_fields__)
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ValueError(
+            f"Expected fields of NVAEConfig: {', '.join(sorted(known))}. "
+            f"Received: {unknown}"
+        )
+    return NVAEConfig(**fields)
+
+
+def _noise(seed, rows=False):
+    """Standard normal noise by shapes; `rows`: of a batch replicas share."""
+
+    def draw(shape):
+        if rows:
+            return draw_rows(keras.random.normal, shape, seed)
+        return keras.random.normal(shape, seed=seed)
+
+    return draw
+
+
+def _observe(config, outputs, output, seed, temperature):
+    distribution = pixels(config, outputs["parameters"])
+    if output == "mean":
+        return distribution.mean()
+    return distribution.sample(seed, temperature)
+
+
+def _picture_sum(log_prob):
+    return ops.sum(log_prob, axis=(1, 2))
+
+
+def _row_weight(weight):
+    if any(size not in (None, 1) for size in weight.shape[1:]):
+        raise ValueError(
+            "Expected one weight for each picture. Received: "
+            f"sample_weight.shape={tuple(weight.shape)}"
+        )
+    return ops.reshape(weight, (-1,))
+
+
+def _integer(seed):
+    """A seed as a scalar of int32."""
+    seed = check_seed("seed", seed)
+    if seed is None:
+        seed = random.getrandbits(30)
+    elif isinstance(seed, keras.random.SeedGenerator):
+        seed = int(ops.convert_to_numpy(seed.next())[-1])
+    return ops.convert_to_tensor(int(seed) % 2**30, "int32")
+
+
+def _pictures(batch):
+    return batch[0] if isinstance(batch, (list, tuple)) else batch
+
+
+def _chain(first, rest):
+    yield first
+    yield from rest

@@ -1,0 +1,553 @@
+"""NVAE: the model, its training and its verbs."""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from kit import TENSORFLOW, jax_only, lower_train_step, replicated, value
+
+from blogkeras import NVAE, NVAEConfig, backend
+from blogkeras.nvae.presets import PRESETS
+from blogkeras.state import StepSeed
+
+TINY = NVAEConfig(
+    (4, 4, 1),
+    groups=(1, 1),
+    channels=4,
+    latent_channels=2,
+    cells_per_block=1,
+    cells_per_group=1,
+    likelihood="bernoulli",
+    kl_warmup_steps=10,
+    spectral_start=0.1,
+)
+RNG = np.random.default_rng(0)
+X = (RNG.random((16, 4, 4, 1)) < RNG.random((16, 1, 1, 1))).astype("float32")
+# XLA compiles convolutions slowly on a CPU, and JAX has nothing else.
+STEP = {"jit_compile": False} if TENSORFLOW else {"jit_compile": True}
+# A model that makes a step or two is faster without a program of its own.
+EAGER = {"run_eagerly": True}
+
+
+def make(optimizer="adamax", seed=1, recompute=False, step=EAGER, **changes):
+    keras.utils.set_random_seed(0)
+    model = NVAE(dataclasses.replace(TINY, **changes), recompute, seed)
+    model.compile(optimizer, **step)
+    return model
+
+
+def fit(model, x=X, **kwargs):
+    kwargs = {"batch_size": 8, "shuffle": False, "verbose": 0, **kwargs}
+    return model.fit(x, **kwargs)
+
+
+def weights(model):
+    return [value(w) for w in model.weights]
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist_small"])
+def test_built_as_counted(name):
+    model = NVAE.from_preset(name)
+    model.build()
+    count = sum(math.prod(w.shape) for w in model.trainable_variables)
+    assert count == model.config.count_parameters()
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"celeba_hq_256"}))
+def test_large_presets_are_built_as_counted(name):
+    model = NVAE.from_preset(name)
+    model.build((None, *model.config.input_shape))
+    count = sum(math.prod(w.shape) for w in model.trainable_variables)
+    assert count == model.config.count_parameters()
+
+
+def test_flows_and_mixtures_are_built_as_counted():
+    config = NVAEConfig(
+        (8, 8, 3), groups=(1, 2), channels=6, num_flows=2, squeeze_excite=False
+    )
+    model = NVAE(config)
+    model.build()
+    count = sum(math.prod(w.shape) for w in model.trainable_variables)
+    assert count == config.count_parameters()
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model = make(kl_warmup_steps=0, step=STEP)
+    fit(model, epochs=2)
+    return model
+
+
+def test_training_moves_everything(trained):
+    fresh = make(kl_warmup_steps=0)
+    same = [
+        w.path
+        for w, before in zip(trained.weights, fresh.weights, strict=True)
+        if (value(w) == value(before)).all()
+    ]
+    # The left singular vector of one kernel is 1 or −1.
+    assert [p for p in same if "left_1x" not in p] == ["nvae/draw_seed"]
+    assert all(np.isfinite(w).all() for w in weights(trained))
+    assert int(trained.draws.iterations) == 4
+
+
+def test_the_loss_is_its_parts():
+    """Of one step without training: −log p, KL, penalties by SVD."""
+    model = make(keras.optimizers.SGD(0.0))
+    # β after four steps of ten; λ by it.
+    for _ in range(5):
+        logs = model.train_on_batch(X[:8], return_dict=True)
+    beta = 0.4
+    assert logs["nelbo"] == pytest.approx(
+        logs["reconstruction"] + logs["kl"], rel=1e-5
+    )
+    for _ in range(4):
+        model.penalty()
+    sigma = sum(
+        np.linalg.svd(value(layer.matrix()), compute_uv=False)[0]
+        for layer in model.convolutions
+    )
+    gamma = sum(abs(value(norm.gamma)).max() for norm in model.norms)
+    weight = 0.1 ** (1 - beta) * 0.01**beta
+    # The step's own draws again, with the batch's own statistics.
+    model.draws.iterations.assign(4)
+    outputs = model(X[:8], training=True)
+    kl = value(outputs["kl"])
+    size = abs(kl).mean(0) + 0.01
+    size /= [1, 4]
+    balance = size / size.mean()
+    expected = (
+        -value(outputs["log_likelihood"]).mean()
+        + beta * (kl @ balance).mean()
+        + weight * (sigma + gamma)
+    )
+    model.reset_metrics()
+    model.draws.iterations.assign(4)
+    logs = model.train_on_batch(X[:8], return_dict=True)
+    assert logs["loss"] == pytest.approx(expected, rel=1e-3)
+    # In evaluation the loss is −ELBO.
+    logs = model.evaluate(X, verbose=0, return_dict=True)
+    assert logs["loss"] == pytest.approx(logs["nelbo"], rel=1e-5)
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    model = make()
+    fit(model, epochs=2)
+    expected = weights(model)
+    model = make()
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.config == model.config
+    # Keras does not save how a model is run.
+    loaded.run_eagerly = model.run_eagerly
+    fit(loaded)
+    assert int(loaded.draws.iterations) == 4
+    for ours, theirs in zip(weights(loaded), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_other_seeds_draw_otherwise():
+    first, second = (
+        model.predict(X[:4], verbose=0)["kl"]
+        for model in (make(seed=1), make(seed=2))
+    )
+    again = make(seed=1).predict(X[:4], verbose=0)["kl"]
+    np.testing.assert_allclose(first, again, rtol=1e-5)
+    assert abs(first - second).max() > 1e-4
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="JAX's arrays are global")
+def test_two_replicas_are_one():
+    def train():
+        model = make(keras.optimizers.SGD(1e-3), step=STEP, groups=(1,))
+        return model, fit(model, epochs=2).history
+
+    one, expected = train()
+    two, history = replicated(train)
+    assert all(norm.synchronized for norm in two.norms)
+    for name, values in expected.items():
+        np.testing.assert_allclose(history[name], values, rtol=2e-4)
+    for w, before in zip(two.weights, one.weights, strict=True):
+        np.testing.assert_allclose(
+            value(w), value(before), rtol=2e-3, atol=1e-5, err_msg=w.path
+        )
+
+
+def test_recomputed_is_the_same():
+    # With plain gradients: Adamax makes much of those that are almost 0.
+    plain, recomputed = (
+        make(keras.optimizers.SGD(0.1), recompute=recompute)
+        for recompute in (False, True)
+    )
+    for model in (plain, recomputed):
+        model.train_on_batch(X[:8])
+    for ours, theirs in zip(weights(recomputed), weights(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_of_pictures():
+    """A picture of weight 0 counts in no metric."""
+    model = make()
+    weight = np.asarray([1.0, 0.0] * 8, "float32")
+    logs = model.evaluate(X, sample_weight=weight, verbose=0, return_dict=True)
+    outputs = model.predict(X, verbose=0)
+    nelbo = outputs["kl"].sum(1) - outputs["log_likelihood"]
+    assert logs["nelbo"] == pytest.approx(nelbo[::2].mean(), rel=1e-5)
+    # Keras divides by the number of rows.
+    assert logs["loss"] == pytest.approx(nelbo[::2].sum() / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_norm": False, "squeeze_excite": False},
+        {"residual_posterior": False, "kl_balance": None},
+        {"spectral_weight": 0.0, "spectral_start": None},
+        {"binarize": "dynamic", "kl_warmup_steps": 0},
+        {
+            "likelihood": "logistic_mixture",
+            "num_mixtures": 2,
+            "num_bits": 5,
+            "num_flows": 1,
+        },
+        {"likelihood": "normal", "input_shape": (3, 5, 2), "padding": 0},
+        {"input_shape": (2, 2, 1), "padding": 1},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_options_train(changes):
+    if changes.get("input_shape") == (3, 5, 2):
+        with pytest.raises(ValueError, match="divisible by 4"):
+            make(**changes)
+        changes = {**changes, "input_shape": (4, 8, 2)}
+    model = make(**changes)
+    shape = model.config.input_shape
+    x = RNG.random((4, *shape)).astype("float32")
+    if model.config.likelihood == "bernoulli" and not model.config.binarize:
+        x = np.rint(x)
+    logs = model.train_on_batch(x, return_dict=True)
+    assert all(map(math.isfinite, logs.values())), logs
+    assert all(np.isfinite(w).all() for w in weights(model))
+    assert model.sample(3).shape == (3, *shape)
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_half_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    model = make(binarize="dynamic")
+    logs = model.train_on_batch(X[:4], return_dict=True)
+    assert all(map(math.isfinite, logs.values()))
+    assert {w.dtype for w in model.trainable_variables} == {"float32"}
+    outputs = model(X[:4])
+    assert {
+        keras.backend.standardize_dtype(x.dtype) for x in outputs.values()
+    } == {"float32"}
+
+
+def test_gradients_skip_is_the_halls():
+    from blogkeras import SkipNonFinite
+
+    model = make(SkipNonFinite(keras.optimizers.Adamax(1e-3)))
+    model.encoder.stem.bias.assign([math.inf] * 4)
+    before = [value(w) for w in model.trainable_variables]
+    model.train_on_batch(X[:4])
+    assert int(model.optimizer.skipped) == 1
+    for w, old in zip(model.trainable_variables, before, strict=True):
+        np.testing.assert_array_equal(value(w), old)
+
+
+@jax_only
+def test_the_step_lowers_for_a_tpu():
+    model = NVAE(dataclasses.replace(TINY, num_flows=1), seed=0)
+    model.compile("adamax", jit_compile=True)
+    assert "convolution" in lower_train_step(model, X[:4])
+
+
+# Verbs
+
+
+def test_samples(trained):
+    x = trained.sample(5, seed=3, batch_size=4)
+    assert x.shape == (5, 4, 4, 1) and x.dtype == "float32"
+    assert x.min() >= 0 and x.max() <= 1 and len(np.unique(x)) > 40
+    np.testing.assert_array_equal(x, trained.sample(5, seed=3, batch_size=4))
+    assert abs(x - trained.sample(5, seed=4, batch_size=4)).max() > 0
+    # At temperature 0 there is one picture.
+    modes = trained.sample(5, 0.0, seed=3, batch_size=4)
+    np.testing.assert_allclose(modes, np.broadcast_to(modes[:1], modes.shape))
+    np.testing.assert_array_equal(
+        modes, trained.sample(5, 0, seed=9, batch_size=4)
+    )
+    binary = trained.sample(5, output="sample", batch_size=4)
+    assert set(np.unique(binary)) == {0.0, 1.0}
+
+
+def test_codes_and_back(trained):
+    codes = trained.encode(X, batch_size=8)
+    shapes = trained.config.latent_shapes
+    for name in ("z", "mean", "scale"):
+        assert [x.shape[1:] for x in codes[name]] == list(shapes)
+        assert all(len(x) == 16 for x in codes[name])
+    # At temperature 0, without flows, each group takes its mean.
+    for z, mean in zip(codes["z"], codes["mean"], strict=True):
+        np.testing.assert_array_equal(z, mean)
+    decoded = trained.decode(codes["z"], batch_size=8)
+    np.testing.assert_allclose(
+        decoded, trained.reconstruct(X, 0.0, batch_size=8), atol=1e-5
+    )
+    # A posterior that follows its own draws has other means.
+    drawn = trained.encode(X, 1.0, seed=1, batch_size=8)
+    np.testing.assert_allclose(drawn["mean"][0], codes["mean"][0], atol=1e-5)
+    assert abs(drawn["mean"][1] - codes["mean"][1]).max() > 1e-5
+    noise = (drawn["z"][0] - drawn["mean"][0]) / drawn["scale"][0]
+    assert abs(noise.std() - 1) < 0.3
+
+
+def test_groups_given_and_drawn(trained):
+    z = trained.encode(X[:8], batch_size=8)["z"]
+    some = trained.decode(z[:1], seed=1, batch_size=8)
+    np.testing.assert_allclose(
+        some, trained.decode([z[0], None], seed=1, batch_size=8)
+    )
+    assert abs(some - trained.decode(z[:1], seed=2, batch_size=8)).max() > 0
+    # Nothing given is sampling.
+    np.testing.assert_array_equal(
+        trained.decode([], num=8, seed=1, batch_size=8),
+        trained.sample(8, seed=1, batch_size=8),
+    )
+
+
+def test_between_pictures(trained):
+    x = trained.interpolate(X[:2], X[2:4], num=5)
+    assert x.shape == (2, 5, 4, 4, 1)
+    for ends, at in ((X[:2], 0), (X[2:4], -1)):
+        expected = trained.reconstruct(ends, 0.0)
+        np.testing.assert_allclose(x[:, at], expected, atol=1e-5)
+
+
+def test_likelihood_against_single_draws(trained):
+    """Its bounds from the outputs of the decoder, one after another."""
+    k = 3
+    found = trained.evaluate_likelihood(
+        X[:4], k, per_image=True, seed=5, batch_size=4
+    )
+    weights, elbo = [], []
+    for i in range(k):
+        seed = StepSeed(ops.convert_to_tensor(5 + 1 + i * 2), 0)
+        outputs = trained.decoder.draw(
+            4,
+            lambda shape, seed=seed: keras.random.normal(shape, seed=seed),
+            features=trained.encoder(X[:4], training=False),
+            training=False,
+        )
+        logits = value(outputs["parameters"], "float64")
+        log_x = (X[:4] * logits - np.logaddexp(0, logits)).sum((1, 2, 3))
+        ratio = value(outputs["log_prior"]) - value(outputs["log_posterior"])
+        weights.append(log_x + ratio.sum(1))
+        elbo.append(log_x - value(outputs["kl"]).sum(1))
+    expected = np.logaddexp.reduce(weights) - math.log(k)
+    np.testing.assert_allclose(found["iwae"], expected, rtol=1e-4)
+    np.testing.assert_allclose(found["elbo"], np.mean(elbo, 0), rtol=1e-4)
+    np.testing.assert_allclose(
+        found["iwae_bits_per_dim"], -expected / math.log(2) / 16, rtol=1e-4
+    )
+    means = trained.evaluate_likelihood(X[:4], k, seed=5, batch_size=4)
+    for name, x in means.items():
+        np.testing.assert_allclose(x, found[name].mean(0), rtol=1e-5)
+
+
+def test_with_flows_one_draw_bounds_alike():
+    """KL is the difference of log-densities then: IWAE-1 is the ELBO."""
+    model = make(num_flows=1)
+    bounds = model.evaluate_likelihood(X, 1, per_image=True)
+    np.testing.assert_allclose(bounds["iwae"], bounds["elbo"], rtol=1e-5)
+    codes = model.encode(X[:2], temperature=1.0)
+    for group, z, mean in zip(
+        model.decoder.groups, codes["z"], codes["mean"], strict=True
+    ):
+        assert abs(z - mean).max() > 0
+        before = value(group.flows[0].inverse(ops.convert_to_tensor(z)))
+        np.testing.assert_allclose(value(group.flows[0](before)), z, atol=1e-5)
+
+
+def test_recalibrated_statistics(monkeypatch):
+    """Means and variances over all batches, computed here in NumPy."""
+    model = make(kl_warmup_steps=0)
+    fit(model)
+    norms = [norm for norm in model.norms if "/decoder/" in norm.path]
+    assert len(norms) == 4 * 3
+    seen = {id(norm): [] for norm in norms}
+    before = [value(v) for v in model.weights]
+    with backend.RecordingScope([(v, v.value) for v in model.variables]):
+        for norm in norms:
+            call = type(norm).call
+
+            def spy(x, *args, norm=norm, call=call, **kwargs):
+                seen[id(norm)].append(value(x, "float64"))
+                return call(norm, x, *args, **kwargs)
+
+            monkeypatch.setattr(norm, "call", spy)
+        for i in range(3):
+            seed = StepSeed(ops.convert_to_tensor(7), i)
+            model.decoder.draw(
+                6,
+                lambda shape, seed=seed: keras.random.normal(shape, seed=seed),
+                temperature=0.8,
+                training=True,
+            )
+        monkeypatch.undo()
+    for w, old in zip(model.weights, before, strict=True):
+        np.testing.assert_array_equal(value(w), old)
+    model.recalibrate_batch_norm(3, 0.8, batch_size=6, seed=7)
+    for norm in norms:
+        inputs = np.concatenate(seen[id(norm)])
+        np.testing.assert_allclose(
+            value(norm.moving_mean), inputs.mean((0, 1, 2)), atol=1e-4
+        )
+        np.testing.assert_allclose(
+            value(norm.moving_variance), inputs.var((0, 1, 2)), rtol=1e-2
+        )
+        assert norm.momentum == 0.95
+
+
+@pytest.mark.parametrize("temperature", [0.6, 0.8, 1.0])
+def test_recalibrated_samples_are_finite(trained, temperature):
+    """Whatever the statistics were before."""
+    before = weights(trained)
+    for norm in trained.norms:
+        norm.moving_mean.assign(ops.full(norm.moving_mean.shape, math.nan))
+        norm.moving_variance.assign(ops.zeros(norm.moving_variance.shape))
+    try:
+        trained.recalibrate_batch_norm(2, temperature, batch_size=4)
+        assert np.isfinite(trained.sample(4, temperature, batch_size=4)).all()
+    finally:
+        for w, old in zip(trained.weights, before, strict=True):
+            w.assign(old)
+
+
+def test_recalibration_of_a_broken_model_says_so():
+    model = make()
+    model.decoder.start.assign(ops.full(model.decoder.start.shape, math.nan))
+    before = weights(model)
+    with pytest.raises(ValueError, match="finite"):
+        model.recalibrate_batch_norm(1, batch_size=2)
+    for w, old in zip(weights(model), before, strict=True):
+        np.testing.assert_array_equal(w, old)
+
+
+def test_spectral_norms_are_by_convolution(trained):
+    norms = trained.spectral_norms()
+    assert len(norms) == len(trained.convolutions)
+    assert all(0 < x < 100 for x in norms.values())
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.fit(X * 255), "divide by 255"),
+        (lambda m: m.fit((X * 255).astype("uint8")), "divide by 255"),
+        (lambda m: m.fit(X / 2), "binarize='dynamic'"),
+        (lambda m: m.evaluate_likelihood(X / 2), "binarize='dynamic'"),
+        (lambda m: m.fit(X[..., 0]), "shape"),
+        (lambda m: m.fit(X[:, :2]), r"\(n, 4, 4, 1\)"),
+        (lambda m: m.encode(X * math.nan), "finite"),
+        (lambda m: m.fit([(X, X)] and iter_batches(X * 2)), "divide by 255"),
+        (lambda m: m.sample(0), "at least 1"),
+        (lambda m: m.sample(4.0), "integer"),
+        (lambda m: m.sample(4, temperature=-1), "at least 0"),
+        (lambda m: m.sample(4, temperature=math.nan), "finite"),
+        (lambda m: m.sample(4, output="median"), "'mean'"),
+        (lambda m: m.sample(4, seed="1"), "seed"),
+        (lambda m: m.sample(4, batch_size=0), "at least 1"),
+        (lambda m: m.decode(np.zeros((4, 1, 1, 2))), "list"),
+        (lambda m: m.decode([None] * 3), "at most 2 groups"),
+        (lambda m: m.decode([np.zeros((4, 2, 2, 2))]), r"z\[0\]"),
+        (
+            lambda m: m.decode(
+                [np.zeros((4, 1, 1, 2)), np.zeros((3, 2, 2, 2))]
+            ),
+            "one n for all",
+        ),
+        (lambda m: m.decode([np.zeros((4, 1, 1, 2))], num=3), "num=3"),
+        (lambda m: m.interpolate(X[:2], X[:3]), "one shape"),
+        (lambda m: m.interpolate(X[:2], X[:2], num=1), "at least 2"),
+        (lambda m: m.evaluate_likelihood(X, 0), "at least 1"),
+        (lambda m: m.recalibrate_batch_norm(0), "at least 1"),
+        (lambda m: m.recalibrate_batch_norm(1, -0.1), "at least 0"),
+        (lambda m: m.compile("sgd", "mse"), "its own"),
+        (lambda m: NVAE.from_preset("imagenet"), "'imagenet_32'"),
+        (lambda m: NVAE.from_preset("mnist", (30, 30, 1)), "divisible by 8"),
+        (lambda m: NVAE.from_preset("mnist", width=3), "NVAEConfig"),
+        (lambda m: NVAE("mnist"), "from_preset"),
+        (lambda m: NVAE({"colours": 3}), "NVAEConfig"),
+        (lambda m: NVAE(TINY, recompute=1), "True or False"),
+        (lambda m: NVAE(TINY, seed=1.5), "seed"),
+    ],
+)
+def test_bad_input(trained, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(trained)
+
+
+def iter_batches(x):
+    """A generator, as `fit` takes it."""
+    yield (x,)
+
+
+def test_data_sets_are_looked_at():
+    model = make()
+
+    class Batches(keras.utils.PyDataset):
+        def __init__(self, x):
+            super().__init__()
+            self.x = x
+
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return (self.x[8 * index : 8 * index + 8],)
+
+    with pytest.raises(ValueError, match="divide by 255"):
+        model.fit(Batches(X * 255), verbose=0)
+    model.fit(Batches(X), verbose=0)
+    model.fit(iter_batches(X[:8]), steps_per_epoch=1, shuffle=False, verbose=0)
+    assert int(model.draws.iterations) == 3
+    if TENSORFLOW:
+        import tensorflow as tf
+
+        labelled = tf.data.Dataset.from_tensor_slices((X, np.zeros(16)))
+        model.fit(labelled.batch(8), shuffle=False, verbose=0)
+        with pytest.raises(ValueError, match="binarize"):
+            model.fit(labelled.map(lambda x, y: (x / 2, y)).batch(8), verbose=0)
+
+
+@pytest.mark.verify
+def test_digits_learn():
+    """Three seeds at the default learning rate, against independent pixels."""
+    from sklearn.datasets import load_digits
+
+    x = (load_digits().images[..., None] / 16).astype("float32")
+    train, test = x[:1500], x[1500:]
+    p = np.clip(train.mean(0), 1e-3, 1 - 1e-3)
+    # Of the binary picture drawn with grey values as probabilities.
+    independent = (
+        (test * np.log(p) + (1 - test) * np.log(1 - p)).sum((1, 2, 3)).mean()
+    )
+    for seed in range(3):
+        keras.utils.set_random_seed(seed)
+        model = NVAE.from_preset("digits", seed=seed, kl_warmup_steps=100)
+        model.compile(**STEP)
+        model.fit(train, batch_size=64, epochs=20, verbose=0)
+        bounds = model.evaluate_likelihood(test, 5)
+        assert all(np.isfinite(w).all() for w in weights(model))
+        assert bounds["elbo"] > independent
+        assert bounds["iwae"] > bounds["elbo"]

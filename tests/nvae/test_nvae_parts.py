@@ -1,0 +1,456 @@
+"""NVAE: configurations, convolutions, distributions, flows, objective."""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+import pytest
+import scipy.stats
+from keras import ops
+from kit import value
+
+from blogkeras.nvae import objective
+from blogkeras.nvae.cells import Enlargement, InvertedCell, double
+from blogkeras.nvae.convolution import Convolution, SpectralPenalty
+from blogkeras.nvae.distributions import (
+    Bernoulli,
+    DiscretizedLogisticMixture,
+    Normal,
+    NormalPixels,
+)
+from blogkeras.nvae.flows import PairedFlow, ShiftFlow
+from blogkeras.nvae.likelihood import importance_bound
+from blogkeras.nvae.presets import PRESETS, NVAEConfig
+
+# Of the published modules, built and counted.
+PUBLISHED = {
+    "mnist": (33_363_134, 14_400, 15),
+    "cifar10": (130_852_480, 153_600, 30),
+    "celeba_64": (153_281_364, 467_200, 35),
+    "imagenet_32": (268_509_444, 143_360, 28),
+    "celeba_hq_256": (330_798_664, 6_005_760, 36),
+    "ffhq_256": (330_798_664, 6_005_760, 36),
+    "mnist_small": (378_158, 1_664, 4),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_latents_of_presets(name):
+    config = PRESETS[name]
+    parameters, latents, groups = PUBLISHED[name]
+    assert config.count_parameters() == parameters
+    assert config.num_latents == latents
+    assert len(config.latent_shapes) == sum(config.groups) == groups
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_shape": (30, 32, 3)}, "divisible by 4"),
+        ({"input_shape": (28, 28, 1), "num_blocks": 3}, "divisible by 16"),
+        ({"input_shape": (32, 32)}, "hold 3 integers"),
+        ({"input_shape": 32}, "tuple of integers"),
+        ({"groups": ()}, "tuple of integers"),
+        ({"groups": (3.0, 1)}, "integer"),
+        ({"channels": 0}, "at least 1"),
+        ({"padding": -1}, "at least 0"),
+        ({"num_bits": 9}, "at most 8"),
+        ({"likelihood": "gaussian"}, "'bernoulli'"),
+        ({"kl_balance": "cubic"}, "'square'"),
+        ({"binarize": "dynamic"}, "bernoulli"),
+        ({"spectral_weight": -1.0}, "at least 0"),
+        ({"spectral_weight": math.nan}, "finite"),
+        ({"spectral_weight": 0.0, "spectral_start": 1.0}, "above 0"),
+        ({"batch_norm": 1}, "True or False"),
+        ({"kl_minimum": 2.0}, "at most 1"),
+    ],
+)
+def test_configurations_are_checked(changes, message):
+    with pytest.raises(ValueError, match=message):
+        NVAEConfig(**changes)
+
+
+def test_weight_norm_sets_the_norms():
+    layer = Convolution(6, 3)
+    layer.build((None, 8, 8, 4))
+    log_norm = np.linspace(-1, 1, 6)
+    layer.log_norm.assign(log_norm)
+    norms = np.linalg.norm(value(layer.kernel()), axis=(0, 1))
+    np.testing.assert_allclose(
+        np.sqrt((norms**2).sum(0)), np.exp(log_norm), rtol=1e-4
+    )
+
+
+def test_the_norms_start_at_the_kernels():
+    layer = Convolution(64, 3)
+    layer.build((None, 8, 8, 32))
+    np.testing.assert_allclose(
+        value(layer.kernel()), value(layer.direction), rtol=0.03, atol=1e-3
+    )
+    # Uniform in ±1/√(9 · 32).
+    direction = value(layer.direction)
+    assert abs(direction).max() <= 1 / math.sqrt(288)
+    assert direction.std() == pytest.approx(1 / math.sqrt(3 * 288), rel=0.02)
+
+
+def test_a_halving_convolution_is_centred_on_even_pixels():
+    layer = Convolution(1, 3, strides=2, weight_norm=False)
+    layer.build((None, 6, 6, 1))
+    kernel = np.arange(9.0).reshape(3, 3)
+    layer.direction.assign(kernel[..., None, None])
+    x = np.random.default_rng(0).normal(size=(6, 6))
+    padded = np.pad(x, 1)
+    expected = [
+        [(padded[i : i + 3, j : j + 3] * kernel).sum() for j in range(0, 6, 2)]
+        for i in range(0, 6, 2)
+    ]
+    outputs = value(layer(x[None, ..., None].astype("float32")))
+    np.testing.assert_allclose(outputs[0, ..., 0], expected, rtol=1e-5)
+
+
+def test_spectral_penalty_against_svd():
+    keras.utils.set_random_seed(0)
+    owner = keras.layers.Layer()
+    layers = []
+    for kwargs in (
+        {"filters": 7, "kernel_size": 3},
+        {"filters": 7, "kernel_size": 3},
+        {"filters": 5, "kernel_size": 1, "weight_norm": False},
+        {"filters": 4, "kernel_size": 5, "depthwise": True},
+    ):
+        layer = Convolution(**kwargs)
+        layer.build((None, 8, 8, 4))
+        layers.append(layer)
+    penalty = SpectralPenalty(owner, layers)
+    assert len(penalty.stacks) == 3
+    for _ in range(25):
+        total = penalty()
+    expected = [
+        np.linalg.svd(value(la.matrix()), compute_uv=False)[0] for la in layers
+    ]
+    np.testing.assert_allclose(
+        list(penalty.norms().values()),
+        sorted_like(penalty, expected, layers),
+        rtol=0.01,
+    )
+    assert float(value(total)) == pytest.approx(sum(expected), rel=0.01)
+
+
+def sorted_like(penalty, values, layers):
+    order = [layers.index(la) for stack in penalty.stacks for la in stack]
+    return [values[i] for i in order]
+
+
+def test_enlargement_interpolates_from_corner_to_corner():
+    layer = Enlargement()
+    layer.build((None, 3, 4, 2))
+    layer.convolution.direction.assign(np.ones((1, 1, 2, 1)))
+    layer.convolution.log_norm.assign([math.log(math.sqrt(2))])
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(1, 3, 4, 2)).astype("float32")
+    rows, columns = np.linspace(0, 2, 6), np.linspace(0, 3, 8)
+    image = x.sum(-1)[0]
+    along = np.stack([np.interp(columns, np.arange(4), row) for row in image])
+    expected = np.stack(
+        [np.interp(rows, np.arange(3), column) for column in along.T], axis=1
+    )
+    np.testing.assert_allclose(
+        value(layer(x))[0, ..., 0], expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_doubling_late_is_doubling_first():
+    """The decoder's cell doubles rows and columns after its first layers."""
+    keras.utils.set_random_seed(0)
+    cell = InvertedCell(expansion=3, up=True)
+    cell.build((None, 4, 4, 8))
+    x = np.random.default_rng(0).normal(size=(5, 4, 4, 8)).astype("float32")
+    outputs = value(cell(x, training=True))
+    h = cell.widen(cell.norm_1(double(x), training=True))
+    h = ops.silu(cell.norm_2(h, training=True))
+    h = ops.silu(cell.norm_3(cell.depthwise(h), training=True))
+    h = cell.scale(cell.norm_4(cell.narrow(h), training=True))
+    expected = value(cell.skip(x) + 0.1 * h)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kl_against_monte_carlo_and_the_post():
+    rng = np.random.default_rng(0)
+    q = Normal(*rng.normal(size=(2, 3)))
+    p = Normal(*rng.normal(size=(2, 3)))
+    noise = rng.normal(size=(200_000, 3)).astype("float32")
+    z = q.sample(noise)
+    log_ratio = value(q.log_prob(z) - p.log_prob(z))
+    error = log_ratio.std(0) / math.sqrt(len(noise))
+    kl = value(q.kl(p))
+    assert (abs(log_ratio.mean(0) - kl) < 4 * error).all()
+    # The post's formula.
+    shift = value(q.mean) - value(p.mean)
+    ratio = (value(q.scale) / value(p.scale)) ** 2
+    expected = (shift**2 / value(p.scale) ** 2 + ratio - np.log(ratio) - 1) / 2
+    np.testing.assert_allclose(kl, expected, rtol=1e-4)
+    # Against another library.
+    np.testing.assert_allclose(
+        value(q.log_prob(z))[:9],
+        scipy.stats.norm.logpdf(value(z)[:9], value(q.mean), value(q.scale)),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_no_change_no_kl():
+    rng = np.random.default_rng(0)
+    p = Normal(*rng.normal(size=(2, 30)))
+    assert (abs(value(p.kl(p))) < 1e-6).all()
+
+
+def test_normal_stays_finite():
+    extremes = np.asarray([-1e30, -300, 0, 300, 1e30], "float32")
+    q, p = Normal(extremes, extremes), Normal(-extremes, -extremes)
+    assert np.isfinite(value(q.kl(p))).all()
+    assert value(q.scale)[2] == pytest.approx(1.01)
+
+
+def mixture(bits, channels, rows=4, mixtures=3, seed=0):
+    rng = np.random.default_rng(seed)
+    parameters = 1 + 2 * channels + channels * (channels - 1) // 2
+    parameters = rng.normal(size=(rows, parameters * mixtures))
+    return DiscretizedLogisticMixture(
+        parameters.astype("float32"), channels, mixtures, bits
+    )
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_mixture_sums_to_one_over_a_channel(bits):
+    distribution = mixture(bits, 1)
+    levels = np.arange(2**bits) / (2**bits - 1)
+    x = np.repeat(levels[:, None, None], 4, 1).astype("float32")
+    total = np.exp(value(distribution.log_prob(x), "float64")).sum(0)
+    np.testing.assert_allclose(total, 1, atol=1e-4)
+
+
+def test_mixture_sums_to_one_over_a_pixel():
+    levels = np.arange(8) / 7
+    grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 1, 3)
+    x = np.repeat(grid, 4, 1).astype("float32")
+    log_prob = value(mixture(3, 3).log_prob(x), "float64")
+    np.testing.assert_allclose(np.exp(log_prob).sum(0), 1, atol=1e-4)
+
+
+@pytest.mark.parametrize("log_scale", [-50.0, 0.0, 80.0])
+def test_mixture_stays_finite(log_scale):
+    parameters = np.zeros((256, 3), "float32")
+    parameters[:, 1], parameters[:, 2] = 3.0, log_scale
+    distribution = DiscretizedLogisticMixture(parameters, 1, 1)
+    x = np.arange(256, dtype="float32")[:, None] / 255
+    assert np.isfinite(value(distribution.log_prob(x))).all()
+
+
+def frequencies(distribution, draws, temperature=1.0, seed=1):
+    """How often each value was drawn, and the probabilities of all values."""
+    levels = distribution.levels + 1
+    values = np.arange(levels) / (levels - 1)
+    channels = distribution.channels
+    grid = np.stack(np.meshgrid(*[values] * channels, indexing="ij"), -1)
+    grid = grid.reshape(-1, 1, channels).astype("float32")
+    log_prob = value(distribution.log_prob(grid), "float64")[:, 0]
+    drawn = value(
+        distribution.sample(keras.random.SeedGenerator(seed), temperature)
+    )
+    steps = np.rint(drawn * (levels - 1)).astype(int)
+    np.testing.assert_allclose(drawn, steps / (levels - 1), atol=1e-6)
+    index = np.ravel_multi_index(steps.T, [levels] * channels)
+    return np.bincount(index, minlength=len(grid)), np.exp(log_prob)
+
+
+@pytest.mark.parametrize(("bits", "channels"), [(5, 1), (2, 3)])
+def test_samples_of_the_mixture_follow_it(bits, channels):
+    draws = 20_000
+    distribution = mixture(bits, channels, rows=1)
+    for name in ("logits", "means", "log_scales", "coefficients"):
+        repeated = ops.repeat(getattr(distribution, name), draws, axis=0)
+        setattr(distribution, name, repeated)
+    one = mixture(bits, channels, rows=1)
+    one.sample = distribution.sample
+    counts, probabilities = frequencies(one, draws)
+    expected = probabilities / probabilities.sum() * draws
+    usual = expected >= 5
+    counts = np.append(counts[usual], counts[~usual].sum())
+    expected = np.append(expected[usual], expected[~usual].sum())
+    kept = expected > 0
+    assert scipy.stats.chisquare(counts[kept], expected[kept]).pvalue > 1e-3
+
+
+def test_temperature_narrows_and_sharpens_the_mixture():
+    draws = 4000
+    parameters = np.zeros((draws, 6), "float32")
+    # Two components: logits 1 and 0, means −0.5 and 0.5, log scales −3.
+    parameters[:, 0], parameters[:, 2], parameters[:, 3] = 1, -0.5, 0.5
+    parameters[:, 4:] = -3
+    distribution = DiscretizedLogisticMixture(parameters, 1, 2)
+    shares, spreads = [], []
+    for temperature in (1.0, 0.5, 0.1):
+        x = 2 * value(distribution.sample(3, temperature))[:, 0] - 1
+        shares.append((x < 0).mean())
+        spreads.append(x[x < 0].std())
+    # softmax([1, 0] / t); the deviation of a logistic is π s / √3.
+    np.testing.assert_allclose(
+        shares, [0.731, 0.881, 1.0], atol=3 * 0.5 / math.sqrt(draws)
+    )
+    deviation = math.pi * math.exp(-3) / math.sqrt(3)
+    np.testing.assert_allclose(
+        spreads[:2], [deviation, deviation / 2], rtol=0.05
+    )
+    mode = value(distribution.sample(3, 0.0))
+    assert (mode == round(0.25 * 255) / 255).all()
+
+
+def test_bernoulli():
+    logits = np.asarray([[-2.0, 0.5], [3.0, 0.0]], "float32")
+    x = np.asarray([[0.0, 1.0], [1.0, 1.0]], "float32")
+    distribution = Bernoulli(logits)
+    p = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(
+        value(distribution.log_prob(x)),
+        scipy.stats.bernoulli.logpmf(x, p).sum(-1),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(value(distribution.mean()), p, rtol=1e-5)
+    many = Bernoulli(np.repeat(logits[:1], 20_000, 0))
+    drawn = value(many.sample(1)).mean(0)
+    np.testing.assert_allclose(drawn, p[0], atol=0.015)
+    # At half the temperature the logits are twice as large.
+    drawn = value(many.sample(1, 0.5)).mean(0)
+    expected = 1 / (1 + np.exp(-2 * logits[0]))
+    np.testing.assert_allclose(drawn, expected, atol=0.015)
+    np.testing.assert_array_equal(value(many.sample(1, 0.0))[0], [0, 1])
+
+
+def test_normal_pixels_are_a_density_of_the_pixels():
+    distribution = NormalPixels(np.asarray([[0.3, -1.0]], "float32"))
+    x = np.linspace(-3, 4, 4001, dtype="float32")[:, None, None]
+    density = np.exp(value(distribution.log_prob(x), "float64"))[:, 0]
+    assert np.trapezoid(density, x[:, 0, 0]) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_flows_see_what_comes_before(backward):
+    """The Jacobian is triangular with ones: its determinant is 1."""
+    keras.utils.set_random_seed(0)
+    flow = ShiftFlow(backward)
+    flow.build((None, 3, 3, 2))
+    # Far from the small start.
+    flow.convolutions[-1].log_norm.assign([1.0, 1.0])
+    z = np.random.default_rng(0).normal(size=(3, 3, 2)).astype("float32")
+    steps = np.eye(18, dtype="float32").reshape(18, 3, 3, 2)
+    width = 0.02
+    jacobian = value(flow(z + width * steps)) - value(flow(z - width * steps))
+    jacobian = jacobian.reshape(18, 18).T / (2 * width)
+    order = np.arange(18).reshape(9, 2)
+    order = order[::-1].ravel() if backward else order.ravel()
+    jacobian = jacobian[np.ix_(order, order)]
+    np.testing.assert_allclose(np.triu(jacobian), np.eye(18), atol=1e-4)
+    below = abs(np.tril(jacobian, -1)) > 1e-3
+    assert below.sum() > 60, "the flow looks at something"
+    assert np.linalg.slogdet(jacobian)[1] == pytest.approx(0, abs=1e-3)
+
+
+def test_flows_are_undone():
+    keras.utils.set_random_seed(0)
+    flow = PairedFlow()
+    flow.build((None, 4, 4, 3))
+    for part in flow.flows:
+        part.convolutions[-1].log_norm.assign([0.5] * 3)
+    z = np.random.default_rng(0).normal(size=(2, 4, 4, 3)).astype("float32")
+    outputs = flow(z)
+    assert abs(value(outputs) - z).max() > 0.1
+    np.testing.assert_allclose(value(flow.inverse(outputs)), z, atol=1e-4)
+
+
+CONFIG = NVAEConfig(
+    (8, 8, 1),
+    groups=(2, 1),
+    likelihood="bernoulli",
+    kl_warmup_steps=100,
+    kl_constant_steps=10,
+    spectral_start=1.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("step", "beta", "weight"),
+    [
+        (0, 1e-4, 1.0),
+        (10, 1e-4, 1.0),
+        (60, 0.5, 0.1),
+        (110, 1.0, 0.01),
+        (1000, 1.0, 0.01),
+    ],
+)
+def test_warm_up(step, beta, weight):
+    found = objective.kl_weight(CONFIG, ops.convert_to_tensor(step, "int32"))
+    assert float(found) == pytest.approx(beta)
+    found = objective.spectral_weight(CONFIG, found)
+    assert float(found) == pytest.approx(weight, rel=1e-3)
+
+
+def test_balance():
+    kl = np.asarray([[1.0, 2.0, -3.0, 0.0], [3.0, 2.0, 5.0, 0.0]], "float32")
+    size = np.asarray([2.01, 2.01, 4.01, 0.01])
+    groups = dataclasses.replace(CONFIG, groups=(3, 1))
+    for balance, alpha in (
+        ("square", [1, 4 / 3, 4 / 3, 4 / 3]),
+        ("linear", [1, 2, 2, 2]),
+        ("sqrt", [1, *[math.sqrt(2)] * 3]),
+        ("equal", [1, 1, 1, 1]),
+    ):
+        config = dataclasses.replace(groups, kl_balance=balance)
+        expected = size / alpha
+        found = value(objective.balance(config, kl, 0.5))
+        np.testing.assert_allclose(found, expected / expected.mean(), rtol=1e-5)
+    done = value(objective.balance(groups, kl, ops.ones(())))
+    np.testing.assert_array_equal(done, 1)
+    config = dataclasses.replace(groups, kl_balance=None)
+    np.testing.assert_array_equal(value(objective.balance(config, kl, 0.5)), 1)
+
+
+def test_importance_bound_of_a_linear_gaussian_model():
+    """x = z + noise, z and noise standard normal: x is N(0, 2)."""
+    rows = 4000
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=rows) * math.sqrt(2)).astype("float32")
+    exact = scipy.stats.norm.logpdf(x, 0, math.sqrt(2))
+
+    def bound(k, mean, scale):
+        noise = ops.convert_to_tensor(
+            rng.normal(size=(k, rows)).astype("float32")
+        )
+
+        def log_weight(i):
+            z = mean * x + scale * noise[i]
+            log_w = -ops.square(z) / 2 - ops.square(x - z) / 2
+            log_q = -ops.square(noise[i]) / 2 - math.log(scale)
+            log_w = log_w - log_q - math.log(2 * math.pi) / 2
+            return log_w, log_w
+
+        return map(value, importance_bound(log_weight, k, rows))
+
+    # With the exact posterior N(x / 2, 1 / 2) each weight is p(x).
+    for k in (1, 7):
+        iwae, elbo = bound(k, 0.5, math.sqrt(0.5))
+        np.testing.assert_allclose(iwae, exact, atol=1e-4)
+        np.testing.assert_allclose(elbo, exact, atol=1e-4)
+    # With another one the bound rises with k and stays below.
+    means = []
+    for k in (1, 4, 16, 256):
+        iwae, elbo = bound(k, 0.2, 1.0)
+        means.append((iwae - exact).mean())
+        error = (iwae - exact).std() / math.sqrt(rows)
+        assert means[-1] < 3 * error
+    assert (np.diff(means) > 0).all()
+    assert means[-1] > -0.01
+    # One weight: its expectation is known. E log w − log p(x) = −KL(q, p(z|x)).
+    shift = 0.2 * x - 0.5 * x
+    kl = (1 / 0.5 - 1 - math.log(1 / 0.5)) / 2 + shift**2 / (2 * 0.5)
+    assert means[0] == pytest.approx(-kl.mean(), abs=0.05)
