@@ -668,7 +668,7 @@ class NVAE(CompositeModel):
     def _compiled(self, fn):
         if self.compiled and self.run_eagerly:
             return fn
-        # XLA's depthwise convolutions are several times slower on a CPU; JAX has
+        # XLA's depthwise convolutions are far slower on a CPU; JAX has
         # nothing else.
         xla = backend.BACKEND == "jax" or backend.has_accelerator()
         if self.compiled:
