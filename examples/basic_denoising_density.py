@@ -103,7 +103,7 @@ def main():
     points = TRUTH.sample(20_000, seed=1)
     noise = np.random.default_rng(2).normal(0, SIGMA, points.shape)
     log_z = log_partition(
-        model, "quadrature", bounds=[(-12, 12)] * 2, num_points=401
+        model, "quadrature", bounds=[(-6, 6)] * 2, num_points=301
     ).value
     learnt = model.log_density(points + noise).mean() - log_z
     truth = TRUTH.log_density(points + noise, SIGMA).mean()

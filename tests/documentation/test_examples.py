@@ -22,6 +22,8 @@ ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable")
 # Keras's own `fit` of int64 inputs, under JAX 0.12.
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
+# A density after a few steps has wide tails.
+@pytest.mark.filterwarnings("ignore:log_partition")
 @pytest.mark.parametrize(
     "name", sorted(path.name for path in EXAMPLES.glob("basic_*.py"))
 )
