@@ -249,5 +249,5 @@ def _bounds(minimum=None, maximum=None, above=None, below=None):
         f"at most {maximum}" if maximum is not None else "",
         f"below {below}" if below is not None else "",
     ]
-    parts = [part for part in parts if part]
-    return f" {' and '.join(parts)}" if parts else ""
+    text = " and ".join(part for part in parts if part)
+    return f" of {text}" if text.startswith("at") else f" {text}".rstrip()

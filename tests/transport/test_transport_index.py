@@ -283,7 +283,7 @@ def test_ids_are_integers(query):
 @pytest.mark.parametrize("k", [1.7, 1.0, True, "1", None, 0, -1, np.nan])
 def test_k_is_an_integer(k):
     index = TransportIndex(DOCUMENTS, VECTORS, verbose=0)
-    with pytest.raises(ValueError, match="`k` to be an integer at least 1"):
+    with pytest.raises(ValueError, match="`k` to be an integer of at least 1"):
         index.search(QUERY, k)
     assert len(index.search(QUERY, np.int64(3)).indices) == 3
 
