@@ -54,6 +54,24 @@ def close_in_ulps(actual, expected, ulps=4, dtype=None):
     )
 
 
+def nearest_rows(z, codebook, margin=1e-5):
+    """The nearest row of a codebook for each vector, in float64.
+
+    Asserts that no other row is as near within `margin`, relative to the
+    distance: so a float32 program takes the same row on any processor. (Of
+    equal rows it takes the first.)
+    """
+    z, codebook = value(z, "float64"), value(codebook, "float64")
+
+    def distances(rows):
+        return np.sum((z[..., None, :] - rows) ** 2, axis=-1)
+
+    unequal = np.sort(distances(np.unique(codebook, axis=0)), axis=-1)
+    first, second = unequal[..., 0], unequal[..., 1]
+    assert np.all(second - first >= margin * second)
+    return distances(codebook).argmin(-1)
+
+
 def assert_nearest(codes, z, codebook, margin=1e-5):
     """Asserts that each vector got a nearest row of a codebook.
 

@@ -6,6 +6,7 @@ import threading
 import types
 import warnings
 
+import keras
 import tensorflow as tf
 from keras import ops, tree
 
@@ -267,7 +268,13 @@ def jit(fn, xla=True):
 
 
 def jit_layer(fn, layer, xla=True):
-    return jit(fn, xla)
+    def pure(*args):
+        # What is assigned inside, or given to `add_loss`, is dropped: tensors
+        # of a graph must not be left behind in a layer.
+        with keras.StatelessScope():
+            return fn(*args)
+
+    return jit(pure, xla)
 
 
 def has_accelerator():

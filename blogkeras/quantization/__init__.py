@@ -1,17 +1,16 @@
 """VQ-VAE (post 6760): vectors and pictures to codes, and back."""
 
-from blogkeras.quantization.codebook import VectorQuantizer
-from blogkeras.quantization.nearest import nearest_codes
-from blogkeras.quantization.prior import CodePrior
-from blogkeras.quantization.quantizer import perplexity, usage
-from blogkeras.quantization.residual import ResidualVectorQuantizer
-from blogkeras.quantization.scalar import FiniteScalarQuantizer
-from blogkeras.quantization.vqvae import (
-    VQVAE,
-    CodebookUsage,
+from blogkeras.quantization.autoencoders import (
     blog_autoencoder,
     sonnet_autoencoder,
 )
+from blogkeras.quantization.code_usage import CodebookUsage, perplexity, usage
+from blogkeras.quantization.codebook import VectorQuantizer
+from blogkeras.quantization.nearest import nearest_codes
+from blogkeras.quantization.prior import CodePrior
+from blogkeras.quantization.residual import ResidualVectorQuantizer
+from blogkeras.quantization.scalar import FiniteScalarQuantizer
+from blogkeras.quantization.vqvae import VQVAE
 
 __all__ = [
     "VQVAE",

@@ -7,13 +7,16 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.ops import masked_mean, safe_norm, straight_through
-from blogkeras.quantization.nearest import nearest_codes
-from blogkeras.quantization.quantizer import (
-    Quantizer,
+from blogkeras.arguments import (
+    check_choice,
     check_integer,
-    counted,
+    check_number,
+    check_verbose,
 )
+from blogkeras.ops import masked_mean, safe_norm, straight_through
+from blogkeras.quantization import kmeans
+from blogkeras.quantization.nearest import nearest_codes
+from blogkeras.quantization.quantizer import Quantizer, counted, floats
 
 
 def _mean_square(x, weights):
@@ -53,8 +56,8 @@ class VectorQuantizer(Quantizer):
         ñ_k = (n_k + ε) / (Σn + K ε) · Σn
         e_k = s_k / ñ_k
 
-    The code that answers a step is that of before the step. Counts and sums are
-    reduced over replicas before they are averaged.
+    The output of a step is made of the codes as they were before it moved
+    them. Counts and sums are reduced over replicas before they are averaged.
 
     **Collapse.** A codebook far from the data leaves most codes unused for
     ever. `adapt(vectors)` starts from k-means. `restart_threshold` moves dead
@@ -127,50 +130,38 @@ class VectorQuantizer(Quantizer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        for name, cost in (
-            ("codebook_cost", codebook_cost),
-            ("commitment_cost", commitment_cost),
-        ):
-            if not cost >= 0:
-                raise ValueError(
-                    f"Expected a weight ≥ 0. Received: {name}={cost}"
-                )
-        if ema_decay is not None and not 0 <= ema_decay < 1:
-            raise ValueError(
-                "Expected a decay in [0, 1), or None for a codebook that is "
-                f"trained by its loss. Received: ema_decay={ema_decay}"
-            )
-        if metric not in ("euclidean", "cosine"):
-            raise ValueError(
-                f'Expected "euclidean" or "cosine". Received: metric={metric!r}'
-            )
-        if not 0 <= restart_threshold < 1:
-            raise ValueError(
-                "Expected a fraction of an equal share, in [0, 1). Received: "
-                f"restart_threshold={restart_threshold}"
-            )
+        self.num_codes = check_integer("num_codes", num_codes, minimum=2)
+        self.codebook_cost = check_number(
+            "codebook_cost", codebook_cost, minimum=0
+        )
+        self.commitment_cost = check_number(
+            "commitment_cost", commitment_cost, minimum=0
+        )
+        if ema_decay is not None:
+            ema_decay = check_number("ema_decay", ema_decay, minimum=0, below=1)
+        self.ema_decay = ema_decay
+        self.metric = check_choice("metric", metric, ("euclidean", "cosine"))
+        restart_threshold = check_number(
+            "restart_threshold", restart_threshold, minimum=0, below=1
+        )
         if restart_threshold and ema_decay is None:
             raise ValueError(
                 "Codes can be restarted only where the layer itself moves "
                 "them: set `ema_decay`, such as 0.99. Received: "
                 f"restart_threshold={restart_threshold}, ema_decay=None"
             )
-        self.num_codes = check_integer("num_codes", num_codes, 2)
-        self.codebook_cost = codebook_cost
-        self.commitment_cost = commitment_cost
-        self.ema_decay = ema_decay
-        self.metric = metric
         self.restart_threshold = restart_threshold
         self.embeddings_initializer = keras.initializers.get(
             embeddings_initializer
         )
+        self.alphabets = (self.num_codes,)
 
     def build(self, input_shape):
-        dim = input_shape[-1]
+        dim = input_shape[-1] if len(input_shape) else None
         if dim is None:
             raise ValueError(
-                "Expected a known size of the last axis. Received: "
-                f"input_shape={input_shape}"
+                "Expected vectors with a known size of the last axis. "
+                f"Received: input_shape={input_shape}"
             )
         self.input_spec = keras.layers.InputSpec(axes={-1: dim})
         averaged = self.ema_decay is not None
@@ -183,7 +174,7 @@ class VectorQuantizer(Quantizer):
             aggregation="only_first_replica" if averaged else "mean",
             name="embeddings",
         )
-        self._build_counts()
+        self._build_counts((self.num_codes,))
         if averaged:
             self.ema_steps = self._add_state((), "ema_steps")
             self.ema_counts = self._add_state((self.num_codes,), "ema_counts")
@@ -244,7 +235,7 @@ class VectorQuantizer(Quantizer):
         return straight_through(quantized, z)
 
     def _average(self, counts, sums):
-        """The codes that moving averages of counts and sums say."""
+        """The codes that follow from moving averages of counts and sums."""
         if self.metric == "cosine":
             empty = ops.all(sums == 0, axis=-1, keepdims=True)
             return ops.where(empty, self._codebook(), _unit(sums))
@@ -264,7 +255,7 @@ class VectorQuantizer(Quantizer):
     def _quantize(self, z, weights, training):
         z = self._normalized(z)
         quantized, codes, loss = self._quantize_raw(z, weights, training)
-        return self.estimate_gradient(quantized, z), codes, loss
+        return self.estimate_gradient(quantized, z), codes[..., None], loss
 
     def _quantize_raw(self, z, weights, training):
         """`(e_k, k, loss)`, and the step of the codebook in training."""
@@ -280,36 +271,42 @@ class VectorQuantizer(Quantizer):
             error = ops.stop_gradient(z) - quantized
             loss += self.codebook_cost * _mean_square(error, weights)
         if training:
-            kept = ops.reshape(counted(z, weights), [-1])
-            counts = self.count(flat_codes, kept)
+            weights = ops.reshape(counted(z, weights), [-1])
+            counts = self.count(flat_codes, weights)
             self._keep_counts(counts)
             if self.trainable:
-                self.update_codebook(flat, flat_codes, counts, kept)
+                self.update_codebook(flat, flat_codes, counts, weights)
         return quantized, codes, loss
 
-    def _encode(self, z):
+    def _symbols(self, z):
         flat = ops.reshape(self._normalized(z), [-1, z.shape[-1]])
         codes = self.assign(flat, self._codebook())
-        return ops.reshape(codes, ops.shape(z)[:-1])
+        return ops.reshape(codes, [*ops.shape(z)[:-1], 1])
+
+    def _codes(self, symbols):
+        return symbols[..., 0]
 
     def _decode(self, codes):
         return ops.take(self._codebook(), codes, axis=0)
 
-    def adapt(self, vectors, iterations=10, seed=0):
+    def adapt(self, vectors, iterations=10, seed=0, verbose=0):
         """Sets the codebook to the k-means clusters of vectors.
 
-        Lloyd's iterations from vectors drawn at random; a cluster that is left
-        empty goes to the vector farthest from its code. With `ema_decay` the
-        clusters count as the first step of the moving average.
+        Lloyd's iterations, compiled, from vectors drawn at random; a cluster
+        that is left empty goes to the vector farthest from its code. With
+        `ema_decay` the clusters count as the first step of the moving average.
 
         Args:
             vectors: `(..., dim)`, concrete: encoder outputs, say. Fewer vectors
                 than codes leave the other codes as they were, with a warning.
             iterations: Integer ≥ 1.
-            seed: Integer, of the draw.
+            seed: Integer ≥ 0, of the draw.
+            verbose: `"auto"`, 0, 1 or 2: the progress bar.
         """
-        iterations = check_integer("iterations", iterations, 1)
-        vectors = ops.convert_to_tensor(vectors, "float32")
+        iterations = check_integer("iterations", iterations, minimum=1)
+        seed = check_integer("seed", seed, minimum=0)
+        verbose = check_verbose(verbose)
+        vectors = floats("vectors", vectors)
         if not self.built:
             self.build(tuple(vectors.shape))
         z = self._normalized(self._vectors(vectors))
@@ -327,25 +324,21 @@ class VectorQuantizer(Quantizer):
                 stacklevel=2,
             )
         chosen = np.random.default_rng(seed).permutation(n)[:clusters]
-        codes = ops.take(z, chosen.astype("int32"), axis=0)
-        for _ in range(iterations):
-            counts, sums, worst = _lloyd_step(z, codes)
-            empty = counts == 0
-            rank = ops.cumsum(ops.cast(empty, "int32")) - 1
-            worst = ops.take(z, worst, axis=0)
-            codes = ops.where(
-                empty[:, None],
-                ops.take(worst, ops.maximum(rank, 0), axis=0),
-                self._normalized(sums / ops.maximum(counts, 1)[:, None]),
-            )
+        codes = kmeans.k_means(
+            z,
+            ops.take(z, chosen.astype("int32"), axis=0),
+            iterations,
+            _unit if self.metric == "cosine" else _unchanged,
+            verbose,
+        )
         embeddings = ops.concatenate([codes, self.embeddings[clusters:]])
         self.embeddings.assign(embeddings)
         if self.ema_decay is None:
             return
-        counts, _, _ = _lloyd_step(z, codes)
+        counts = kmeans.cluster_sizes(z, codes)
         counts = ops.pad(counts, [[0, self.num_codes - clusters]])
-        # A code without a vector counts a little: it does not go to the origin
-        # at once.
+        # Sums divided by a count of 0 would put a code at the origin. So a code
+        # without a vector is given a little of one, where it stands.
         counts = ops.maximum(counts, 1e-3) * (1 - self.ema_decay)
         self.ema_steps.assign(1.0)
         self.ema_counts.assign(counts)
@@ -366,21 +359,16 @@ class VectorQuantizer(Quantizer):
         }
 
 
-def _lloyd_step(z, codes):
-    """Counts and sums of clusters, and the vectors farthest from their code."""
-    assigned = nearest_codes(z, codes)
-    size = codes.shape[0]
-    counts = ops.segment_sum(ops.ones_like(z[:, 0]), assigned, size)
-    sums = ops.segment_sum(z, assigned, size)
-    error = ops.sum(ops.square(z - ops.take(codes, assigned, axis=0)), axis=-1)
-    return counts, sums, ops.top_k(error, size)[1]
+def _unchanged(x):
+    return x
 
 
 def _spread(z, weights, dead, steps):
     """For each dead code a vector of the batch, spread evenly over it.
 
-    Fixed shapes, and no random numbers: a resumed training makes the same
-    choices. Where in the batch they begin moves on by the golden ratio.
+    Shapes are fixed, and nothing is random, so that a resumed training makes
+    the same choices. The vector to begin with changes from step to step: as a
+    part of the batch, it advances by the golden ratio.
     """
     z, weights = backend.all_gather(z), backend.all_gather(weights)
     if z.shape[0] == 0:
@@ -388,11 +376,13 @@ def _spread(z, weights, dead, steps):
     filled = ops.cumsum(weights)
     rank = ops.cumsum(ops.cast(dead, "float32")) - 1
     count = ops.maximum(ops.sum(ops.cast(dead, "float32")), 1)
-    # A Fibonacci number of steps is a whole number of turns, nearly; later
-    # ones would leave the product no digits after the point.
+    # The digits after the point of `steps` · 0.618… are wanted. A large product
+    # has few of them in float32, so the steps are counted modulo 4181. Because
+    # that is a Fibonacci number, the product is then nearly whole, and the
+    # sequence begins again without a jump.
     turn = ops.mod(steps, 4181.0) * 0.6180339887
     place = (rank + turn - ops.floor(turn)) / count * filled[-1]
-    # The vector of the place: the first with more vectors up to it.
+    # Vectors of weight 0 take no place: `filled` does not rise at them.
     rows = ops.cast(ops.searchsorted(filled, place, side="right"), "int32")
     rows = ops.clip(rows, 0, ops.shape(z)[0] - 1)
     return ops.take(z, rows, axis=0)

@@ -7,6 +7,15 @@ from keras import layers, ops
 
 
 class PixelAttention(layers.Layer):
+    """The post's PixelAtt: logits of each code from the codes before it.
+
+    `call` computes all positions at once, in training. `start` and `step`
+    compute one position after the other, in sampling: `start(num)` makes an
+    empty cache of keys and values for `num` maps, and `step` takes a position,
+    the codes before it and the cache, and returns the logits of the position
+    and the cache with this position in it.
+    """
+
     def __init__(
         self, num_codes, code_shape, dim, num_layers, num_heads, **kwargs
     ):
@@ -74,12 +83,12 @@ class PixelAttention(layers.Layer):
         place = ops.take(self._places, ops.reshape(t, [1]), axis=1)
         h = self._embed(token[:, None], place, condition)
         new = []
-        for block, norm, kept in zip(
+        for block, norm, pair in zip(
             self.blocks, self.normalizations[1:], cache, strict=True
         ):
-            update, kept = block.step(t, h, kept)
+            update, pair = block.step(t, h, pair)
             h = norm(h + update)
-            new.append(kept)
+            new.append(pair)
         return self.head(h)[:, 0], tuple(new)
 
 
@@ -135,14 +144,20 @@ class _Attention(layers.Layer):
     def step(self, t, h, cache):
         """One position: `h` is `(num, 1, dim)`."""
         keys, values = (
-            ops.slice_update(kept, [0, t, 0, 0], self._heads(dense, h))
-            for dense, kept in zip((self.key, self.value), cache, strict=True)
+            ops.slice_update(old, [0, t, 0, 0], self._heads(dense, h))
+            for dense, old in zip((self.key, self.value), cache, strict=True)
         )
         seen = (ops.arange(keys.shape[1]) <= t)[None]
         return self._attend(h, keys, values, seen), (keys, values)
 
 
 class PixelCNN(layers.Layer):
+    """Masked convolutions: logits of each code from the codes before it.
+
+    `call`, `start` and `step` are as in `PixelAttention`; the cache holds the
+    input maps of all convolutions.
+    """
+
     def __init__(self, num_codes, code_shape, dim, num_layers, **kwargs):
         super().__init__(**kwargs)
         self.code_shape = code_shape
@@ -153,7 +168,7 @@ class PixelCNN(layers.Layer):
         self.first = self._sublayer(
             _CausalConv, dim, 7, code_shape, include_self=False, name="first"
         )
-        # Not one list of triples: Keras 3.12 would not save what is in them.
+        # Three lists: Keras 3.12 does not save layers in tuples in a list.
         blocks = range(num_layers)
         self.narrow = [self._dense(dim // 2, f"narrow_{i}") for i in blocks]
         self.convolutions = [
@@ -211,12 +226,13 @@ class PixelCNN(layers.Layer):
         return tuple(layer.start(num) for layer in convolutions)
 
     def step(self, t, before, condition, cache):
-        # The first convolution does not see position t: it reads position
-        # t - 1, which is new. The others read position t.
-        kept, new = iter(cache), []
+        # The first convolution does not see position t. Its newest input is
+        # that of position t - 1, the code `before`; the others' newest input is
+        # that of position t.
+        old, new = iter(cache), []
 
         def convolve(layer, h):
-            h, maps = layer.step(t, h, next(kept))
+            h, maps = layer.step(t, h, next(old))
             new.append(maps)
             return h
 
@@ -248,7 +264,8 @@ class _CausalConv(layers.Layer):
             shape=(self.filters,), initializer="zeros", name="bias"
         )
         # Row and column of each position, and of the one before it. Before the
-        # first there is none: that goes below the map.
+        # first there is none: what is written for it goes to a row below the
+        # map, which no convolution reads.
         self._places = np.indices(self.code_shape, "int32").reshape(2, -1)
         self._before = np.roll(self._places, 1, axis=1)
         self._before[:, 0] = self.code_shape[0], 0
@@ -257,7 +274,8 @@ class _CausalConv(layers.Layer):
         self._mask = mask
 
     def _weights(self):
-        # Outside of `call` nobody casts them.
+        # Keras casts weights to the compute dtype in `call` only, and `step` is
+        # called outside of it.
         kernel, bias = (
             ops.cast(ops.convert_to_tensor(w), self.compute_dtype)
             for w in (self.kernel, self.bias)
@@ -271,12 +289,12 @@ class _CausalConv(layers.Layer):
 
     def start(self, num):
         height, width = self.code_shape
-        # The border, and a row below that catches what is written for t = 0.
+        # The map with its border of zeros, and the row below it (see `build`).
         shape = height + self.reach + 1, width + 2 * self.reach
         return ops.zeros((num, *shape, self.channels), self.compute_dtype)
 
     def step(self, t, h, maps):
-        """One position: `h` is `(num, channels)`, `maps` what came before."""
+        """One position: `h` is `(num, channels)`, `maps` the inputs before."""
         row, column = (ops.take(p, t) for p in self._places)
         if self.include_self:
             place = [0, row + self.reach, column + self.reach, 0]

@@ -7,14 +7,23 @@ import numpy as np
 from keras import layers, ops
 
 from blogkeras import backend
+from blogkeras.arguments import (
+    as_numpy,
+    check_choice,
+    check_integer,
+    check_integers,
+    check_number,
+    check_seed,
+)
+from blogkeras.loops import ProgramCache
+from blogkeras.models import CompositeModel
 from blogkeras.quantization.networks import PixelAttention, PixelCNN
-from blogkeras.quantization.quantizer import check_integer, check_range
 
 ARCHITECTURES = ("attention", "convolution")
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class CodePrior(keras.Model):
+class CodePrior(CompositeModel):
     """Learns to draw maps of codes: p(c) = Π p(c_t | c_1 … c_{t-1}).
 
     Codes stand in reading order. Two networks:
@@ -33,6 +42,9 @@ class CodePrior(keras.Model):
     gives the logits, `(batch, *code_shape, num_codes)`, float32. Sample weights
     are one for each map; Keras forgets them where there is no `y`: then give
     the codes as `y` too. (The target is always the codes, whatever `y` is.)
+
+    The first step of `fit` compiles; on JAX, and with `jit_compile=True`, that
+    may take half a minute before the first progress is shown.
 
     `sample` draws code by code inside one compiled loop. What earlier positions
     have computed is kept (keys and values; feature maps), so that a step costs
@@ -75,29 +87,14 @@ class CodePrior(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if np.ndim(code_shape) != 1:
-            raise ValueError(
-                "Expected the shape of a code map, such as (8, 8). Received: "
-                f"code_shape={code_shape}"
-            )
-        code_shape = tuple(
-            check_integer("code_shape", size, 1) for size in code_shape
-        )
-        if not code_shape:
-            raise ValueError(
-                "Expected at least one axis of codes. Received: code_shape=()"
-            )
-        num_codes = check_integer("num_codes", num_codes, 2)
-        dim = check_integer("dim", dim, 1)
-        num_layers = check_integer("num_layers", num_layers, 1)
-        num_heads = check_integer("num_heads", num_heads, 1)
+        num_codes = check_integer("num_codes", num_codes, minimum=2)
+        code_shape = _shape(code_shape)
+        dim = check_integer("dim", dim, minimum=1)
+        num_layers = check_integer("num_layers", num_layers, minimum=1)
+        num_heads = check_integer("num_heads", num_heads, minimum=1)
         if num_classes is not None:
-            num_classes = check_integer("num_classes", num_classes, 1)
-        if architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"Expected one of {ARCHITECTURES}. Received: "
-                f"architecture={architecture!r}"
-            )
+            num_classes = check_integer("num_classes", num_classes, minimum=1)
+        check_choice("architecture", architecture, ARCHITECTURES)
         if architecture == "convolution" and len(code_shape) != 2:
             raise ValueError(
                 'Expected (height, width) for convolutions; "attention" takes '
@@ -139,18 +136,12 @@ class CodePrior(keras.Model):
                 num_classes, dim, dtype=self.dtype_policy, name="classes"
             )
         self.nats = keras.metrics.Mean(name="nats")
-        self._samplers = {}
+        self._samplers = ProgramCache(8)
 
     def compile(self, optimizer="adam", loss=None, **kwargs):
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         super().compile(optimizer, loss, **kwargs)
-
-    def compile_from_config(self, config):
-        # Keras does this itself only where `compile` is not overridden.
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built and self.optimizer is not None:
-            self.optimizer.build(self.trainable_variables)
 
     def build(self, input_shape=None):
         self.network.build()
@@ -175,9 +166,9 @@ class CodePrior(keras.Model):
                 f"num_classes={self.num_classes}"
             )
         codes, labels = parts[0], (parts[1] if len(parts) == 2 else None)
-        check_range("codes", codes, self.num_codes)
+        check_integers("codes", codes, 0, self.num_codes - 1)
         if labels is not None:
-            check_range("labels", labels, self.num_classes)
+            check_integers("labels", labels, 0, self.num_classes - 1)
         return codes, labels
 
     # In a compiled step values are not known, and JAX answers with NaN to what
@@ -190,6 +181,22 @@ class CodePrior(keras.Model):
     def evaluate(self, x=None, *args, **kwargs):
         self._check_arrays(x)
         return super().evaluate(x, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        self._check_arrays(x)
+        return super().predict(x, *args, **kwargs)
+
+    def train_on_batch(self, x, *args, **kwargs):
+        self._check_arrays(x)
+        return super().train_on_batch(x, *args, **kwargs)
+
+    def test_on_batch(self, x, *args, **kwargs):
+        self._check_arrays(x)
+        return super().test_on_batch(x, *args, **kwargs)
+
+    def predict_on_batch(self, x):
+        self._check_arrays(x)
+        return super().predict_on_batch(x)
 
     def _check_arrays(self, x):
         if isinstance(x, (list, tuple, np.ndarray)) or ops.is_tensor(x):
@@ -231,11 +238,12 @@ class CodePrior(keras.Model):
     def sample(self, num, temperature=1.0, top_k=None, labels=None, seed=None):
         """Draws code maps.
 
-        Compiled once for each pair `num`, `top_k`.
+        Compiled once for each pair `num`, `top_k`, which takes seconds.
 
         Args:
             num: Integer. How many.
-            temperature: Float > 0. Logits are divided by it.
+            temperature: Float > 0. Logits are divided by it. For the most
+                probable codes take `top_k=1`.
             top_k: Integer from 1 to `num_codes`: draw among so many most
                 probable codes. Defaults to all.
             labels: Integers `(num,)`, or one for all; with `num_classes`.
@@ -244,19 +252,13 @@ class CodePrior(keras.Model):
         Returns:
             NumPy array of int32, `(num, *code_shape)`.
         """
-        num = check_integer("num", num, 1)
-        if not temperature > 0:
-            raise ValueError(
-                "Expected a temperature above 0; for the most probable code "
-                f"take top_k=1. Received: temperature={temperature}"
-            )
+        num = check_integer("num", num, minimum=1)
+        temperature = check_number("temperature", temperature, above=0)
         if top_k is not None:
-            top_k = check_integer("top_k", top_k, 1)
-            if top_k > self.num_codes:
-                raise ValueError(
-                    f"Expected top_k from 1 to {self.num_codes}, or None. "
-                    f"Received: top_k={top_k}"
-                )
+            top_k = check_integer(
+                "top_k", top_k, minimum=1, maximum=self.num_codes
+            )
+        seed = check_seed("seed", seed)
         if (labels is None) != (self.num_classes is None):
             raise ValueError(
                 "Expected labels where `num_classes` is given, and only there. "
@@ -267,28 +269,27 @@ class CodePrior(keras.Model):
         positions = math.prod(self.code_shape)
         # All the randomness there is: one number for each code.
         u = keras.random.uniform((positions, num), seed=seed)
-        # A difference of two logits is not of less than 1e-8.
+        # A smaller one would be 0 in float32. It draws as this one does: logits
+        # that differ at all, differ by more than 1e-10.
         temperature = max(temperature, 1e-30)
         arguments = [u, ops.convert_to_tensor(temperature, "float32")]
         if labels is not None:
-            labels = np.asarray(labels)
-            if labels.shape not in ((), (1,), (num,)) or (
-                labels.dtype.kind not in "iu"
-            ):
+            check_integers("labels", labels, 0, self.num_classes - 1)
+            labels = as_numpy(labels).astype("int32")
+            if labels.shape not in ((), (1,), (num,)):
                 raise ValueError(
-                    f"Expected {num} labels, integers, or one for all. "
-                    f"Received: labels={labels}"
+                    f"Expected {num} labels, or one for all. Received: "
+                    f"labels={labels}"
                 )
-            labels = labels.astype("int32")
-            check_range("labels", labels, self.num_classes)
             labels = np.broadcast_to(labels, (num,))
             arguments.append(ops.convert_to_tensor(labels))
-        key = num, top_k
-        if key not in self._samplers:
-            self._samplers[key] = backend.jit_layer(
+        sampler = self._samplers.get(
+            (num, top_k),
+            lambda: backend.jit_layer(
                 lambda *args: self._sample(top_k, *args), self
-            )
-        codes = ops.convert_to_numpy(self._samplers[key](*arguments))
+            ),
+        )
+        codes = ops.convert_to_numpy(sampler(*arguments))
         return codes.T.reshape(num, *self.code_shape)
 
     def _sample(self, top_k, u, temperature, labels=None):
@@ -298,7 +299,8 @@ class CodePrior(keras.Model):
 
         def body(t, state):
             codes, cache = state
-            # At t = 0 there is none; the network knows.
+            # At t = 0 there is no code before: the networks make nothing of
+            # what is given to them then.
             before = ops.take(codes, ops.maximum(t - 1, 0), axis=0)
             logits, cache = self.network.step(t, before, condition, cache)
             drawn = _draw(logits, u[t], temperature, top_k)
@@ -322,17 +324,32 @@ class CodePrior(keras.Model):
 
 def _draw(logits, u, temperature, top_k):
     """Inverts the distribution function at u: `(n, K)`, `(n,)` → `(n,)`."""
-    # Less the maximum first: quotients may be infinite, not their difference.
+    # The maximum is subtracted before the division: a small temperature makes
+    # quotients infinite, and the difference of two of them NaN.
     best = ops.max(logits, axis=-1, keepdims=True)
     logits = (logits - best) / temperature
     if top_k is not None:
-        # So many and no more, where some are equal too.
-        kept = ops.sort(ops.top_k(logits, top_k)[1])
-        logits = ops.take_along_axis(logits, kept, axis=-1)
+        # By index: a threshold would keep more codes where some are equal.
+        chosen = ops.sort(ops.top_k(logits, top_k)[1])
+        logits = ops.take_along_axis(logits, chosen, axis=-1)
     p = ops.exp(logits)
     total = ops.cumsum(p, axis=-1)
     below = total <= (u * total[:, -1])[:, None]
     drawn = ops.sum(ops.cast(below, "int32"), axis=-1)
     if top_k is not None:
-        drawn = ops.take_along_axis(kept, drawn[:, None], axis=-1)[:, 0]
+        drawn = ops.take_along_axis(chosen, drawn[:, None], axis=-1)[:, 0]
     return ops.cast(drawn, "int32")
+
+
+def _shape(code_shape):
+    """The shape of a code map as a tuple of integers."""
+    try:
+        sizes = tuple(code_shape)
+    except TypeError:
+        sizes = ()
+    if not sizes or isinstance(code_shape, (str, bytes, dict)):
+        raise ValueError(
+            "Expected the shape of a code map, such as (8, 8). Received: "
+            f"code_shape={code_shape!r}"
+        )
+    return tuple(check_integer("code_shape", size, minimum=1) for size in sizes)

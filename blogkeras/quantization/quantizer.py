@@ -1,54 +1,30 @@
-"""What all quantizers share, and measures of how codes are used."""
-
-import numbers
+"""What all quantizers share."""
 
 import keras
 from keras import ops
 
 from blogkeras import backend
-
-
-def perplexity(counts):
-    """How many codes are in use, effectively: exp of the entropy, in [1, K].
-
-        exp(-Σ p log(p + 1e-10)),  p = counts / Σ counts
-
-    Args:
-        counts: `(..., num_codes)`, how often each code was used. All zero gives
-            1.
-
-    Returns:
-        `(...)`, float32.
-    """
-    counts = ops.convert_to_tensor(counts, "float32")
-    total = ops.sum(counts, axis=-1, keepdims=True)
-    p = counts / ops.where(total > 0, total, 1)
-    return ops.exp(-ops.sum(p * ops.log(p + 1e-10), axis=-1))
-
-
-def usage(counts):
-    """The share of codes that were used at all, in [0, 1].
-
-    Args:
-        counts: `(..., num_codes)`, how often each code was used.
-
-    Returns:
-        `(...)`, float32.
-    """
-    counts = ops.convert_to_tensor(counts, "float32")
-    return ops.mean(ops.cast(counts > 0, "float32"), axis=-1)
+from blogkeras.arguments import as_numpy, check_integers
 
 
 class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
-    """What all quantizers share. Abstract: subclasses say `_quantize`,
-    `_decode`, `num_codes`, and the number of codes for one vector.
+    """What all quantizers share. Abstract.
+
+    A vector is written in symbols, each of an alphabet of its own: one of the
+    codes of a codebook; one from each stage of a residual quantizer; one level
+    of each component of a finite scalar quantizer. How often each symbol occurs
+    is counted in training, alphabet by alphabet.
+
+    Subclasses set `num_codes` and `alphabets`, the sizes of the alphabets, and
+    define `_quantize`, `_symbols`, `_codes` and `_decode`.
     """
 
     codes_per_vector = ()  # trailing axes of the codes
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        # Inputs are wanted as they are; the arithmetic is in float32.
+        # Keras would cast the inputs to the compute dtype; they are wanted as
+        # they are, because the arithmetic is in float32.
         self.autocast = False
         self.supports_masking = True
 
@@ -68,9 +44,9 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
             name=name,
         )
 
-    def _build_counts(self):
-        self.batch_counts = self._add_state((self.num_codes,), "batch_counts")
-        self.total_counts = self._add_state((self.num_codes,), "total_counts")
+    def _build_counts(self, shape):
+        self.batch_counts = self._add_state(shape, "batch_counts")
+        self.total_counts = self._add_state(shape, "total_counts")
 
     def count(self, codes, weights=None):
         """How often each code occurs, over all replicas; `(num_codes,)`.
@@ -79,13 +55,41 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
             codes: Integers of any shape.
             weights: Floats of the shape of `codes`: how much each counts.
         """
-        codes = ops.reshape(codes, [-1])
+        check_integers("codes", codes, 0, self.num_codes - 1)
+        codes = ops.cast(ops.reshape(codes, [-1]), "int32")
         if weights is None:
             weights = ops.ones_like(codes, dtype="float32")
         counts = ops.segment_sum(
             ops.reshape(weights, [-1]), codes, num_segments=self.num_codes
         )
         return backend.all_reduce_sum(counts)
+
+    def count_symbols(self, symbols, weights):
+        """How often each symbol occurs, over all replicas.
+
+        Args:
+            symbols: `(..., number of alphabets)`, integers.
+            weights: `(...)`: how much each vector counts.
+
+        Returns:
+            `(number of alphabets, size of the largest)`, float32.
+        """
+        number, size = len(self.alphabets), max(self.alphabets)
+        first = size * ops.arange(number, dtype="int32")
+        weights = ops.broadcast_to(weights[..., None], ops.shape(symbols))
+        counts = ops.segment_sum(
+            ops.reshape(weights, [-1]),
+            ops.reshape(symbols + first, [-1]),
+            num_segments=number * size,
+        )
+        return ops.reshape(backend.all_reduce_sum(counts), [number, size])
+
+    def stacked_counts(self, name):
+        """`"batch_counts"` or `"total_counts"`, a row for each alphabet."""
+        counts = ops.stack(
+            [getattr(book, name).value for book in self.codebooks()]
+        )
+        return ops.reshape(counts, [len(self.alphabets), -1])
 
     def _keep_counts(self, counts):
         self.batch_counts.assign(counts)
@@ -100,22 +104,18 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
             counts.assign(ops.zeros(counts.shape))
 
     def call(self, inputs, training=False, return_codes=False, mask=None):
-        z = ops.cast(inputs, "float32")
-        weights = weights_of(z, mask)
-        if weights is not None:
-            # Zero times NaN would be in the gradients else.
-            ignored = ops.logical_not(ops.isfinite(z)) & (
-                weights[..., None] == 0
-            )
-            z = ops.where(ignored, 0, z)
-        z = self._vectors(z)
-        quantized, codes, loss = self._quantize(z, weights, bool(training))
+        z, weights = self._without_masked(inputs, mask)
+        quantized, symbols, loss = self._quantize(z, weights, bool(training))
         if loss is not None:
             self.add_loss(loss)
-        if mask is not None:
-            backend.set_keras_mask(codes, mask)  # Keras: the first output only
         quantized = ops.cast(quantized, self.compute_dtype)
-        return (quantized, codes) if return_codes else quantized
+        if not return_codes:
+            return quantized
+        codes = self._codes(symbols)
+        if mask is not None:
+            # Keras hands a mask on to the first output only.
+            backend.set_keras_mask(codes, mask)
+        return quantized, codes
 
     def encode(self, inputs):
         """The codes of vectors.
@@ -126,10 +126,26 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
         Returns:
             Integers, `(...)`; `(..., num_quantizers)` for residual codes.
         """
-        inputs = _values(inputs, "call the layer with `return_codes=True`")
+        return self._codes(self.symbols(inputs)[0])
+
+    def symbols(self, inputs):
+        """The symbols of vectors, and which vectors count.
+
+        Args:
+            inputs: `(..., dim)`, floating; a mask that the tensor carries is
+                respected.
+
+        Returns:
+            `(symbols, weights)`: int32, `(..., number of alphabets)`; and
+            float32, `(...)`: 1 for each finite vector that is not masked.
+        """
+        _refuse_symbolic(inputs, "call the layer with `return_codes=True`")
+        mask = backend.get_keras_mask(inputs)
+        inputs = floats("inputs", inputs)
         if not self.built:
             self.build(tuple(inputs.shape))
-        return self._encode(self._vectors(inputs))
+        z, weights = self._without_masked(inputs, mask)
+        return self._symbols(z), counted(z, weights)
 
     def decode(self, codes):
         """The vectors that codes stand for.
@@ -145,20 +161,26 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
                 compiled function values are not known: there they are not
                 checked.)
         """
-        codes = _values(codes, "decode in the `call` of a layer of your own")
-        if "int" not in keras.backend.standardize_dtype(codes.dtype):
-            raise ValueError(
-                "Expected integer codes, as `encode` returns them. Received: "
-                f"codes of dtype {keras.backend.standardize_dtype(codes.dtype)}"
-            )
-        check_range("codes", codes, self.num_codes)
+        _refuse_symbolic(codes, "decode in the `call` of a layer of your own")
+        # Before JAX makes int32 of them.
+        check_integers("codes", codes, 0, self.num_codes - 1)
         if not self.built:
             raise ValueError(
                 f"The layer {self.name!r} has no codebook yet. Call it once, "
                 "or `build` it. Received: `decode` before `build`"
             )
-        vectors = self._decode(ops.cast(codes, "int32"))
+        vectors = self._decode(ops.convert_to_tensor(codes, "int32"))
         return ops.cast(vectors, self.compute_dtype)
+
+    def _without_masked(self, inputs, mask):
+        """Finite float32 vectors, and their weights, None for all."""
+        z = ops.cast(inputs, "float32")
+        weights = weights_of(z, mask)
+        if weights is not None:
+            # The gradient would hold 0 · NaN, which is NaN.
+            masked = weights[..., None] == 0
+            z = ops.where(ops.isfinite(z) | ~masked, z, 0)
+        return self._vectors(z), weights
 
     def _vectors(self, inputs):
         dim = self.input_spec.axes[-1]
@@ -176,7 +198,7 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
             )
         return z
 
-    def adapt(self, vectors, iterations=10, seed=0):
+    def adapt(self, vectors, iterations=10, seed=0, verbose=0):
         raise ValueError(
             "Expected a quantizer with a codebook that k-means can set, such "
             f"as VectorQuantizer. Received: {self.__class__.__name__}"
@@ -217,33 +239,27 @@ def counted(z, weights):
     return finite if weights is None else finite * weights
 
 
-def check_integer(name, value, least):
-    """`value` as an `int`."""
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(
-            f"Expected an integer of at least {least}. Received: "
-            f"{name}={value!r}"
-        )
-    return int(value)
+def floats(name, x):
+    """A float32 tensor of finite numbers, of whatever holds such.
+
+    Raises:
+        ValueError: for everything else.
+    """
+    if not ops.is_tensor(x):
+        try:
+            x = as_numpy(x).astype("float32")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Expected `{name}` to be an array of numbers. Received: "
+                f"{name}={x!r}"
+            ) from error
+    return ops.cast(x, "float32")
 
 
-def check_range(name, values, size):
-    """That integers whose values are known now are from 0 to size - 1."""
-    if not backend.is_concrete(values):
-        return
-    values = ops.convert_to_numpy(values)
-    if values.size and (values.min() < 0 or values.max() >= size):
-        raise ValueError(
-            f"Expected {name} from 0 to {size - 1}. Received: {name} from "
-            f"{values.min()} to {values.max()}"
-        )
-
-
-def _values(x, instead):
-    """A tensor. Outside of `call` Keras cannot keep a symbolic one's layer."""
+def _refuse_symbolic(x, instead):
+    """Outside of `call` Keras cannot keep a symbolic tensor's layer."""
     if isinstance(x, keras.KerasTensor):
         raise ValueError(
             "Expected a tensor with values. In a functional model "
             f"{instead}. Received: {x}"
         )
-    return ops.convert_to_tensor(x)

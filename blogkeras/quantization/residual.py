@@ -3,9 +3,11 @@
 import keras
 from keras import ops
 
+from blogkeras.arguments import check_integer
 from blogkeras.ops import straight_through
+from blogkeras.quantization import kmeans
 from blogkeras.quantization.codebook import VectorQuantizer
-from blogkeras.quantization.quantizer import Quantizer, check_integer
+from blogkeras.quantization.quantizer import Quantizer, floats
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -55,13 +57,10 @@ class ResidualVectorQuantizer(Quantizer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        num_quantizers = check_integer("num_quantizers", num_quantizers, 1)
+        num_quantizers = check_integer(
+            "num_quantizers", num_quantizers, minimum=1
+        )
         self.num_quantizers = num_quantizers
-        self.num_codes = check_integer("num_codes", num_codes, 2)
-        self.codebook_cost = codebook_cost
-        self.commitment_cost = commitment_cost
-        self.ema_decay = ema_decay
-        self.restart_threshold = restart_threshold
         self.embeddings_initializer = keras.initializers.get(
             embeddings_initializer
         )
@@ -73,13 +72,21 @@ class ResidualVectorQuantizer(Quantizer):
                 commitment_cost,
                 ema_decay=ema_decay,
                 restart_threshold=restart_threshold,
-                embeddings_initializer=_own(self.embeddings_initializer),
+                embeddings_initializer=_copy(self.embeddings_initializer),
                 trainable=self.trainable,
                 dtype=self.dtype_policy,
                 name=f"stage_{index}",
             )
             for index in range(num_quantizers)
         ]
+        # As the stages have checked and converted them.
+        first = self.stages[0]
+        self.num_codes = first.num_codes
+        self.codebook_cost = first.codebook_cost
+        self.commitment_cost = first.commitment_cost
+        self.ema_decay = first.ema_decay
+        self.restart_threshold = first.restart_threshold
+        self.alphabets = (self.num_codes,) * num_quantizers
 
     def codebooks(self):
         return self.stages
@@ -101,13 +108,16 @@ class ResidualVectorQuantizer(Quantizer):
             losses.append(loss)
         return straight_through(total, z), ops.stack(codes, -1), sum(losses)
 
-    def _encode(self, z):
+    def _symbols(self, z):
         codes = []
         for stage in self.stages:
-            code = stage._encode(z)
-            z = z - stage._decode(code)
+            code = stage._symbols(z)
+            z = z - stage._decode(code[..., 0])
             codes.append(code)
-        return ops.stack(codes, -1)
+        return ops.concatenate(codes, -1)
+
+    def _codes(self, symbols):
+        return symbols
 
     def _decode(self, codes):
         if codes.shape[-1] not in range(1, self.num_quantizers + 1):
@@ -120,18 +130,19 @@ class ResidualVectorQuantizer(Quantizer):
             for index, stage in enumerate(self.stages[: codes.shape[-1]])
         )
 
-    def adapt(self, vectors, iterations=10, seed=0):
+    def adapt(self, vectors, iterations=10, seed=0, verbose=0):
         """Sets each codebook to the k-means clusters of what is left to it.
 
         Args: as of `VectorQuantizer.adapt`.
         """
-        vectors = ops.convert_to_tensor(vectors, "float32")
+        vectors = floats("vectors", vectors)
         if not self.built:
             self.build(tuple(vectors.shape))
-        residual = self._vectors(vectors)
+        rest = self._vectors(vectors)
+        rest = ops.reshape(rest, [-1, rest.shape[-1]])
         for stage in self.stages:
-            stage.adapt(residual, iterations, seed)
-            residual = residual - stage._decode(stage._encode(residual))
+            stage.adapt(rest, iterations, seed, verbose)
+            rest = kmeans.remainder(rest, stage.embeddings.value)
 
     def get_config(self):
         return {
@@ -148,8 +159,11 @@ class ResidualVectorQuantizer(Quantizer):
         }
 
 
-def _own(initializer):
-    """One initializer would give every stage the same numbers."""
+def _copy(initializer):
+    """An initializer of the same law that draws numbers of its own.
+
+    One initializer would give every stage the same numbers.
+    """
     if isinstance(initializer, keras.initializers.Initializer):
         return initializer.clone()
     return initializer  # a function

@@ -1,12 +1,12 @@
 """Finite scalar quantization: no codebook, only rounding."""
 
 import math
-import numbers
 
 import keras
 import numpy as np
 from keras import ops
 
+from blogkeras.arguments import as_numpy, check_choice, check_integer
 from blogkeras.ops import straight_through
 from blogkeras.quantization.quantizer import Quantizer, counted
 
@@ -26,11 +26,19 @@ class FiniteScalarQuantizer(Quantizer):
     zero than above.)
 
     A code is the number whose digits, in the mixed radix of `levels`, are the
-    levels, the first component least significant. Masked vectors are quantized
-    (what is not finite in them as 0) but not counted. Computed in float32 under
-    any dtype policy. In a compiled step no vector that is not finite is
-    counted; a component that is NaN comes out as NaN, an infinite one as the
-    last level on its side.
+    levels, the first component least significant. It is made only where it is
+    asked for; where there are more than 2³¹ codes that is an error, and all
+    else works.
+
+    `batch_counts` and `total_counts` say how often each level of each component
+    was used, `(len(levels), max(levels))`: the memory does not grow with K.
+    Perplexity and usage are by component, too. How often whole codes occur is
+    `count(codes)`.
+
+    Masked vectors are quantized (what is not finite in them as 0) but not
+    counted. Computed in float32 under any dtype policy. In a compiled step no
+    vector that is not finite is counted; a component that is NaN comes out as
+    NaN, an infinite one as the last level on its side.
 
     Args:
         levels: Sequence of integers ≥ 2, L_i; ≥ 3 for `"tanh"`.
@@ -58,31 +66,27 @@ class FiniteScalarQuantizer(Quantizer):
 
     def __init__(self, levels, activation="tanh", **kwargs):
         super().__init__(**kwargs)
-        if activation not in ("tanh", "sigmoid"):
-            raise ValueError(
-                'Expected "tanh" or "sigmoid". Received: '
-                f"activation={activation!r}"
-            )
+        given = levels
+        check_choice("activation", activation, ("tanh", "sigmoid"))
         least = 3 if activation == "tanh" else 2
-        if np.shape(levels) in ((), (0,)) or not all(
-            isinstance(level, numbers.Integral) and level >= least
-            for level in levels
-        ):
+        try:
+            levels = as_numpy(levels)
+            levels = [
+                check_integer("levels", level, minimum=least)
+                for level in levels
+            ]
+        except (TypeError, ValueError):
+            levels = []
+        if not levels:
             raise ValueError(
                 f"Expected a list of integers of at least {least}"
                 + (' (with "sigmoid", of at least 2)' if least > 2 else "")
-                + f". Received: levels={levels}"
-            )
-        levels = [int(level) for level in levels]
-        if math.prod(levels) >= 2**31:
-            raise ValueError(
-                "Expected fewer than 2³¹ codes, the range of int32. Received: "
-                f"levels={levels}, {math.prod(levels)} codes"
+                + f". Received: levels={given!r}"
             )
         self.levels = levels
         self.activation = activation
+        self.alphabets = tuple(levels)
         self.num_codes = math.prod(levels)
-        self._radix = np.cumprod([1, *levels[:-1]]).astype("int32")
         # The output is (digit - zero) / width.
         self._top = np.array(levels, "float32") - 1
         if activation == "tanh":
@@ -91,14 +95,14 @@ class FiniteScalarQuantizer(Quantizer):
             self._width, self._zero = self._top, np.zeros_like(self._top)
 
     def build(self, input_shape):
-        if input_shape[-1] != len(self.levels):
+        if not len(input_shape) or input_shape[-1] != len(self.levels):
             raise ValueError(
                 "Expected one component for each of the levels along the last "
                 f"axis. Received: input_shape={input_shape}, "
                 f"levels={self.levels}"
             )
         self.input_spec = keras.layers.InputSpec(axes={-1: len(self.levels)})
-        self._build_counts()
+        self._build_counts((len(self.levels), max(self.levels)))
 
     def _bound(self, z):
         """The activation, in units of levels; its rounding is the digit."""
@@ -113,23 +117,76 @@ class FiniteScalarQuantizer(Quantizer):
         bounded = self._bound(z)
         digits = ops.stop_gradient(ops.round(bounded))
         output = straight_through(digits, bounded)
-        codes = self._codes(digits)
+        symbols = self._in_range(digits)
         if training:
-            self._keep_counts(self.count(codes, counted(z, weights)))
-        return (output - self._zero) / self._width, codes, None
+            self._keep_counts(self.count_symbols(symbols, counted(z, weights)))
+        return (output - self._zero) / self._width, symbols, None
 
-    def _codes(self, digits):
+    def _symbols(self, z):
+        return self._in_range(ops.round(self._bound(z)))
+
+    def _in_range(self, digits):
         digits = ops.clip(digits, 0, self._top)
         # A cast of NaN is undefined: it could leave the range.
         digits = ops.where(ops.isnan(digits), 0, digits)
-        return ops.sum(ops.cast(digits, "int32") * self._radix, axis=-1)
+        return ops.cast(digits, "int32")
 
-    def _encode(self, z):
-        return self._codes(ops.round(self._bound(z)))
+    def _radix(self):
+        """The value of each digit, int32."""
+        if self.num_codes > 2**31:
+            raise ValueError(
+                "Expected at most 2³¹ codes, as many as int32 can number. "
+                "Quantize without asking for codes, or use fewer levels. "
+                f"Received: levels={self.levels}, {self.num_codes} codes"
+            )
+        return np.cumprod([1, *self.levels[:-1]]).astype("int32")
+
+    def _codes(self, symbols):
+        return ops.sum(symbols * self._radix(), axis=-1)
+
+    def compute_output_spec(
+        self, inputs, training=False, return_codes=False, mask=None
+    ):
+        if return_codes:
+            self._radix()
+        return super().compute_output_spec(inputs, training, return_codes, mask)
+
+    def decode(self, codes):
+        self._radix()
+        return super().decode(codes)
 
     def _decode(self, codes):
-        digits = codes[..., None] // self._radix % np.array(self.levels)
+        levels = np.array(self.levels, "int32")
+        digits = codes[..., None] // self._radix() % levels
         return (ops.cast(digits, "float32") - self._zero) / self._width
+
+    def load_own_variables(self, store):
+        # Before, the counts were of whole codes: `(num_codes,)`. Summed over
+        # all components but one they are those of its levels.
+        old = {
+            key: np.asarray(store[key])
+            for key in ("0", "1")
+            if key in store and len(store[key].shape) == 1
+        }
+        if not old:
+            super().load_own_variables(store)
+            return
+        for variable, joint in zip(
+            (self.batch_counts, self.total_counts), old.values(), strict=True
+        ):
+            if joint.size != self.num_codes:
+                raise ValueError(
+                    f"Expected counts of {self.num_codes} codes. Received: "
+                    f"{joint.size} counts"
+                )
+            # The first component is the least significant: the last axis.
+            joint = joint.reshape(self.levels[::-1])
+            counts = np.zeros(variable.shape, "float32")
+            for place, level in enumerate(self.levels):
+                axis = len(self.levels) - 1 - place
+                others = tuple(set(range(joint.ndim)) - {axis})
+                counts[place, :level] = joint.sum(others)
+            variable.assign(counts)
 
     def get_config(self):
         return {

@@ -1,40 +1,24 @@
-"""The autoencoder around a quantizer, and the networks of post and Sonnet."""
-
-import math
+"""The autoencoder around a quantizer."""
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import ops
 
 from blogkeras import backend
-from blogkeras.quantization.quantizer import (
-    Quantizer,
+from blogkeras.arguments import (
+    as_numpy,
+    check_boolean,
     check_integer,
-    counted,
-    perplexity,
-    usage,
-    weights_of,
+    check_integers,
 )
-
-
-class _Usage(keras.metrics.Metric):
-    """The share of codes used since the metric was reset."""
-
-    def __init__(self, codebooks, num_codes, **kwargs):
-        super().__init__(**kwargs)
-        self.counts = self.add_variable(
-            (codebooks, num_codes), "zeros", name="counts"
-        )
-
-    def update_state(self, counts):
-        self.counts.assign(self.counts + counts)
-
-    def result(self):
-        return ops.mean(usage(self.counts))
+from blogkeras.loops import ProgramCache
+from blogkeras.models import CompositeModel, map_batches
+from blogkeras.quantization.code_usage import Usage, perplexity
+from blogkeras.quantization.quantizer import Quantizer, counted, weights_of
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class VQVAE(keras.Model):
+class VQVAE(CompositeModel):
     """An autoencoder whose latent vectors are codes of a codebook.
 
         z = encoder(x),  x̂ = decoder(quantizer(z))
@@ -43,14 +27,21 @@ class VQVAE(keras.Model):
     An autoencoder and, as the post says, not a variational one: what it needs
     to generate is a prior over codes, `CodePrior`.
 
-    `fit(x)` reconstructs `x`; give `y` for another target. The default loss is
-    the mean square; a mask that arrives at the decoder's output counts in it as
-    Keras has it. `perplexity` is the mean over batches of the perplexity of a
-    batch's codes, `usage` the share of codes used in the epoch (both the mean
-    over the codebooks of a residual quantizer). Sample weights, one for each
-    row, weigh the reconstruction; the quantizer's losses and counts see every
-    row. Keras forgets sample weights where there is no `y`: then say
+    `fit(x)` reconstructs `x`; give `y` for another target, of the shape of the
+    decoder's output. (A data set of pictures and labels is an error: map it to
+    the pictures alone.) The default loss is the mean square; a mask that
+    arrives at the decoder's output counts in it as Keras has it. `perplexity`
+    is the mean over batches of the perplexity of a batch's codes, `usage` the
+    share of codes used in the epoch; of residual and of finite scalar
+    quantizers both are means over stages or components. Sample weights, one for
+    each row, weigh the reconstruction; the quantizer's losses and counts see
+    every row. Keras forgets sample weights where there is no `y`: then say
     `fit(x, x, sample_weight=...)`.
+
+    The first step compiles; on JAX, and with `jit_compile=True`, that may take
+    half a minute before the first progress is shown. So may the first batch of
+    `encode`, `decode`, `reconstruct` and `interpolate`, which are compiled for
+    the shape of a batch and then as fast as `predict`.
 
     Args:
         encoder: `keras.Model`, inputs to `(batch, ..., dim)`.
@@ -93,18 +84,11 @@ class VQVAE(keras.Model):
         self.quantizer = quantizer
         self.decoder = decoder
         self.perplexity = keras.metrics.Mean(name="perplexity")
-        self.usage = _Usage(
-            len(quantizer.codebooks()), quantizer.num_codes, name="usage"
-        )
+        self.usage = Usage(quantizer.alphabets, name="usage")
+        self._programs = ProgramCache(16)
 
     def compile(self, optimizer="adam", loss="mse", **kwargs):
         super().compile(optimizer, loss, **kwargs)
-
-    def compile_from_config(self, config):
-        # Keras does this itself only where `compile` is not overridden.
-        self.compile(**keras.saving.deserialize_keras_object(config))
-        if self.built and self.optimizer is not None:
-            self.optimizer.build(self.trainable_variables)
 
     def build(self, input_shape):
         if isinstance(input_shape, dict) or any(
@@ -125,8 +109,9 @@ class VQVAE(keras.Model):
             )
 
     def call(self, inputs, training=None):
-        # Named to every part: on JAX, Keras's trainer calls `call` itself, and
-        # nobody would hand it on.
+        self._check_shape("inputs", inputs.shape)
+        # Each part is told `training`: on JAX Keras's trainer calls `call`
+        # itself, and Keras hands the argument on only in `__call__`.
         z = self.encoder(inputs, training=training)
         z = self.quantizer(z, training=training)
         return self.decoder(z, training=training)
@@ -135,13 +120,34 @@ class VQVAE(keras.Model):
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         y = x if y is None else y
+        self._check_target(y, y_pred)
         if sample_weight is not None and self.loss is not None:
             sample_weight = self._fit_to_loss(sample_weight, y, y_pred)
         loss = super().compute_loss(x, y, y_pred, sample_weight)
-        counts = ops.stack(self._batch_counts(x, training))
+        counts = self._batch_counts(x, training)
         self.perplexity.update_state(perplexity(counts))
         self.usage.update_state(counts)
         return loss
+
+    def _check_target(self, y, y_pred):
+        """Raises where a loss would broadcast its target over the output."""
+        shape, output = (getattr(a, "shape", ()) for a in (y, y_pred))
+        if self.loss is None or _unknown(shape):
+            return
+        shape, output = tuple(shape), tuple(output)
+        # Keras's losses add or drop a last axis of size 1.
+        allowed = [output, (*output, 1)]
+        if output[-1:] == (1,):
+            allowed.append(output[:-1])
+        if any(map(_takes_integers, keras.tree.flatten(self.loss))):
+            allowed += [output[:-1], (*output[:-1], 1)]
+        if not any(_fits(shape, expected) for expected in allowed):
+            raise ValueError(
+                "Expected targets of the shape of the decoder's output, "
+                f"{_batched(output)}: inputs of that shape, or `y`. (Of a data "
+                "set of inputs and labels give the inputs alone.) Received: "
+                f"targets of shape {_batched(shape)}"
+            )
 
     def _fit_to_loss(self, weight, y, y_pred):
         """One weight for each row, with axes of size 1 for each position.
@@ -155,20 +161,15 @@ class VQVAE(keras.Model):
         return ops.reshape(weight, [-1] + [1] * (len(values.shape) - 1))
 
     def _batch_counts(self, x, training):
-        """How often each code was used, for each codebook."""
-        codebooks = self.quantizer.codebooks()
+        """How often each code was used, a row for each codebook."""
         if training:
-            return [book.batch_counts.value for book in codebooks]
+            return self.quantizer.stacked_counts("batch_counts")
         # Evaluation changes no state, so the codes are computed once more;
         # XLA merges this with the forward pass.
-        z = self.encoder(x, training=False)
-        kept = counted(z, weights_of(z, backend.get_keras_mask(z)))
-        codes = self.quantizer.encode(z)
-        if not self.quantizer.codes_per_vector:
-            codes = codes[..., None]
-        return [
-            book.count(codes[..., i], kept) for i, book in enumerate(codebooks)
-        ]
+        symbols, weights = self.quantizer.symbols(
+            self.encoder(x, training=False)
+        )
+        return self.quantizer.count_symbols(symbols, weights)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         y = x if y is None else y
@@ -178,59 +179,75 @@ class VQVAE(keras.Model):
         """The codes of inputs.
 
         Args:
-            x: `(n, ...)`.
+            x: `(n, ...)`, of the encoder's input shape: an array, or a
+                `tf.data.Dataset` or `keras.utils.PyDataset` of batches, which
+                is read into memory.
             batch_size: Integer. Rows computed at once.
-            verbose: 1 for a progress bar.
+            verbose: `"auto"`, 0, 1 or 2: the progress bar.
 
         Returns:
             NumPy array of integers, `(n, ...)`.
+
+        Raises:
+            ValueError: if the inputs have another shape, or vectors come out
+                that are not finite.
         """
-        return _by_batches(
-            lambda x: self.quantizer.encode(self.encoder.predict_on_batch(x)),
-            [x],
-            batch_size,
-            verbose,
-        )
+
+        def encode(x):
+            z = self.encoder(x, training=False)
+            return self.quantizer.encode(z), _is_finite(z)
+
+        return self._map(encode, [self._inputs("x", x)], batch_size, verbose)
 
     def decode(self, codes, batch_size=32, verbose=0):
         """What codes stand for: the inverse of `encode`.
 
         Args:
             codes: `(n, ...)`, integers, as `encode` or a prior gives them.
-            batch_size, verbose: As for `encode`.
+            batch_size: As for `encode`.
+            verbose: As for `encode`.
 
         Returns:
             NumPy array, `(n, ...)`.
         """
-        return _by_batches(
-            lambda codes: self.decoder.predict_on_batch(
-                self.quantizer.decode(codes)
-            ),
-            [codes],
-            batch_size,
-            verbose,
-        )
+
+        def decode(codes):
+            z = self.quantizer.decode(codes)
+            return self.decoder(z, training=False), _is_finite(z)
+
+        return self._map(decode, [self._codes(codes)], batch_size, verbose)
 
     def reconstruct(self, x, quantize=True, batch_size=32, verbose=0):
         """The decoder's answer to the encoder's.
 
         Args:
-            x: `(n, ...)`.
+            x: `(n, ...)`, as for `encode`.
             quantize: Boolean. Without, the decoder sees the encoder's vectors
                 as they are.
-            batch_size, verbose: As for `encode`.
+            batch_size: As for `encode`.
+            verbose: As for `encode`.
 
         Returns:
             NumPy array, shaped like `x`.
         """
 
-        def run(x):
-            # By calls, which hand masks on.
-            if quantize:
-                return self(x, training=False)
-            return self.decoder(self.encoder(x, training=False), training=False)
+        # By calls, which hand masks on.
+        def reconstruct(x):
+            z = self.encoder(x, training=False)
+            q = self.quantizer(z, training=False)
+            return self.decoder(q, training=False), _is_finite(z)
 
-        return _by_batches(run, [x], batch_size, verbose)
+        def pass_on(x):
+            z = self.encoder(x, training=False)
+            return self.decoder(z, training=False), _is_finite(z)
+
+        quantize = check_boolean("quantize", quantize)
+        return self._map(
+            reconstruct if quantize else pass_on,
+            [self._inputs("x", x)],
+            batch_size,
+            verbose,
+        )
 
     def interpolate(self, x1, x2, num=8, batch_size=32, verbose=0):
         """Between pairs of inputs: their vectors are mixed, then quantized.
@@ -238,54 +255,138 @@ class VQVAE(keras.Model):
             decoder(quantizer((1 - α) encoder(x1) + α encoder(x2)))
 
         Args:
-            x1: `(n, ...)`.
+            x1: `(n, ...)`, as for `encode`.
             x2: Shaped like `x1`.
             num: Integer ≥ 2. α runs from 0 to 1 in so many equal steps.
-            batch_size, verbose: As for `encode`.
+            batch_size: As for `encode`.
+            verbose: As for `encode`.
 
         Returns:
             NumPy array, `(n, num, ...)`.
         """
-        num = check_integer("num", num, 2)
-        if np.shape(x1) != np.shape(x2):
+        num = check_integer("num", num, minimum=2)
+        x1, x2 = self._inputs("x1", x1), self._inputs("x2", x2)
+        if x1.shape != x2.shape:
             raise ValueError(
                 "Expected inputs of one shape on both sides. Received: "
-                f"{np.shape(x1)} and {np.shape(x2)}"
+                f"{x1.shape} and {x2.shape}"
             )
+        (z1, _), (z2, _) = (
+            self._vectors(x, batch_size, verbose) for x in (x1, x2)
+        )
 
-        def mix(x1, x2):
-            z1, z2 = map(self.encoder.predict_on_batch, (x1, x2))
-            codes = (
-                self.quantizer.encode((1 - a) * z1 + a * z2)
-                for a in np.linspace(0, 1, num, dtype="float32")
+        def mix(z1, z2, part):
+            part = ops.reshape(part, [-1] + [1] * (len(z1.shape) - 1))
+            part = ops.cast(part, z1.dtype)
+            z = (1 - part) * z1 + part * z2
+            q = self.quantizer(z, training=False)
+            return self.decoder(q, training=False), _is_finite(z)
+
+        parts = np.linspace(0, 1, num, dtype="float32")
+        mixed = [
+            self._map(
+                mix, [z1, z2, np.full(len(z1), part)], batch_size, verbose
             )
-            steps = [
-                self.decoder.predict_on_batch(self.quantizer.decode(c))
-                for c in codes
-            ]
-            return np.stack(steps, axis=1)
+            for part in parts
+        ]
+        return np.stack(mixed, axis=1)
 
-        return _by_batches(mix, [x1, x2], batch_size, verbose)
-
-    def adapt(self, x, iterations=10, seed=0, batch_size=32):
+    def adapt(self, x, iterations=10, seed=0, batch_size=32, verbose=0):
         """Starts the codebook from the k-means clusters of encoded inputs.
 
         Args:
-            x: `(n, ...)`; a few thousand vectors for each code are plenty.
-                Masked ones have no part.
-            iterations, seed: As for `VectorQuantizer.adapt`.
+            x: `(n, ...)`, as for `encode`; a few thousand vectors for each code
+                are plenty. Masked ones have no part.
+            iterations: As for `VectorQuantizer.adapt`.
+            seed: As for `VectorQuantizer.adapt`.
             batch_size: As for `encode`.
+            verbose: As for `encode`; one progress bar for encoding, one for
+                k-means.
         """
 
-        def encode(x):
-            z = self.encoder(x, training=False)
-            kept = weights_of(z, backend.get_keras_mask(z))
-            return z, ops.ones_like(z[..., 0]) if kept is None else kept
+        x = self._inputs("x", x)
+        z, weights = self._vectors(x, batch_size, verbose)
+        self.quantizer.adapt(z[weights > 0], iterations, seed, verbose)
 
-        vectors, kept = _by_batches(encode, [x], batch_size, 0)
+    def _vectors(self, x, batch_size, verbose):
+        """The encoder's vectors, `(n, ..., dim)`, and which of them count."""
+
+        def vectors(x):
+            z = self.encoder(x, training=False)
+            weights = weights_of(z, backend.get_keras_mask(z))
+            if weights is None:
+                weights = ops.ones_like(z[..., 0])
+            return (z, weights), _is_finite(z)
+
+        return self._map(vectors, [x], batch_size, verbose)
+
+    def _map(self, fn, arrays, batch_size, verbose):
+        """`fn` of rows in compiled batches: its outputs, if all are finite.
+
+        Args:
+            fn: Function of tensors; returns `(outputs, finite)`, of which the
+                second says of each row whether its vectors can be quantized.
+            arrays: List of arrays with equally many rows.
+            batch_size: Integer.
+            verbose: As for `map_batches`.
+        """
+        if self.run_eagerly:
+            program = fn
+        else:
+            parts = (self.encoder, self.quantizer, self.decoder)
+            key = (fn.__name__, self.jit_compile, *map(id, parts))
+            program = self._programs.get(
+                key, lambda: backend.jit_layer(fn, self, self.jit_compile)
+            )
+        outputs, finite = map_batches(program, arrays, batch_size, verbose)
+        if not finite.all():
+            raise ValueError(
+                "Expected inputs whose encoded vectors are finite. Received: "
+                f"NaN or infinities in the vectors of row {finite.argmin()}"
+            )
+        return outputs
+
+    def _inputs(self, name, x):
+        """The rows of `x` as an array, if they have the encoder's shape."""
+        x = _rows(name, x)
+        if x.dtype.kind not in "fiub" and x.dtype.name != "bfloat16":
+            raise ValueError(
+                f"Expected numbers in `{name}`. Received: {name} of dtype "
+                f"{x.dtype}"
+            )
+        self._check_shape(name, x.shape)
         if not self.built:
-            self.build(np.shape(x))
-        self.quantizer.adapt(vectors[kept > 0], iterations, seed)
+            self.build(x.shape)
+        return x
+
+    def _check_shape(self, name, shape):
+        expected = getattr(self.encoder, "input_shape", None)
+        if not isinstance(expected, tuple) or _unknown(shape):
+            return
+        # Keras itself adds a last axis of size 1.
+        shape = tuple(shape)
+        if not _fits(shape, expected) and not _fits((*shape, 1), expected):
+            raise ValueError(
+                f"Expected `{name}` of the encoder's input shape, "
+                f"{_batched(expected)}. Received: {name}.shape={shape}"
+            )
+
+    def _codes(self, codes):
+        """The rows of `codes` as an array, if they have the decoder's shape."""
+        codes = _rows("codes", codes)
+        check_integers("codes", codes, 0, self.quantizer.num_codes - 1)
+        vectors = getattr(self.decoder, "input_shape", None)
+        if not isinstance(vectors, tuple):
+            return codes
+        # Of residual codes those of the first stages are enough.
+        stages = (None,) * len(self.quantizer.codes_per_vector)
+        expected = (*vectors[:-1], *stages)
+        if not _fits(codes.shape, expected):
+            raise ValueError(
+                "Expected `codes` of the decoder's input shape, "
+                f"{_batched(expected)}. Received: codes.shape={codes.shape}"
+            )
+        return codes
 
     def get_config(self):
         return {
@@ -305,188 +406,76 @@ class VQVAE(keras.Model):
         return cls(**{**config, **parts})
 
 
-def _by_batches(fn, arrays, batch_size, verbose):
-    """`fn(*arrays)` in NumPy, in batches of one size: the last is filled up."""
-    arrays = [np.asarray(ops.convert_to_numpy(a)) for a in arrays]
-    batch_size = check_integer("batch_size", batch_size, 1)
-    if arrays[0].ndim == 0:
+def _rows(name, x):
+    """An array with an axis of rows, of whatever holds rows."""
+    if isinstance(x, keras.utils.PyDataset):
+        x = _joined(x[index] for index in range(x.num_batches or 0))
+    elif hasattr(x, "element_spec"):  # a tf.data.Dataset
+        x = _joined(x)
+    try:
+        x = as_numpy(x)
+    except ValueError:
+        x = np.asarray(None)
+    if x.ndim == 0 or x.dtype == object:
         raise ValueError(
-            "Expected an array of rows; of a dataset give its arrays, batch by "
-            f"batch. Received: {arrays[0]}"
+            f"Expected `{name}` to be an array of rows, a tf.data.Dataset or a "
+            f"keras.utils.PyDataset of batches. Received: {name}={x}"
         )
-    n = len(arrays[0])
-    if n == 0:
-        raise ValueError("Expected at least one row. Received: none")
-    starts = range(0, n, batch_size)
-    progress = keras.utils.Progbar(len(starts), verbose=verbose)
-    parts = []
-    for start in starts:
-        rows = np.arange(start, start + batch_size) % n
-        part = keras.tree.map_structure(
-            lambda x, count=n - start: ops.convert_to_numpy(x)[:count],
-            fn(*(a[rows] for a in arrays)),
+    if len(x) == 0:
+        raise ValueError(
+            f"Expected at least one row in `{name}`. Received: {name}.shape="
+            f"{x.shape}"
         )
-        parts.append(part)
-        if verbose:
-            progress.add(1)
-    return keras.tree.map_structure(lambda *x: np.concatenate(x), *parts)
+    return x
 
 
-class CodebookUsage(keras.callbacks.Callback):
-    """Reports how the codebooks of a model's quantizers are used, by epoch.
+def _joined(batches):
+    """The inputs of all batches, which may have targets and weights beside."""
+    inputs = [keras.utils.unpack_x_y_sample_weight(b)[0] for b in batches]
+    if not inputs:
+        raise ValueError("Expected at least one batch. Received: none")
+    return np.concatenate([as_numpy(x) for x in inputs])
 
-    For quantizers inside any model that is not a `VQVAE` (which has metrics of
-    its own). Adds `{layer}_perplexity` and `{layer}_usage` to the epoch's logs:
-    effective number of codes, and share of codes used at all, over all training
-    vectors of the epoch. Put it before callbacks that read these logs.
 
-    Example:
+def _is_finite(z):
+    """Whether all vectors of each row that are not masked are finite."""
+    weights = weights_of(z, backend.get_keras_mask(z))
+    finite = counted(z, None)
+    if weights is not None:
+        finite = ops.where(weights > 0, finite, 1)
+    return ops.all(ops.reshape(finite, [ops.shape(z)[0], -1]) > 0, axis=1)
 
-    >>> model.fit(x, y, callbacks=[CodebookUsage()])
+
+def _unknown(shape):
+    """Whether not even the rank is known, as in some of TensorFlow's graphs."""
+    return getattr(shape, "rank", 0) is None
+
+
+def _fits(shape, expected):
+    """Whether two shapes agree, but for the batch and for unknown sizes."""
+    return len(shape) == len(expected) and all(
+        None in sizes or sizes[0] == sizes[1]
+        for sizes in zip(shape[1:], expected[1:], strict=True)
+    )
+
+
+def _batched(shape):
+    sizes = ", ".join(map(str, ("n", *shape[1:])))
+    return f"({sizes}{',' if len(shape) == 1 else ''})"
+
+
+def _takes_integers(loss):
+    """Whether a loss takes the index of a class for a last axis of scores.
+
+    A loss that is not Keras's own may do so.
     """
-
-    def on_epoch_begin(self, epoch, logs=None):
-        for quantizer in self._quantizers():
-            quantizer.reset_counts()
-
-    def on_epoch_end(self, epoch, logs=None):
-        logs = {} if logs is None else logs
-        for quantizer in self._quantizers():
-            counts = ops.stack(
-                [book.total_counts.value for book in quantizer.codebooks()]
-            )
-            for name, measure in (("perplexity", perplexity), ("usage", usage)):
-                logs[f"{quantizer.name}_{name}"] = float(
-                    ops.mean(measure(counts))
-                )
-
-    def _quantizers(self):
-        """The model's quantizers; a residual one without its stages."""
-        found = [
-            layer
-            for layer in self.model._flatten_layers()
-            if isinstance(layer, Quantizer)
-        ]
-        stages = {
-            id(book)
-            for quantizer in found
-            for book in quantizer.codebooks()
-            if book is not quantizer
-        }
-        return [layer for layer in found if id(layer) not in stages]
-
-
-def sonnet_autoencoder(
-    input_shape=(32, 32, 3),
-    dim=64,
-    hidden=128,
-    residual_hidden=32,
-    num_residual=2,
-):
-    """Encoder and decoder of Sonnet's VQ-VAE example, with its init law.
-
-    A quarter of the size: convolutions 4×4/2, 4×4/2, 3×3, residual blocks
-    (3×3, 1×1), 1×1 to `dim`; mirrored in the decoder. The example divides the
-    reconstruction loss by the variance of the data: `compile(optimizer,
-    loss_weights=[1 / variance])`, with Adam(3e-4), batches of 32, images in
-    [-½, ½], and a codebook `VectorQuantizer(512, ema_decay=0.99,
-    embeddings_initializer=keras.initializers.VarianceScaling(1, "fan_out",
-    "uniform"))`.
-
-    Args:
-        input_shape: `(height, width, channels)`, sizes divisible by 4.
-        dim: Integer. Size of the latent vectors.
-        hidden: Integer. Channels of the convolutions.
-        residual_hidden: Integer. Channels inside a residual block.
-        num_residual: Integer. Residual blocks on each side.
-
-    Returns:
-        `(encoder, decoder)`, two `keras.Model`.
-
-    Reference:
-        [Sonnet's example](https://github.com/google-deepmind/sonnet)
-    """
-
-    def conv(filters, size, x, strides=1, transposed=False, **kwargs):
-        cls = layers.Conv2DTranspose if transposed else layers.Conv2D
-        stddev = (size * size * x.shape[-1]) ** -0.5
-        return cls(
-            filters,
-            size,
-            strides,
-            padding="same",
-            kernel_initializer=keras.initializers.TruncatedNormal(
-                stddev=stddev
-            ),
-            **kwargs,
-        )(x)
-
-    def residual_stack(h):
-        for _ in range(num_residual):
-            inner = conv(
-                residual_hidden, 3, layers.ReLU()(h), activation="relu"
-            )
-            h = layers.Add()([h, conv(hidden, 1, inner)])
-        return layers.ReLU()(h)
-
-    x = keras.Input(input_shape)
-    h = conv(hidden // 2, 4, x, 2, activation="relu")
-    h = conv(hidden, 4, h, 2, activation="relu")
-    h = conv(hidden, 3, h, activation="relu")
-    encoder = keras.Model(x, conv(dim, 1, residual_stack(h)), name="encoder")
-
-    z = keras.Input(encoder.output_shape[1:])
-    h = residual_stack(conv(hidden, 3, z))
-    h = conv(hidden // 2, 4, h, 2, transposed=True, activation="relu")
-    h = conv(input_shape[-1], 4, h, 2, transposed=True)
-    return encoder, keras.Model(z, h, name="decoder")
-
-
-def blog_autoencoder(input_shape=(128, 128, 3), dim=128, num_blocks=None):
-    """Encoder and decoder of the post's script.
-
-    A quarter of the size: two 4×4/2 convolutions and residual blocks (3×3,
-    1×1), all with BatchNormalization; mirrored in the decoder, which ends in
-    tanh: images in [-1, 1]. The script uses Adam(1e-3), batches of 64 and
-    `VectorQuantizer(64)`.
-
-    Args:
-        input_shape: `(height, width, channels)`, sizes divisible by 4.
-        dim: Integer. Channels, and size of the latent vectors.
-        num_blocks: Integer. Residual blocks on each side. Defaults to the
-            script's `log2(height) - 4`, and at least one.
-
-    Returns:
-        `(encoder, decoder)`, two `keras.Model`.
-
-    Reference:
-        [blog post 6760](https://kexue.fm/archives/6760)
-    """
-    if num_blocks is None:
-        num_blocks = max(int(math.log2(input_shape[0])) - 4, 1)
-
-    def block(x):
-        h = layers.Conv2D(dim, 3, padding="same")(layers.ReLU()(x))
-        h = layers.ReLU()(layers.BatchNormalization()(h))
-        return layers.Add()([x, layers.Conv2D(dim, 1, padding="same")(h)])
-
-    x = keras.Input(input_shape)
-    h = layers.Conv2D(dim, 4, 2, padding="same")(x)
-    h = layers.ReLU()(layers.BatchNormalization()(h))
-    h = layers.Conv2D(dim, 4, 2, padding="same")(h)
-    h = layers.BatchNormalization()(h)
-    for index in range(num_blocks):
-        h = block(h)
-        if index < num_blocks - 1:
-            h = layers.BatchNormalization()(h)
-    encoder = keras.Model(x, h, name="encoder")
-
-    z = h = keras.Input(encoder.output_shape[1:])
-    for _ in range(num_blocks):
-        h = block(layers.BatchNormalization()(h))
-    h = layers.Conv2DTranspose(dim, 4, 2, padding="same")(h)
-    h = layers.ReLU()(layers.BatchNormalization()(h))
-    h = layers.Conv2DTranspose(
-        input_shape[-1], 4, 2, padding="same", activation="tanh"
-    )(h)
-    return encoder, keras.Model(z, h, name="decoder")
+    loss = keras.losses.get(loss)
+    function = getattr(loss, "fn", loss)
+    module = getattr(function, "__module__", type(function).__module__)
+    if not module.startswith("keras."):
+        return True
+    name = getattr(function, "__name__", type(function).__name__)
+    return name in (
+        "sparse_categorical_crossentropy",
+        "SparseCategoricalCrossentropy",
+    )

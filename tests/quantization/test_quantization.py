@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
+from kit import close_in_ulps, nearest_rows
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -25,12 +26,6 @@ ON_JAX = keras.backend.backend() == "jax"
 
 def numpy(x):
     return keras.tree.map_structure(ops.convert_to_numpy, x)
-
-
-def brute_force(z, e):
-    """The nearest row of `e`, in float64, from differences."""
-    z, e = np.asarray(z, "f8"), np.asarray(e, "f8")
-    return ((z[..., None, :] - e) ** 2).sum(-1).argmin(-1)
 
 
 def quantizer(embeddings=E, **kwargs):
@@ -54,8 +49,8 @@ def run(layer, z, embeddings=None, **kwargs):
 def test_the_output_is_the_code_and_the_loss_is_the_formula():
     layer = quantizer(codebook_cost=0.7, commitment_cost=0.3)
     quantized, codes, loss = numpy(run(layer, Z))
-    expected = E[brute_force(Z, E)]
-    np.testing.assert_array_equal(codes, brute_force(Z, E))
+    expected = E[nearest_rows(Z, E)]
+    np.testing.assert_array_equal(codes, nearest_rows(Z, E))
     np.testing.assert_array_equal(quantized, expected)
     np.testing.assert_allclose(loss, np.mean((Z - expected) ** 2), rtol=1e-6)
     np.testing.assert_array_equal(numpy(layer.encode(Z)), codes)
@@ -99,7 +94,7 @@ def test_gradients_of_the_loss_by_finite_differences(metric):
 
     layer = quantizer(codebook_cost=0.7, commitment_cost=0.3, metric=metric)
     norm = norm if metric == "cosine" else lambda x: x
-    k = brute_force(norm(Z), norm(E))
+    k = nearest_rows(norm(Z), norm(E))
     gradients = losses_gradient(layer)
     z0, e0 = Z.astype("f8"), E.astype("f8")
 
@@ -125,10 +120,10 @@ def test_the_gradient_of_the_codebook_is_dense_for_the_optimizer():
     model = keras.Sequential([keras.Input((DIM,)), layer])
     model.compile(keras.optimizers.Adam(0.1), loss=None, jit_compile=ON_JAX)
     z = np.repeat(Z.reshape(-1, DIM)[:6], 5, axis=0)
-    k, m, v, e = brute_force(z, E), 0, 0, E.astype("f8")
+    k, m, v, e = nearest_rows(z, E), 0, 0, E.astype("f8")
     for step in range(1, 4):
         model.train_on_batch(z, np.zeros(len(z)))
-        k = brute_force(z, e)
+        k = nearest_rows(z, e)
         g = np.zeros_like(e)
         np.add.at(g, k, 2 * (e[k] - z) / z.size)
         m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
@@ -141,7 +136,7 @@ def test_cosine_compares_directions():
     layer = quantizer(metric="cosine", commitment_cost=0.25)
     z, e = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (Z, E))
     quantized, codes, loss = numpy(run(layer, Z))
-    np.testing.assert_array_equal(codes, (z @ e.T).argmax(-1))
+    np.testing.assert_array_equal(codes, nearest_rows(z, e))
     np.testing.assert_allclose(quantized, e[codes], atol=1e-6)
     np.testing.assert_allclose(
         loss, 1.25 * np.mean((z - e[codes]) ** 2), rtol=1e-5
@@ -187,7 +182,7 @@ class SonnetEMA:
 
     def __call__(self, z):
         z, size = z.astype("f8").reshape(-1, self.e.shape[1]), len(self.e)
-        k = brute_force(z, self.e)
+        k = nearest_rows(z, self.e)
         hot = np.eye(size)[k]
         loss = self.cost * np.mean((z - self.e[k]) ** 2)
         p = hot.mean(0)
@@ -236,7 +231,7 @@ def test_an_averaged_cosine_codebook_is_of_unit_vectors():
     layer = quantizer(ema_decay=0.5, metric="cosine")
     unit = E / np.linalg.norm(E, axis=-1, keepdims=True)
     z = Z / np.linalg.norm(Z, axis=-1, keepdims=True)
-    k = (z @ unit.T).argmax(-1)
+    k = nearest_rows(z, unit)
     layer(Z, training=True)
     for code in range(CODES):
         mean = z[k == code].sum(0) if (k == code).any() else unit[code]
@@ -342,7 +337,7 @@ def test_dead_codes_go_to_vectors_of_the_batch():
     layer = quantizer(embeddings, ema_decay=0.9, restart_threshold=0.2)
     layer(Z, training=True)
     found, flat = numpy(layer.embeddings), Z.reshape(-1, DIM)
-    k = brute_force(flat, embeddings)
+    k = nearest_rows(flat, embeddings)
     for code in range(2):  # alive: the mean of its vectors
         mean = flat[k == code].mean(0)
         np.testing.assert_allclose(found[code], mean, atol=1e-3)
@@ -377,7 +372,7 @@ def test_adapt_is_k_means(decay):
     z = rng.normal(size=(60, DIM)).astype("float32")
     means = z[np.random.default_rng(7).permutation(60)[:CODES]].astype("f8")
     for _ in range(4):
-        labels = brute_force(z, means)
+        labels = nearest_rows(z, means)
         means = np.stack([z[labels == j].mean(0) for j in range(CODES)])
     layer = VectorQuantizer(CODES, ema_decay=decay)
     layer.adapt(z.reshape(6, 10, DIM), iterations=4, seed=7)
@@ -386,7 +381,7 @@ def test_adapt_is_k_means(decay):
         return
     # The clusters are the first step of the moving average, a batch the second;
     # a code that has no vectors there stays where it is.
-    labels = brute_force(z, means)
+    labels = nearest_rows(z, means)
     chosen = (labels > 0) & (np.arange(60) % 2 == 0)
     layer(z[chosen], training=True)
     for j in range(CODES):
@@ -425,7 +420,7 @@ def test_adapt_to_fewer_vectors_than_codes_says_so():
 
 def test_counts_and_their_measures():
     layer = quantizer()
-    k = brute_force(Z, E)
+    k = nearest_rows(Z, E)
     counts = np.bincount(k.ravel(), minlength=CODES)
     layer(Z, training=True)
     layer(Z[:2], training=True)
@@ -454,7 +449,7 @@ def test_the_callback_reports_the_epoch():
     history = model.fit(
         Z, Z, epochs=2, batch_size=5, verbose=0, callbacks=[CodebookUsage()]
     ).history
-    counts = np.bincount(brute_force(Z, E).ravel(), minlength=CODES)
+    counts = np.bincount(nearest_rows(Z, E).ravel(), minlength=CODES)
     p = counts[counts > 0] / counts.sum()
     expected = np.exp(-(p * np.log(p)).sum())
     np.testing.assert_allclose(history["first_perplexity"], expected, rtol=1e-5)
@@ -462,136 +457,6 @@ def test_the_callback_reports_the_epoch():
     of_stages = np.mean([numpy(usage(s.total_counts)) for s in second.stages])
     np.testing.assert_allclose(history["second_usage"][-1], of_stages)
     assert not any("stage" in key for key in history)
-
-
-# Finite scalars.
-
-
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
-def test_finite_scalars_are_the_formula(activation):
-    levels = [3, 4, 5, 8]
-    layer = FiniteScalarQuantizer(levels, activation)
-    z = (3 * Z).astype("f8")
-    quantized, codes = numpy(layer(z.astype("f4"), return_codes=True))
-    top = np.array(levels) - 1.0
-    if activation == "sigmoid":
-        bounded = top / (1 + np.exp(-z))
-        digits, width, zero = np.round(bounded), top, 0
-    else:
-        half, offset = top / 2 * 0.999, np.array([0, 0.5, 0, 0.5])
-        bounded = half * np.tanh(z + np.arctanh(offset / half)) - offset
-        width = zero = np.array([1, 2, 2, 4])
-        digits = np.round(bounded) + zero
-    np.testing.assert_allclose(quantized, (digits - zero) / width, atol=1e-6)
-    radix = np.array([1, 3, 12, 60])
-    np.testing.assert_array_equal(codes, (digits * radix).sum(-1))
-
-    def output(z):
-        return ops.sum(layer(z)), None
-
-    slope = numpy(backend.value_and_grad(output, z.astype("f4"))[1])
-    step = 1e-6  # the activation's derivative, by central differences
-
-    def smooth(z):
-        if activation == "sigmoid":
-            return 1 / (1 + np.exp(-z))
-        shift = np.arctanh(offset / half)
-        return half * np.tanh(z + shift) / width
-
-    expected = (smooth(z + step) - smooth(z - step)) / (2 * step)
-    np.testing.assert_allclose(slope, expected, atol=1e-5)
-    assert layer.losses == []
-
-
-@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
-def test_every_finite_code_is_reached_and_its_own(activation, policy):
-    # 1000 codes: more than bfloat16 has integers.
-    layer = FiniteScalarQuantizer([8, 5, 5, 5], activation, dtype=policy)
-    part = np.linspace(0.002, 0.998, 24)
-    part = np.log(part / (1 - part)) / (2 if activation == "tanh" else 1)
-    z = np.stack(np.meshgrid(*[part.astype("f4")] * 4), -1).reshape(-1, 4)
-    assert len(np.unique(numpy(layer.encode(z)))) == 1000
-    codes = np.arange(1000, dtype="int32")
-    digits = codes[:, None] // [1, 8, 40, 200] % [8, 5, 5, 5]
-    zero = np.array([4, 2, 2, 2]) if activation == "tanh" else 0
-    width = [4, 2, 2, 2] if activation == "tanh" else [7, 4, 4, 4]
-    np.testing.assert_allclose(
-        numpy(ops.cast(layer.decode(codes), "float32")),
-        (digits - zero) / np.array(width, "f4"),
-        atol=2e-3 if policy == "mixed_bfloat16" else 1e-6,
-    )
-
-
-def test_zero_is_quantized_to_zero_by_tanh():
-    layer = FiniteScalarQuantizer([3, 4, 5, 8])
-    np.testing.assert_allclose(numpy(layer(0 * Z)), 0, atol=1e-6)
-
-
-# Residuals.
-
-
-def test_residual_codes_add_up():
-    layer = ResidualVectorQuantizer(3, CODES)
-    layer.build(Z.shape)
-    books = [E, 0.5 * E[::-1], 0.2 * E]
-    for stage, book in zip(layer.stages, books, strict=True):
-        stage.embeddings.assign(book)
-    quantized, codes, loss = numpy(run(layer, Z))
-    rest, expected, total = Z.astype("f8"), [], 0
-    for book in books:
-        expected.append(brute_force(rest, book))
-        error = rest - book[expected[-1]]
-        total, rest = total + 1.25 * np.mean(error**2), error
-    np.testing.assert_array_equal(codes, np.stack(expected, -1))
-    np.testing.assert_allclose(quantized, Z - rest, atol=1e-6)
-    np.testing.assert_allclose(loss, total, rtol=1e-5)
-
-    # A stage's loss pulls its own codes, and the vectors: no other stage's.
-    def losses(args):
-        z, *values = args
-        mapping = [
-            (stage.embeddings, value)
-            for stage, value in zip(layer.stages, values, strict=True)
-        ]
-        with keras.StatelessScope(mapping, collect_losses=True) as scope:
-            layer(z)
-        return sum(scope.losses), None
-
-    slopes = numpy(backend.value_and_grad(losses, (Z, *books))[1])
-    rest, pull = Z.astype("f8"), 0
-    for book, slope in zip(books, slopes[1:], strict=True):
-        k = brute_force(rest, book)
-        rest = rest - book[k]
-        push = np.zeros(book.shape)
-        np.add.at(push, k, -2 * rest / rest.size)
-        np.testing.assert_allclose(slope, push, atol=1e-6)
-        pull = pull + 0.25 * 2 * rest / rest.size
-    np.testing.assert_allclose(slopes[0], pull, atol=1e-6)
-    np.testing.assert_array_equal(numpy(layer.encode(Z)), codes)
-    np.testing.assert_allclose(numpy(layer.decode(codes)), quantized, atol=1e-6)
-    np.testing.assert_array_equal(
-        numpy(layer.decode(codes[..., :1])), E[codes[..., 0]]
-    )
-
-    def output(z):
-        return ops.sum(run(layer, z)[0]), None
-
-    slope = numpy(backend.value_and_grad(output, Z)[1])
-    np.testing.assert_array_equal(slope, 1)
-
-
-def test_residual_stages_start_apart_and_adapt_in_turn():
-    layer = ResidualVectorQuantizer(2, CODES, ema_decay=0.9)
-    layer.build(Z.shape)
-    first, second = (numpy(stage.embeddings) for stage in layer.stages)
-    assert np.abs(first - second).max() > 0.01
-    layer.adapt(Z)
-    coarse = numpy(layer.stages[0].decode(layer.encode(Z)[..., 0]))
-    fine = numpy(layer.decode(layer.encode(Z)))
-    assert np.mean((Z - fine) ** 2) < 0.5 * np.mean((Z - coarse) ** 2)
-    layer(Z, training=True)
-    assert len(layer.losses) == 1
 
 
 # Precision, replicas, resuming.
@@ -604,7 +469,7 @@ def test_half_precision_quantizes_in_float32(policy):
     layer.embeddings.assign(200 * E)
     big = 200 * Z  # squares overflow float16; float32 inputs stay float32
     quantized, codes = layer(big, return_codes=True, training=True)
-    np.testing.assert_array_equal(numpy(codes), brute_force(big, 200 * E))
+    np.testing.assert_array_equal(numpy(codes), nearest_rows(big, 200 * E))
     dtype = keras.backend.standardize_dtype
     assert dtype(quantized.dtype) == layer.compute_dtype
     assert dtype(layer.losses[0].dtype) == "float32"
@@ -612,9 +477,7 @@ def test_half_precision_quantizes_in_float32(policy):
     assert all(w.dtype == "float32" for w in layer.weights)
     single = quantizer(200 * E, ema_decay=0.9)
     single(big, training=True)
-    np.testing.assert_array_equal(
-        numpy(layer.embeddings), numpy(single.embeddings)
-    )
+    close_in_ulps(layer.embeddings, single.embeddings)
 
 
 def small_model():
@@ -674,7 +537,16 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
         (VectorQuantizer, [1], {}, "at least 2.*num_codes=1"),
         (VectorQuantizer, [8, -1.0], {}, "codebook_cost=-1"),
         (VectorQuantizer, [8], {"commitment_cost": -1}, "commitment_cost=-1"),
+        (VectorQuantizer, [8, np.inf], {}, "codebook_cost=inf"),
+        (VectorQuantizer, [8, True], {}, "codebook_cost=True"),
+        (VectorQuantizer, [8], {"commitment_cost": "1"}, "cost='1'"),
+        (VectorQuantizer, [8], {"commitment_cost": np.nan}, "cost=nan"),
+        (VectorQuantizer, [8.0], {}, "num_codes=8.0"),
+        (VectorQuantizer, [True], {}, "num_codes=True"),
+        (VectorQuantizer, ["8"], {}, "num_codes='8'"),
         (VectorQuantizer, [8], {"ema_decay": 1.0}, "ema_decay=1.0"),
+        (VectorQuantizer, [8], {"ema_decay": True}, "ema_decay=True"),
+        (VectorQuantizer, [8], {"metric": None}, "metric=None"),
         (VectorQuantizer, [8], {"metric": "dot"}, "metric='dot'"),
         (VectorQuantizer, [8], {"restart_threshold": 0.1}, "set `ema_decay`"),
         (
@@ -685,9 +557,14 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
         ),
         (FiniteScalarQuantizer, [[2, 4]], {}, "at least 3"),
         (FiniteScalarQuantizer, [[1], "sigmoid"], {}, "at least 2"),
-        (FiniteScalarQuantizer, [[99] * 5], {}, "fewer than 2"),
         (FiniteScalarQuantizer, [[3], "relu"], {}, "activation='relu'"),
+        (FiniteScalarQuantizer, [[3.0, 4]], {}, "levels=.3.0, 4."),
+        (FiniteScalarQuantizer, [["3"]], {}, "levels="),
+        (FiniteScalarQuantizer, [None], {}, "levels=None"),
+        (FiniteScalarQuantizer, [[[3, 3]]], {}, "levels="),
         (ResidualVectorQuantizer, [0, 8], {}, "num_quantizers=0"),
+        (ResidualVectorQuantizer, [True, 8], {}, "num_quantizers=True"),
+        (ResidualVectorQuantizer, [2, 8, np.inf], {}, "codebook_cost=inf"),
     ],
 )
 def test_bad_arguments(cls, args, kwargs, message):
@@ -705,9 +582,11 @@ def test_bad_inputs():
         layer(np.zeros((1, DIM + 1), "float32"))
     with pytest.raises(ValueError, match=f"size {DIM} along the last axis"):
         layer.encode(np.zeros((1, DIM + 1), "float32"))
-    with pytest.raises(ValueError, match="from 0 to 7.*from -1 to 8"):
+    with pytest.raises(
+        ValueError, match="at least 0 and at most 7.*from -1 to 8"
+    ):
         layer.decode(np.array([-1, 8]))
-    with pytest.raises(ValueError, match="integer codes.*float32"):
+    with pytest.raises(ValueError, match="integers in `codes`.*float32"):
         layer.decode(np.zeros(2, "float32"))
     with pytest.raises(ValueError, match="no codebook yet"):
         VectorQuantizer(4).decode(np.zeros(2, "int32"))

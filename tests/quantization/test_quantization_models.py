@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from kit import nearest_rows
 
 from blogkeras.quantization import (
     VQVAE,
@@ -51,7 +52,7 @@ def test_the_loss_is_reconstruction_plus_codes():
     model = fitted(metrics=["mae"])
     z = numpy(model.encoder(X))
     e = numpy(model.quantizer.embeddings)
-    k = ((z[..., None, :] - e) ** 2).sum(-1).argmin(-1)
+    k = nearest_rows(z, e)
     x = numpy(model.decoder(e[k]))
     logs = model.train_on_batch(X, return_dict=True)
     expected = np.mean((x - X) ** 2) + 1.25 * np.mean((z - e[k]) ** 2)
@@ -97,18 +98,19 @@ def test_verbs_are_the_parts_in_turn():
     model.adapt(X)
     z = numpy(model.encoder(X))
     codes = model.encode(X, batch_size=4)  # the last batch is not full
-    np.testing.assert_array_equal(codes, numpy(model.quantizer.encode(z)))
+    expected = nearest_rows(z, model.quantizer.embeddings)
+    np.testing.assert_array_equal(codes, expected)
     x = numpy(model.decoder(model.quantizer.decode(codes)))
-    np.testing.assert_allclose(model.decode(codes, 4), x, atol=1e-6)
-    np.testing.assert_allclose(model.reconstruct(X, batch_size=4), x, atol=1e-6)
+    np.testing.assert_allclose(model.decode(codes, 4), x, atol=1e-5)
+    np.testing.assert_allclose(model.reconstruct(X, batch_size=4), x, atol=1e-5)
     np.testing.assert_allclose(model.predict(X, verbose=0), x, atol=1e-5)
     np.testing.assert_allclose(
-        model.reconstruct(X, quantize=False), numpy(model.decoder(z)), atol=1e-6
+        model.reconstruct(X, quantize=False), numpy(model.decoder(z)), atol=1e-5
     )
     between = model.interpolate(X[:3], X[3:], num=3)
     assert between.shape == (3, 3, *X.shape[1:])
-    np.testing.assert_allclose(between[:, 0], x[:3], atol=1e-6)
-    np.testing.assert_allclose(between[:, 2], x[3:], atol=1e-6)
+    np.testing.assert_allclose(between[:, 0], x[:3], atol=1e-5)
+    np.testing.assert_allclose(between[:, 2], x[3:], atol=1e-5)
     middle = numpy(model.quantizer((z[:3] + z[3:]) / 2))
     np.testing.assert_allclose(
         between[:, 1], numpy(model.decoder(middle)), atol=1e-5
@@ -279,7 +281,9 @@ def uncached(model, u, temperature, top_k, labels):
             kept = np.argsort(-row)[: top_k or CODES]
             p = np.zeros(CODES)
             p[kept] = np.exp(row[kept] - row.max())
-            below = np.cumsum(p / p.sum()) <= u[t, n]
+            total = np.cumsum(p / p.sum())
+            assert np.abs(total - u[t, n]).min() > 1e-5  # left to no rounding
+            below = total <= u[t, n]
             codes[n].flat[t] = below.sum()
     return codes
 
@@ -389,7 +393,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="Expected a VectorQuantizer"):
         VQVAE(encoder, layers.Dense(3), decoder)
     model = fitted()
-    with pytest.raises(ValueError, match="from 0 to 4.*from 5 to 5"):
+    with pytest.raises(ValueError, match="at most 4.*from 5 to 5"):
         model.decode(np.full((1, 2, 2), 5))
     with pytest.raises(ValueError, match="at least one row"):
         model.encode(X[:0])
@@ -412,7 +416,7 @@ def test_bad_input():
         model([MAPS, LABELS])
     with pytest.raises(ValueError, match=r"shape \(3, 4\)"):
         model(MAPS[:, :2])
-    with pytest.raises(ValueError, match="labels from 0 to 1"):
+    with pytest.raises(ValueError, match="`labels`.*at most 1"):
         prior("attention", 2).sample(1, labels=2)
 
 

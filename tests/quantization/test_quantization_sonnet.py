@@ -37,6 +37,7 @@ def test_codebooks_are_sonnets(decay):
     for _ in range(STEPS):
         z = centers[rng.integers(0, 40, (4, 16, 16))]
         z = tf.constant(z + 0.3 * rng.normal(size=z.shape), "float32")
+        before = ours.embeddings.numpy()
         # The gradient of the output is weighed, so that it is not all ones.
         with tf.GradientTape(persistent=True) as tape:
             tape.watch(z)
@@ -45,7 +46,15 @@ def test_codebooks_are_sonnets(decay):
             quantized, codes = ours(z, training=True, return_codes=True)
             loss = sum(ours.losses)
             our_value = loss + tf.reduce_sum(quantized * tf.cos(z))
-        np.testing.assert_array_equal(codes, out["encoding_indices"])
+        # Where two codes are equally near, either is right.
+        vectors = z.numpy().astype("float64")[..., None, :]
+        distances = np.sum((vectors - before) ** 2, axis=-1)
+        first, second = np.moveaxis(np.sort(distances, -1)[..., :2], -1, 0)
+        clear = second - first > 1e-5 * second
+        assert clear.mean() > 0.999
+        np.testing.assert_array_equal(
+            codes.numpy()[clear], out["encoding_indices"].numpy()[clear]
+        )
         np.testing.assert_allclose(loss, out["loss"], rtol=1e-6)
         np.testing.assert_allclose(
             perplexity(ours.batch_counts), out["perplexity"], rtol=1e-6

@@ -5,6 +5,7 @@ adds its models and methods to the list.
 """
 
 import keras
+import numpy as np
 import pytest
 import toy
 from kit import JAX, lower_train_step
@@ -43,7 +44,42 @@ def electra(sharing):
     return make
 
 
+def vqvae(quantizer):
+    def make():
+        encoder = keras.Sequential(
+            [keras.Input((4, 4, 2)), keras.layers.Conv2D(3, 2, 2)]
+        )
+        decoder = keras.Sequential(
+            [keras.Input((2, 2, 3)), keras.layers.Conv2DTranspose(2, 2, 2)]
+        )
+        model = blogkeras.VQVAE(encoder, quantizer(), decoder)
+        model.compile("adam", jit_compile=True)
+        return model, np.ones((8, 4, 4, 2), "float32")
+
+    return make
+
+
+def code_prior(architecture):
+    def make():
+        model = blogkeras.CodePrior(
+            5, (2, 3), architecture, dim=8, num_layers=1, num_heads=2
+        )
+        model.compile("adam", jit_compile=True)
+        return model, np.ones((8, 2, 3), "int32")
+
+    return make
+
+
 STEPS = {
+    "codebook": vqvae(
+        lambda: blogkeras.VectorQuantizer(
+            5, ema_decay=0.9, restart_threshold=0.1
+        )
+    ),
+    "residual": vqvae(lambda: blogkeras.ResidualVectorQuantizer(2, 5)),
+    "scalar": vqvae(lambda: blogkeras.FiniteScalarQuantizer([8] * 3)),
+    "attention prior": code_prior("attention"),
+    "convolution prior": code_prior("convolution"),
     "plain": plain,
     "fgm": adversarial("fgm"),
     "gradient_penalty": adversarial("gradient_penalty"),
@@ -59,3 +95,23 @@ def test_train_step_lowers(name, platform):
     assert "stablehlo" in program
     # A call into Python would need the host in every step.
     assert "callback" not in program
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("architecture", ["attention", "convolution"])
+def test_sampling_lowers(architecture, platform):
+    import jax
+
+    model, _ = code_prior(architecture)()
+    model.build()
+
+    def sample(values, u):
+        mapping = zip(model.variables, values, strict=True)
+        with keras.StatelessScope([*mapping]):
+            return model._sample(3, u, 0.9)
+
+    exported = jax.export.export(jax.jit(sample), platforms=[platform])(
+        [v.value for v in model.variables], np.ones((6, 4), "float32")
+    )
+    program = exported.mlir_module()
+    assert "stablehlo.while" in program and "callback" not in program
