@@ -115,7 +115,8 @@ class Objective:
         if backend.BACKEND == "tensorflow":
             updates = list(scope.assigned.values())
         else:
-            # What `values` put in place is not an update.
+            # An update is what the model assigned. A variable that it did not
+            # assign keeps the value of the state, not one given by `values`.
             updates = [
                 scope.assigned.get(id(v), (v, value))[1]
                 for v, value in self._state

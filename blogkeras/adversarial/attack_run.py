@@ -121,7 +121,8 @@ class AttackRun:
         _, kwargs = self.site.at(objective, [], origin)
         if "perturb" not in kwargs:
             return origin, False
-        # The origin of an output is an offset of zero.
+        # There the values are offsets, and the origin is zero: run the model
+        # to see the outputs themselves.
         ((layer, add),) = kwargs["perturb"].items()
         values = []
 
@@ -254,7 +255,8 @@ class Tally:
         size = _length(batch)
         rate = min(1.0, 2.5 / self._steps)
         zero = [ops.zeros_like(m) for m in mask]
-        # In units of epsilon, the first step is the same for all.
+        # Points are offsets divided by epsilon: then the first step, at the
+        # origin, is the same for every epsilon and is computed once.
         first, still = run.ascend(mapping, batch, origin, mask, zero, 0.0, rate)
         self.unmoved.add(still, size)
         for index, epsilon in enumerate(self._epsilons):

@@ -15,9 +15,9 @@ import blogkeras
 pytestmark = pytest.mark.skipif(not JAX, reason="JAX lowers for any device")
 
 
-def adversarial(method):
+def adversarial(method, **options):
     def make():
-        model = toy.compiled(toy.classifier())
+        model = toy.compiled(toy.classifier(**options))
         blogkeras.adversarial_training(model, method=method)
         return model, toy.TOKENS[:8], toy.LABELS[:8]
 
@@ -81,8 +81,12 @@ STEPS = {
     "attention prior": code_prior("attention"),
     "convolution prior": code_prior("convolution"),
     "plain": plain,
-    "fgm": adversarial("fgm"),
-    "gradient_penalty": adversarial("gradient_penalty"),
+    **{name: adversarial(name) for name in blogkeras.adversarial.METHODS},
+    "fgm at the output": adversarial(blogkeras.FGM(0.5, "sample", "output")),
+    "fgm at look-ups": adversarial(blogkeras.FGM(0.5), regularizer=None),
+    "pgd from a random start": adversarial(
+        blogkeras.PGD(0.5, 2, random_start=True, site="output")
+    ),
     "electra": electra("embeddings"),
     "electra, disentangled": electra("disentangled"),
 }
