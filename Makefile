@@ -8,7 +8,7 @@ STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 
 BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
-	bench-hsic bench-quantization
+	bench-hsic bench-quantization bench-pretraining
 
 .PHONY: bench-gpu check-python docs help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
@@ -108,3 +108,12 @@ bench-quantization: $(VENV)/.test $(VENV)/.sonnet # codebooks and their peers
 
 bench-gpu: $(VENV)/.test # one CUDA card; without one, a rehearsal on the CPU
 	@$(RUN) benchmarks/gpu.py
+
+bench-pretraining: $(VENV)/.test # a step of ELECTRA, tf-models, transformers
+	test -d $(VENV)/tf-models || $(PYTHON) -m venv $(VENV)/tf-models
+	$(VENV)/tf-models/bin/pip install -q tf-models-official==2.20.0
+	test -d $(VENV)/transformers || $(PYTHON) -m venv $(VENV)/transformers
+	$(VENV)/transformers/bin/pip install -q torch==2.13.0 transformers
+	@$(RUN) benchmarks/bench_pretraining.py \
+		--tf-models $(VENV)/tf-models/bin/python \
+		--transformers $(VENV)/transformers/bin/python

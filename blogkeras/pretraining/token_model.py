@@ -1,7 +1,8 @@
 """What the models that are trained on tokens alone have in common."""
 
+import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.arguments import check_integers
@@ -85,11 +86,11 @@ class TokenModel(CompositeModel):
 
     def _check(self, x):
         if hasattr(x, "element_spec"):  # a tf.data.Dataset
-            x = next(iter(x.take(1)), None)
-            x = x[0] if isinstance(x, tuple) else x
-        elif hasattr(x, "__getitem__") and hasattr(x, "use_multiprocessing"):
-            x = x[0]  # a keras.utils.PyDataset
-            x = x[0] if isinstance(x, tuple) else x
+            x = _inputs(next(iter(x.take(1)), None))
+            # TensorFlow's tensors, on the JAX backend too.
+            x = tree.map_structure(np.asarray, x)
+        elif isinstance(x, keras.utils.PyDataset):
+            x = _inputs(x[0])
         known = isinstance(x, (dict, list, tuple, np.ndarray))
         if known or ops.is_tensor(x):
             self._split(x)
@@ -187,6 +188,11 @@ def as_masking(masking, mask_token, special_tokens, mask_rate, size, **options):
             f"vocabulary_size={masking.vocabulary_size} and {size}"
         )
     return masking
+
+
+def _inputs(batch):
+    """The inputs in a batch, which may have targets and weights besides."""
+    return batch[0] if isinstance(batch, tuple) else batch
 
 
 def _short(x):
