@@ -8,7 +8,7 @@ STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 
 BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
-	bench-hsic bench-quantization bench-pretraining
+	bench-hsic bench-quantization bench-pretraining bench-denoising
 
 .PHONY: bench-gpu check-python docs help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
@@ -117,3 +117,9 @@ bench-pretraining: $(VENV)/.test # a step of ELECTRA, tf-models, transformers
 	@$(RUN) benchmarks/bench_pretraining.py \
 		--tf-models $(VENV)/tf-models/bin/python \
 		--transformers $(VENV)/transformers/bin/python
+
+bench-denoising: $(VENV)/.test # samplers and train steps, torchebm and PyTorch
+	test -d $(VENV)/torchebm || $(PYTHON) -m venv $(VENV)/torchebm
+	$(VENV)/torchebm/bin/pip install -q torch==2.13.0 torchebm==0.8.9
+	@$(RUN) benchmarks/bench_denoising.py \
+		--torch $(VENV)/torchebm/bin/python
