@@ -3,6 +3,7 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
@@ -28,6 +29,25 @@ def safe_sqrt(x):
     # The inner `where` keeps the infinite slope at zero out of the gradient.
     root = ops.sqrt(ops.where(positive, x, ops.ones_like(x)))
     return ops.where(positive, root, ops.zeros_like(x))
+
+
+def normalize(x, axis=-1):
+    """x / ‖x‖, and 0 where x is 0; the gradient at 0 is finite.
+
+    Squares are taken of numbers of size 1, so that vectors of any size in the
+    range of floats have a direction.
+
+    Args:
+        x: Floating tensor.
+        axis: Axis or axes of a vector.
+
+    Returns:
+        Tensor of the shape of `x`.
+    """
+    size = ops.stop_gradient(ops.max(ops.abs(x), axis=axis, keepdims=True))
+    x = x / ops.where(size > 0, size, ops.ones_like(size))
+    norm = safe_norm(x, axis=axis, keepdims=True)
+    return x / ops.where(norm > 0, norm, ops.ones_like(norm))
 
 
 def masked_mean(x, mask=None, axis=None, keepdims=False):
@@ -96,7 +116,7 @@ _DIFFERENCES = 2**20
 _FEATURES = 16
 
 
-def squared_distances(x, y, tolerance=0.0):
+def squared_distances(x, y=None, tolerance=0.0, equal=None):
     """All squared Euclidean distances between two sets of vectors.
 
         d²ᵢⱼ = ‖xᵢ − c‖² + ‖yⱼ − c‖² − 2 (xᵢ − c)·(yⱼ − c)
@@ -120,15 +140,22 @@ def squared_distances(x, y, tolerance=0.0):
 
     Args:
         x: `(..., n, dim)`, floating.
-        y: `(..., m, dim)`, floating.
-        tolerance: Float ≥ 0. An error of d² that does not matter. A distance
-            of a vector to itself always makes products cancel; with a tolerance
-            they are kept as long as rounding stays below it.
+        y: `(..., m, dim)`, floating. `None` is `x`; the diagonal is then
+            `equal`.
+        tolerance: Number ≥ 0, or tensor `(..., 1, 1)`. An error of d² that does
+            not matter: products are kept as long as rounding stays below it.
+        equal: `(n, m)`, boolean. Pairs that are known to be the same vector:
+            they have distance 0 and are no reason to take differences.
 
     Returns:
         `(..., n, m)`.
     """
-    x, y = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
+    x = ops.convert_to_tensor(x)
+    if y is None:
+        y = x
+        index = ops.arange(ops.shape(x)[-2], dtype="int32")
+        equal = ops.expand_dims(index, -1) == index
+    y = ops.convert_to_tensor(y)
     if tuple(x.shape[:-2]) != tuple(y.shape[:-2]):
         # Broadcast here, so that the gradient is summed over what is repeated.
         x, y = (
@@ -137,31 +164,73 @@ def squared_distances(x, y, tolerance=0.0):
         )
     dtype = keras.backend.standardize_dtype(x.dtype)
     unit = 4 * _EPSILON[dtype]
+    # All that is traced goes in as an argument: inside of a loop JAX cannot
+    # differentiate a function that has a tensor of the loop from elsewhere.
+    constants = [ops.cast(ops.stop_gradient(tolerance), dtype)]
+    if equal is not None:
+        constants.append(ops.cast(equal, dtype))
 
     @ops.custom_gradient
-    def distances(x, y):
+    def distances(x, y, tolerance, equal=None):
+        if equal is not None:
+            equal = equal > 0
         if x.shape[-1] <= _FEW_FEATURES:
             x0, y0, near = x, y, True
             d2 = _squares_of_differences(x, y)
         else:
-            c = _central_vector(y)
+            c = central_vector(y)
             x0, y0 = x - c, y - c
-            d2, near = _squares_by_products(x0, y0, unit, tolerance)
+            d2, near = _squares_by_products(x0, y0, unit, tolerance, equal)
             d2 = _either(
                 near, lambda: _squares_of_differences(x, y), lambda: d2
             )
 
         def gradient(*args, upstream=None):
             g = args[0] if upstream is None else upstream
-            return _either(
+            if equal is not None:
+                g = ops.where(equal, ops.zeros_like(g), g)
+            slopes = _either(
                 near,
                 lambda: _slopes_of_differences(g, x, y),
                 lambda: _slopes_by_products(g, x0, y0),
             )
+            return *slopes, *map(ops.zeros_like, constants)
 
         return d2, gradient
 
-    return distances(x, y)
+    return distances(x, y, *constants)
+
+
+def squared_distances_of_arrays(x, y):
+    """`squared_distances` in NumPy, in the precision of the arrays.
+
+    Where products cancel, or leave the range of floats, single pairs are
+    computed from their differences.
+
+    Args:
+        x: `(..., n, dim)` array.
+        y: `(..., m, dim)` array, with the same leading axes.
+
+    Returns:
+        `(..., n, m)` array.
+    """
+    size = y.shape[-2]
+    center = np.median(y[..., np.arange(1, 19, 2) * size // 18, :], axis=-2)
+    center = center[..., None, :].astype(y.dtype)
+    share = 2.0**-20 if x.dtype == np.float64 else _CANCELLATION
+    with np.errstate(over="ignore", invalid="ignore"):
+        x0, y0 = x - center, y - center
+        sizes = np.square(x0).sum(-1)[..., :, None]
+        sizes = sizes + np.square(y0).sum(-1)[..., None, :]
+        d2 = sizes - 2 * (x0 @ np.swapaxes(y0, -1, -2))
+        # Written so that it is true of NaN.
+        near = np.nonzero(~(d2 > share * sizes))
+        step = max(1, _DIFFERENCES // max(1, x.shape[-1]))
+        for first in range(0, len(near[0]), step):
+            *lead, i, j = (a[first : first + step] for a in near)
+            difference = x[(*lead, i)] - y[(*lead, j)]
+            d2[(*lead, i, j)] = np.square(difference).sum(-1)
+    return d2
 
 
 def _either(predicate, true_fn, false_fn):
@@ -171,18 +240,36 @@ def _either(predicate, true_fn, false_fn):
     return ops.cond(predicate, true_fn, false_fn)
 
 
-def _central_vector(y):
-    """Tukey's ninther of nine rows: medians of three, and of these the median.
+def central_vector(y, mask=None):
+    """A vector amid the rows of `y`, wherever a few outliers are.
 
-    Of each feature; one or two outliers among the nine have no influence, nor
-    has the number of rows. `(..., m, dim)` to `(..., 1, dim)`.
+    Tukey's ninther of nine evenly spread rows: medians of three, and the median
+    of these, for each feature. Up to three outliers among the nine have no
+    influence. Subtract it where digits matter more than a mean of exactly zero.
+    Of equal rows it is that row, to the bit.
+
+    Args:
+        y: `(..., m, dim)`, numbers of any dtype, m ≥ 1.
+        mask: `(..., m)`, boolean. Rows that count; all by default.
+
+    Returns:
+        `(..., 1, dim)`, without a gradient.
     """
-    size = ops.shape(y)[-2]
-    index = ops.arange(1, 19, 2, dtype="int32") * ops.cast(size, "int32") // 18
-    rows = [
-        row[..., None, :]
-        for row in ops.unstack(ops.take(y, index, axis=-2), 9, axis=-2)
-    ]
+    odd = ops.arange(1, 19, 2, dtype="int32")
+    y = ops.stop_gradient(y)
+    if mask is None:
+        size = y.shape[-2] or ops.cast(ops.shape(y)[-2], "int32")
+        rows = ops.take(y, odd * size // 18, axis=-2)
+    else:
+        # The number of rows up to each one that count.
+        rank = ops.cumsum(ops.cast(mask, "int32"), axis=-1)
+        wanted = odd * rank[..., -1:] // 18
+        index = ops.sum(
+            ops.cast(rank[..., None, :] <= wanted[..., None], "int32"), axis=-1
+        )
+        index = ops.minimum(index, ops.shape(y)[-2] - 1)
+        rows = ops.take_along_axis(y, index[..., None], axis=-2)
+    rows = [row[..., None, :] for row in ops.unstack(rows, 9, axis=-2)]
     medians = [_median_of_three(*rows[k::3]) for k in range(3)]
     return _median_of_three(*medians)
 
@@ -192,7 +279,7 @@ def _median_of_three(a, b, c):
     return ops.maximum(low, ops.minimum(high, c))
 
 
-def _squares_by_products(x, y, unit, tolerance):
+def _squares_by_products(x, y, unit, tolerance, equal):
     """The distances, and whether they have too few digits."""
     size = (
         ops.sum(ops.square(x), axis=-1)[..., :, None]
@@ -200,6 +287,11 @@ def _squares_by_products(x, y, unit, tolerance):
     )
     d2 = size - 2 * full_precision_matmul(x, ops.swapaxes(y, -1, -2))
     near = ops.logical_and(d2 < _CANCELLATION * size, unit * size > tolerance)
+    # Of squares beyond the range of floats the difference is no number.
+    near = ops.logical_or(near, ops.logical_not(ops.isfinite(size)))
+    if equal is not None:
+        d2 = ops.where(equal, ops.zeros_like(d2), d2)
+        near = ops.logical_and(near, ops.logical_not(equal))
     return ops.maximum(d2, 0), ops.any(near)
 
 

@@ -2,6 +2,7 @@
 
 from blogkeras.hsic.bottleneck import HSICBottleneck
 from blogkeras.hsic.fourier import fourier_hsic
+from blogkeras.hsic.independence_test import HSICTest, hsic_test
 from blogkeras.hsic.kernels import (
     CosineKernel,
     DeltaKernel,
@@ -10,14 +11,15 @@ from blogkeras.hsic.kernels import (
     LinearKernel,
     PolynomialKernel,
     PrecomputedKernel,
-    median_bandwidth,
 )
 from blogkeras.hsic.layers import (
     CKA,
     HSICLoss,
     HSICRegularization,
+    LayerSimilarity,
     compare_layers,
 )
+from blogkeras.hsic.samples import median_bandwidth
 from blogkeras.hsic.statistic import (
     block_hsic,
     cka,
@@ -25,7 +27,6 @@ from blogkeras.hsic.statistic import (
     hsic_from_kernels,
     nhsic,
 )
-from blogkeras.hsic.testing import hsic_test
 
 __all__ = [
     "CKA",
@@ -35,7 +36,9 @@ __all__ = [
     "HSICBottleneck",
     "HSICLoss",
     "HSICRegularization",
+    "HSICTest",
     "LaplacianKernel",
+    "LayerSimilarity",
     "LinearKernel",
     "PolynomialKernel",
     "PrecomputedKernel",

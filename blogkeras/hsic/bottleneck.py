@@ -3,10 +3,18 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.hsic.kernels import one_of
+from blogkeras.arguments import (
+    as_numpy,
+    check_choice,
+    check_integer,
+    check_integers,
+    check_layer,
+    check_number,
+)
 from blogkeras.hsic.layers import flat, gather, gathered
 from blogkeras.hsic.statistic import Resolvent
 from blogkeras.ops import squared_distances
@@ -36,7 +44,12 @@ class HSICBottleneck(keras.Model):
         "unformatted"   its units themselves: each class has one unit of its
                         own, matched greedily by how often it was the strongest
                         for the class in training. Needs at least `num_classes`
-                        units.
+                        units, and a last layer with softmax: the objective
+                        moves classes apart and knows distances only, not axes,
+                        and on a simplex the places farthest from each other are
+                        the corners, one unit each. After "relu", "sigmoid" or
+                        "tanh" the classes lie apart just as well, but several
+                        of them may share their strongest unit.
         "format"        a linear layer with softmax, trained by cross-entropy
                         on the outputs of the last layer, into which no gradient
                         goes. To train it alone, after the layers, set
@@ -65,9 +78,10 @@ class HSICBottleneck(keras.Model):
 
     Example:
 
-    >>> model = HSICBottleneck(
-    ...     [keras.layers.Dense(32, "relu"), keras.layers.Dense(3, "relu")], 3
-    ... )
+    >>> layers = [
+    ...     keras.layers.Dense(64, "relu"), keras.layers.Dense(3, "softmax")
+    ... ]
+    >>> model = HSICBottleneck(layers, num_classes=3)
     >>> model.compile("adam", metrics=["accuracy"])
 
     Departs from the paper's script:
@@ -93,27 +107,19 @@ class HSICBottleneck(keras.Model):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        if not layers:
+        if not isinstance(layers, (list, tuple)) or not layers:
             raise ValueError(
-                f"Expected at least one layer. Received: layers={layers}"
+                "Expected `layers` to be a list of at least one layer. "
+                f"Received: layers={layers!r}"
             )
-        if int(num_classes) != num_classes or num_classes < 2:
-            raise ValueError(
-                "Expected at least two classes. Received: "
-                f"num_classes={num_classes}"
-            )
-        if not (bandwidth > 0 and epsilon > 0 and label_weight >= 0):
-            raise ValueError(
-                "Expected bandwidth > 0, epsilon > 0 and label_weight >= 0. "
-                f"Received: bandwidth={bandwidth}, epsilon={epsilon}, "
-                f"label_weight={label_weight}"
-            )
-        self.blocks = list(layers)
-        self.num_classes = int(num_classes)
-        self.readout = one_of("readout", readout, READOUTS)
-        self.bandwidth = float(bandwidth)
-        self.label_weight = float(label_weight)
-        self.epsilon = float(epsilon)
+        self.blocks = [check_layer("layers", layer) for layer in layers]
+        self.num_classes = check_integer("num_classes", num_classes, minimum=2)
+        self.readout = check_choice("readout", readout, READOUTS)
+        self.bandwidth = check_number("bandwidth", bandwidth, above=0)
+        self.label_weight = check_number(
+            "label_weight", label_weight, minimum=0
+        )
+        self.epsilon = check_number("epsilon", epsilon, above=0)
         self.head = None
         if readout == "format":
             self.head = keras.layers.Dense(
@@ -229,15 +235,62 @@ class HSICBottleneck(keras.Model):
     def resolvent(self, x, weight):
         # exp − 1: the same when centered, with more digits where σ is large.
         x = x / (self.bandwidth * math.sqrt(2 * x.shape[-1]))
-        return Resolvent(
-            ops.expm1(-squared_distances(x, x)), weight, self.epsilon
-        )
+        return Resolvent(ops.expm1(-squared_distances(x)), weight, self.epsilon)
+
+    # In a compiled step values are not known: arrays are looked at before.
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        self._check_labels(y, kwargs.get("validation_data"))
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        self._check_labels(y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, *args, **kwargs):
+        self._check_labels(y)
+        return super().train_on_batch(x, y, *args, **kwargs)
+
+    def test_on_batch(self, x, y=None, *args, **kwargs):
+        self._check_labels(y)
+        return super().test_on_batch(x, y, *args, **kwargs)
+
+    def _check_labels(self, *labels):
+        for y in labels:
+            if isinstance(y, (list, tuple)) and len(y) in (2, 3):
+                y = y[1]  # of `validation_data`
+            if y is None or not (hasattr(y, "shape") or isinstance(y, list)):
+                continue
+            if not backend.is_concrete(y):
+                continue
+            y = as_numpy(y)
+            if y.ndim == 2 and y.shape[1] == self.num_classes:
+                sums = y.sum(axis=1, dtype="float64")
+                if y.min(initial=0) < 0 or not np.allclose(sums, 1, atol=1e-3):
+                    raise ValueError(
+                        "Expected one-hot labels, or probabilities. Received: "
+                        f"rows of sums from {sums.min():g} to {sums.max():g}"
+                    )
+                continue
+            if y.shape not in ((len(y),), (len(y), 1)):
+                raise ValueError(
+                    "Expected labels of shape (batch,), (batch, 1) or (batch, "
+                    f"{self.num_classes}). Received: shape {y.shape}"
+                )
+            if y.dtype.kind == "f" and (y == np.round(y)).all():
+                y = y.astype("int64")  # Keras's own data sets have such ones
+            check_integers("labels", y, 0, self.num_classes - 1)
 
     def one_hot(self, y):
+        """Labels as `(batch, num_classes)`; NaN of a class out of range."""
         if len(y.shape) == 2 and y.shape[-1] == self.num_classes:
             return ops.cast(y, "float32")
-        y = ops.reshape(ops.cast(y, "int32"), [-1])
-        return ops.one_hot(y, self.num_classes, dtype="float32")
+        y = ops.reshape(y, [-1])
+        labels = ops.cast(y, "int32")
+        known = ops.logical_and(labels >= 0, labels < self.num_classes)
+        known = ops.logical_and(known, ops.cast(labels, y.dtype) == y)
+        encoded = ops.one_hot(labels, self.num_classes, dtype="float32")
+        return ops.where(known[:, None], encoded, math.nan)
 
     def count(self, last, labels, weight):
         """Which unit is the strongest, for each class."""

@@ -1,16 +1,18 @@
 """HSIC by random Fourier features."""
 
-import functools
-
 import keras
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.hsic.kernels import GaussianKernel, LinearKernel
+from blogkeras.arguments import check_integer, check_seed
+from blogkeras.hsic.kernels import GaussianKernel, LinearKernel, rescale
 from blogkeras.hsic.statistic import compilable, prepare
+from blogkeras.loops import ProgramCache
+from blogkeras.ops import full_precision_matmul
 
 # Random features are summed in at most so many blocks of at least so many rows.
 BLOCKS, BLOCK_ROWS = 32, 1024
+_programs = ProgramCache(size=8)
 
 
 def fourier_hsic(
@@ -39,24 +41,32 @@ def fourier_hsic(
         [Rahimi and Recht, 2007](https://papers.nips.cc/paper/3182);
         [Zhang et al., 2018](https://arxiv.org/abs/1606.07892)
     """
-    variables = fourier_variables(x, y, kernel_x, kernel_y, num_features, seed)
-    compiled = compilable(variables[0][0])
-    run = _compiled_covariances() if compiled else covariances
+    variables, grams = fourier_variables(
+        x, y, kernel_x, kernel_y, num_features, seed
+    )
+    tensors = keras.tree.flatten(variables)
+    run = covariances
+    if compilable([x for x in tensors if x is not None]):
+        shapes = tuple(x if x is None else tuple(x.shape) for x in tensors)
+        run = _programs.get(shapes, lambda: backend.jit(covariances))
     (covariance,) = run(variables)
-    return ops.sum(ops.square(covariance))
+    return rescale(ops.sum(ops.square(covariance)), *grams)
 
 
-def fourier_variables(x, y, kernel_x, kernel_y, num_features, seed):
-    """What `waves` needs of both: samples and frequencies."""
-    if num_features < 2 or num_features % 2:
+def fourier_variables(x, y, kernel_x, kernel_y, num_features, seed, dtype=None):
+    """What `waves` needs of both, samples and frequencies; and the `Gram`s."""
+    num_features = check_integer("num_features", num_features, minimum=2)
+    if num_features % 2:
         raise ValueError(
             "Expected an even number of features, sines and cosines. "
             f"Received: num_features={num_features}"
         )
-    grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased")
+    grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased", dtype)
+    seed = check_seed("seed", seed)
     if not isinstance(seed, keras.random.SeedGenerator):
         seed = keras.random.SeedGenerator(seed)
-    return [_frequencies(gram, num_features // 2, seed) for gram in grams]
+    variables = [_frequencies(gram, num_features // 2, seed) for gram in grams]
+    return variables, grams
 
 
 def _frequencies(gram, count, seed):
@@ -79,14 +89,9 @@ def waves(x, frequencies):
     """Φ(x), `(n, num_features)`; a linear variable is its own features."""
     if frequencies is None:
         return x
-    phase = ops.matmul(x, frequencies)
+    phase = full_precision_matmul(x, frequencies)
     both = ops.concatenate([ops.cos(phase), ops.sin(phase)], axis=-1)
     return both / frequencies.shape[-1] ** 0.5
-
-
-@functools.lru_cache(maxsize=1)
-def _compiled_covariances():
-    return backend.jit(covariances)
 
 
 def covariances(variables, pairs=((0, 1),)):
@@ -98,7 +103,7 @@ def covariances(variables, pairs=((0, 1),)):
     index = ops.reshape(
         ops.arange(blocks * rows, dtype="int32"), [blocks, rows]
     )
-    # Of a constant variable exactly nothing is left.
+    # Subtract the first row, so that a constant variable becomes exactly 0.
     first = [waves(x[:1], w) for x, w in variables]
 
     def sums(index):
@@ -109,7 +114,8 @@ def covariances(variables, pairs=((0, 1),)):
             for (x, w), f in zip(variables, first, strict=True)
         ]
         products = [
-            ops.matmul(ops.transpose(parts[i]), parts[j]) for i, j in pairs
+            full_precision_matmul(ops.transpose(parts[i]), parts[j])
+            for i, j in pairs
         ]
         return [ops.sum(part, axis=0) for part in parts] + products
 

@@ -1,34 +1,128 @@
 """Kernels: what counts as similar. Small objects, or any callable."""
 
+import itertools
 import math
 
 import keras
 import numpy as np
 from keras import ops
 
-from blogkeras import backend
-from blogkeras.ops import safe_sqrt, squared_distances
+from blogkeras.arguments import (
+    check_boolean,
+    check_choice,
+    check_finite,
+    check_integer,
+    check_number,
+)
+from blogkeras.hsic.samples import (
+    close_gaps,
+    codes_of,
+    coincidence,
+    columns,
+    each_sample,
+    exponent_of,
+    float_dtype,
+    floating,
+    from_center,
+    is_array,
+    median_bandwidth,
+    median_distance,
+    numbers,
+)
+from blogkeras.ops import (
+    central_vector,
+    full_precision_matmul,
+    normalize,
+    safe_sqrt,
+    squared_distances,
+)
 
 FORMS = ("blog", "usual")
-# Rows that the median bandwidth is taken from: in a traced step, where XLA
-# would sort all pairs, and outside, where their number is quadratic.
-TRACED_ROWS = 128
-ROWS = 5000
-# Squared distances below this share of their mean count as zero: in float32
-# they are rounding.
-COINCIDENT = 1e-6
+# An error of the exponent of a Gaussian that does not matter.
+ROUNDING = 1e-4
+
+
+class Gram:
+    """A kernel with the features of a sample: its matrix, row by row.
+
+    Args:
+        kernel: `Kernel`.
+        features: `(..., n, dim)`, what the kernel's `similarity` takes.
+        dtype: Floating dtype of the matrix.
+        exponent: Integer; the matrix is to be multiplied by 2**exponent. Where
+            the scale of a kernel follows from that of the variable, features
+            are of a size near 1. CKA and p-values do not depend on it.
+        factors: Tensors `(...)`; the matrix is to be multiplied by them too.
+    """
+
+    def __init__(self, kernel, features, dtype, exponent=0, factors=()):
+        self.kernel = kernel
+        self.features = features
+        self.dtype = dtype
+        self.exponent = exponent
+        self.factors = factors
+
+    def with_features(self, features):
+        return Gram(
+            self.kernel, features, self.dtype, self.exponent, self.factors
+        )
+
+    def rows(self, index):
+        return self.kernel.rows(self.features, index)
+
+    def matrix(self):
+        return self.kernel.rows(self.features, None)
+
+
+def rescale(value, *grams):
+    """`value`, of first order in each kernel, for their true scales."""
+    # One factor of each in turn: large and small ones cancel on the way.
+    for factors in itertools.zip_longest(*(g.factors for g in grams)):
+        for factor in factors:
+            if factor is not None:
+                while len(factor.shape) < len(value.shape):
+                    factor = factor[..., None]
+                value = value * factor
+    exponent = sum(gram.exponent for gram in grams)
+    while exponent:
+        step = max(-120, min(120, exponent))
+        value = value * 2.0**step
+        exponent -= step
+    return value
 
 
 class Kernel:
     """What `hsic` needs of a kernel, in two steps.
 
-    `features(x, weight)` is computed once for all samples, `similarity` for
-    every tile. Kernels are equal if their `similarity` is, so that compiled
+    A variable becomes features once, `similarity` then gives every tile of
+    their matrix. Kernels are equal if their `similarity` is, so that compiled
     programs are found again: a bandwidth is in the features already.
+
+    HSIC does not change when a constant is added to a kernel, so the features
+    of most kernels are centred.
     """
 
-    def features(self, x, weight):
-        return x
+    def of_array(self, name, x, weight, dtype):
+        """The `Gram` of a NumPy array, whose features are made in float64.
+
+        Args:
+            name: String, for error messages.
+            x: What `numpy.asarray` makes an array `(..., n, dim)` of.
+            weight: `(..., n)` array ≥ 0, or `None`.
+            dtype: Floating dtype to compute in.
+        """
+        x = known_numbers(name, x, weight).astype(dtype)
+        return self.of_tensor(ops.convert_to_tensor(x), weight, dtype)
+
+    def of_tensor(self, x, weight, dtype):
+        """The `Gram` of a tensor.
+
+        Args:
+            x: `(..., n, dim)` of any dtype, zero where there is no weight.
+            weight: `(..., n)`, floating, or `None`.
+            dtype: Floating dtype to compute in.
+        """
+        return Gram(self, ops.cast(x, dtype), dtype)
 
     def similarity(self, x1, x2):
         raise NotImplementedError
@@ -68,28 +162,87 @@ class Kernel:
         return f"{type(self).__name__}({arguments})"
 
 
+def known_numbers(name, x, weight):
+    """`numbers`, zero where there is no weight, finite elsewhere."""
+    x = numbers(name, x)
+    if weight is not None:
+        x = np.where(weight[..., None] > 0, x, np.zeros((), x.dtype))
+    require_finite(name, x)
+    return x
+
+
+def require_finite(name, values):
+    """`check_finite`, with what a user of HSIC can do about it."""
+    try:
+        check_finite(name, values)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. Leave these samples out, or mask them."
+        ) from None
+
+
 class DistanceKernel(Kernel):
     """A function of ‖x₁ − x₂‖ in units of a bandwidth."""
 
     def __init__(self, bandwidth=None):
-        if bandwidth is not None and not (0 < float(bandwidth) < math.inf):
-            raise ValueError(
-                "Expected a positive bandwidth, or None for the median "
-                f"distance. Received: bandwidth={bandwidth}"
-            )
-        self.bandwidth = None if bandwidth is None else float(bandwidth)
+        if bandwidth is not None:
+            bandwidth = check_number("bandwidth", bandwidth, above=0)
+        self.bandwidth = bandwidth
 
     def scale(self, dim):
         """How many of the kernel's units one bandwidth is."""
         return 1.0
 
-    def features(self, x, weight):
-        x = centered(x, weight)
+    @property
+    def key(self):
+        # With a bandwidth of its own the kernel may be nearly constant: then
+        # what is computed is K − 1, which has more digits.
+        return type(self), self.bandwidth is None
+
+    def of_array(self, name, x, weight, dtype):
+        keep = None if weight is None else weight > 0
+        coincident = coincidence(x)
+        x = from_center(known_numbers(name, x, weight), keep)
+
+        def in_bandwidths(x, keep):
+            bandwidth = self.bandwidth
+            if bandwidth is None:
+                bandwidth = median_distance(x, keep, coincident)
+            with np.errstate(over="ignore"):
+                return close_gaps(x / bandwidth / self.scale(x.shape[-1]))
+
+        x = each_sample(in_bandwidths, x, keep)
+        return Gram(self, ops.convert_to_tensor(x.astype(dtype)), dtype)
+
+    def of_tensor(self, x, weight, dtype):
+        x = about_center(x, weight, dtype)
         bandwidth = self.bandwidth
         if bandwidth is None:
-            bandwidth = median_bandwidth(x, weight)
-            bandwidth = ops.cast(bandwidth, x.dtype)[..., None, None]
-        return x / (bandwidth * self.scale(x.shape[-1]))
+            mask = None if weight is None else weight > 0
+            bandwidth = median_bandwidth(x, mask)
+            bandwidth = ops.cast(bandwidth, dtype)[..., None, None]
+        return Gram(self, x / bandwidth / self.scale(x.shape[-1]), dtype)
+
+    def exponent(self, x1, x2, equal=None):
+        """log K of features; `x2=None` is `x1`; see `squared_distances`."""
+        raise NotImplementedError
+
+    def similarity(self, x1, x2):
+        return ops.exp(self.exponent(x1, x2))
+
+    def rows(self, features, index):
+        if index is None:
+            exponent = self.exponent(features, None)
+        else:
+            everyone = ops.arange(ops.shape(features)[-2], dtype="int32")
+            exponent = self.exponent(
+                ops.take(features, index, axis=-2),
+                features,
+                equal=index[:, None] == everyone,
+            )
+        if self.bandwidth is None:
+            return ops.exp(exponent)
+        return ops.expm1(exponent)
 
     def __call__(self, x1, x2):
         if self.bandwidth is None:
@@ -98,8 +251,15 @@ class DistanceKernel(Kernel):
                 "to call the kernel by itself (`median_bandwidth` gives one). "
                 f"Received: {self!r}"
             )
+        unit = self.bandwidth * self.scale(np.shape(x1)[-1])
+        if is_array(x1) and is_array(x2):
+            dtype = float_dtype(x1)
+            x1, x2 = numbers("x1", x1), numbers("x2", x2)
+            both = np.concatenate([x1, x2], axis=-2)
+            both = from_center(both) / unit
+            x1, x2 = np.split(both.astype(dtype), [x1.shape[-2]], axis=-2)
+            return self.similarity(*map(ops.convert_to_tensor, (x1, x2)))
         x1, x2 = floating(x1), floating(x2)
-        unit = self.bandwidth * self.scale(x1.shape[-1])
         return self.similarity(x1 / unit, x2 / unit)
 
     def get_config(self):
@@ -108,7 +268,7 @@ class DistanceKernel(Kernel):
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class GaussianKernel(DistanceKernel):
-    """Gaussian kernel, in the post's or in the usual form.
+    """Gaussian kernel, in the post's or in the standard form.
 
         form="blog":    K(x₁, x₂) = exp(−‖x₁ − x₂‖² / σ²)
         form="usual":   K(x₁, x₂) = exp(−‖x₁ − x₂‖² / (2σ²))
@@ -128,22 +288,21 @@ class GaussianKernel(DistanceKernel):
 
     def __init__(self, bandwidth=None, *, form, per_dimension=False):
         super().__init__(bandwidth)
-        self.form = one_of("form", form, FORMS)
-        self.per_dimension = bool(per_dimension)
+        self.form = check_choice("form", form, FORMS)
+        self.per_dimension = check_boolean("per_dimension", per_dimension)
 
     def scale(self, dim):
         scale = 1.0 if self.form == "blog" else math.sqrt(2.0)
-        return scale * (math.sqrt(dim) if self.per_dimension else 1.0)
+        # The median distance already grows with the dimension.
+        wide = self.per_dimension and self.bandwidth is not None
+        return scale * (math.sqrt(dim) if wide else 1.0)
 
-    def features(self, x, weight):
-        x = super().features(x, weight)
-        if self.bandwidth is None and self.per_dimension:
-            # The median distance already grows with the dimension.
-            x = x * math.sqrt(x.shape[-1])
-        return x
-
-    def similarity(self, x1, x2):
-        return ops.exp(-squared_distances(x1, x2))
+    def exponent(self, x1, x2, equal=None):
+        # What matters is the share of all of K − 1.
+        norms = ops.sum(ops.square(x1 if x2 is None else x2), axis=-1)
+        size = ops.mean(ops.stop_gradient(norms), axis=-1)
+        tolerance = ROUNDING * ops.minimum(size, 1.0)[..., None, None]
+        return -squared_distances(x1, x2, tolerance, equal)
 
     def get_config(self):
         return {
@@ -164,19 +323,36 @@ class LaplacianKernel(DistanceKernel):
         bandwidth: Float > 0, σ. `None` is the median distance.
     """
 
-    def similarity(self, x1, x2):
-        return ops.exp(-safe_sqrt(squared_distances(x1, x2)))
+    def exponent(self, x1, x2, equal=None):
+        return -safe_sqrt(squared_distances(x1, x2, equal=equal))
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class LinearKernel(Kernel):
     """Linear kernel `x₁ · x₂`: HSIC is ‖cov(x, y)‖², blind to the rest."""
 
-    def features(self, x, weight):
-        return centered(x, weight)
+    def of_array(self, name, x, weight, dtype):
+        keep = None if weight is None else weight > 0
+        x = from_center(known_numbers(name, x, weight), keep)
+        return self.of_centered(x, weight, dtype)
+
+    def of_centered(self, x, weight, dtype):
+        """The `Gram` of float64 numbers around 0."""
+        exponent = exponent_of(x)
+        x = ops.convert_to_tensor(np.ldexp(x, -exponent).astype(dtype))
+        if weight is not None:
+            weight = ops.convert_to_tensor(weight, dtype)
+        gram = Gram(self, centered(x, weight), dtype, 2 * exponent)
+        return gram
+
+    def of_tensor(self, x, weight, dtype):
+        x = about_center(x, weight, dtype)
+        size = power_of_two(x)
+        x = centered(x / size[..., None, None], weight)
+        return Gram(self, x, dtype, factors=(size, size))
 
     def similarity(self, x1, x2):
-        return ops.matmul(x1, ops.swapaxes(x2, -1, -2))
+        return full_precision_matmul(x1, ops.swapaxes(x2, -1, -2))
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -190,18 +366,13 @@ class PolynomialKernel(Kernel):
     """
 
     def __init__(self, degree=2, scale=1.0, offset=1.0):
-        if int(degree) != degree or degree < 1 or scale <= 0 or offset < 0:
-            raise ValueError(
-                "Expected an integer degree >= 1, scale > 0 and offset >= 0, "
-                "or the kernel is not positive. Received: "
-                f"degree={degree}, scale={scale}, offset={offset}"
-            )
-        self.degree = int(degree)
-        self.scale = float(scale)
-        self.offset = float(offset)
+        self.degree = check_integer("degree", degree, minimum=1)
+        self.scale = check_number("scale", scale, above=0)
+        # With a negative offset the kernel is not positive.
+        self.offset = check_number("offset", offset, minimum=0)
 
     def similarity(self, x1, x2):
-        product = ops.matmul(x1, ops.swapaxes(x2, -1, -2))
+        product = full_precision_matmul(x1, ops.swapaxes(x2, -1, -2))
         return ops.power(self.scale * product + self.offset, self.degree)
 
     @property
@@ -220,17 +391,80 @@ class PolynomialKernel(Kernel):
 class CosineKernel(Kernel):
     """Cosine kernel `x₁ · x₂ / (‖x₁‖ ‖x₂‖)`; 0 where a vector is zero."""
 
+    # HSIC is that of the linear kernel on the directions, which are centred
+    # so that small angles keep their digits.
+
+    def of_array(self, name, x, weight, dtype):
+        unit = np.finfo(x.dtype).eps if x.dtype.kind == "f" else 2.0**-52
+        x = known_numbers(name, x, weight).astype("float64")
+        size = np.abs(x).max(axis=-1, keepdims=True, initial=0.0)
+        x = x / np.where(size > 0, size, 1)
+        norm = np.sqrt(np.square(x).sum(axis=-1, keepdims=True))
+        keep = None if weight is None else weight > 0
+        x = from_center(x / np.where(norm > 0, norm, 1), keep)
+        # Of equal directions nothing is left but their rounding.
+        x = x * (np.abs(x).max(initial=0.0) > 8 * unit)
+        return LinearKernel().of_centered(x, weight, dtype)
+
+    def of_tensor(self, x, weight, dtype):
+        double = keras.backend.standardize_dtype(x.dtype) == "float64"
+        unit = 8 * float(np.finfo("float64" if double else "float32").eps)
+        x = about_center(normalize(ops.cast(x, dtype)), weight, dtype)
+        x = ops.where(ops.max(ops.abs(x)) > unit, x, 0.0)
+        return LinearKernel().of_tensor(x, weight, dtype)
+
     def similarity(self, x1, x2):
-        return ops.matmul(unit(x1), ops.swapaxes(unit(x2), -1, -2))
+        return full_precision_matmul(
+            normalize(x1), ops.swapaxes(normalize(x2), -1, -2)
+        )
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class DeltaKernel(Kernel):
-    """Delta kernel: 1 where all features are equal, else 0. For labels."""
+    """Delta kernel: 1 where all features are equal, else 0. For labels.
+
+    Values are compared as they are: large integers, and outside of compiled
+    functions also strings and other objects that have an order.
+    """
+
+    def of_array(self, name, x, weight, dtype):
+        codes = codes_of(known_labels(name, x, weight))[..., None]
+        return Gram(self, ops.convert_to_tensor(codes.astype(dtype)), dtype)
+
+    def of_tensor(self, x, weight, dtype):
+        return Gram(self, x, dtype)
 
     def similarity(self, x1, x2):
         equal = x1[..., :, None, :] == x2[..., None, :, :]
-        return ops.cast(ops.all(equal, axis=-1), x1.dtype)
+        return ops.cast(ops.all(equal, axis=-1), float_dtype(x1))
+
+    def __call__(self, x1, x2):
+        if is_array(x1) and is_array(x2):
+            x1, x2 = known_labels("x1", x1), known_labels("x2", x2)
+            x1, x2 = np.broadcast_arrays(
+                x1[..., :, None, :], x2[..., None, :, :]
+            )
+            return ops.cast((x1 == x2).all(axis=-1), "float32")
+        return self.similarity(
+            *(columns(ops.convert_to_tensor(x)) for x in (x1, x2))
+        )
+
+
+def known_labels(name, x, weight=None):
+    """An array `(..., n, dim)` of any dtype; finite, if it is of numbers."""
+    x = np.asarray(x)
+    if x.ndim == 0:
+        raise ValueError(
+            f"Expected `{name}` of shape (n,) or (..., n, dim). Received: "
+            f"shape {x.shape}"
+        )
+    x = columns(x)
+    if weight is not None:
+        # All samples that do not count are one label.
+        x = np.where(weight[..., None] > 0, x, x.ravel()[:1])
+    if x.dtype.kind == "f":
+        require_finite(name, x)
+    return x
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -240,6 +474,29 @@ class PrecomputedKernel(Kernel):
     The matrix is taken to be symmetric.
     """
 
+    def of_array(self, name, x, weight, dtype):
+        x = numbers(name, x).astype("float64")
+        check_square(name, x)
+        used = x
+        if weight is not None:
+            both = (weight[..., None] > 0) & (weight[..., None, :] > 0)
+            x, used = np.where(both, x, 0.0), x[both]
+        require_finite(name, x)
+        # A number added to the whole matrix does not change HSIC.
+        with np.errstate(over="ignore"):
+            x = x - (np.median(used) if used.size else 0.0)
+        exponent = exponent_of(x)
+        x = np.ldexp(x, -exponent).astype(dtype)
+        return Gram(self, ops.convert_to_tensor(x), dtype, exponent)
+
+    def of_tensor(self, x, weight, dtype):
+        check_square("the kernel matrix", x)
+        x = ops.cast(x, dtype)
+        if weight is not None:
+            x = ops.where(weight[..., None, :] > 0, x, 0.0)
+        size = power_of_two(x)
+        return Gram(self, x / size[..., None, None], dtype, factors=(size,))
+
     def rows(self, features, index):
         return features if index is None else ops.take(features, index, axis=-2)
 
@@ -248,6 +505,14 @@ class PrecomputedKernel(Kernel):
             "A precomputed matrix stands in the place of the variable: "
             "hsic(matrix, y, kernel_x=PrecomputedKernel()). Received: a call "
             "of the kernel"
+        )
+
+
+def check_square(name, x):
+    if x.shape[-1] != x.shape[-2]:
+        raise ValueError(
+            f"Expected `{name}` to be an n × n kernel matrix. Received: "
+            f"shape {tuple(x.shape)}"
         )
 
 
@@ -269,7 +534,7 @@ class CustomKernel(Kernel):
 def as_kernel(kernel):
     """A `Kernel` for what the user passed; `None` is the default.
 
-    The post's form is narrower by √2 than the usual one. With the median
+    The post's form is narrower by √2 than the standard one. With the median
     distance as bandwidth it also sees dependence that has no large scale
     (rotated uniforms), at some cost on smooth ones; see docs/hsic.md.
     """
@@ -297,145 +562,26 @@ def deserialize(kernel):
     return kernel
 
 
-def median_bandwidth(x, mask=None):
-    """The median distance between two different samples of a variable.
+def about_center(x, weight, dtype):
+    """`x` less a central row, not the mean, which one outlier would move.
 
-    If most pairs are equal, as in discrete data, it is the median over the
-    others; for a constant variable it is 1. With concrete values all pairs
-    are used up to 5000 samples, and 5000 evenly spread samples beyond, in
-    NumPy. In a traced step (a compiled function, `fit`) it is that of at most
-    128 evenly spread samples, since sorting all pairs would cost more than the
-    rest of the step. No gradient flows through it.
-
-    Args:
-        x: `(n,)` or `(..., n, dim)`, floating.
-        mask: `(..., n)`. Samples where it is 0 or false do not count.
-
-    Returns:
-        A Python float for one sample set with concrete values, else a tensor
-        `(...)`.
+    Integers are subtracted as integers: in float32 they may be equal.
     """
-    x = ops.stop_gradient(columns(floating(x)))
-    if mask is not None:
-        mask = ops.broadcast_to(ops.cast(mask, "bool"), ops.shape(x)[:-1])
-    if not all(backend.is_concrete(t) for t in (x, mask) if t is not None):
-        return _traced_median(x, mask)
-    values = ops.convert_to_numpy(x)
-    flat = values.reshape(-1, *values.shape[-2:])
-    keep = np.ones(flat.shape[:-1], bool)
-    if mask is not None:
-        keep = ops.convert_to_numpy(mask).reshape(keep.shape)
-    medians = [_median(v[k]) for v, k in zip(flat, keep, strict=True)]
-    if values.ndim == 2:
-        return medians[0]
-    medians = np.reshape(medians, values.shape[:-2]).astype(values.dtype)
-    return ops.convert_to_tensor(medians)
-
-
-def _traced_median(x, mask):
-    n = x.shape[-2] or ops.shape(x)[-2]
-    count = min(x.shape[-2] or TRACED_ROWS, TRACED_ROWS)
-    index = ops.cast(ops.arange(count), "int32") * n // count
-    x = ops.take(x, index, axis=-2)
-    weight = None if mask is None else ops.take(mask, index, axis=-1)
-    x = centered(x, weight)
-    d = squared_distances(x, x)
-    # Where n < count some samples come twice.
-    valid = ops.broadcast_to(index[:, None] != index, ops.shape(d))
-    if weight is not None:
-        both = ops.logical_and(weight[..., :, None], weight[..., None, :])
-        valid = ops.logical_and(valid, both)
-    flat = [*ops.shape(d)[:-2], count * count]
-    d, valid = ops.reshape(d, flat), ops.reshape(valid, flat)
-    pairs = ops.sum(ops.cast(valid, "int32"), axis=-1, keepdims=True)
-    total = ops.sum(ops.where(valid, d, 0.0), axis=-1, keepdims=True)
-    tiny = COINCIDENT * total / ops.cast(ops.maximum(pairs, 1), d.dtype)
-    equal = ops.logical_and(valid, d <= tiny)
-    equal = ops.sum(ops.cast(equal, "int32"), axis=-1, keepdims=True)
-    d = ops.sort(ops.where(valid, d, math.inf), axis=-1)
-
-    def middle(skip):
-        """Each pair stands there twice, so that M and M − 1 are the middle."""
-        half = skip + (pairs - skip) // 2
-        low = ops.take_along_axis(d, ops.maximum(half - 1, 0), axis=-1)
-        high = ops.take_along_axis(
-            d, ops.minimum(half, count * count - 1), axis=-1
-        )
-        return (safe_sqrt(low) + safe_sqrt(high)) / 2
-
-    median = ops.where(2 * equal < pairs, middle(0), middle(equal))
-    return ops.where(equal < pairs, median, ops.ones_like(median))[..., 0]
-
-
-def _median(x):
-    """The same in NumPy, exact and without all pairs in memory."""
-    if len(x) > ROWS:
-        x = x[np.arange(ROWS) * len(x) // ROWS]
-    n = len(x)
-    if n < 2:
-        return 1.0
-    x = x - x.mean(axis=0, dtype="float64").astype(x.dtype)
-    norms = np.square(x).sum(axis=1)
-    step = max(1, 2**17 // n)
-
-    def blocks():
-        for start in range(0, n, step):
-            some = x[start : start + step]
-            d = (-2 * some) @ x[start:].T
-            d += norms[start : start + step, None]
-            d += norms[start:]
-            # Of the square on the diagonal, the part above it.
-            d[np.tril_indices(len(some))] = math.inf
-            yield d
-
-    def middle(low, high, pairs, skip=0):
-        """Of all pairs but the `skip` smallest, if it is in (low, high]."""
-        below, inside = 0, []
-        for d in blocks():
-            below += np.count_nonzero(d <= low)
-            inside.append(d[(d > low) & (d <= high)])
-        inside = np.concatenate(inside)
-        ranks = np.array([(pairs - 1) // 2, pairs // 2]) + (skip - below)
-        if ranks[0] < 0 or ranks[1] >= len(inside):
-            return None
-        found = np.partition(inside, ranks)[ranks].astype("float64")
-        return np.sqrt(np.maximum(found, 0)).mean()
-
-    # A bracket from a sample of pairs: few values are left to be sorted.
-    i, j = np.random.default_rng(0).integers(0, n, (2, 2**15))
-    i, j = i[i != j], j[i != j]
-    sample = np.sort(np.square(x[i] - x[j]).sum(axis=1))
-    center, width = len(sample) // 2, int(3 * math.sqrt(len(sample)))
-    pairs, largest = n * (n - 1) // 2, np.finfo(x.dtype).max
-    median = middle(sample[center - width], sample[center + width], pairs)
-    if median is None:
-        median = middle(-math.inf, largest, pairs)
-    # The mean over all n² pairs is twice the variance.
-    tiny = COINCIDENT * 2 * norms.mean(dtype="float64")
-    if median**2 > tiny:
-        return float(median)
-    equal = sum(np.count_nonzero(d <= tiny) for d in blocks())
-    pairs -= equal
-    return float(middle(tiny, largest, pairs, equal)) if pairs else 1.0
-
-
-def floating(x):
-    """Float64 stays; everything else becomes float32."""
-    x = ops.convert_to_tensor(x)
-    double = keras.backend.standardize_dtype(x.dtype) == "float64"
-    return x if double else ops.cast(x, "float32")
-
-
-def columns(x):
-    """`(n,)` becomes `(n, 1)`."""
-    return x[:, None] if len(x.shape) == 1 else x
+    mask = None if weight is None else weight > 0
+    if not keras.backend.is_float_dtype(
+        keras.backend.standardize_dtype(x.dtype)
+    ):
+        wide = keras.backend.standardize_dtype(x.dtype) in ("int64", "uint64")
+        x = ops.cast(x, "int64" if wide else "int32")
+    else:
+        x = ops.cast(x, dtype)
+    x = ops.cast(x - central_vector(x, mask), dtype)
+    return x if mask is None else ops.where(mask[..., None], x, 0.0)
 
 
 def centered(x, weight):
     """`x` minus its mean: a change of origin then costs no digits."""
     if weight is None:
-        # Of a constant variable exactly nothing is left.
-        x = x - x[..., :1, :]
         return x - ops.mean(x, axis=-2, keepdims=True)
     weight = ops.cast(weight, x.dtype)[..., None]
     total = ops.maximum(ops.sum(weight, axis=-2, keepdims=True), 1e-30)
@@ -443,15 +589,10 @@ def centered(x, weight):
     return ops.where(weight > 0, x - mean, 0.0)
 
 
-def unit(x):
-    norm = safe_sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True))
-    return x / ops.where(norm > 0, norm, ops.ones_like(norm))
-
-
-def one_of(name, value, allowed):
-    if value not in allowed:
-        raise ValueError(
-            f"Expected `{name}` to be one of {allowed}. "
-            f"Received: {name}={value!r}"
-        )
-    return value
+def power_of_two(x):
+    """The least power of two that is above |x|, `(...)`; 1 where x is 0."""
+    largest = ops.stop_gradient(ops.max(ops.abs(x), axis=(-2, -1)))
+    known = ops.where(largest > 0, largest, 1.0)
+    # Beyond 2**±126 float32 has no reciprocal.
+    exponent = ops.clip(ops.floor(ops.log2(known)) + 1, -120, 120)
+    return ops.power(ops.cast(2.0, x.dtype), exponent)

@@ -1,27 +1,35 @@
 """HSIC and its kin as numbers."""
 
-import functools
-
 import keras
 import numpy as np
 from keras import ops
 
 from blogkeras import backend
+from blogkeras.arguments import (
+    as_numpy,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from blogkeras.hsic.kernels import (
     CustomKernel,
+    Gram,
     LinearKernel,
     PrecomputedKernel,
     as_kernel,
-    columns,
-    floating,
-    one_of,
+    check_square,
+    require_finite,
+    rescale,
 )
-from blogkeras.ops import map_blocks, safe_sqrt
+from blogkeras.hsic.samples import columns, float_dtype, is_array, numbers
+from blogkeras.loops import ProgramCache
+from blogkeras.ops import full_precision_matmul, map_blocks, safe_sqrt
 
 ESTIMATORS = ("biased", "blog", "unbiased")
 # Elements of one tile. Compiled: small enough to stay in the processor's cache.
 # Operation by operation: large enough that there are few.
 TILE, EAGER_TILE = 2**18, 2**22
+_programs = ProgramCache(size=32)
 
 
 def hsic(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
@@ -84,10 +92,10 @@ def hsic(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
         [Song et al., 2012](https://jmlr.org/papers/v13/song12a.html) (the
         unbiased form); [blog post 6910](https://kexue.fm/archives/6910)
     """
-    one_of("estimator", estimator, ESTIMATORS)
+    check_choice("estimator", estimator, ESTIMATORS)
     grams, weight = prepare(x, y, kernel_x, kernel_y, mask, estimator)
     (value,) = statistics(grams, weight, [(0, 1)], estimator)
-    return value
+    return rescale(value, *grams)
 
 
 def hsic_from_kernels(kernel_x, kernel_y, estimator="biased", mask=None):
@@ -136,7 +144,7 @@ def cka(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
     Reference:
         [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)
     """
-    one_of("estimator", estimator, ESTIMATORS)
+    check_choice("estimator", estimator, ESTIMATORS)
     grams, weight = prepare(x, y, kernel_x, kernel_y, mask, estimator)
     xy, xx, yy = statistics(grams, weight, [(0, 1), (0, 0), (1, 1)], estimator)
     return alignment(xy, xx, yy)
@@ -169,13 +177,13 @@ def nhsic(x, y, kernel_x=None, kernel_y=None, epsilon=1e-5, mask=None):
     Reference:
         [Ma et al., 2020](https://arxiv.org/abs/1908.01580)
     """
-    if not epsilon > 0:
-        raise ValueError(
-            "Expected `epsilon` > 0: a centered kernel matrix has no inverse. "
-            f"Received: epsilon={epsilon}"
-        )
+    # A centered kernel matrix has no inverse.
+    epsilon = check_number("epsilon", epsilon, above=0)
     grams, weight = prepare(x, y, kernel_x, kernel_y, mask, "biased")
-    x, y = (Resolvent(gram.matrix(), weight, epsilon) for gram in grams)
+    x, y = (
+        Resolvent(rescale(gram.matrix(), gram), weight, epsilon)
+        for gram in grams
+    )
     value, with_x = x.trace_with(y.correlations())
     return value + with_x + y.trace_with(x.correlations())[1]
 
@@ -189,8 +197,7 @@ class Resolvent:
     """
 
     def __init__(self, matrix, weight, epsilon):
-        n, p = measure(weight, matrix)
-        ridge = ops.cast(epsilon * n, matrix.dtype)[..., None, None]
+        n, p = measure(weight, matrix, matrix.dtype)
         mean = ops.sum(matrix * p[..., None, :], axis=-1, keepdims=True)
         matrix = matrix - mean
         matrix = matrix - ops.sum(
@@ -201,8 +208,13 @@ class Resolvent:
             root = safe_sqrt(p * n[..., None])
             matrix = matrix * root[..., :, None] * root[..., None, :]
         self.matrix = matrix
-        self.ridge = ridge
         fixed = ops.stop_gradient(matrix)
+        # Below the rounding of the matrix a ridge would leave it singular.
+        unit = 4 * float(
+            np.finfo(keras.backend.standardize_dtype(matrix.dtype)).eps
+        )
+        ridge = ops.maximum(epsilon * n, unit * _trace(ops.abs(fixed)))
+        self.ridge = ridge = ridge[..., None, None]
         size = matrix.shape[-1] or ops.shape(matrix)[-1]
         self.identity = ops.eye(size, dtype=matrix.dtype)
         self.factor = ops.cholesky(fixed + ridge * self.identity)
@@ -254,20 +266,22 @@ def block_hsic(
     Reference:
         [Zhang et al., 2018](https://arxiv.org/abs/1606.07892)
     """
-    return ops.mean(
-        hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator)
+    values, grams = hsic_of_blocks(
+        x, y, kernel_x, kernel_y, block_size, estimator
     )
+    return rescale(ops.mean(values), *grams)
 
 
 def hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator):
-    """Each block's HSIC, `(num_blocks,)`."""
-    one_of("estimator", estimator, ESTIMATORS)
+    """Each block's HSIC, `(num_blocks,)`, before `rescale`; and the `Gram`s."""
+    check_choice("estimator", estimator, ESTIMATORS)
+    block_size = check_integer("block_size", block_size, minimum=4)
     grams, _ = prepare(x, y, kernel_x, kernel_y, None, estimator)
     n = ops.shape(grams[0].features)[0]
     known = grams[0].features.shape[0] or block_size
-    if block_size < 4 or known < block_size:
+    if known < block_size:
         raise ValueError(
-            "Expected 4 <= block_size <= n. Received: "
+            "Expected block_size <= n. Received: "
             f"block_size={block_size}, n={n}"
         )
     if any(isinstance(gram.kernel, PrecomputedKernel) for gram in grams):
@@ -280,7 +294,7 @@ def hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator):
     def blocks(gram):
         features = gram.features[: count * block_size]
         shape = [count, block_size, *features.shape[1:]]
-        return Gram(gram.kernel, ops.reshape(features, shape))
+        return gram.with_features(ops.reshape(features, shape))
 
     # A block is small: several at a time, in tiles of about one size.
     grams = [blocks(gram) for gram in grams]
@@ -288,83 +302,81 @@ def hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator):
 
     def values(index):
         some = [
-            Gram(gram.kernel, ops.take(gram.features, index, axis=0))
+            gram.with_features(ops.take(gram.features, index, axis=0))
             for gram in grams
         ]
         return statistics(some, None, [(0, 1)], estimator)[0]
 
-    return map_blocks(values, ops.arange(count, dtype="int32"), together)
+    numbers_of_blocks = ops.arange(count, dtype="int32")
+    values = map_blocks(values, numbers_of_blocks, together)
+    return values, grams
 
 
-class Gram:
-    """A kernel with the features of a sample: its matrix, row by row."""
-
-    def __init__(self, kernel, features):
-        self.kernel = kernel
-        self.features = features
-
-    def rows(self, index):
-        return self.kernel.rows(self.features, index)
-
-    def matrix(self):
-        return self.kernel.rows(self.features, None)
-
-
-def prepare(x, y, kernel_x, kernel_y, mask, estimator):
+def prepare(x, y, kernel_x, kernel_y, mask, estimator, dtype=None):
     """Checks; then two `Gram`s and the weights, `(..., n)` or `None`."""
-    kernels = as_kernel(kernel_x), as_kernel(kernel_y)
-    x, y = columns(floating(x)), columns(floating(y))
-    dtype = keras.backend.result_type(x.dtype, y.dtype)
-    x, y = ops.cast(x, dtype), ops.cast(y, dtype)
-    n, other = x.shape[-2], y.shape[-2]
+    if dtype is None:
+        wide = "float64" in (float_dtype(x), float_dtype(y))
+        dtype = "float64" if wide else "float32"
+    known = mask is None or is_array(mask) or backend.is_concrete(mask)
+    weight = None
+    if mask is not None and known:
+        weight = as_numpy(mask).astype("float64")
+        require_finite("mask", weight)
+    variables, shapes = [], []
+    for name, values, kernel in (("x", x, kernel_x), ("y", y, kernel_y)):
+        if not is_array(values):
+            values = ops.convert_to_tensor(values)
+        elif known:
+            values = np.asarray(values)
+        else:
+            values = ops.convert_to_tensor(numbers(name, values))
+        if len(values.shape) == 0:
+            raise ValueError(
+                f"Expected `{name}` of shape (n,) or (..., n, dim). Received: "
+                f"shape {tuple(values.shape)}"
+            )
+        values = columns(values)
+        variables.append((name, values, as_kernel(kernel)))
+        shapes.append(tuple(values.shape))
+    n, other = (shape[-2] for shape in shapes)
     if n is not None and other is not None and n != other:
         raise ValueError(
             "Expected as many samples of `x` as of `y`. Received: "
-            f"x.shape={tuple(x.shape)}, y.shape={tuple(y.shape)}"
+            f"x.shape={shapes[0]}, y.shape={shapes[1]}"
         )
-    for name, kernel, values in zip("xy", kernels, (x, y), strict=True):
-        square = values.shape[-1] == values.shape[-2]
-        if isinstance(kernel, PrecomputedKernel) and not square:
-            raise ValueError(
-                f"Expected `{name}` to be an n × n kernel matrix. Received: "
-                f"shape {tuple(values.shape)}"
-            )
     if estimator == "unbiased" and n is not None and n < 4:
         raise ValueError(
             "The unbiased form divides by n − 3: it needs at least 4 samples. "
             f"Received: n={n}"
         )
-    weight = None
+    shape = ops.shape(variables[0][1])[:-1]
+    if weight is not None:
+        weight = np.broadcast_to(weight, shape)
+    tensor = None
     if mask is not None:
-        weight = ops.cast(mask, dtype)
-        weight = ops.broadcast_to(weight, ops.shape(x)[:-1])
+        tensor = mask if weight is None else weight.astype(dtype)
+        tensor = ops.broadcast_to(ops.cast(tensor, dtype), shape)
     grams = []
-    for name, kernel, values in zip("xy", kernels, (x, y), strict=True):
-        if weight is not None:
-            values = ops.where(weight[..., :, None] > 0, values, 0.0)
+    for name, x, kernel in variables:
+        if isinstance(x, np.ndarray):
+            grams.append(kernel.of_array(name, x, weight, dtype))
+            continue
+        if tensor is not None:
+            x = ops.where(tensor[..., :, None] > 0, x, ops.zeros_like(x))
             if isinstance(kernel, PrecomputedKernel):
-                values = ops.where(weight[..., None, :] > 0, values, 0.0)
-        require_finite(name, values)
-        grams.append(Gram(kernel, kernel.features(values, weight)))
-    return grams, weight
+                check_square(name, x)
+                x = ops.where(tensor[..., None, :] > 0, x, ops.zeros_like(x))
+        require_finite(name, x)
+        grams.append(kernel.of_tensor(x, tensor, dtype))
+    return grams, tensor
 
 
-def require_finite(name, values):
-    if not backend.is_concrete(values):
-        return
-    if not np.isfinite(ops.convert_to_numpy(values)).all():
-        raise ValueError(
-            f"`{name}` holds NaN or infinity. Leave these samples out, or mask "
-            f"them. Received: {name} of shape {tuple(values.shape)}"
-        )
-
-
-def measure(weight, like):
+def measure(weight, like, dtype):
     """Number of samples `(...)` and their shares `(..., n)`, of sum 1."""
     if weight is None:
         n = like.shape[-2] or ops.shape(like)[-2]
-        n = ops.cast(n, like.dtype)
-        return n, ops.ones(ops.shape(like)[-2:-1], like.dtype) / n
+        n = ops.cast(n, dtype)
+        return n, ops.ones(ops.shape(like)[-2:-1], dtype) / n
     total = ops.sum(weight, axis=-1)
     squares = ops.sum(ops.square(weight), axis=-1)
     p = weight / ops.maximum(total, 1e-30)[..., None]
@@ -390,23 +402,27 @@ def statistics(grams, weight, pairs, estimator):
         dims = [g.features.shape[-1] for g in grams]
         if n and max(dims) <= n:
             return _linear(grams, weight, pairs, estimator)
-    like = grams[0].features
+    like, dtype = grams[0].features, grams[0].dtype
     if unbiased and weight is not None:
-        weight = ops.cast(weight > 0, like.dtype)
+        weight = ops.cast(weight > 0, dtype)
     known = not any(isinstance(g.kernel, CustomKernel) for g in grams)
-    if known and compilable(like) and _tile_rows(like) < like.shape[-2]:
-        compiled = _compiled(
-            tuple(g.kernel for g in grams), tuple(pairs), estimator
+    features = [g.features for g in grams]
+    if known and compilable(features) and _tile_rows(like) < like.shape[-2]:
+        kernels = tuple(g.kernel for g in grams)
+        shapes = tuple(tuple(f.shape) for f in features)
+        program = _programs.get(
+            (kernels, tuple(pairs), estimator, dtype, weight is None, shapes),
+            lambda: _compiled_statistics(kernels, pairs, estimator, dtype),
         )
-        return compiled([g.features for g in grams], weight)
-    n, p = measure(weight, like)
+        return program(features, weight)
+    n, p = measure(weight, like, dtype)
     size = like.shape[-2] or ops.shape(like)[-2]
     everyone = ops.arange(size, dtype="int32")
 
     def tile(index):
         rows = [gram.rows(index) for gram in grams]  # (..., b, n)
         if unbiased:
-            others = ops.cast(index[:, None] != everyone, like.dtype)
+            others = ops.cast(index[:, None] != everyone, dtype)
             share = p[..., None, :] * others
             share = share / ops.maximum(
                 ops.sum(share, axis=-1, keepdims=True), 1e-30
@@ -417,9 +433,9 @@ def statistics(grams, weight, pairs, estimator):
         else:
 
             def mean(values):
-                return ops.matmul(values, p[..., None])[..., 0]
+                return full_precision_matmul(values, p[..., None])[..., 0]
 
-        # Of a constant variable exactly nothing is left.
+        # Subtract the first entry, so that a constant row becomes exactly 0.
         first = [row[..., :1] for row in rows]
         rows = [r - f for r, f in zip(rows, first, strict=True)]
         means = [mean(row) for row in rows]
@@ -443,18 +459,22 @@ def statistics(grams, weight, pairs, estimator):
     return values
 
 
-def compilable(x):
+def compilable(tensors):
     """Whether `backend.jit` may be used here: no trace around, no gradient."""
-    return backend.is_concrete(x) and not backend.is_recorded()
+    return not backend.is_recorded() and all(
+        backend.is_concrete(x) for x in tensors
+    )
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(kernels, pairs, estimator):
+def _compiled_statistics(kernels, pairs, estimator, dtype):
     """`statistics` under XLA, for samples too many to do at once."""
 
     def fn(features, weight):
-        grams = map(Gram, kernels, features)
-        return statistics(list(grams), weight, pairs, estimator)
+        grams = [
+            Gram(kernel, x, dtype)
+            for kernel, x in zip(kernels, features, strict=True)
+        ]
+        return statistics(grams, weight, pairs, estimator)
 
     return backend.jit(fn)
 
@@ -475,10 +495,10 @@ def _linear(grams, weight, pairs, estimator):
     Features have mean zero, so Σ_j K_ij = 0 and the sums over all other
     columns are those of the diagonal.
     """
-    like = grams[0].features
+    like, dtype = grams[0].features, grams[0].dtype
     if estimator == "unbiased" and weight is not None:
-        weight = ops.cast(weight > 0, like.dtype)
-    n, p = measure(weight, like)
+        weight = ops.cast(weight > 0, dtype)
+    n, p = measure(weight, like, dtype)
     features = [g.features for g in grams]
     if weight is not None and estimator == "unbiased":
         # They were centered by the weights, not by in and out.
@@ -489,7 +509,9 @@ def _linear(grams, weight, pairs, estimator):
     values = []
     for i, j in pairs:
         x, y = features[i], features[j]
-        covariance = ops.matmul(ops.swapaxes(x * p[..., None], -1, -2), y)
+        covariance = full_precision_matmul(
+            ops.swapaxes(x * p[..., None], -1, -2), y
+        )
         full = ops.sum(ops.square(covariance), axis=(-2, -1))
         if estimator != "unbiased":
             values.append(_combine(full, 0.0, n, estimator))

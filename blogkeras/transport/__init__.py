@@ -14,7 +14,7 @@ from blogkeras.transport.distances import (
     word_rotator_distance,
     word_rotator_similarity,
 )
-from blogkeras.transport.entropic import sinkhorn
+from blogkeras.transport.entropic import SinkhornSolution, sinkhorn
 from blogkeras.transport.index import SearchResult, TransportIndex
 from blogkeras.transport.layers import WordMoverDistance, WordRotatorDistance
 from blogkeras.transport.weighting import (
@@ -27,6 +27,7 @@ from blogkeras.transport.weighting import (
 )
 
 __all__ = [
+    "SinkhornSolution",
     "SearchResult",
     "TransportIndex",
     "WordMoverDistance",

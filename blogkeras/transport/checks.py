@@ -5,21 +5,25 @@ function is checked.
 """
 
 import numpy as np
-from keras import ops
 
 from blogkeras import backend
+from blogkeras.arguments import (
+    as_numpy,
+    check_finite,
+    check_integer,
+    check_number,
+)
 
 _MASS_ERROR = 1e-4  # float32 weights of a long text sum to 1 within this
 
 
 def check_settings(regularization, tolerance, max_iterations=1):
-    """Raises where no iteration could do what is asked."""
-    if not (regularization > 0 and tolerance > 0 and max_iterations >= 1):
-        raise ValueError(
-            "Expected `regularization`, `tolerance` and `max_iterations` above "
-            f"zero. Received: regularization={regularization}, "
-            f"tolerance={tolerance}, max_iterations={max_iterations}"
-        )
+    """The settings of Sinkhorn's iteration, as plain numbers."""
+    return (
+        check_number("regularization", regularization, above=0),
+        check_number("tolerance", tolerance, above=0),
+        check_integer("max_iterations", max_iterations, minimum=1),
+    )
 
 
 def check_problem(p, q, D):
@@ -51,18 +55,12 @@ def check_shape(name, z, x):
         )
 
 
-def check_finite(name, x, mask=None):
-    if not backend.is_concrete(x):
-        return
-    x = as_numpy(x)
-    finite = np.isfinite(x)
-    if mask is not None:
-        finite |= ~as_numpy(mask)
-    if not finite.all():
-        raise ValueError(
-            f"Expected finite numbers in {name}; mask what is missing. "
-            f"Received: {x[~finite].ravel()[:3]} among {x.size} values"
-        )
+def check_words(name, x, mask=None):
+    """Raises on NaN and infinities among vectors, where they count."""
+    if mask is not None and backend.is_concrete(x):
+        if backend.is_concrete(mask):
+            x = np.where(as_numpy(mask)[..., None], as_numpy(x), 0)
+    check_finite(name, x)
 
 
 def check_mass(name, p, mask=None, normalized=True):
@@ -78,7 +76,7 @@ def check_mass(name, p, mask=None, normalized=True):
     check_finite(name, p)
     if p.size and p.min() < 0:
         raise ValueError(
-            f"Expected nonnegative numbers in {name}. Received: {p.min()}"
+            f"Expected nonnegative numbers in `{name}`. Received: {p.min()}"
         )
     if not normalized:
         return
@@ -88,10 +86,6 @@ def check_mass(name, p, mask=None, normalized=True):
         wrong &= total != 0
     if wrong.any():
         raise ValueError(
-            f"Expected {name} of sum 1: divide by the sum. Received: sums such "
-            f"as {total[wrong][0]:g}"
+            f"Expected `{name}` of sum 1: divide by the sum. Received: sums "
+            f"such as {total[wrong][0]:g}"
         )
-
-
-def as_numpy(x):
-    return x if isinstance(x, np.ndarray) else ops.convert_to_numpy(x)

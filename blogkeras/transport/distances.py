@@ -1,6 +1,6 @@
 """The distances of post 7388 as functions."""
 
-import functools
+import dataclasses
 import math
 
 import keras
@@ -8,19 +8,26 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
+from blogkeras.arguments import as_numpy, check_choice, check_finite
+from blogkeras.loops import ProgramCache
 from blogkeras.transport import exact, measures
 from blogkeras.transport.checks import (
-    as_numpy,
-    check_finite,
     check_mass,
     check_problem,
     check_settings,
     check_shape,
+    check_words,
 )
-from blogkeras.transport.entropic import approximate, as_tensor
+from blogkeras.transport.entropic import (
+    approximate,
+    as_tensor,
+    length_classes,
+    pad_axis,
+)
 
 SOLVERS = ("exact", "sinkhorn", "relaxed")
 _BLOCK = 2**17  # numbers of vectors at work at a time in NumPy
+_programs = ProgramCache(size=16)
 
 
 def wasserstein_distance(
@@ -61,12 +68,11 @@ def wasserstein_distance(
     Departs from the post: the post's linear program is the same problem,
     solved by `scipy.optimize.linprog`.
     """
-    _check_solver(solver)
-    check_settings(regularization, tolerance)
-    p, q, D = (_array(a, solver) for a in (p, q, D))
+    solver = Solver(solver, regularization, tolerance)
+    p, q, D = (_array(a, solver.name) for a in (p, q, D))
     check_problem(p, q, D)
     check_finite("D", D)
-    return _distance(p, q, D, solver, regularization, tolerance)
+    return solver.distance(p, q, D)
 
 
 def word_mover_distance(
@@ -126,44 +132,50 @@ def word_mover_distance(
     is the default; its code takes the root of the *mean* over dimensions, which
     is `cost="rms"`.
     """
-    _check_solver(solver)
-    check_settings(regularization, tolerance)
-    *texts, kind = _checked(x, y, mask, cost, weights, idf, solver)
-    settings = (cost, kind, solver, regularization, tolerance)
+    solver = Solver(solver, regularization, tolerance)
+    texts = Texts.checked(x, y, mask, cost, weights, idf, solver.name)
+    if solver.name == "exact":
+        return _exact_distance(texts)
     # On TensorFlow a tape may be watching, which cannot look inside.
-    if solver == "sinkhorn" and backend.BACKEND == "jax":
-        return _compiled(*settings)(*texts)
-    return _distance_of_words(*texts, *settings)
+    if backend.BACKEND == "jax" and solver.name == "sinkhorn":
+        return _compiled_distance(texts, solver)
+    return solver.distance(*texts.problem(ops))
 
 
-@functools.cache
-def _compiled(*settings):
-    return backend.jit(lambda *texts: _distance_of_words(*texts, *settings))
+def _compiled_distance(texts, solver):
+    """From vectors to the distance in one program, for classes of lengths."""
+    if not texts.is_concrete():
+        return solver.distance(*texts.problem(ops))
+    texts = texts.padded()
+    arrays = texts.arrays()
+    key = (
+        tuple(None if a is None else (a.shape, str(a.dtype)) for a in arrays),
+        (texts.cost, texts.weights, solver),
+    )
+
+    def distance(*arrays):
+        return solver.distance(*texts.with_arrays(arrays).problem(ops))
+
+    return _programs.get(key, lambda: backend.jit(distance))(*arrays)
 
 
-def _distance_of_words(x, y, masks, given, cost, kind, solver, *settings):
-    if solver == "exact":
-        return _exact_distance_of_words(x, y, masks, given, cost, kind)
-    p, q, D = _problem(x, y, masks, given, cost, kind, solver)
-    return _distance(p, q, D, solver, *settings)
-
-
-def _exact_distance_of_words(x, y, masks, given, cost, kind):
+def _exact_distance(texts):
     """Block by block: fresh memory for all of a batch costs more than EMD."""
-    lead = x.shape[:-2]
+    lead = texts.x.shape[:-2]
     count = math.prod(lead)
-    arrays = [
+    flat = texts.with_arrays(
         None if a is None else a.reshape((count, *a.shape[len(lead) :]))
-        for a in (x, y, *masks, *given)
-    ]
-    numbers = (x.shape[-2] + y.shape[-2]) * x.shape[-1]
+        for a in texts.arrays()
+    )
+    numbers = (texts.x.shape[-2] + texts.y.shape[-2]) * texts.x.shape[-1]
     size = max(1, _BLOCK // max(1, numbers))
     distances = np.empty(count)
     for first in range(0, count, size):
         block = slice(first, first + size)
-        x, y, *others = (None if a is None else a[block] for a in arrays)
-        problem = _problem(x, y, others[:2], others[2:], cost, kind, "exact")
-        distances[block] = exact.solve(*problem)[0]
+        some = flat.with_arrays(
+            None if a is None else a[block] for a in flat.arrays()
+        )
+        distances[block] = exact.solve(*some.problem(np))[0]
     return distances.reshape(lead)[()]
 
 
@@ -229,8 +241,8 @@ def word_centroid_distance(
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf);
         [blog post](https://kexue.fm/archives/7388)
     """
-    *texts, kind = _checked(x, y, mask, cost, weights, idf, "exact")
-    x, y, p, q = _masses(*texts, cost, kind, "exact")
+    texts = Texts.checked(x, y, mask, cost, weights, idf, "exact")
+    (p, x), (q, y) = texts.measures(np)
     return measures.centroid_bound(
         np,
         measures.centroid(np, p, x, cost),
@@ -255,7 +267,7 @@ def relaxed_wasserstein_distances(p, q, D):
 
     over places with mass. `solver="relaxed"` is the larger one.
 
-    Args: See `wasserstein_distance`; not checked.
+    Args: See `wasserstein_distance`.
 
     Returns:
         Pair of `(...)`, NumPy float64.
@@ -263,7 +275,10 @@ def relaxed_wasserstein_distances(p, q, D):
     Reference:
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf)
     """
-    return measures.relaxed(np, *(_array(a, "exact") for a in (p, q, D)))
+    p, q, D = (_array(a, "exact") for a in (p, q, D))
+    check_problem(p, q, D)
+    check_finite("D", D)
+    return measures.relaxed(np, p, q, D)
 
 
 def transport_plan(
@@ -287,15 +302,69 @@ def transport_plan(
     Reference:
         [blog post](https://kexue.fm/archives/7388)
     """
-    _check_solver(solver)
-    if solver == "relaxed":
+    solver = Solver(solver)
+    if solver.name == "relaxed":
         raise ValueError(
-            "The relaxed problem has no plan with both marginals. Use "
-            f'solver="exact" or "sinkhorn". Received: solver={solver!r}'
+            "The relaxed problem has no plan with both marginals. Expected "
+            '`solver` to be "exact" or "sinkhorn". Received: '
+            f"solver={solver.name!r}"
         )
-    *texts, kind = _checked(x, y, mask, cost, weights, idf, solver)
-    p, q, D = _problem(*texts, cost, kind, solver)
-    return _solve(p, q, D, solver)[0]
+    texts = Texts.checked(x, y, mask, cost, weights, idf, solver.name)
+    xp = np if solver.name == "exact" else ops
+    return solver.plan(*texts.problem(xp))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How a transport problem is to be solved; checked.
+
+    Attributes:
+        name: `"exact"`, `"sinkhorn"` or `"relaxed"`.
+        regularization: Of `"sinkhorn"`.
+        tolerance: Of `"sinkhorn"`.
+    """
+
+    name: str
+    regularization: float = 0.005
+    tolerance: float = 1e-3
+
+    def __post_init__(self):
+        check_choice("solver", self.name, SOLVERS)
+        regularization, tolerance, _ = check_settings(
+            self.regularization, self.tolerance
+        )
+        # As plain floats, so that equal settings are equal keys.
+        object.__setattr__(self, "regularization", regularization)
+        object.__setattr__(self, "tolerance", tolerance)
+
+    def distance(self, p, q, D):
+        """`(...)`: NumPy from NumPy where exact, else a tensor."""
+        if self.name == "exact" and isinstance(D, np.ndarray):
+            lead = D.shape[:-2]
+            flat = [a.reshape((-1, *a.shape[len(lead) :])) for a in (p, q, D)]
+            return exact.solve(*flat)[0].reshape(lead)[()]
+        return self.differentiable_distance(p, q, D)
+
+    def differentiable_distance(self, p, q, D):
+        """The distance as a tensor with a gradient, as the layers need it."""
+        if self.name == "relaxed":
+            return ops.maximum(*measures.relaxed(ops, p, q, D))
+        if self.name == "exact" and not backend.is_concrete(D):
+            _refuse()
+        plan, potentials = self.plan(p, q, D)
+        return envelope(plan, potentials, p, q, D)
+
+    def plan(self, p, q, D):
+        """`(plan, (f, g))`."""
+        if self.name == "sinkhorn":
+            solution = approximate(p, q, D, self.regularization, self.tolerance)
+            return solution.plan, solution.potentials
+        p, q, D = (_array(a, "exact") for a in (p, q, D))
+        lead = D.shape[:-2]
+        flat = [a.reshape((-1, *a.shape[len(lead) :])) for a in (p, q, D)]
+        _, *solution = exact.solve(*flat, duals=True)
+        plan, f, g = (a.reshape((*lead, *a.shape[1:])) for a in solution)
+        return plan, (f, g)
 
 
 def envelope(plan, potentials, p, q, D):
@@ -314,87 +383,128 @@ def envelope(plan, potentials, p, q, D):
     )
 
 
-def distance_of_tensors(p, q, D, solver, regularization, tolerance):
-    """The distance as a differentiable tensor, for the layers."""
-    if solver == "relaxed":
-        return ops.maximum(*measures.relaxed(ops, p, q, D))
-    if solver == "exact" and not backend.is_concrete(D):
-        _refuse()
-    plan, potentials = _solve(p, q, D, solver, regularization, tolerance)
-    return envelope(plan, potentials, p, q, D)
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """Two sequences of word vectors, and how they become a problem.
 
+    Attributes:
+        x: `(..., n, dim)`.
+        y: `(..., m, dim)`.
+        x_mask: `(..., n)`, boolean, or `None`.
+        y_mask: `(..., m)`, likewise.
+        x_mass: `(..., n)`, for `weights` "idf" and "given"; or `None`.
+        y_mass: `(..., m)`, likewise.
+        cost: One of `measures.COSTS`.
+        weights: One of `measures.WEIGHTS`, or "given".
+    """
 
-def _distance(p, q, D, solver, regularization, tolerance):
-    if solver == "exact":
-        lead = D.shape[:-2]
-        flat = [a.reshape((-1, *a.shape[len(lead) :])) for a in (p, q, D)]
-        return exact.solve(*flat)[0].reshape(lead)[()]
-    return distance_of_tensors(p, q, D, solver, regularization, tolerance)
+    x: object
+    y: object
+    x_mask: object
+    y_mask: object
+    x_mass: object
+    y_mass: object
+    cost: str
+    weights: str
 
+    @classmethod
+    def checked(cls, x, y, mask, cost, weights, idf, solver):
+        """Arrays that fit, in NumPy for the exact solver, else tensors."""
+        measures.check_options(cost, weights)
+        x, y = _array(x, solver), _array(y, solver)
+        same = x.shape[:-2] == y.shape[:-2] and x.shape[-1:] == y.shape[-1:]
+        if len(x.shape) < 2 or len(x.shape) != len(y.shape) or not same:
+            raise ValueError(
+                "Expected x (..., n, dim) and y (..., m, dim) with the same "
+                f"leading axes. Received: x.shape={tuple(x.shape)}, "
+                f"y.shape={tuple(y.shape)}"
+            )
+        kind = weights if isinstance(weights, str) else "given"
+        given = idf if kind == "idf" else weights
+        if kind == "idf" and idf is None:
+            raise ValueError(
+                'weights="idf" needs the idf of the words, idf=(x_idf, y_idf), '
+                "as from `inverse_document_frequency`. Received: idf=None"
+            )
+        if kind in ("uniform", "norm"):
+            given = (None, None)
+        pairs = {"mask": (None, None) if mask is None else mask, "idf": given}
+        for name, pair in pairs.items():
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError(
+                    f"Expected `{name}` to be a pair, one for each text. "
+                    f"Received: {name}={pair!r}"
+                )
+        masks, masses = [], []
+        for name, z, z_mask, mass in zip(
+            "xy", (x, y), pairs["mask"], given, strict=True
+        ):
+            if z_mask is not None:
+                z_mask = _array(z_mask, solver, "bool")
+                check_shape(f"mask of {name}", z_mask, z)
+            if mass is not None:
+                mass = _array(mass, solver)
+                check_shape(f"weights of {name}", mass, z)
+                check_mass(f"weights of {name}", mass, z_mask, kind == "given")
+            check_words(name, z, z_mask)
+            masks.append(z_mask)
+            masses.append(mass)
+        return cls(x, y, *masks, *masses, cost, kind)
 
-def _solve(p, q, D, solver, regularization=0.005, tolerance=1e-3):
-    """`(plan, (f, g))`."""
-    if solver == "sinkhorn":
-        solution = approximate(p, q, D, regularization, tolerance)
-        return solution.plan, solution.potentials
-    p, q, D = (_array(a, "exact") for a in (p, q, D))
-    lead = D.shape[:-2]
-    flat = [a.reshape((-1, *a.shape[len(lead) :])) for a in (p, q, D)]
-    _, *solution = exact.solve(*flat, duals=True)
-    plan, f, g = (a.reshape((*lead, *a.shape[1:])) for a in solution)
-    return plan, (f, g)
-
-
-def _problem(x, y, masks, given, cost, kind, solver):
-    """`(p, q, D)` of two sequences."""
-    x, y, p, q = _masses(x, y, masks, given, cost, kind, solver)
-    xp = np if solver == "exact" else ops
-    return p, q, measures.cost_matrix(xp, x, y, cost)
-
-
-def _masses(x, y, masks, given, cost, kind, solver):
-    xp = np if solver == "exact" else ops
-    (p, x), (q, y) = (
-        measures.mass_and_vectors(xp, z, mask, cost, kind, mass)
-        for z, mask, mass in zip((x, y), masks, given, strict=True)
-    )
-    return x, y, p, q
-
-
-def _checked(x, y, mask, cost, weights, idf, solver):
-    """`(x, y, masks, given, kind)` as arrays that fit."""
-    measures.check_options(cost, weights)
-    x, y = _array(x, solver), _array(y, solver)
-    same = x.shape[:-2] == y.shape[:-2] and x.shape[-1:] == y.shape[-1:]
-    if len(x.shape) < 2 or len(x.shape) != len(y.shape) or not same:
-        raise ValueError(
-            "Expected x (..., n, dim) and y (..., m, dim) with the same "
-            f"leading axes. Received: x.shape={tuple(x.shape)}, "
-            f"y.shape={tuple(y.shape)}"
+    def arrays(self):
+        return (
+            self.x,
+            self.y,
+            self.x_mask,
+            self.y_mask,
+            self.x_mass,
+            self.y_mass,
         )
-    kind = weights if isinstance(weights, str) else "given"
-    given = idf if kind == "idf" else weights
-    if kind == "idf" and idf is None:
-        raise ValueError(
-            'weights="idf" needs the idf of the words, idf=(x_idf, y_idf), as '
-            "from `inverse_document_frequency`. Received: idf=None"
+
+    def with_arrays(self, arrays):
+        return Texts(*arrays, self.cost, self.weights)
+
+    def is_concrete(self):
+        return all(a is None or backend.is_concrete(a) for a in self.arrays())
+
+    def padded(self):
+        """The same texts, with masked words up to the classes of lengths."""
+        n, m = self.x.shape[-2], self.y.shape[-2]
+        sizes = length_classes(n, m)
+        parts = []
+        for z, mask, mass, size in zip(
+            (self.x, self.y),
+            (self.x_mask, self.y_mask),
+            (self.x_mass, self.y_mass),
+            sizes,
+            strict=True,
+        ):
+            if mask is None:
+                mask = ops.ones(z.shape[:-1], "bool")
+            if mass is not None:
+                mass = pad_axis(mass, -1, size)
+            parts.append(
+                (pad_axis(z, -2, size), pad_axis(mask, -1, size), mass)
+            )
+        (x, x_mask, x_mass), (y, y_mask, y_mass) = parts
+        return self.with_arrays((x, y, x_mask, y_mask, x_mass, y_mass))
+
+    def measures(self, xp):
+        """`((p, x), (q, y))`: masses, and vectors that are zero if masked."""
+        return tuple(
+            measures.mass_and_vectors(
+                xp, z, mask, self.cost, self.weights, mass
+            )
+            for z, mask, mass in (
+                (self.x, self.x_mask, self.x_mass),
+                (self.y, self.y_mask, self.y_mass),
+            )
         )
-    if kind in ("uniform", "norm"):
-        given = (None, None)
-    masks, masses = [], []
-    mask = (None, None) if mask is None else mask
-    for name, z, z_mask, mass in zip("xy", (x, y), mask, given, strict=True):
-        if z_mask is not None:
-            z_mask = _array(z_mask, solver, "bool")
-            check_shape(f"mask of {name}", z_mask, z)
-        if mass is not None:
-            mass = _array(mass, solver)
-            check_shape(f"weights of {name}", mass, z)
-            check_mass(f"weights of {name}", mass, z_mask, kind == "given")
-        check_finite(name, z, None if z_mask is None else z_mask[..., None])
-        masks.append(z_mask)
-        masses.append(mass)
-    return x, y, tuple(masks), tuple(masses), kind
+
+    def problem(self, xp):
+        """`(p, q, D)`."""
+        (p, x), (q, y) = self.measures(xp)
+        return p, q, measures.cost_matrix(xp, x, y, self.cost)
 
 
 def _array(x, solver, dtype=None):
@@ -416,10 +526,3 @@ def _refuse():
         'functions: use solver="sinkhorn" there. Received: solver="exact" '
         "inside a traced function"
     )
-
-
-def _check_solver(solver):
-    if solver not in SOLVERS:
-        raise ValueError(
-            f"Expected `solver` one of {SOLVERS}. Received: {solver!r}"
-        )

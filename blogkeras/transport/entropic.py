@@ -1,6 +1,5 @@
 """Entropic transport in batches, with a certificate, in `keras.ops`."""
 
-import functools
 from typing import NamedTuple
 
 import keras
@@ -8,11 +7,10 @@ import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
-from blogkeras.transport.checks import (
-    check_finite,
-    check_problem,
-    check_settings,
-)
+from blogkeras.arguments import check_finite
+from blogkeras.loops import ProgramCache
+from blogkeras.ops import full_precision_matmul
+from blogkeras.transport.checks import check_problem, check_settings
 
 _FACTOR = 4.0  # from one ε to the next
 _START = 0.05  # the first ε is at most this
@@ -21,9 +19,10 @@ _STRIDE = 5  # iterations between two looks at the error
 _PATIENCE = 10  # iterations after which over-relaxation is from 1/2 at 2/3
 _BLOCK = 2**15  # costs at work at a time on a CPU
 _FAR = 1e30
+_programs = ProgramCache(size=16)
 
 
-class Solution(NamedTuple):
+class SinkhornSolution(NamedTuple):
     """What `sinkhorn` returns; leading axes are those of `p`.
 
     Attributes:
@@ -61,8 +60,11 @@ def sinkhorn(
     point, however early it stops. On a CPU a large batch is solved in blocks
     that fit into the cache.
 
-    Outside of a compiled function the solver is compiled by itself, once for
-    each shape.
+    Outside of a compiled function the solver is compiled by itself. That takes
+    seconds, so lengths are padded to a few classes: powers of two from 8 to 64,
+    then multiples of 64, and both sides alike unless one is four times as long;
+    texts of any lengths up to 64 share ten programs. The programs used last
+    are kept, 16 of them.
 
     Args:
         p: `(..., n)`, nonnegative, sum 1. Zeros are words that do not count.
@@ -79,8 +81,8 @@ def sinkhorn(
         ValueError: as `wasserstein_distance`.
 
     Returns:
-        `Solution`, a named tuple. Nothing in it has a gradient: `distance` of
-        `wasserstein_distance(p, q, D, solver="sinkhorn")` has.
+        `SinkhornSolution`, a named tuple. Nothing in it has a gradient; the
+        distance of `wasserstein_distance(p, q, D, solver="sinkhorn")` has.
 
     Example:
 
@@ -97,32 +99,61 @@ def sinkhorn(
         [Altschuler et al., 2017](https://arxiv.org/abs/1705.09634), the
         feasible plan
     """
-    check_settings(regularization, tolerance, max_iterations)
+    settings = check_settings(regularization, tolerance, max_iterations)
     p, q, D = map(as_tensor, (p, q, D))
     check_problem(p, q, D)
-    solution = approximate(p, q, D, regularization, tolerance, max_iterations)
-    # One look at the distances tells the same of all the costs.
-    check_finite("D (its distances are not)", solution.distance)
-    return solution
+    check_finite("D", D)
+    return approximate(p, q, D, *settings)
 
 
 def approximate(p, q, D, regularization, tolerance, max_iterations=5000):
     """`sinkhorn`, unchecked."""
     settings = (regularization, tolerance, max_iterations)
     if backend.BACKEND == "tensorflow":
-        # Here: a tape would follow them into the compiled function.
+        # Stop the gradient outside of the compiled function, into which a
+        # tape would follow the tensors.
         p, q, D = map(ops.stop_gradient, (p, q, D))
     # Inside a graph of TensorFlow a compiled function would force XLA on it,
     # which tf.distribute does not bear on CPU.
-    if backend.BACKEND == "jax" or backend.is_concrete(D):
-        return _compiled(tuple(D.shape), *settings)(p, q, D)
-    return _solve_any_rank(p, q, D, *settings)
+    if not backend.is_concrete(D):
+        return _solve_any_rank(p, q, D, *settings)
+    *lead, n, m = D.shape
+    rows, columns = length_classes(n, m)
+    p = pad_axis(p, -1, rows)
+    q = pad_axis(q, -1, columns)
+    D = pad_axis(pad_axis(D, -2, rows), -1, columns)
+    program = _programs.get(
+        (tuple(D.shape), str(D.dtype), settings),
+        lambda: backend.jit(
+            lambda p, q, D: _solve_any_rank(p, q, D, *settings)
+        ),
+    )
+    solution = program(p, q, D)
+    f, g = solution.potentials
+    return solution._replace(
+        plan=solution.plan[..., :n, :m],
+        potentials=(f[..., :n], g[..., :m]),
+    )
 
 
-@functools.cache
-def _compiled(shape, *settings):
-    # One for each shape: TensorFlow warns of a function with many.
-    return backend.jit(lambda p, q, D: _solve_any_rank(p, q, D, *settings))
+def length_classes(n, m):
+    """Lengths to pad two texts to, so that few programs are compiled."""
+    n, m = _length_class(n), _length_class(m)
+    longer = max(n, m)
+    return tuple(longer if 4 * size > longer else size for size in (n, m))
+
+
+def _length_class(n):
+    if n > 64:
+        return -(-n // 64) * 64
+    return max(8, 1 << (n - 1).bit_length())
+
+
+def pad_axis(x, axis, size):
+    """`x`, filled up with zeros to `size` along an axis."""
+    padding = [[0, 0]] * len(x.shape)
+    padding[axis] = [0, size - x.shape[axis]]
+    return ops.pad(x, padding)
 
 
 def _solve_any_rank(p, q, D, *settings):
@@ -135,7 +166,7 @@ def _solve_any_rank(p, q, D, *settings):
     values = tree.map_structure(
         lambda a: ops.reshape(a, (*shape, *ops.shape(a)[1:])), values
     )
-    return Solution(*values, iterations)
+    return SinkhornSolution(*values, iterations)
 
 
 def as_tensor(x, dtype=None):
@@ -185,7 +216,7 @@ def solve(p, q, cost, regularization, tolerance, max_iterations):
     _, iterations, *whole, f, g = ops.while_loop(
         lambda k, *_: k * size < batch, fill, (0, 0, *whole)
     )
-    return Solution(*whole, (f, g), iterations)
+    return SinkhornSolution(*whole, (f, g), iterations)
 
 
 def _accelerated():
@@ -239,7 +270,7 @@ def _solve_block(p, q, cost, regularization, tolerance, max_iterations):
     terms = ops.cast(2 + ops.shape(cost)[1] + ops.shape(cost)[2], cost.dtype)
     slack = 2 * terms * _unit(cost)
     scale = scale[:, :, 0]
-    return Solution(
+    return SinkhornSolution(
         distance * scale[:, 0],
         (lower - slack) * scale[:, 0],
         (distance + slack) * scale[:, 0],
@@ -273,10 +304,12 @@ def _round(problem, kernel, s, t):
     spread over all.
     """
     p, q = problem.p, problem.q
-    row = p / (s * ops.maximum(ops.matmul(kernel, _turn(q / t)) / s, 1))
-    arrived = ops.matmul(_turn(row), kernel)
+    row = p / (
+        s * ops.maximum(full_precision_matmul(kernel, _turn(q / t)) / s, 1)
+    )
+    arrived = full_precision_matmul(_turn(row), kernel)
     column = q / (t * ops.maximum(arrived / t, 1))
-    missing_p = p - row * ops.matmul(kernel, _turn(column))
+    missing_p = p - row * full_precision_matmul(kernel, _turn(column))
     missing_q = q - column * arrived
     missing_p = ops.maximum(missing_p, 0)
     missing_q = ops.maximum(missing_q, 0)
@@ -285,8 +318,9 @@ def _round(problem, kernel, s, t):
         ops.sum(missing_q, axis=2, keepdims=True),
     )
     plan = row * kernel * column
-    # At least one unit: XLA may compute p - row * x twice, rounded and fused,
-    # and a few digits would be divided by a sum of zero.
+    # `missing` is at least one unit in the last place. XLA may compute
+    # p - row * x twice, rounded differently, so that a remainder of a few units
+    # would be divided by a sum of zero.
     missing = ops.maximum(missing, _unit(plan))
     return plan + missing_p * (missing_q / missing)
 
@@ -319,7 +353,7 @@ def _anneal(step, problem, regularization, tolerance, max_iterations):
     state = 0, ops.zeros_like(c), f, g, f, g, ops.zeros_like(f[:, :1]), 0
     if count == 1:
         return stage(*state)[1:]
-    # One loop, that the step is compiled once.
+    # A loop over ε, so that the step is compiled only once.
     return ops.while_loop(lambda index, *_: index < count, stage, state)[1:]
 
 
@@ -386,8 +420,10 @@ def _scale(problem, f, g, epsilon, goal, max_iterations):
 
     s, t, error, iterations = _iterate(
         (
-            lambda t: ops.matmul(kernel, _turn(q / t)) + idle_rows,
-            lambda s: ops.matmul(_turn(p / s), kernel) + idle_columns,
+            lambda t: full_precision_matmul(kernel, _turn(q / t)) + idle_rows,
+            lambda s: (
+                full_precision_matmul(_turn(p / s), kernel) + idle_columns
+            ),
         ),
         lambda beyond, new: ops.maximum(beyond, new / 4),
         lambda new, old: new / old - 1,

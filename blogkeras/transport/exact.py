@@ -112,6 +112,11 @@ def solve(p, q, cost, duals=False):
     # The simplex ends only if both sides have the same mass.
     p = p / p.sum(-1, keepdims=True)
     q = q / q.sum(-1, keepdims=True)
+    # The simplex compares with absolute tolerances: costs of size 1, by powers
+    # of two, which lose no digit. It is linear in the costs.
+    largest = np.abs(cost).max(axis=(1, 2), initial=0.0)
+    exponent = np.frexp(np.where(largest > 0, largest, 1.0))[1]
+    cost = np.ldexp(cost, -exponent[:, None, None])
     solver = simplex()
     value, plan = np.empty(len(p)), np.empty(cost.shape)
     f, g = np.empty(p.shape), np.empty(q.shape)
@@ -124,6 +129,7 @@ def solve(p, q, cost, duals=False):
     else:
         for k, problem in enumerate(zip(p, q, cost, strict=True)):
             plan[k], value[k], f[k], g[k] = solver(*problem)
+    value = np.ldexp(value, exponent)
     if not duals:
         return value, plan
     # The simplex ignores words without mass; their potentials are the largest
@@ -132,4 +138,5 @@ def solve(p, q, cost, duals=False):
     rows, columns = p > 0, q > 0
     g = np.min(np.where(rows[:, :, None], cost - f[:, :, None], far), 1)
     f = np.min(np.where(columns[:, None, :], cost - g[:, None, :], far), 2)
+    f, g = (np.ldexp(a, exponent[:, None]) for a in (f, g))
     return value, plan, f, g

@@ -3,9 +3,9 @@
 import keras
 from keras import ops
 
+from blogkeras.arguments import check_boolean, check_choice
 from blogkeras.transport import measures
-from blogkeras.transport.checks import check_settings
-from blogkeras.transport.distances import SOLVERS, distance_of_tensors
+from blogkeras.transport.distances import Solver
 
 
 class _TransportLayer(keras.layers.Layer):
@@ -22,24 +22,20 @@ class _TransportLayer(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        measures.check_options(cost, weighting)
-        check_settings(regularization, tolerance)
+        self.cost = check_choice("cost", cost, measures.COSTS)
         if not isinstance(weighting, str):
             raise ValueError(
-                f"Expected `weighting` one of {measures.WEIGHTS}; weights of "
-                'your own go in with weighting="idf", as '
-                f"[x, y, x_idf, y_idf]. Received: {weighting!r}"
+                "Expected `weighting` to be one of "
+                f"{', '.join(map(repr, measures.WEIGHTS))}; weights of your "
+                'own go in with weighting="idf", as [x, y, x_idf, y_idf]. '
+                f"Received: weighting={weighting!r}"
             )
-        if solver not in SOLVERS:
-            raise ValueError(
-                f"Expected `solver` one of {SOLVERS}. Received: {solver!r}"
-            )
-        self.cost = cost
-        self.weighting = weighting
-        self.solver = solver
-        self.regularization = regularization
-        self.tolerance = tolerance
-        self.pairwise = pairwise
+        self.weighting = check_choice("weighting", weighting, measures.WEIGHTS)
+        self._solver = Solver(solver, regularization, tolerance)
+        self.solver = self._solver.name
+        self.regularization = self._solver.regularization
+        self.tolerance = self._solver.tolerance
+        self.pairwise = check_boolean("pairwise", pairwise)
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -68,15 +64,14 @@ class _TransportLayer(keras.layers.Layer):
         q, y = measures.mass_and_vectors(
             ops, y, masks[1], self.cost, kind, idf[1]
         )
-        settings = (self.solver, self.regularization, self.tolerance)
         if not self.pairwise:
             d = measures.cost_matrix(ops, x, y, self.cost)
-            distance = distance_of_tensors(p, q, d, *settings)
+            distance = self._solver.differentiable_distance(p, q, d)
         else:
-            distance = self._all_pairs(p, q, x, y, settings)
+            distance = self._all_pairs(p, q, x, y)
         return ops.cast(distance, self.compute_dtype)
 
-    def _all_pairs(self, p, q, x, y, settings):
+    def _all_pairs(self, p, q, x, y):
         (a, n, dim), (b, m, _) = ops.shape(x), ops.shape(y)
         d = measures.cost_matrix(
             ops,
@@ -92,7 +87,8 @@ class _TransportLayer(keras.layers.Layer):
             ops.reshape(q, (a * b, m)),
             ops.reshape(d, (a * b, n, m)),
         ]
-        return ops.reshape(distance_of_tensors(*flat, *settings), (a, b))
+        distance = self._solver.differentiable_distance(*flat)
+        return ops.reshape(distance, (a, b))
 
     def compute_mask(self, inputs, previous_mask=None):
         return None

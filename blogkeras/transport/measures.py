@@ -5,18 +5,26 @@ Every function takes the namespace it computes in, `numpy` or `keras.ops`.
 
 from keras import ops
 
+from blogkeras.arguments import check_choice
+from blogkeras.ops import squared_distances, squared_distances_of_arrays
+
 COSTS = ("euclidean", "cosine", "rms")
 WEIGHTS = ("uniform", "norm", "idf")
 
 
 def check_options(cost, weights):
-    """Raises on names that are not known; arrays as weights pass."""
-    if cost not in COSTS:
-        raise ValueError(f"Expected `cost` one of {COSTS}. Received: {cost!r}")
-    if isinstance(weights, str) and weights not in WEIGHTS:
+    """Raises on names that are not known; a pair of arrays as weights passes.
+
+    Raises:
+        ValueError: on anything else.
+    """
+    check_choice("cost", cost, COSTS)
+    if isinstance(weights, (list, tuple)) and len(weights) == 2:
+        return
+    if not isinstance(weights, str) or weights not in WEIGHTS:
         raise ValueError(
-            f"Expected `weights` one of {WEIGHTS} or a pair of arrays. "
-            f"Received: {weights!r}"
+            f"Expected `weights` to be one of {', '.join(map(repr, WEIGHTS))} "
+            f"or a pair of arrays. Received: weights={weights!r}"
         )
 
 
@@ -44,7 +52,7 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
     if mask is not None:
         # Whatever stands under the mask, NaN too, has no influence.
         x = xp.where(mask[..., None], x, xp.zeros_like(x))
-    norm = _safe_sqrt(xp, xp.sum(xp.square(x), axis=-1))
+    norm = _norms(xp, x)[..., 0]
     if weights == "norm":
         mass = norm
     elif weights == "uniform":
@@ -77,25 +85,44 @@ def cost_matrix(xp, x, y, cost):
         `(..., n, m)`.
     """
     if cost == "cosine":
+        # 1 − cos(x, y) = ‖u − v‖²/2 of the directions, which keeps the digits
+        # of small angles.
         x, x_zero = _direction(xp, x)
         y, y_zero = _direction(xp, y)
-        cosine = xp.matmul(x, xp.swapaxes(y, -1, -2))
-        both = xp.logical_and(x_zero, xp.swapaxes(y_zero, -1, -2))
-        d = xp.where(both, xp.zeros_like(cosine), 1 - cosine)
-        return xp.maximum(d, xp.zeros_like(d))
-    # Shifted to where the words are, fewer digits cancel.
-    center = xp.mean(y, axis=-2, keepdims=True)
-    if xp is ops:
-        center = ops.stop_gradient(center)
-    x, y = x - center, y - center
-    x2 = xp.sum(xp.square(x), axis=-1)[..., :, None]
-    y2 = xp.sum(xp.square(y), axis=-1)[..., None, :]
-    size = x2 + y2
-    d2 = size - 2 * xp.matmul(x, xp.swapaxes(y, -1, -2))
-    # What rounding alone makes is zero: equal words are at distance 0.
-    unit = 2.0**-52 if str(x.dtype).endswith("64") else 2.0**-23
-    d = _safe_sqrt(xp, xp.where(d2 > 8 * unit * size, d2, xp.zeros_like(d2)))
+        y_zero = xp.swapaxes(y_zero, -1, -2)
+        d = _squared_distances(xp, x, y) / 2
+        d = xp.where(xp.logical_or(x_zero, y_zero), xp.ones_like(d), d)
+        return xp.where(xp.logical_and(x_zero, y_zero), xp.zeros_like(d), d)
+    scale = _moderate(xp, x, y)
+    d = _squared_distances(xp, x * scale, y * scale)
+    d = _safe_sqrt(xp, d) / scale
     return d / x.shape[-1] ** 0.5 if cost == "rms" else d
+
+
+def _squared_distances(xp, x, y):
+    if xp is ops:
+        return squared_distances(x, y)
+    return squared_distances_of_arrays(x, y)
+
+
+def _moderate(xp, x, y):
+    """A power of two that brings vectors to sizes whose squares are floats.
+
+    It is 1 unless they are larger than 2⁴⁰ or smaller than 2⁻⁴⁰. A power of
+    two, so that differences of vectors that are nearly equal stay exact.
+    """
+    largest = xp.maximum(
+        *(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True) for a in (x, y))
+    )
+    if xp is ops:
+        largest = ops.stop_gradient(largest)
+    scale = xp.ones_like(largest)
+    steps = range(40, 1000, 40) if "64" in str(x.dtype) else (40, 80)
+    for step in steps:
+        small = xp.logical_and(largest > 0, largest < 2.0**-step)
+        scale = xp.where(small, 2.0 ** (step + 10), scale)
+        scale = xp.where(largest > 2.0**step, 2.0 ** -(step + 10), scale)
+    return scale if xp is not ops else ops.cast(scale, x.dtype)
 
 
 def centroid(xp, p, x, cost):
@@ -107,10 +134,9 @@ def centroid(xp, p, x, cost):
 
 def centroid_bound(xp, a, b, cost):
     """A lower bound of the distance, from two centroids `(..., dim)`."""
-    d2 = xp.sum(xp.square(a - b), axis=-1)
     if cost == "cosine":
-        return d2 / 2
-    d = _safe_sqrt(xp, d2)
+        return xp.sum(xp.square(a - b), axis=-1) / 2
+    d = _norms(xp, a - b)[..., 0]
     return d / a.shape[-1] ** 0.5 if cost == "rms" else d
 
 
@@ -122,8 +148,18 @@ def relaxed(xp, p, q, d):
     return xp.sum(p * to_y, axis=-1), xp.sum(q * to_x, axis=-1)
 
 
+def _norms(xp, x):
+    """‖x‖ with the last axis of size 1, of vectors of any size."""
+    size = xp.max(xp.abs(x), axis=-1, keepdims=True)
+    if xp is ops:
+        size = ops.stop_gradient(size)
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    squares = xp.sum(xp.square(x / size), axis=-1, keepdims=True)
+    return size * _safe_sqrt(xp, squares)
+
+
 def _direction(xp, x):
-    norm = _safe_sqrt(xp, xp.sum(xp.square(x), axis=-1, keepdims=True))
+    norm = _norms(xp, x)
     zero = norm <= 0
     return x / xp.where(zero, xp.ones_like(norm), norm), zero
 

@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 import toy
+from hsic_reference import JAX, distances, value
 from keras import layers, ops
-from test_hsic import JAX, distances, value
 
 from blogkeras.hsic import HSICBottleneck
 

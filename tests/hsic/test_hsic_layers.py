@@ -4,9 +4,17 @@ import keras
 import numpy as np
 import pytest
 import toy
+from hsic_reference import (
+    JAX,
+    LINEAR,
+    MASK,
+    central,
+    definition,
+    gaussian,
+    value,
+)
 from keras import layers, ops
 from kit import replicated
-from test_hsic import JAX, LINEAR, MASK, central, definition, gaussian, value
 
 from blogkeras.hsic import (
     CKA,

@@ -262,7 +262,7 @@ def test_layer_errors():
         WordMoverDistance(weighting=(X, Y))
     with pytest.raises(ValueError, match="`solver`"):
         WordMoverDistance(solver="simplex")
-    with pytest.raises(ValueError, match="above zero"):
+    with pytest.raises(ValueError, match="above 0"):
         WordRotatorDistance(tolerance=0)
     with pytest.raises(ValueError, match="x_idf"):
         WordMoverDistance(weighting="idf")([X, Y])
@@ -289,8 +289,9 @@ def test_functions_compile_once_where_they_are_traced():
     inside = backend.jit(lambda p, q, D: tuple(sinkhorn(p, q, D)[:3]))(
         *map(ops.convert_to_tensor, (p, q, D))
     )
+    # Two programs, one of them of padded texts, end at the marginal error.
     for a, b in zip(inside, sinkhorn(p, q, D)[:3], strict=True):
-        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-5)
+        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-3)
 
 
 def check_transformer(outputs, inputs, values, mask):

@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from blogkeras import backend
+from blogkeras.arguments import check_choice, check_integer, check_verbose
 from blogkeras.hsic.fourier import covariances, fourier_variables, waves
-from blogkeras.hsic.kernels import CustomKernel, one_of
-from blogkeras.hsic.statistic import TILE, Gram, hsic_of_blocks, prepare
-from blogkeras.ops import map_blocks
+from blogkeras.hsic.kernels import CustomKernel, Gram
+from blogkeras.hsic.statistic import TILE, hsic_of_blocks, prepare
+from blogkeras.loops import ProgramCache
+from blogkeras.ops import full_precision_matmul, map_blocks
 
 NULLS = ("gamma", "permutation")
 APPROXIMATIONS = (None, "block", "fourier")
@@ -21,6 +23,7 @@ SIZES = {None: None, "block": 100, "fourier": 256}
 CHUNK = 50
 # Below this share of its diagonal a centered kernel is rounding.
 CONSTANT = 1e-6
+_programs = ProgramCache(size=32)
 
 
 class HSICTest(NamedTuple):
@@ -106,34 +109,38 @@ def hsic_test(
         [Zhang et al., 2018](https://arxiv.org/abs/1606.07892);
         [blog post 6910](https://kexue.fm/archives/6910)
     """
-    one_of("null", null, NULLS)
-    one_of("approximation", approximation, APPROXIMATIONS)
-    if num_permutations < 1:
-        raise ValueError(
-            "Expected at least one permutation. Received: "
-            f"num_permutations={num_permutations}"
-        )
+    check_choice("null", null, NULLS)
+    check_choice("approximation", approximation, APPROXIMATIONS)
+    num_permutations = check_integer(
+        "num_permutations", num_permutations, minimum=1
+    )
+    verbose = check_verbose(verbose)
     size = SIZES[approximation] if size is None else size
+    if size is not None:
+        size = check_integer("size", size, minimum=2)
     if seed is None:
         seed = int(np.random.default_rng().integers(2**31))
-    x, y = (ops.cast(ops.convert_to_tensor(t), "float32") for t in (x, y))
-    if len(x.shape) > 2 or len(y.shape) > 2:
+    seed = check_integer("seed", seed, minimum=0)
+    shapes = [tuple(np.shape(t)) for t in (x, y)]
+    if not all(len(shape) in (1, 2) for shape in shapes):
         raise ValueError(
             "Expected one sample set, (n,) or (n, dim). Received: "
-            f"x.shape={tuple(x.shape)}, y.shape={tuple(y.shape)}"
+            f"x.shape={shapes[0]}, y.shape={shapes[1]}"
         )
-    if null == "gamma" and approximation is None and x.shape[0] < 6:
+    if null == "gamma" and approximation is None and shapes[0][0] < 6:
         raise ValueError(
             "The gamma distribution needs at least 6 samples; use "
-            f'null="permutation". Received: n={x.shape[0]}'
+            f'null="permutation". Received: n={shapes[0][0]}'
         )
     if approximation == "block":
         return _block_test(x, y, kernel_x, kernel_y, size)
     if approximation == "fourier":
-        pair = fourier_variables(x, y, kernel_x, kernel_y, size, seed)
+        pair, grams = fourier_variables(
+            x, y, kernel_x, kernel_y, size, seed, "float32"
+        )
         program, draw = _program(_fourier_moments), _program(_fourier_draws)
     else:
-        grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased")
+        grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased", "float32")
         kernels = tuple(gram.kernel for gram in grams)
         pair = [gram.features for gram in grams]
         program = _program(_moments, kernels)
@@ -147,40 +154,52 @@ def hsic_test(
         nothing = (1.0, 0.0) if null == "gamma" else np.zeros(num_permutations)
         return HSICTest(0.0, 1.0, nothing)
     if null == "gamma":
-        return _gamma_test(statistic, mean, variance)
+        return _gamma_test(statistic, mean, variance, grams)
     if approximation == "fourier":
         pair = [_program(_centered_waves)(*variable) for variable in pair]
     draws = _permute(draw, pair, num_permutations, seed, verbose)
     # Draws that are equal but for rounding count as equal.
     extreme = np.sum(draws >= statistic * (1 - 1e-5))
     p_value = (1 + extreme) / (1 + num_permutations)
-    return HSICTest(statistic, float(p_value), draws)
+    return HSICTest(
+        _rescaled(statistic, grams), float(p_value), _rescaled(draws, grams)
+    )
 
 
-def _gamma_test(statistic, mean, variance):
+def _rescaled(values, grams):
+    """`rescale` in float64."""
+    exponent = sum(gram.exponent for gram in grams)
+    for gram in grams:
+        exponent += sum(round(math.log2(float(f))) for f in gram.factors)
+    with np.errstate(over="ignore"):
+        values = np.ldexp(np.asarray(values, "float64"), exponent)
+    return values if values.ndim else float(values)
+
+
+def _gamma_test(statistic, mean, variance, grams):
     from scipy.special import gammaincc
 
     shape, scale = mean**2 / variance, variance / mean
     p_value = float(gammaincc(shape, max(statistic, 0) / scale))
+    statistic, scale = (_rescaled(v, grams) for v in (statistic, scale))
     return HSICTest(statistic, p_value, (shape, scale))
 
 
 def _block_test(x, y, kernel_x, kernel_y, size):
     from scipy.special import stdtr
 
-    values = ops.convert_to_numpy(
-        hsic_of_blocks(x, y, kernel_x, kernel_y, size, "unbiased")
-    ).astype("float64")
+    values, grams = hsic_of_blocks(x, y, kernel_x, kernel_y, size, "unbiased")
+    values = _rescaled(ops.convert_to_numpy(values), grams)
     count = len(values)
     if count < 2:
         raise ValueError(
             "Expected at least two blocks. Received: "
-            f"n={x.shape[0]}, size={size}"
+            f"n={np.shape(x)[0]}, size={size}"
         )
-    deviation = values.std(ddof=1) / math.sqrt(count)
-    if deviation <= CONSTANT**2:
-        return HSICTest(0.0, 1.0, values)
     statistic = float(values.mean())
+    deviation = values.std(ddof=1) / math.sqrt(count)
+    if deviation == 0:
+        return HSICTest(statistic, 0.0 if statistic > 0 else 1.0, values)
     p_value = float(stdtr(count - 1, -statistic / deviation))
     return HSICTest(statistic, p_value, values)
 
@@ -203,18 +222,27 @@ def _permute(draw, pair, num_permutations, seed, verbose):
 
 def _program(fn, kernels=None):
     """`fn`, compiled; but a user's own kernel runs as it is."""
-    if kernels is None:
-        return _compiled(fn)
-    if any(isinstance(kernel, CustomKernel) for kernel in kernels):
-        return functools.partial(fn, kernels=kernels)
-    return _compiled(fn, kernels)
+    if kernels is not None:
+        if any(isinstance(kernel, CustomKernel) for kernel in kernels):
+            return functools.partial(fn, kernels=kernels)
+        return _programs.get(
+            (fn, kernels),
+            lambda: _program_of_shapes(functools.partial(fn, kernels=kernels)),
+        )
+    return _programs.get(fn, lambda: _program_of_shapes(fn))
 
 
-@functools.lru_cache(maxsize=64)
-def _compiled(fn, kernels=None):
-    if kernels is None:
-        return backend.jit(fn)
-    return backend.jit(functools.partial(fn, kernels=kernels))
+def _program_of_shapes(fn):
+    """`fn`, compiled for each of the last few shapes."""
+    programs = ProgramCache(size=16)
+
+    def run(*args):
+        shapes = tuple(
+            None if x is None else tuple(x.shape) for x in tree.flatten(args)
+        )
+        return programs.get(shapes, lambda: backend.jit(fn))(*args)
+
+    return run
 
 
 def _moments(x, y, kernels):
@@ -222,7 +250,10 @@ def _moments(x, y, kernels):
 
     Two passes over the tiles: the means of the rows, then the rest.
     """
-    grams = [Gram(k, t) for k, t in zip(kernels, (x, y), strict=True)]
+    grams = [
+        Gram(kernel, features, "float32")
+        for kernel, features in zip(kernels, (x, y), strict=True)
+    ]
     n = x.shape[0]
     everyone = ops.arange(n, dtype="int32")
     rows = max(8, TILE // n)
@@ -271,11 +302,11 @@ def _centered_matrices(x, y, kernels):
     """J K J of both; the rows of the first are scaled by 1/n²."""
     matrices = []
     for kernel, features in zip(kernels, (x, y), strict=True):
-        matrix = Gram(kernel, features).matrix()
-        scale = ops.mean(ops.diagonal(matrix))
+        matrix = Gram(kernel, features, "float32").matrix()
+        scale = ops.mean(ops.abs(matrix))
         matrix = matrix - ops.mean(matrix, axis=1, keepdims=True)
         matrix = matrix - ops.mean(matrix, axis=0, keepdims=True)
-        # Of a constant variable only rounding is left.
+        # What is left of a constant variable is rounding.
         constant = ops.mean(ops.diagonal(matrix)) <= CONSTANT * scale
         matrices.append(ops.where(constant, 0.0, matrix))
     return matrices
@@ -318,7 +349,9 @@ def _fourier_draws(x, y, orders):
     n = x.shape[0]
 
     def draw(order):
-        covariance = ops.matmul(ops.transpose(x), ops.take(y, order, axis=0))
+        covariance = full_precision_matmul(
+            ops.transpose(x), ops.take(y, order, axis=0)
+        )
         return ops.sum(ops.square(covariance / n))
 
     return ops.map(draw, orders)

@@ -1,0 +1,364 @@
+"""From what users pass to numbers that have kept their digits.
+
+A variable in NumPy (or a list) is brought to its centre, and to a size near 1,
+in float64, before it is rounded to the float32 that HSIC computes in: times of
+day in Unix seconds or lengths in units of 1e-25 lose nothing. A tensor has lost
+by then what it had to lose; it is centred as it is.
+"""
+
+import math
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.arguments import as_numpy
+from blogkeras.ops import central_vector, safe_sqrt, squared_distances
+
+# Rows that the median bandwidth is taken from: in a traced step, where XLA
+# would sort all pairs, and outside, where their number is quadratic.
+TRACED_ROWS = 128
+ROWS = 5000
+# Samples of float32 at a distance below 2⁻²⁰ of that to the centre count as
+# equal, but for rounding; the square of it.
+_COINCIDENT = 2.0**-40
+# Numbers of a block of distances in NumPy.
+_BLOCK = 2**17
+# A gap between values, in bandwidths, across which every kernel is exactly 0.
+_GAP = 1e3
+
+
+def is_array(x):
+    """Whether `x` is no tensor: NumPy, a list, a number, a pandas column."""
+    return not (
+        ops.is_tensor(x)
+        or isinstance(x, (keras.Variable, keras.KerasTensor))
+        or hasattr(x, "aval")
+    )
+
+
+def columns(x):
+    """`(n,)` becomes `(n, 1)`."""
+    return x[:, None] if len(x.shape) == 1 else x
+
+
+def floating(x):
+    """A tensor: float64 stays where the backend has it, else float32."""
+    x = ops.convert_to_tensor(x)
+    double = keras.backend.standardize_dtype(x.dtype) == "float64"
+    return x if double else ops.cast(x, "float32")
+
+
+def float_dtype(x):
+    """The dtype in which a variable is computed."""
+    if is_array(x):
+        wide = getattr(x, "dtype", None) == np.float64
+        # JAX answers with float32, unless float64 is switched on.
+        x = ops.convert_to_tensor(
+            np.zeros((), "float64" if wide else "float32")
+        )
+    x = keras.backend.standardize_dtype(x.dtype)
+    return "float64" if x == "float64" else "float32"
+
+
+def numbers(name, x):
+    """An array `(..., n, dim)` of float64, of integers or of booleans.
+
+    Raises:
+        ValueError: on what is no number.
+    """
+    x = np.asarray(x)
+    if x.dtype.kind not in "biuf":
+        try:
+            x = x.astype("float64")
+        except (TypeError, ValueError):
+            x = None
+    if x is None or x.dtype.kind not in "biuf":
+        raise ValueError(
+            f"Expected numbers in `{name}`; for labels of another kind take "
+            f"DeltaKernel(). Received: {name} of another dtype"
+        )
+    if x.ndim == 0:
+        raise ValueError(
+            f"Expected `{name}` of shape (n,) or (..., n, dim). Received: "
+            f"shape {x.shape}"
+        )
+    return columns(x.astype("float64") if x.dtype.kind == "f" else x)
+
+
+def each_sample(fn, x, keep):
+    """`fn(rows, keep)` of every `(n, dim)` of an array `(..., n, dim)`."""
+    flat = x.reshape(-1, *x.shape[-2:])
+    if keep is not None:
+        keep = np.broadcast_to(keep, x.shape[:-1]).reshape(flat.shape[:-1])
+    out = [
+        fn(rows, None if keep is None else keep[k])
+        for k, rows in enumerate(flat)
+    ]
+    return np.stack(out).reshape((*x.shape[:-2], *out[0].shape))
+
+
+def from_center(x, keep=None):
+    """x less a median of each feature, as float64; 0 where not `keep`."""
+
+    def shifted(x, keep):
+        rows = x if keep is None or not keep.any() else x[keep]
+        if len(rows) == 0:
+            return x.astype("float64")
+        count = min(len(rows), 99)
+        some = rows[np.arange(count) * len(rows) // count]
+        some = np.sort(some, axis=0)
+        center = some[len(some) // 2]
+        if x.dtype.kind == "b":
+            x, center = x.astype("int8"), center.astype("int8")
+        if x.dtype.kind in "iu":
+            # Of integers of 64 bits not even float64 holds every one. The
+            # difference of the larger and the smaller fits into 64 bits.
+            high, low = np.maximum(x, center), np.minimum(x, center)
+            size = high.astype("uint64") - low.astype("uint64")
+            difference = np.where(x >= center, 1.0, -1.0) * size
+        else:
+            with np.errstate(over="ignore"):
+                difference = x - center
+        if keep is not None:
+            difference = np.where(keep[:, None], difference, 0.0)
+        return difference
+
+    return each_sample(shifted, x, keep)
+
+
+def exponent_of(x):
+    """The power of two, as an exponent, of the largest of some numbers."""
+    largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)
+    return int(np.frexp(largest)[1]) if largest > 0 else 0
+
+
+def close_gaps(x):
+    """Moves values together that are so far apart that no kernel sees it.
+
+    Each feature is sorted, and gaps of more than 1000 bandwidths become as
+    large as that. Kernels of these distances are 0 before and after, even in
+    float64, and float32 keeps the digits among outliers that are near each
+    other, wherever they are.
+
+    Args:
+        x: `(n, dim)`, float64, in bandwidths.
+    """
+    if not len(x) or np.abs(x).max() < _GAP:
+        return x
+    order = np.argsort(x, axis=0, kind="stable")
+    ordered = np.take_along_axis(x, order, axis=0)
+    with np.errstate(over="ignore"):
+        gaps = np.minimum(np.diff(ordered, axis=0), _GAP)
+    # Values near the centre keep all their digits: 0 stays where it is.
+    at = np.concatenate([np.zeros_like(x[:1]), np.cumsum(gaps, axis=0)])
+    zero = np.argmin(np.abs(ordered), axis=0)[None]
+    at = at - np.take_along_axis(at, zero, axis=0)
+    at = at + np.take_along_axis(ordered, zero, axis=0)
+    near = np.abs(at - ordered) < 1e-6
+    at = np.where(near, ordered, at)
+    out = np.empty_like(x)
+    np.put_along_axis(out, order, at, axis=0)
+    return out
+
+
+def codes_of(x):
+    """Values of any kind as integers: equal rows, and only these, are equal.
+
+    Args:
+        x: `(..., n)` or `(..., n, dim)` array of numbers, strings or objects.
+
+    Returns:
+        Array of int32, `(..., n)`.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    codes = np.stack(
+        [
+            np.unique(column, return_inverse=True)[1].ravel()
+            for column in flat.T
+        ],
+        axis=-1,
+    )
+    _, codes = np.unique(codes, axis=0, return_inverse=True)
+    return codes.reshape(x.shape[:-1]).astype("int32")
+
+
+def median_bandwidth(x, mask=None):
+    """The median distance between two different samples of a variable.
+
+    If most pairs are equal, as in discrete data, it is the median over the
+    others; for a constant variable it is 1. With concrete values all pairs
+    are used up to 5000 samples, and 5000 evenly spread samples beyond, in
+    NumPy's float64. In a traced step (a compiled function, `fit`) it is that of
+    at most 128 evenly spread samples, since sorting all pairs would cost more
+    than the rest of the step. No gradient flows through it.
+
+    Args:
+        x: `(n,)` or `(..., n, dim)`, numbers.
+        mask: `(..., n)`. Samples where it is 0 or false do not count.
+
+    Returns:
+        A Python float for one sample set with concrete values, else a tensor
+        `(...)`.
+    """
+    known = is_array(x) or backend.is_concrete(x)
+    if not known or not (
+        mask is None or is_array(mask) or backend.is_concrete(mask)
+    ):
+        x = columns(floating(x))
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+            mask = ops.broadcast_to(mask, ops.shape(x)[:-1])
+            x = ops.where(mask[..., None], x, 0.0)
+        return traced_median(x - central_vector(x, mask), mask)
+    dtype = float_dtype(x)
+    if not is_array(x):
+        x = as_numpy(ops.cast(x, dtype) if "int" not in str(x.dtype) else x)
+    coincident = coincidence(x)
+    x = numbers("x", x)
+    keep = None if mask is None else as_numpy(mask).astype(bool)
+    medians = each_sample(
+        lambda x, keep: np.asarray(median_distance(x, keep, coincident)),
+        from_center(x, keep),
+        keep,
+    )
+    if x.ndim == 2:
+        return float(medians)
+    return ops.convert_to_tensor(medians.astype(dtype))
+
+
+def coincidence(x):
+    """The share of a squared distance that is rounding, by an array's dtype."""
+    dtype = np.asarray(x).dtype
+    exact = dtype.kind in "biu" or dtype == np.float64
+    return 0.0 if exact else _COINCIDENT
+
+
+def traced_median(x, mask):
+    """The median of a centred variable, `(...)`, in a compiled step."""
+    x = ops.stop_gradient(x)
+    n = x.shape[-2] or ops.shape(x)[-2]
+    count = min(x.shape[-2] or TRACED_ROWS, TRACED_ROWS)
+    index = ops.cast(ops.arange(count), "int32") * n // count
+    x = ops.take(x, index, axis=-2)
+    weight = None if mask is None else ops.take(mask, index, axis=-1)
+    d = squared_distances(x)
+    # Where n < count some samples come twice.
+    valid = ops.broadcast_to(index[:, None] != index, ops.shape(d))
+    if weight is not None:
+        both = ops.logical_and(weight[..., :, None], weight[..., None, :])
+        valid = ops.logical_and(valid, both)
+    norms = ops.sum(ops.square(x), axis=-1)
+    tiny = _COINCIDENT * (norms[..., :, None] + norms[..., None, :])
+    d = ops.where(d <= tiny, 0.0, d)
+    flat = [*ops.shape(d)[:-2], count * count]
+    d, valid = ops.reshape(d, flat), ops.reshape(valid, flat)
+    pairs = ops.sum(ops.cast(valid, "int32"), axis=-1, keepdims=True)
+    equal = ops.logical_and(valid, d <= 0)
+    equal = ops.sum(ops.cast(equal, "int32"), axis=-1, keepdims=True)
+    d = ops.sort(ops.where(valid, d, math.inf), axis=-1)
+
+    def middle(skip):
+        """Each pair stands there twice, so that M and M − 1 are the middle."""
+        half = skip + (pairs - skip) // 2
+        low = ops.take_along_axis(d, ops.maximum(half - 1, 0), axis=-1)
+        high = ops.take_along_axis(
+            d, ops.minimum(half, count * count - 1), axis=-1
+        )
+        return (safe_sqrt(low) + safe_sqrt(high)) / 2
+
+    median = ops.where(2 * equal < pairs, middle(0), middle(equal))
+    return ops.where(equal < pairs, median, ops.ones_like(median))[..., 0]
+
+
+def median_distance(x, keep=None, coincident=0.0):
+    """The same in NumPy, exact and without all pairs in memory.
+
+    Args:
+        x: `(n, dim)`, float64, as `from_center` gives it.
+        keep: `(n,)`, boolean, or `None`.
+        coincident: What `coincidence` says of the numbers as they were given.
+    """
+    x = x if keep is None else x[keep]
+    if len(x) > ROWS:
+        x = x[np.arange(ROWS) * len(x) // ROWS]
+    n, pairs = len(x), len(x) * (len(x) - 1) // 2
+    size = np.abs(x).max(axis=1, initial=0.0)
+    if n < 2 or not size.any():
+        return 1.0
+    # The size of most samples, which no outlier changes.
+    unit = np.median(size[size > 0])
+    with np.errstate(over="ignore"):
+        x = x / unit
+
+    if n <= 512:
+        inside = np.concatenate(list(_distance_blocks(x, coincident)))
+        median = _middle(inside, pairs)
+        if median == 0:
+            inside = inside[inside > 0]
+            median = _middle(inside, len(inside)) if len(inside) else 1 / unit
+        return float(median * unit)
+    # A bracket from the pairs of some samples: few values are left to sort.
+    some = x[np.arange(256) * n // 256]
+    sample = np.sort(np.concatenate(list(_distance_blocks(some, coincident))))
+    low, high = sample[len(sample) * 2 // 5], sample[len(sample) * 3 // 5]
+    median = _bracketed_middle(x, coincident, low, high, pairs)
+    if median is None:
+        median = _bracketed_middle(x, coincident, -math.inf, math.inf, pairs)
+    if median == 0:
+        equal = sum(
+            np.count_nonzero(d <= 0) for d in _distance_blocks(x, coincident)
+        )
+        if equal == pairs:
+            return 1.0
+        median = _bracketed_middle(
+            x, coincident, 0.0, math.inf, pairs - equal, equal
+        )
+    return float(median * unit)
+
+
+def _distance_blocks(x, coincident):
+    """Squared distances of all pairs i < j, block by block of rows."""
+    n, dim = x.shape
+    step = max(1, _BLOCK // n)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = np.square(x).sum(axis=1)
+    part = max(1, _BLOCK // dim)
+    for start in range(0, n, step):
+        some, others = x[start : start + step], x[start:]
+        later = np.triu(np.ones((len(some), len(some)), bool), 1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            size = norms[start : start + step, None] + norms[start:]
+            d = size - 2 * (some @ others.T)
+            # Where products cancel or overflow: by differences.
+            near = ~(d > 2.0**-16 * size)
+            near[:, : len(some)] &= later
+            rows, places = np.nonzero(near)
+            for first in range(0, len(rows), part):
+                i, j = rows[first : first + part], places[first : first + part]
+                again = np.square(some[i] - others[j]).sum(axis=1)
+                again[again <= coincident * size[i, j]] = 0
+                d[i, j] = again
+        # Of the square on the diagonal, the part above it.
+        yield np.concatenate(
+            [d[:, : len(some)][later], d[:, len(some) :].ravel()]
+        )
+
+
+def _middle(d, pairs):
+    ranks = [(pairs - 1) // 2, pairs // 2]
+    return np.sqrt(np.partition(d, ranks)[ranks]).mean()
+
+
+def _bracketed_middle(x, coincident, low, high, pairs, skip=0):
+    """Of all pairs but the `skip` smallest, if it is in (low, high]."""
+    below, inside = 0, []
+    for d in _distance_blocks(x, coincident):
+        below += np.count_nonzero(d <= low)
+        inside.append(d[(d > low) & (d <= high)])
+    inside = np.concatenate(inside)
+    ranks = np.array([(pairs - 1) // 2, pairs // 2]) + (skip - below)
+    if ranks[0] < 0 or ranks[1] >= len(inside):
+        return None
+    return np.sqrt(np.partition(inside, ranks)[ranks]).mean()
