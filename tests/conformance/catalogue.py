@@ -84,6 +84,20 @@ RECORDS = [
         lambda: FILES[0][1]().search(np.array([0, 2]), k=1),
     ),
     (
+        blogkeras.SinkhornSolution,
+        lambda: blogkeras.sinkhorn([0.5, 0.5], [1.0], [[0.0], [1.0]]),
+    ),
+    (
+        blogkeras.HSICTest,
+        lambda: blogkeras.hsic_test(toy.DENSE[:8, 0], toy.DENSE[:8, 1]),
+    ),
+    (
+        blogkeras.LayerSimilarity,
+        lambda: blogkeras.compare_layers(
+            classifier(), classifier(), toy.DENSE[:8]
+        ),
+    ),
+    (
         blogkeras.Samples,
         lambda: blogkeras.langevin(standard_normal, toy.DENSE[:8], 2, 0.1),
     ),

@@ -288,7 +288,8 @@ def check_compiled(layer, x):
         assert ours.shape == eager.shape and ours.dtype == eager.dtype
         # A layer that draws has other draws in its next call.
         if not draws:
-            close_in_ulps(ours, eager, 16)
+            # An iteration ends within its tolerance, not to the bit.
+            close_in_ulps(ours, eager, 64)
 
 
 def check_mask(layer, x):

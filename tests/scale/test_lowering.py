@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import toy
-from kit import JAX, lower_train_step
+from kit import JAX, assert_full_precision, lower_train_step
 
 import blogkeras
 
@@ -70,6 +70,39 @@ def code_prior(architecture):
     return make
 
 
+def hsic_regularization():
+    x, nuisance = keras.Input((8,)), keras.Input((1,))
+    features = blogkeras.HSICRegularization(1.0)(
+        [keras.layers.Dense(12)(x), nuisance]
+    )
+    model = keras.Model([x, nuisance], keras.layers.Dense(1)(features))
+    model.compile("adam", "mse", jit_compile=True)
+    data = np.ones((8, 8), "float32"), np.ones((8, 1), "float32")
+    return model, data, np.ones((8, 1), "float32")
+
+
+def hsic_bottleneck():
+    blocks = [
+        keras.layers.Dense(12, "relu"),
+        keras.layers.Dense(3, "softmax"),
+    ]
+    model = blogkeras.HSICBottleneck(blocks, 3)
+    model.compile("adam", jit_compile=True)
+    return model, np.ones((8, 9), "float32"), np.arange(8) % 3
+
+
+def word_mover_distance():
+    tokens = [keras.Input((5,), dtype="int32") for _ in range(2)]
+    embedding = keras.layers.Embedding(toy.VOCABULARY, 12, mask_zero=True)
+    distance = blogkeras.WordMoverDistance()([embedding(t) for t in tokens])
+    model = keras.Model(tokens, keras.layers.Reshape((1,))(distance))
+    model.compile("adam", "mse", jit_compile=True)
+    data = (toy.TOKENS[:8], toy.TOKENS[8:16])
+    return model, data, np.ones((8, 1), "float32")
+
+
+# Whose promises rest on the digits of their products.
+FULL_PRECISION = ("word mover's distance",)
 STEPS = {
     "codebook": vqvae(
         lambda: blogkeras.VectorQuantizer(
@@ -89,6 +122,9 @@ STEPS = {
     ),
     "electra": electra("embeddings"),
     "electra, disentangled": electra("disentangled"),
+    "hsic regularization": hsic_regularization,
+    "hsic bottleneck": hsic_bottleneck,
+    "word mover's distance": word_mover_distance,
 }
 
 
@@ -99,6 +135,8 @@ def test_train_step_lowers(name, platform):
     assert "stablehlo" in program
     # A call into Python would need the host in every step.
     assert "callback" not in program
+    if name in FULL_PRECISION:
+        assert_full_precision(program)
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
