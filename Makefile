@@ -8,7 +8,8 @@ STEPS ?=
 RUN := TF_CPP_MIN_LOG_LEVEL=3 $(BIN)/python
 
 BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
-	bench-hsic bench-quantization bench-pretraining bench-denoising
+	bench-hsic bench-quantization bench-pretraining bench-denoising \
+	bench-nvae
 
 .PHONY: bench-gpu check-python docs help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
@@ -105,6 +106,14 @@ bench-quantization: $(VENV)/.test $(VENV)/.sonnet # codebooks and their peers
 	$(VENV)/torch/bin/pip install -q vector-quantize-pytorch==1.32.0
 	@$(RUN) benchmarks/bench_quantization.py --sonnet $(VENV)/sonnet \
 		--torch $(VENV)/torch/bin/python
+
+# OFFICIAL: a checkout of the published code, for comparison.
+bench-nvae: $(VENV)/.test # a step and samples; OFFICIAL=DIR for the published code
+	test -z "$(OFFICIAL)" || test -d $(VENV)/torch || \
+		$(PYTHON) -m venv $(VENV)/torch
+	test -z "$(OFFICIAL)" || $(VENV)/torch/bin/pip install -q torch numpy
+	@$(RUN) benchmarks/bench_nvae.py $(if $(OFFICIAL),--official $(OFFICIAL) \
+		--torch $(VENV)/torch/bin/python)
 
 bench-gpu: $(VENV)/.test # one CUDA card; without one, a rehearsal on the CPU
 	@$(RUN) benchmarks/gpu.py

@@ -15,6 +15,8 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 # A reader waits a minute for a figure; a test does not.
 SHORT = {"basic_denoising_density.py": ("--steps", "20")}
+# What takes minutes by itself.
+SHORT = {"basic_nvae.py": ["--steps", "2", "--samples", "2"]}
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 
