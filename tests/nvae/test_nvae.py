@@ -34,7 +34,8 @@ EAGER = {"run_eagerly": True}
 
 def make(optimizer="adamax", seed=1, recompute=False, step=EAGER, **changes):
     keras.utils.set_random_seed(0)
-    model = NVAE(dataclasses.replace(TINY, **changes), recompute, seed)
+    config = dataclasses.replace(TINY, **changes)
+    model = NVAE(config, recompute, seed, name="nvae")
     model.compile(optimizer, **step)
     return model
 
