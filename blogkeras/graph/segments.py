@@ -103,7 +103,7 @@ class Segment(keras.layers.Layer):
 
 
 class Untracked:
-    """Hides layers from Keras, which else takes what it finds for its own."""
+    """Hides a value from Keras, which tracks layers in attributes."""
 
     def __init__(self, value):
         self.value = value
@@ -151,8 +151,9 @@ class Cut:
 
     def get_config(self):
         model = keras.saving.serialize_keras_object(self.model)
-        # Without the masks that Keras will fill in again: revived as arguments
-        # they would be strangers to the tensors that they belong to.
+        # Leave out the masks that Keras fills in by itself. Revived as
+        # arguments they would be tensors of their own, without a link to the
+        # tensors that they mask.
         for layer in model["config"].get("layers", []):
             calls = calls_of(self.model, layer["name"])
             nodes = layer["inbound_nodes"]

@@ -151,7 +151,7 @@ def _boundaries(model, places):
 def _with_head(model, head):
     x = model._outputs_struct
     for layer in head:
-        # A segment is spelt out, in its layers.
+        # Of a segment the layers are called, not the segment itself.
         x = layer.call(x) if isinstance(layer, Segment) else layer(x)
     return keras.Model(model._inputs_struct, x)
 

@@ -100,7 +100,7 @@ class Theseus(CompositeModel):
         seed=None,
         **kwargs,
     ):
-        # The modules cast by themselves, each layer what it takes.
+        # No casts here: each layer in the modules casts its own inputs.
         super().__init__(**{"autocast": False, **kwargs})
         train_shared = check_boolean("train_shared", train_shared)
         check_modules(
@@ -144,8 +144,9 @@ class Theseus(CompositeModel):
         for module in self.replacements:
             module.replacement_rate = rate
 
-    # What learns is known from the roles. The flags of the layers are others',
-    # too, who may set them between two steps: `detach` does.
+    # What learns follows from the roles of the modules, not from the flags
+    # `trainable` of the layers: other models hold these layers, too, and
+    # `detach` changes the flags between two training steps.
     @property
     def trainable_variables(self):
         return self._learning(super().trainable_variables)
@@ -179,7 +180,7 @@ class Theseus(CompositeModel):
             shape = output_shape(layer, shape)
 
     def compile(self, *args, **kwargs):
-        # The layers are others', too, who may have trained them since.
+        # Other models hold these layers, too, and may have thawed them.
         self._freeze()
         super().compile(*args, **kwargs)
 
@@ -216,7 +217,8 @@ class Theseus(CompositeModel):
             inputs = self._fresh_inputs()
         x = inputs
         for layer in self._successor():
-            # A segment is spelt out, in the layers that it was cut from.
+            # Of a segment the layers that it was cut from are called, so that
+            # they, and not the segment, are the layers of the new model.
             x = layer.call(x) if isinstance(layer, Segment) else layer(x)
         model = keras.Model(inputs, x)
         if copy:
@@ -245,7 +247,7 @@ class Theseus(CompositeModel):
         ]
 
     def _check_names(self):
-        """`detach` would fail at equal names, after all the training."""
+        """Raises at equal names, with which `detach` would fail later."""
         found = {}
         for layer in self._successor():
             operations = [layer]

@@ -70,7 +70,8 @@ def check_modules(
 
 def chain(layers, x, training):
     """Calls layers one after another."""
-    # Explicitly: what one layer is told, Keras would tell all that follow.
+    # `training` is passed explicitly: Keras would hand a value that one layer
+    # was called with on to the layers after it.
     for layer in layers:
         x = layer(x, training=training)
     return x

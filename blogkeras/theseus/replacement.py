@@ -108,7 +108,7 @@ class ModuleReplacement(keras.layers.Layer):
         seed=None,
         **kwargs,
     ):
-        # The branches cast by themselves, each of their layers what it takes.
+        # No casts here: each layer in the branches casts its own inputs.
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)
         self.mode = check_choice("mode", mode, MODES)
@@ -178,8 +178,8 @@ class ModuleReplacement(keras.layers.Layer):
 
     def _run(self, name, inputs, masks):
         """What a branch returns in training."""
-        # Keras's attention takes the masks off its inputs: off those of the
-        # other branch, too.
+        # Keras's attention layers remove the masks from their inputs, which
+        # both branches share; put them back before each branch.
         for x, mask in zip(tree.flatten(inputs), masks, strict=True):
             set_keras_mask(x, mask)
         training = name == "successor" or self.predecessor_dropout
@@ -205,7 +205,8 @@ class ModuleReplacement(keras.layers.Layer):
 
         def branch(name):
             outputs = seen[name] = self._run(name, inputs, masks)
-            # `cond` runs each branch once to look what it assigns, then both.
+            # `cond` traces each branch once to see what it assigns, and then
+            # again to run it. The plan needs both branches.
             if len(seen) < 2:
                 return []
             return self._made_by(outputs, self._plan(**seen))

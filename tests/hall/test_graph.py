@@ -255,14 +255,19 @@ def test_names_that_clash():
         cut_model(model)
 
 
-def test_a_nested_model_told_to_run_as_in_inference():
+@pytest.mark.parametrize("training", [False, True])
+def test_a_nested_model_that_is_told_how_to_run(training):
+    """Dropout runs where the nested model was called with `training=True`."""
     inputs = keras.Input((4,))
     body = base(rate=0.9)
-    outputs = layers.Dense(2, name="head")(body(inputs, training=False))
-    model = keras.Model(inputs, outputs)
-    close_in_ulps(chain(cut_model(model), X), value(model(X)))
-    opened = cut_model(model)[0].cut.model
-    close_in_ulps(value(opened(X)), value(model(X)))
+    x = body(inputs, training=training)
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    without = value(model.get_layer("head")(body(X)))
+    found = chain(cut_model(model), X)
+    if training:
+        assert np.abs(found - without).max() > 1e-3
+    else:
+        close_in_ulps(found, without)
 
 
 @pytest.mark.filterwarnings("ignore:Layer 'base'")
