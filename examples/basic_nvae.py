@@ -144,8 +144,8 @@ def main():
     report.print_table(
         ["model", "weights", "ELBO (nats)", f"IWAE-{args.samples} (nats)"],
         [
-            ["independent pixels", 64, pixels, pixels],
-            ["plain VAE", plain.count_params(), elbo, iwae],
+            ["independent pixels", 64, float(pixels), float(pixels)],
+            ["plain VAE", plain.count_params(), float(elbo), float(iwae)],
             ["NVAE", size, found["elbo"], found["iwae"]],
         ],
     )
