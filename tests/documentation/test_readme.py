@@ -19,6 +19,20 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 3
 
 
+def test_the_chinese_one_says_the_same():
+    """The same code, the same table, the same pages and figures."""
+    chinese = README.with_name("README.zh-CN.md").read_text("utf-8")
+    english = README.read_text("utf-8")
+    for pattern in (r"^```.*?^```", r"^\| \[.*?$", r"\]\((docs/[^)]*)\)"):
+        ours, theirs = (
+            re.findall(pattern, text, re.M | re.S)
+            for text in (english, chinese)
+        )
+        assert ours == theirs
+    sections = [len(re.findall(r"^## ", t, re.M)) for t in (english, chinese)]
+    assert sections[0] == sections[1]
+
+
 # Keras's own `fit` of int64 inputs, under JAX 0.12.
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=range(len(SNIPPETS)))
