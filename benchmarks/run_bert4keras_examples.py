@@ -488,7 +488,7 @@ def run_repository(root, options, folder):
             for file in copy.rglob("*.py"):
                 text = file.read_text("utf-8", "replace")
                 file.write_text(shrunk(text, home), "utf-8")
-            deep = "theseus" in label
+            deep = "theseus" in label or "univae" in label
             config = {**BERT, "num_hidden_layers": 12 if deep else 2}
             config["vocab_size"] = len(tokens)
             if "mt5" in source:

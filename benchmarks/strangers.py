@@ -80,7 +80,7 @@ COLUMNS = (
     (r"QQP/", "^...aby"),
     (r"MNLI/test", "^........ab"),
     (r"MNLI/dev", "^........ab.....y"),
-    (r"MNLI/", "^........ab.y"),
+    (r"MNLI/", "^........abyy"),
     (r"(QNLI|RTE|WNLI)/test", "^.ab"),
     (r"(QNLI|RTE|WNLI)/", "^.aby"),
     (r"sentiment\.", "ay"),

@@ -16,6 +16,7 @@ from keras._tf_keras.keras import backend as legacy
 
 from blogkeras import arguments
 from blogkeras.bert4keras.layers import (
+    Variable,
     as_variable,
     is_inferring,
     is_symbolic,
@@ -65,7 +66,7 @@ def variable(value, dtype=None, name=None, constraint=None):
     else:
         value = tf.cast(tf.convert_to_tensor(value), dtype)
         name = name and name.replace("/", "_")
-        result = keras.Variable(value, dtype=dtype, name=name)
+        result = Variable(value, dtype=dtype, name=name)
     if constraint is not None:
         result.constraint = constraint
     return result

@@ -11,6 +11,7 @@ import inspect
 import types
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from blogkeras.bert4keras.names import get_initializer
@@ -163,6 +164,35 @@ def _masking(method):
 _ADAPTERS = {"build": _working, "call": _calling, "compute_mask": _masking}
 
 
+class Variable(keras.Variable):
+    """A variable whose arithmetic with NumPy's arrays keeps its own dtype.
+
+    In Keras 2 a float64 array takes the dtype of the weight that it is
+    multiplied with; a variable of Keras 3 becomes float64 itself.
+    """
+
+    # Let `array * variable` come here, and not to NumPy.
+    __array_priority__ = 200
+
+
+def _keeping_dtype(name):
+    operator = getattr(keras.Variable, name)
+
+    @functools.wraps(operator)
+    def method(self, other):
+        if isinstance(other, (np.ndarray, np.generic)):
+            if keras.backend.is_float_dtype(other.dtype.name):
+                other = keras.ops.convert_to_tensor(other, self.value.dtype)
+        return operator(self, other)
+
+    return method
+
+
+for _operator in ("add", "sub", "mul", "truediv", "pow", "matmul"):
+    for _name in (f"__{_operator}__", f"__r{_operator}__"):
+        setattr(Variable, _name, _keeping_dtype(_name))
+
+
 class Bridged:
     """Mixin of every layer that bert4keras sees or defines."""
 
@@ -215,7 +245,11 @@ class Bridged:
             kwargs["name"] = kwargs["name"].replace("/", "_")
         # What is not computed in half precision is not read in it, either.
         kwargs.setdefault("autocast", self.half_precision)
-        return super().add_weight(**kwargs)
+        variable = super().add_weight(**kwargs)
+        if type(variable) is keras.Variable:
+            # Keras makes the variable itself, of a class of its own.
+            variable.__class__ = Variable
+        return variable
 
     def add_metric(self, value, name=None, aggregation="mean"):
         """Shows the mean of `value` over the batches as a metric."""
@@ -326,7 +360,7 @@ def as_variable(value):
     if not isinstance(value, tf.Variable):
         return value
     if not hasattr(value, "_as_keras_variable"):
-        value._as_keras_variable = keras.Variable(
+        value._as_keras_variable = Variable(
             value,
             dtype=value.dtype.name,
             trainable=value.trainable,
@@ -389,11 +423,7 @@ class Embedding(Bridged, keras.layers.Embedding):
         """The table. `call` may set it, to a tensor made from the table."""
         if self._in_place is not None:
             return self._in_place
-        table = super().embeddings
-        # As a tensor: a variable of Keras 3 times an array of float64 would be
-        # of float64, a tensor gives the array its own dtype.
-        calling = layer_at_work() is self and self.built
-        return tf.convert_to_tensor(table) if calling else table
+        return super().embeddings
 
     @embeddings.setter
     def embeddings(self, value):

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zlib
 
 import numpy as np
@@ -463,6 +464,17 @@ def weights_file():
         model.save_weights(path)
         with open(path, "rb") as file:
             return np.frombuffer(file.read(), np.uint8)
+
+
+def run_python(code, **environment):
+    """Runs a script in a new process; returns what it prints."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, **environment},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
 
 
 @functools.cache

@@ -146,6 +146,30 @@ def test_add_weight_takes_arguments_of_both_kerases(args, kwargs):
     assert weight.trainable
 
 
+@pytest.mark.parametrize("make", [K.variable, OldLayer().add_weight])
+def test_arrays_of_float64_take_the_dtype_of_a_weight(make):
+    if make is K.variable:
+        w = make([2.0, 4.0])
+    else:
+        w = make("w", (2,), initializer="ones")
+        w.assign([2.0, 4.0])
+    x = np.array([3.0, 5.0])
+    for found, expected in (
+        (w * x, [6, 20]),
+        (x * w, [6, 20]),
+        (x - w, [1, 1]),
+        (w - x, [-1, -1]),
+        (w + np.float64(1), [3, 5]),
+        (w / x, [2 / 3, 4 / 5]),
+        (1 - w, [-1, -3]),
+        (w @ x, 26),
+        (w**2, [4, 16]),
+    ):
+        assert found.dtype == tf.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert K.stop_gradient(w).dtype == tf.float32
+
+
 def test_errors_of_symbolic_updates_and_metrics():
     layer = OldLayer()
     layer.add_update([])
