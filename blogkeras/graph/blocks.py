@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import re
 
 import keras
@@ -97,7 +98,7 @@ def find_blocks(model):
                 f"Received: model {model.name!r} with the layers {list(names)}"
             )
         model, _ = opened(model, nested)
-    starts = [group[0].main_input for group in groups]
+    starts = _starts(groups)
     if any(starts[0] is x for x in model.inputs):
         raise ValueError(
             "Expected an embedding or something else before the first block: "
@@ -121,6 +122,33 @@ def find_blocks(model):
 def block_boundaries(blocks):
     """The tensors before the first block and after each."""
     return [blocks[0].input, *(block.output for block in blocks)]
+
+
+def _starts(groups):
+    """The tensor that each block transforms.
+
+    Of a dict or list of tensors it is the one that comes from the block before;
+    the first block has it in the same place.
+    """
+    places = []
+    for before, group in itertools.pairwise(groups):
+        made = before[-1].outputs
+        places.append(
+            next(
+                (
+                    i
+                    for i, x in enumerate(group[0].main_inputs)
+                    if any(x is y for y in made)
+                ),
+                0,
+            )
+        )
+    return [
+        group[0].main_inputs[place]
+        for place, group in zip(
+            [*places[:1], *places] or [0], groups, strict=True
+        )
+    ]
 
 
 def _listed(model):

@@ -37,21 +37,27 @@ class Call:
         return symbolic((self.args, self.kwargs))
 
     @property
-    def main_input(self):
-        """The tensor that the call transforms; the others are at its side.
+    def main_inputs(self):
+        """The tensors in the argument that the call transforms.
 
         That is the first positional argument; where the call has keyword
-        arguments alone, the first parameter of the layer's `call`.
+        arguments alone, the first parameter of the layer's `call`. The other
+        arguments are at its side.
         """
-        first = symbolic(self.args)
+        first = symbolic(self.args[:1]) or symbolic(self.args)
         if first:
-            return first[0]
+            return first
         parameters = inspect.signature(self.operation.call).parameters
         for name in (*parameters, *self.kwargs):
             tensors = symbolic(self.kwargs.get(name))
             if tensors:
-                return tensors[0]
-        return None
+                return tensors
+        return []
+
+    @property
+    def main_input(self):
+        """The first of `main_inputs`, or `None`."""
+        return next(iter(self.main_inputs), None)
 
 
 def whole_model(model):

@@ -36,9 +36,10 @@ def cut_model(model, boundaries=None):
         boundaries: Where to cut, in the order of the computation: names of
             layers, layers, or symbolic tensors (`model.get_layer(...).output`),
             of the model or of models in it. A layer that the model calls
-            several times stands for all of its outputs. `None` finds the blocks
-            of a transformer (see `blogkeras.graph.find_blocks`): before the
-            first and after each.
+            several times stands for all of its calls, and one that returns
+            several tensors for the first of them (of a dict, by its keys).
+            `None` finds the blocks of a transformer (see
+            `blogkeras.graph.find_blocks`): before the first and after each.
 
     Returns:
         A list of `Segment`s, one more than there are cuts; none for an empty

@@ -122,6 +122,32 @@ def test_called_by_keyword():
     close_in_ulps(chain([stem, *modules, head], X), value(model(X)))
 
 
+@keras.saving.register_keras_serializable("test_graph")
+class DictMixer(Mixer):
+    """The same, called with a dict."""
+
+    def build(self, input_shape):
+        self.dense.build((None, 4))
+
+    def call(self, inputs):
+        return self.dense(inputs["x"]) + inputs["bias"]
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_called_with_a_dict(blocks):
+    """What comes from the block before is what the block transforms."""
+    inputs = keras.Input((4,))
+    bias = layers.Dense(4, name="bias")(inputs)
+    x = embedded = layers.Dense(4, name="embedding")(inputs)
+    for i in range(blocks):
+        x = DictMixer(name=f"encoder_block_{i}")({"x": x, "bias": bias})
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    _, found = find_blocks(model)
+    assert found[0].input is embedded
+    assert found[1].input is found[0].output
+    close_in_ulps(chain(cut_model(model), X), value(model(X)))
+
+
 @pytest.mark.parametrize(
     "name",
     [
