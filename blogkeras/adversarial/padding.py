@@ -15,7 +15,11 @@ from blogkeras.adversarial.survey import (
 )
 
 # What an input is called that is 1 at real positions and 0 at padding.
-_NAME = re.compile(r"^(.*?)[-_ ]?(padding|attention|input|token)?[-_ ]?mask$")
+_NAME = re.compile(
+    r"^(?:(.*?)[-_ ])?(?:padding|pad|attention|input|tokens?|sequence)[-_ ]?"
+    r"mask$|^mask$",
+    re.IGNORECASE,
+)
 
 
 class Padding:
@@ -35,6 +39,7 @@ class Padding:
     def __init__(self, name=None):
         self.name = name
         self._sources = None  # for each tensor, a `MaskSource` or an index
+        self._names = None  # of the inputs that they were found for
         self._step = threading.local()  # each replica has a thread
 
     @property
@@ -112,7 +117,9 @@ class Padding:
             inputs_of: Function of a `Survey` that tells for each tensor the set
                 of inputs that it depends on.
         """
-        if self._sources is None:
+        names = [x.names for x in describe(objective.model, objective.data[0])]
+        if self._sources is None or names != self._names:
+            self._names = names
             self._sources = self._find(
                 objective, weights, tensors, carried, inputs_of
             )
@@ -199,7 +206,7 @@ def _key(source):
 
 
 def _prefix(name):
-    return _NAME.match(name)[1]
+    return _NAME.match(name)[1] or ""
 
 
 def _is_seen_in_a_pass(source):

@@ -214,7 +214,7 @@ def _check_function(graph, name, op):
 
 def _lacks_gradient(kind):
     """Whether it is a derivative that has no derivative itself."""
-    if not ("Grad" in kind or "Backprop" in kind):
+    if kind == "StopGradient" or not ("Grad" in kind or "Backprop" in kind):
         return False
     try:
         return _gradients().lookup(kind) is None

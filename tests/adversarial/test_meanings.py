@@ -279,7 +279,9 @@ def test_stability_of_what_the_output_is(kind):
     assert abs(estimates.mean() - expected) < 4 * error
 
 
-@pytest.mark.parametrize("length", [3, 7])
+@pytest.mark.parametrize(
+    "length", [pytest.param(3, marks=pytest.mark.verify), 7]
+)
 def test_stability_of_positions(length):
     """The mean over the positions, however many there are."""
     model, x, y, mask = tagger(length, "masking")

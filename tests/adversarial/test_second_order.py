@@ -40,6 +40,9 @@ MIDDLES = {
 }
 # Seconds of compiling; the others are of the same kind.
 SELDOM = (
+    "upsampling bicubic",
+    "resizing bilinear",
+    "antialias",
     "upsampling lanczos3",
     "upsampling nearest",
     "resizing cropped",
@@ -138,6 +141,18 @@ def test_what_is_missing_is_told(eagerly):
     # An attack needs first derivatives only.
     blogkeras.adversarial_training(model, method="fgm")
     assert np.isfinite(model.fit(X, Y, verbose=0).history["loss"]).all()
+
+
+def test_batches_of_several_sizes():
+    """TensorFlow then traces a step of any batch size."""
+    tokens = keras.Input((3,), dtype="int32")
+    h = layers.GlobalAveragePooling1D()(layers.Embedding(5, 4)(tokens))
+    model = keras.Model(tokens, layers.Dense(2, activation="softmax")(h))
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    blogkeras.adversarial_training(model, method=GradientPenalty(1.0))
+    x, y = RNG.integers(0, 5, (10, 3)), RNG.integers(0, 2, 10)
+    loss = model.fit(x, y, batch_size=4, epochs=2, verbose=0).history["loss"]
+    assert np.isfinite(loss).all()
 
 
 @pytest.mark.parametrize("eagerly", [True, False] if TENSORFLOW else [False])
