@@ -5,7 +5,8 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import check_integer, check_seed
-from blogkeras.hsic.kernels import GaussianKernel, LinearKernel, rescale
+from blogkeras.hsic.grams import rescale
+from blogkeras.hsic.kernels import GaussianKernel, LinearKernel
 from blogkeras.hsic.statistic import compilable, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul

@@ -11,7 +11,8 @@ from keras import ops, tree
 from blogkeras import backend
 from blogkeras.arguments import check_choice, check_integer, check_verbose
 from blogkeras.hsic.fourier import covariances, fourier_variables, waves
-from blogkeras.hsic.kernels import CustomKernel, Gram
+from blogkeras.hsic.grams import Gram
+from blogkeras.hsic.kernels import CustomKernel
 from blogkeras.hsic.statistic import TILE, hsic_of_blocks, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul, map_blocks

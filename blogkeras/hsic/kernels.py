@@ -1,6 +1,5 @@
 """Kernels: what counts as similar. Small objects, or any callable."""
 
-import itertools
 import math
 
 import keras
@@ -14,6 +13,7 @@ from blogkeras.arguments import (
     check_integer,
     check_number,
 )
+from blogkeras.hsic.grams import Gram, about_center, centered, power_of_two
 from blogkeras.hsic.samples import (
     close_gaps,
     codes_of,
@@ -30,7 +30,6 @@ from blogkeras.hsic.samples import (
     numbers,
 )
 from blogkeras.ops import (
-    central_vector,
     full_precision_matmul,
     normalize,
     safe_sqrt,
@@ -40,55 +39,6 @@ from blogkeras.ops import (
 FORMS = ("blog", "usual")
 # An error of the exponent of a Gaussian that does not matter.
 ROUNDING = 1e-4
-
-
-class Gram:
-    """A kernel with the features of a sample: its matrix, row by row.
-
-    Args:
-        kernel: `Kernel`.
-        features: `(..., n, dim)`, what the kernel's `similarity` takes.
-        dtype: Floating dtype of the matrix.
-        exponent: Integer; the matrix is to be multiplied by 2**exponent. Where
-            the scale of a kernel follows from that of the variable, features
-            are of a size near 1. CKA and p-values do not depend on it.
-        factors: Tensors `(...)`; the matrix is to be multiplied by them too.
-    """
-
-    def __init__(self, kernel, features, dtype, exponent=0, factors=()):
-        self.kernel = kernel
-        self.features = features
-        self.dtype = dtype
-        self.exponent = exponent
-        self.factors = factors
-
-    def with_features(self, features):
-        return Gram(
-            self.kernel, features, self.dtype, self.exponent, self.factors
-        )
-
-    def rows(self, index):
-        return self.kernel.rows(self.features, index)
-
-    def matrix(self):
-        return self.kernel.rows(self.features, None)
-
-
-def rescale(value, *grams):
-    """`value`, of first order in each kernel, for their true scales."""
-    # One factor of each in turn: large and small ones cancel on the way.
-    for factors in itertools.zip_longest(*(g.factors for g in grams)):
-        for factor in factors:
-            if factor is not None:
-                while len(factor.shape) < len(value.shape):
-                    factor = factor[..., None]
-                value = value * factor
-    exponent = sum(gram.exponent for gram in grams)
-    while exponent:
-        step = max(-120, min(120, exponent))
-        value = value * 2.0**step
-        exponent -= step
-    return value
 
 
 class Kernel:
@@ -402,7 +352,7 @@ class CosineKernel(Kernel):
         norm = np.sqrt(np.square(x).sum(axis=-1, keepdims=True))
         keep = None if weight is None else weight > 0
         x = from_center(x / np.where(norm > 0, norm, 1), keep)
-        # Of equal directions nothing is left but their rounding.
+        # If all directions are equal, their differences are rounding errors.
         x = x * (np.abs(x).max(initial=0.0) > 8 * unit)
         return LinearKernel().of_centered(x, weight, dtype)
 
@@ -560,39 +510,3 @@ def deserialize(kernel):
     if isinstance(kernel, dict):
         return keras.saving.deserialize_keras_object(kernel)
     return kernel
-
-
-def about_center(x, weight, dtype):
-    """`x` less a central row, not the mean, which one outlier would move.
-
-    Integers are subtracted as integers: in float32 they may be equal.
-    """
-    mask = None if weight is None else weight > 0
-    if not keras.backend.is_float_dtype(
-        keras.backend.standardize_dtype(x.dtype)
-    ):
-        wide = keras.backend.standardize_dtype(x.dtype) in ("int64", "uint64")
-        x = ops.cast(x, "int64" if wide else "int32")
-    else:
-        x = ops.cast(x, dtype)
-    x = ops.cast(x - central_vector(x, mask), dtype)
-    return x if mask is None else ops.where(mask[..., None], x, 0.0)
-
-
-def centered(x, weight):
-    """`x` minus its mean: a change of origin then costs no digits."""
-    if weight is None:
-        return x - ops.mean(x, axis=-2, keepdims=True)
-    weight = ops.cast(weight, x.dtype)[..., None]
-    total = ops.maximum(ops.sum(weight, axis=-2, keepdims=True), 1e-30)
-    mean = ops.sum(x * (weight / total), axis=-2, keepdims=True)
-    return ops.where(weight > 0, x - mean, 0.0)
-
-
-def power_of_two(x):
-    """The least power of two that is above |x|, `(...)`; 1 where x is 0."""
-    largest = ops.stop_gradient(ops.max(ops.abs(x), axis=(-2, -1)))
-    known = ops.where(largest > 0, largest, 1.0)
-    # Beyond 2**±126 float32 has no reciprocal.
-    exponent = ops.clip(ops.floor(ops.log2(known)) + 1, -120, 120)
-    return ops.power(ops.cast(2.0, x.dtype), exponent)

@@ -15,11 +15,11 @@ from blogkeras.arguments import (
     check_number,
     check_verbose,
 )
+from blogkeras.hsic.grams import rescale
 from blogkeras.hsic.kernels import (
     LinearKernel,
     as_kernel,
     deserialize,
-    rescale,
     serialize,
 )
 from blogkeras.hsic.samples import is_array

@@ -11,15 +11,14 @@ from blogkeras.arguments import (
     check_integer,
     check_number,
 )
+from blogkeras.hsic.grams import Gram, rescale
 from blogkeras.hsic.kernels import (
     CustomKernel,
-    Gram,
     LinearKernel,
     PrecomputedKernel,
     as_kernel,
     check_square,
     require_finite,
-    rescale,
 )
 from blogkeras.hsic.samples import columns, float_dtype, is_array, numbers
 from blogkeras.loops import ProgramCache

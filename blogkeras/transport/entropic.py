@@ -61,10 +61,9 @@ def sinkhorn(
     that fit into the cache.
 
     Outside of a compiled function the solver is compiled by itself. That takes
-    seconds, so lengths are padded to a few classes: powers of two from 8 to 64,
-    then multiples of 64, and both sides alike unless one is four times as long;
-    texts of any lengths up to 64 share ten programs. The programs used last
-    are kept, 16 of them.
+    seconds, so lengths are padded to a few classes: 16, 32, 64, then multiples
+    of 64, and both sides alike unless one is four times as long; texts of any
+    lengths up to 64 share five programs. The 16 programs used last are kept.
 
     Args:
         p: `(..., n)`, nonnegative, sum 1. Zeros are words that do not count.
@@ -146,7 +145,7 @@ def length_classes(n, m):
 def _length_class(n):
     if n > 64:
         return -(-n // 64) * 64
-    return max(8, 1 << (n - 1).bit_length())
+    return max(16, 1 << (n - 1).bit_length())
 
 
 def pad_axis(x, axis, size):

@@ -96,7 +96,7 @@ def usif_weights(probabilities, sentence_length=11):
         α = share of the words with p(w) > 1 − (1 − 1/V)ⁿ
         a = (1 − α) / (α V/2)
 
-    V words, sentences of n words on average: nothing is left to tune.
+    V words, sentences of n words on average: there is no parameter to tune.
 
     Args:
         probabilities: `(V,)`, the share of each word in a corpus.
