@@ -129,6 +129,7 @@ bench-pretraining: $(VENV)/.test # a step of ELECTRA, tf-models, transformers
 
 bench-denoising: $(VENV)/.test # samplers and train steps, torchebm and PyTorch
 	test -d $(VENV)/torchebm || $(PYTHON) -m venv $(VENV)/torchebm
-	$(VENV)/torchebm/bin/pip install -q torch==2.13.0 torchebm==0.8.9
+	$(VENV)/torchebm/bin/pip install -q torch==2.13.0 torchebm==0.8.9 \
+		numpy scipy
 	@$(RUN) benchmarks/bench_denoising.py \
 		--torch $(VENV)/torchebm/bin/python
