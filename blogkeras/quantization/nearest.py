@@ -9,6 +9,7 @@ from blogkeras.ops import full_precision_matmul, map_blocks
 BLOCK = 2**20
 GROUP = 64  # codes that are compared with each other in the end
 _ROUNDS = 6
+_EPSILON = 2.0**-23
 _HUGE = 1e30
 
 
@@ -20,7 +21,9 @@ def nearest_codes(z, codebook):
     Of equal codes the first is taken. Distances are compared in units of the
     codebook's size and around a point in the midst of most codes, so neither a
     common offset, nor a tiny or huge scale, nor a minority of codes far from
-    the others costs digits. Vectors that are not finite get some code.
+    the others costs digits. Where digits are lost all the same, between groups
+    of codes far apart, the block is computed again from differences, exactly
+    and slowly. Vectors that are not finite get some code.
 
     Distances are computed block by block: the whole matrix of distances is
     never in memory. (Exported by JAX with a free batch size, it is.) On JAX
@@ -80,9 +83,12 @@ def nearest_codes(z, codebook):
     half = ops.pad(half, [[0, missing]], constant_values=np.inf)
     half = ops.reshape(half, [groups, members])
 
-    def assign(rows):
+    norms = ops.sqrt(ops.sum(ops.square(e), axis=0))
+    dim = codebook.shape[1]
+
+    def assign(raw):
         # A huge vector is cut so that its products stay finite.
-        rows = ops.clip((rows - center) / size, -_HUGE, _HUGE)
+        rows = ops.clip((raw - center) / size, -_HUGE, _HUGE)
         score = full_precision_matmul(rows, e)
         # The group with the best code, then the best code of the group. All
         # that looks at every score is a maximum, which XLA fuses with the
@@ -94,8 +100,38 @@ def nearest_codes(z, codebook):
         score = ops.reshape(score, [-1, members])
         at = ops.arange(ops.shape(rows)[0], dtype="int32") * groups + group
         score = ops.take(score, at, axis=0) - ops.take(half, group, axis=0)
-        code = group * members + _first_largest(score)
-        return ops.minimum(code, num_codes - 1)
+        member = _first_largest(score)
+        code = ops.minimum(group * members + member, num_codes - 1)
+
+        # Of groups of codes far apart, which no center is near to, products
+        # have too few digits where the second best score is within the rounding
+        # error, and that error is not small against the distance.
+        first = ops.max(score, axis=-1)
+        second = ops.maximum(
+            _largest_without(score, member), _largest_without(best, group)
+        )
+        norm = ops.take(norms, code)
+        error = 4 * _EPSILON * dim**0.5 * norm
+        error = error * (norm + ops.sqrt(ops.sum(ops.square(rows), axis=-1)))
+        left = (raw - ops.take(codebook, code, axis=0)) / size
+        distance = ops.sum(ops.square(left), axis=-1)
+        doubtful = (first - second <= 2 * error) & (error > 0.02 * distance)
+        return ops.cond(
+            ops.any(doubtful),
+            lambda: by_differences(raw),
+            lambda: code,
+        )
+
+    def by_differences(raw):
+        """As `assign`, exact and slow: feature by feature."""
+
+        def add(feature, total):
+            x = ops.take(raw, feature, axis=1)[:, None]
+            y = ops.take(codebook, feature, axis=1)
+            return total + ops.square((x - y) / size)
+
+        start = ops.zeros((ops.shape(raw)[0], num_codes), "float32")
+        return _first_largest(-ops.fori_loop(0, dim, add, start))
 
     return map_blocks(assign, z, max(BLOCK // num_codes, 8))
 
@@ -117,6 +153,13 @@ def central_point(points):
         weights = weights / ops.sum(weights)
         center = center + ops.sum(weights[:, None] * away, axis=0)
     return center
+
+
+def _largest_without(score, index):
+    """The maximum over the last axis but for one entry."""
+    places = ops.arange(score.shape[-1], dtype="int32")
+    rest = ops.where(places == index[:, None], -np.inf, score)
+    return ops.max(rest, axis=-1)
 
 
 def _positive(x):

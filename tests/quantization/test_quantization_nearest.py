@@ -77,6 +77,17 @@ def test_blocks_and_groups_that_divide_nothing(monkeypatch):
     assert codes.dtype == "int32"
 
 
+@pytest.mark.parametrize("distance", [1e3, 1e4, 1e5])
+def test_groups_of_codes_far_apart(distance):
+    z, e = Z.copy(), E.copy()
+    z[::2] += distance
+    e[::2] += distance
+    codes = check(z, e)
+    assert len(set(codes)) > 30
+    z[1::4, 0] -= distance  # a third group, of vectors alone
+    check(z, e)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e30])
 def test_any_scale(scale):
     assert len(set(check(scale * Z, scale * E))) > 30
