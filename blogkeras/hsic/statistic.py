@@ -321,6 +321,11 @@ def prepare(x, y, kernel_x, kernel_y, mask, estimator, dtype=None):
     if mask is not None and known:
         weight = as_numpy(mask).astype("float64")
         require_finite("mask", weight)
+        if weight.size and weight.min() < 0:
+            raise ValueError(
+                "Expected `mask` to be boolean or weights of at least 0. "
+                f"Received: mask with {weight.min():g}"
+            )
     variables, shapes = [], []
     for name, values, kernel in (("x", x, kernel_x), ("y", y, kernel_y)):
         if not is_array(values):

@@ -2,7 +2,13 @@
 
 import numpy as np
 
-from blogkeras.arguments import as_numpy, check_integer, check_integers
+from blogkeras.arguments import (
+    as_numpy,
+    check_finite,
+    check_integer,
+    check_integers,
+    check_number,
+)
 
 
 def inverse_document_frequency(documents, num_words):
@@ -85,8 +91,7 @@ def sif_weights(probabilities, a=1e-3):
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx)
     """
     p = _probabilities(probabilities)
-    if not a > 0:
-        raise ValueError(f"Expected `a` above zero. Received: a={a}")
+    a = check_number("a", a, above=0)
     return a / (a + p)
 
 
@@ -111,11 +116,9 @@ def usif_weights(probabilities, sentence_length=11):
     """
     p = _probabilities(probabilities)
     size = p.size
-    if not sentence_length >= 1:
-        raise ValueError(
-            "Expected `sentence_length` of at least 1. Received: "
-            f"sentence_length={sentence_length}"
-        )
+    sentence_length = check_number(
+        "sentence_length", sentence_length, minimum=1
+    )
     alpha = np.mean(p > 1 - (1 - 1 / size) ** sentence_length)
     if not 0 < alpha < 1:
         raise ValueError(
@@ -141,7 +144,8 @@ def all_but_the_top(vectors, num_components=3):
         [Mu and Viswanath, 2018](https://arxiv.org/abs/1702.01417)
     """
     vectors = np.asarray(vectors)
-    vectors = vectors - vectors.mean(0)
+    mean = vectors.mean(0, dtype="float64")
+    vectors = (vectors - mean).astype(vectors.dtype)
     components, _ = common_components(vectors, num_components)
     return remove_components(vectors, components)
 
@@ -164,12 +168,15 @@ def common_components(vectors, num_components=1):
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx)
     """
     vectors = np.asarray(vectors)
-    if vectors.ndim != 2 or not 0 <= num_components <= vectors.shape[-1]:
+    if vectors.ndim != 2:
         raise ValueError(
-            "Expected vectors (num_vectors, dim) and num_components from 0 to "
-            f"dim. Received: vectors.shape={vectors.shape}, "
-            f"num_components={num_components}"
+            "Expected `vectors` of shape (num_vectors, dim). Received: "
+            f"vectors.shape={vectors.shape}"
         )
+    check_finite("vectors", vectors)
+    num_components = check_integer(
+        "num_components", num_components, 0, vectors.shape[-1]
+    )
     # Eigenvectors of (dim, dim): a vocabulary has far more words than that.
     wide = vectors.astype("float64")
     values, directions = np.linalg.eigh(wide.T @ wide)

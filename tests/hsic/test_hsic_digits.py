@@ -353,3 +353,37 @@ def test_wide_features():
     i, j = np.triu_indices(64, 1)
     assert found == pytest.approx(np.median(np.sqrt(squares[i, j])), rel=1e-6)
     assert value(cka(x, x)) == pytest.approx(1, rel=1e-5)
+
+
+# Arguments
+
+NUMBERS = np.arange(9.0)
+REFUSED = {
+    "bandwidth": lambda v: GaussianKernel(v, form="blog"),
+    "epsilon": lambda v: nhsic(NUMBERS, NUMBERS, epsilon=v),
+    "rate": HSICRegularization,
+    "block_size": lambda v: block_hsic(NUMBERS, NUMBERS, block_size=v),
+    "num_features": lambda v: fourier_hsic(NUMBERS, NUMBERS, num_features=v),
+    "num_permutations": lambda v: hsic_test(
+        NUMBERS, NUMBERS, num_permutations=v
+    ),
+    "size": lambda v: hsic_test(
+        NUMBERS, NUMBERS, approximation="block", size=v
+    ),
+    "maximize": lambda v: HSICLoss(maximize=v),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments(name):
+    for bad in (np.inf, np.nan, "4", [4]):
+        with pytest.raises(ValueError, match=f"Received: {name}="):
+            REFUSED[name](bad)
+    if name != "maximize":
+        with pytest.raises(ValueError, match=f"Received: {name}=True"):
+            REFUSED[name](True)
+    if "num" in name or "size" in name:
+        with pytest.raises(ValueError, match=f"Received: {name}=4.5"):
+            REFUSED[name](4.5)
+    with pytest.raises(ValueError, match="weights of at least 0"):
+        hsic(NUMBERS, NUMBERS, mask=-NUMBERS)
