@@ -233,6 +233,29 @@ def check_seed(name, value):
     )
 
 
+def as_numbers(values, name=None):
+    """`values`, or a NumPy array of a list; a `ValueError` for what is none.
+
+    Args:
+        values: Array, tensor or (nested) list of numbers.
+        name: String. The argument's name, for the message.
+    """
+    if ops.is_tensor(values) or isinstance(values, keras.KerasTensor):
+        return values
+    try:
+        array = np.asarray(values)
+        is_numeric = array.dtype.kind in "biuf" or "float" in str(array.dtype)
+    except ValueError:  # rows of different lengths
+        is_numeric = False
+    if not is_numeric:
+        raise ValueError(
+            f"Expected numbers{f' in `{name}`' if name else ''}: an array, a "
+            f"tensor or a list. Received: {str(values)[:60]!r} of type "
+            f"{type(values).__name__}"
+        )
+    return array
+
+
 def as_numpy(values):
     """A NumPy array of a tensor, a list or an array (which is not copied)."""
     if isinstance(values, np.ndarray):

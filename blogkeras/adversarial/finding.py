@@ -198,8 +198,8 @@ class _Finder:
             return OutputSite(layer, self.padding_mask)
         if self.padding_mask is not None:
             raise ValueError(
-                "The embedding matrix has no positions to mask: use "
-                'site="output". Received: site="matrix", '
+                "Expected no `padding_mask`: the embedding matrix has no "
+                'positions to mask; use site="output". Received: site="matrix", '
                 f"padding_mask={self.padding_mask!r}"
             )
         site = MatrixSite(layer)

@@ -26,7 +26,7 @@ from blogkeras.adversarial.norms import (
 from blogkeras.adversarial.penalty import second_order_gradients
 from blogkeras.arguments import check_choice
 from blogkeras.ops import masked_mean
-from blogkeras.outputs import read_outputs
+from blogkeras.outputs import check_output_arguments, read_outputs
 from blogkeras.state import draw_rows
 
 
@@ -51,6 +51,10 @@ class LabelFreeMethod(AdversarialMethod):
     ):
         super().__init__(epsilon, "output", start_step)
         self.output_kind = output_kind
+        for each in tree.flatten(from_logits):
+            check_output_arguments(None, each)
+        for each in tree.flatten(output_kind):
+            check_output_arguments(each, None)
         self.from_logits = from_logits
 
     checks = {

@@ -14,6 +14,7 @@ from blogkeras.arguments import (
     check_finite,
     check_integer,
     check_number,
+    check_seed,
 )
 from blogkeras.denoising.energy import as_scalars, log_density_and_score
 from blogkeras.denoising.samplers import (
@@ -157,6 +158,7 @@ def log_partition(
             "Expected a function or model that returns log-densities. "
             f"Received: log_density={log_density!r}"
         )
+    check_seed("seed", seed)
     if method == "quadrature":
         return _quadrature(log_density, bounds, num_points, verbose)
     mean, scale = _reference(log_density, mean, scale)

@@ -19,6 +19,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_boolean,
     check_finite,
@@ -285,7 +286,7 @@ def check_start(log_density, x):
             "Expected a function or model that returns log-densities. "
             f"Received: log_density={log_density!r}"
         )
-    x = as_numpy(x)
+    x = as_numpy(as_numbers(x, "x"))
     if x.ndim < 2 or x.dtype.kind not in "fiub" or not x.size:
         raise ValueError(
             "Expected starting points of shape (chains, ...), at least one. "
@@ -542,7 +543,7 @@ def annealed_langevin(
         levels = check_levels("temperatures", temperatures, minimum=0)
     steps_per_level = check_integer("steps_per_level", steps_per_level, 1)
     epsilon = check_number("step_size", step_size, above=0)
-    x = as_numpy(x)
+    x = as_numpy(as_numbers(x, "x"))
     known = np.zeros(x.shape, "bool")
     if mask is not None:
         known = known | check_mask(mask, x)

@@ -13,7 +13,7 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import as_numpy
+from blogkeras.arguments import as_numbers, as_numpy, check_finite
 from blogkeras.ops import central_vector, safe_sqrt, squared_distances
 
 # Rows that the median bandwidth is taken from: in a traced step, where XLA
@@ -184,6 +184,17 @@ def codes_of(x):
     return codes.reshape(x.shape[:-1]).astype("int32")
 
 
+def check_mask_shape(weight, shape):
+    """The weights of the samples, `shape`, however few axes they have."""
+    try:
+        return np.broadcast_to(weight, shape)
+    except ValueError:
+        raise ValueError(
+            f"Expected a mask for samples of shape {tuple(shape)}. Received: "
+            f"mask.shape={weight.shape}"
+        ) from None
+
+
 def median_bandwidth(x, mask=None):
     """The median distance between two different samples of a variable.
 
@@ -217,7 +228,11 @@ def median_bandwidth(x, mask=None):
         x = as_numpy(ops.cast(x, dtype) if "int" not in str(x.dtype) else x)
     coincident = coincidence(x)
     x = numbers("x", x)
-    keep = None if mask is None else as_numpy(mask).astype(bool)
+    keep = None
+    if mask is not None:
+        keep = as_numpy(as_numbers(mask, "mask")).astype(bool)
+        keep = check_mask_shape(keep, x.shape[:-1])
+    check_finite("x", x if keep is None else x[keep])
     medians = each_sample(
         lambda x, keep: np.asarray(median_distance(x, keep, coincident)),
         from_center(x, keep),

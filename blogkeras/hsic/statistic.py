@@ -6,6 +6,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_choice,
     check_integer,
@@ -20,7 +21,13 @@ from blogkeras.hsic.kernels import (
     check_square,
     require_finite,
 )
-from blogkeras.hsic.samples import columns, float_dtype, is_array, numbers
+from blogkeras.hsic.samples import (
+    check_mask_shape,
+    columns,
+    float_dtype,
+    is_array,
+    numbers,
+)
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul, map_blocks, safe_sqrt
 
@@ -319,7 +326,7 @@ def prepare(x, y, kernel_x, kernel_y, mask, estimator, dtype=None):
     known = mask is None or is_array(mask) or backend.is_concrete(mask)
     weight = None
     if mask is not None and known:
-        weight = as_numpy(mask).astype("float64")
+        weight = as_numpy(as_numbers(mask, "mask")).astype("float64")
         require_finite("mask", weight)
         if weight.size and weight.min() < 0:
             raise ValueError(
@@ -355,7 +362,7 @@ def prepare(x, y, kernel_x, kernel_y, mask, estimator, dtype=None):
         )
     shape = ops.shape(variables[0][1])[:-1]
     if weight is not None:
-        weight = np.broadcast_to(weight, shape)
+        weight = check_mask_shape(weight, shape)
     tensor = None
     if mask is not None:
         tensor = mask if weight is None else weight.astype(dtype)

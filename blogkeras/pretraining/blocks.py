@@ -1,5 +1,7 @@
 """Lines of text as blocks of tokens, all of one shape."""
 
+from collections.abc import Iterable
+
 import keras
 import numpy as np
 
@@ -77,6 +79,11 @@ def token_blocks(
     >>> next(iter(blocks)).shape
     TensorShape([1, 4])
     """
+    if not isinstance(lines, Iterable):
+        raise ValueError(
+            "Expected `lines` to be an iterable of strings. Received: "
+            f"lines={lines!r}"
+        )
     if isinstance(lines, str):
         raise ValueError(
             "Expected `lines` to be an iterable of strings. Received: one "

@@ -55,7 +55,10 @@ def share_layers(model, source="first", groups=1, inner=1, boundaries=None):
         [Lan et al., 2019](https://arxiv.org/abs/1909.11942);
         [blog post 7846](https://kexue.fm/archives/7846)
     """
-    if isinstance(source, str) and source not in SOURCES:
+    is_known = isinstance(source, (list, tuple)) or (
+        isinstance(source, str) and source in SOURCES
+    )
+    if not is_known:
         raise ValueError(
             "Expected `source` to be 'first', 'mean' or a list of lists of "
             f"arrays. Received: source={source!r}"

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from blogkeras.arguments import as_numbers, as_numpy, check_number
+
 
 def plot_alignment(plan, x_words, y_words, path=None, minimum=0.01):
     """Draws which word goes where, as ribbons between two rows of words.
@@ -26,7 +28,14 @@ def plot_alignment(plan, x_words, y_words, path=None, minimum=0.01):
     >>> plan = transport_plan(x, y)  # doctest: +SKIP
     >>> plot_alignment(plan, words, other_words, "alignment.png")
     """
-    plan = np.asarray(plan, "float64")
+    minimum = check_number("minimum", minimum, 0)
+    plan = as_numpy(as_numbers(plan, "plan")).astype("float64")
+    for name, words in (("x_words", x_words), ("y_words", y_words)):
+        if not hasattr(words, "__len__"):
+            raise ValueError(
+                f"Expected `{name}` to be a list of words. Received: "
+                f"{name}={words!r}"
+            )
     if plan.shape != (len(x_words), len(y_words)) or not plan.sum() > 0:
         raise ValueError(
             "Expected a plan (n, m) with mass, for n and m words. Received: "

@@ -8,7 +8,12 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import as_numpy, check_choice, check_finite
+from blogkeras.arguments import (
+    as_numbers,
+    as_numpy,
+    check_choice,
+    check_finite,
+)
 from blogkeras.loops import ProgramCache
 from blogkeras.transport import exact, measures
 from blogkeras.transport.checks import (
@@ -509,6 +514,7 @@ class Texts:
 
 def _array(x, solver, dtype=None):
     """NumPy float64 for the exact solver, else a tensor."""
+    x = as_numbers(x)
     if solver != "exact":
         return as_tensor(x, dtype)
     if isinstance(x, keras.KerasTensor) or not backend.is_concrete(x):

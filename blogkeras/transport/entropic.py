@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
-from blogkeras.arguments import check_finite
+from blogkeras.arguments import as_numbers, check_finite
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
 from blogkeras.transport.checks import check_problem, check_settings
@@ -176,7 +176,7 @@ def as_tensor(x, dtype=None):
         wide = "float64" in str(getattr(x, "dtype", ""))
         wide = wide and not isinstance(x, np.ndarray | np.generic)
         dtype = "float64" if wide else "float32"
-    return ops.cast(ops.convert_to_tensor(x), dtype)
+    return ops.cast(ops.convert_to_tensor(as_numbers(x)), dtype)
 
 
 def solve(p, q, cost, regularization, tolerance, max_iterations):

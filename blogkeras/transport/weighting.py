@@ -3,6 +3,7 @@
 import numpy as np
 
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_finite,
     check_integer,
@@ -143,7 +144,7 @@ def all_but_the_top(vectors, num_components=3):
     Reference:
         [Mu and Viswanath, 2018](https://arxiv.org/abs/1702.01417)
     """
-    vectors = np.asarray(vectors)
+    vectors = _vectors(vectors)
     mean = vectors.mean(0, dtype="float64")
     vectors = (vectors - mean).astype(vectors.dtype)
     components, _ = common_components(vectors, num_components)
@@ -167,16 +168,9 @@ def common_components(vectors, num_components=1):
     Reference:
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx)
     """
-    vectors = np.asarray(vectors)
-    if vectors.ndim != 2:
-        raise ValueError(
-            "Expected `vectors` of shape (num_vectors, dim). Received: "
-            f"vectors.shape={vectors.shape}"
-        )
-    check_finite("vectors", vectors)
-    num_components = check_integer(
-        "num_components", num_components, 0, vectors.shape[-1]
-    )
+    vectors = _vectors(vectors)
+    dim = vectors.shape[-1]
+    num_components = check_integer("num_components", num_components, 0, dim)
     # Eigenvectors of (dim, dim): a vocabulary has far more words than that.
     wide = vectors.astype("float64")
     values, directions = np.linalg.eigh(wide.T @ wide)
@@ -202,15 +196,34 @@ def remove_components(vectors, components, shares=None):
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx);
         [Ethayarajh, 2018](https://aclanthology.org/W18-3012), with shares
     """
-    vectors = np.asarray(vectors)
+    vectors = as_numpy(as_numbers(vectors, "vectors"))
+    check_finite("vectors", vectors)
+    components = as_numpy(as_numbers(components, "components"))
+    if components.ndim != 2 or components.shape[-1:] != vectors.shape[-1:]:
+        raise ValueError(
+            "Expected vectors (..., dim) and components (num_components, dim). "
+            f"Received: vectors.shape={vectors.shape}, "
+            f"components.shape={components.shape}"
+        )
     along = vectors @ components.T
     if shares is not None:
         along = along * np.asarray(shares, along.dtype)
     return vectors - along @ components
 
 
+def _vectors(vectors):
+    vectors = as_numpy(as_numbers(vectors, "vectors"))
+    check_finite("vectors", vectors)
+    if vectors.ndim != 2 or not vectors.size:
+        raise ValueError(
+            "Expected vectors of shape (num_vectors, dim), at least one. "
+            f"Received: vectors.shape={vectors.shape}"
+        )
+    return vectors
+
+
 def _probabilities(p):
-    p = np.asarray(p, "float64")
+    p = as_numpy(as_numbers(p, "probabilities")).astype("float64")
     if p.size == 0 or not np.isfinite(p).all() or p.min() < 0 or p.max() > 1:
         raise ValueError(
             "Expected probabilities, counts divided by their sum. Received: "

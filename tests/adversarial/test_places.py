@@ -301,7 +301,7 @@ def test_a_padding_mask_that_is_none(arguments, message):
     model, x, _ = linear_in_tokens("keep")
     with pytest.raises(ValueError, match=message):
         evaluate_robustness(model, x, np.zeros(3), verbose=0, **arguments)
-    with pytest.raises(ValueError, match="has no positions to mask"):
+    with pytest.raises(ValueError, match="no positions to mask"):
         blogkeras.adversarial_training(model, padding_mask="keep")
 
 

@@ -1,0 +1,256 @@
+"""Arguments of adversarial training, of BERT-of-Theseus and of reports."""
+
+import toy
+from keras import layers
+from wrong_values import (
+    FREE,
+    INF,
+    NAN,
+    Kind,
+    X,
+    boolean,
+    choice,
+    integer,
+    layer,
+    number,
+    row,
+    seed,
+    sequential,
+    stack,
+    texts,
+    verbose,
+)
+
+import blogkeras
+
+EPSILON = number(minimum=0)
+SITE = choice()
+SCOPE = choice()
+STEP = integer(0)
+
+row(
+    blogkeras.FGM,
+    {},
+    {
+        "epsilon": EPSILON,
+        "norm_scope": SCOPE,
+        "site": SITE,
+        "clean_weight": number(0, maximum=1),
+        "start_step": STEP,
+    },
+)
+row(
+    blogkeras.FGSM,
+    {},
+    {
+        "epsilon": EPSILON,
+        "site": SITE,
+        "clean_weight": number(0, maximum=1),
+        "start_step": STEP,
+    },
+)
+row(
+    blogkeras.PGD,
+    {},
+    {
+        "epsilon": EPSILON,
+        "steps": integer(1),
+        "step_size": number(0, none=True),
+        "random_start": boolean(),
+        "norm_scope": SCOPE,
+        "site": SITE,
+        "seed": seed(),
+        "kwargs": FREE,
+    },
+)
+row(
+    blogkeras.FreeLB,
+    {},
+    {
+        "epsilon": EPSILON,
+        "steps": integer(1),
+        "step_size": number(0),
+        "initial_norm": number(0),
+        "norm_scope": SCOPE,
+        "site": SITE,
+        "seed": seed(),
+        "kwargs": FREE,
+    },
+)
+row(
+    blogkeras.GradientPenalty,
+    {},
+    {"epsilon": EPSILON, "form": choice(), "site": SITE, "start_step": STEP},
+)
+row(
+    blogkeras.NoiseStability,
+    {},
+    {
+        "epsilon": EPSILON,
+        "from_logits": Kind("True", 1, 0.5, none=True),
+        "output_kind": choice(none=True),
+        "seed": seed(),
+        "start_step": STEP,
+    },
+)
+row(
+    blogkeras.VirtualAdversarialTraining,
+    {},
+    {
+        "epsilon": EPSILON,
+        "xi": number(above=0),
+        "iters": integer(0),
+        "norm_scope": SCOPE,
+        "from_logits": Kind("True", 1, 0.5, none=True),
+        "output_kind": choice(none=True),
+        "seed": seed(),
+        "start_step": STEP,
+    },
+)
+row(
+    blogkeras.adversarial_training,
+    {"model": texts},
+    {
+        "model": layer(),
+        "padding_mask": Kind(3, True, "missing", none=True),
+        "embedding_name": Kind(3, True, 1.5, none=True),
+        "epsilon": EPSILON,
+        "method": Kind("bogus", 3, True, blogkeras.FGM),
+    },
+)
+row(
+    blogkeras.virtual_adversarial_training,
+    {"model": texts},
+    {
+        "model": layer(),
+        "padding_mask": Kind(3, True, none=True),
+        "from_logits": Kind("True", 1, 0.5, none=True),
+        "output_kind": choice(none=True),
+        "embedding_name": Kind(3, True, 1.5, none=True),
+        "epsilon": EPSILON,
+        "xi": number(above=0),
+        "iters": integer(0),
+    },
+)
+row(blogkeras.plain_training, {"model": texts}, {"model": layer()})
+row(
+    blogkeras.evaluate_robustness,
+    {
+        "model": texts,
+        "x": toy.TOKENS[:8],
+        "y": toy.LABELS[:8],
+        "epsilons": [0.0],
+        "verbose": 0,
+    },
+    {
+        "model": layer(),
+        "padding_mask": Kind(3, True, "missing", none=True),
+        "callbacks": FREE,
+        "max_batches": integer(1, none=True),
+        "x": FREE,
+        "y": FREE,
+        "epsilons": Kind("all", [], [-1.0], [NAN], ["a"]),
+        "attack": Kind("bogus", 3, True),
+        "embedding_name": Kind(3, True, 1.5, none=True),
+        "relative": boolean(),
+        "steps": integer(1),
+        "batch_size": integer(1, none=True),
+        "sample_weight": FREE,
+        "verbose": verbose(),
+    },
+)
+
+
+def modules(count=2):
+    made = [layers.Dense(3, name=f"d{i}") for i in range(count)]
+    for one in made:
+        one.build((None, 3))
+    return made
+
+
+RATE = Kind("half", True, NAN, INF, -0.1, 1.1, [0.5])
+MODULES = Kind("dense", 3, [], ["dense"], [3])
+row(
+    blogkeras.ModuleReplacement,
+    {
+        "predecessor": lambda: modules()[0],
+        "successor": lambda: modules()[1],
+    },
+    {
+        "predecessor": MODULES,
+        "successor": MODULES,
+        "replacement_rate": RATE,
+        "mode": choice(),
+        "predecessor_dropout": boolean(),
+        "seed": seed(),
+        "kwargs": FREE,
+    },
+)
+row(
+    blogkeras.Theseus,
+    {"predecessor_modules": modules, "successor_modules": modules},
+    {
+        "predecessor_modules": MODULES,
+        "successor_modules": MODULES,
+        "head": Kind("dense", 3, none=True),
+        "replacement_rate": RATE,
+        "stem": Kind("dense", 3, none=True),
+        "mode": choice(),
+        "train_shared": boolean(),
+        "predecessor_dropout": boolean(),
+        "seed": seed(),
+        "kwargs": FREE,
+    },
+)
+row(
+    blogkeras.Distillation,
+    {"teacher": sequential, "student": lambda: sequential.__wrapped__()},
+    {
+        "teacher": layer(),
+        "student": layer(),
+        "temperature": number(above=0),
+        "weight": number(0, maximum=1),
+        "from_logits": Kind("True", 1, 0.5, none=True),
+        "output_kind": choice(none=True),
+        "kwargs": FREE,
+    },
+)
+row(
+    blogkeras.LinearReplacement,
+    {"slope": 0.1},
+    {"slope": number(0), "start": number(0, maximum=1)},
+)
+row(
+    blogkeras.CosineReplacement,
+    {"steps": 3},
+    {"steps": integer(1), "start": number(0, maximum=1)},
+)
+row(
+    blogkeras.cut_model,
+    {"model": stack},
+    {"model": layer(), "boundaries": FREE},
+)
+row(
+    blogkeras.keep_blocks,
+    {"model": stack, "keep": 1},
+    {"model": layer(), "keep": Kind("one", 1.5, True, -1), "boundaries": FREE},
+)
+row(
+    blogkeras.spaced_blocks,
+    {"blocks": 3, "count": 1},
+    {"blocks": integer(1), "count": integer(1, more=[4])},
+)
+row(
+    blogkeras.compression_report,
+    {"models": lambda: {"a": sequential()}, "x": X, "y": toy.LABELS[:8]},
+    {
+        "models": Kind("text", 3, {}, {"a": "model"}),
+        "x": FREE,
+        "y": FREE,
+        "training_seconds": FREE,
+        "training_step": boolean(),
+        "batch_size": integer(1),
+        "rounds": integer(1),
+        "verbose": verbose(),
+    },
+)
