@@ -199,8 +199,8 @@ class _Finder:
         if self.padding_mask is not None:
             raise ValueError(
                 "Expected no `padding_mask`: the embedding matrix has no "
-                'positions to mask; use site="output". Received: site="matrix", '
-                f"padding_mask={self.padding_mask!r}"
+                'positions to mask; use site="output". Received: '
+                f'site="matrix", padding_mask={self.padding_mask!r}'
             )
         site = MatrixSite(layer)
         if layer.built:
