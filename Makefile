@@ -60,10 +60,10 @@ matrix: # lower bounds, newest versions, Python 3.12 and 3.13
 # An environment of its own: reading code needs no TensorFlow.
 $(LINT)/ruff: | check-python
 	$(PYTHON) -m venv $(VENV)-lint
-	$(LINT)/pip install -q 'ruff>=0.17,<0.18'
+	$(LINT)/pip install -q 'ruff>=0.17,<0.18' 'mypy>=1.13,<3'
 
-lint: $(LINT)/ruff # ruff
-	@$(LINT)/ruff check . && $(LINT)/ruff format --check .
+lint: $(LINT)/ruff # ruff and mypy
+	@$(LINT)/ruff check . && $(LINT)/ruff format --check . && $(LINT)/mypy
 
 format: $(LINT)/ruff # ruff, in place
 	@$(LINT)/ruff check --fix . ; $(LINT)/ruff format .

@@ -3,6 +3,8 @@
 对抗训练浅谈：意义、方法和思考（附Keras实现）, https://kexue.fm/archives/7234
 """
 
+from typing import Any
+
 import keras
 
 from blogkeras import training
@@ -49,13 +51,13 @@ METHODS = {
 
 
 def adversarial_training(
-    model,
-    embedding_name=None,
-    epsilon=1.0,
-    method="fgm",
+    model: keras.layers.Layer,
+    embedding_name: str | None = None,
+    epsilon: float = 1.0,
+    method: Any = "fgm",
     *,
-    padding_mask=None,
-):
+    padding_mask: Any = None,
+) -> keras.Model:
     """Makes `fit` train a model adversarially, in place.
 
     One line before or after `compile`; from then on `fit` and `train_on_batch`
@@ -108,16 +110,16 @@ def adversarial_training(
 
 
 def virtual_adversarial_training(
-    model,
-    embedding_name=None,
-    epsilon=1.0,
-    xi=10.0,
-    iters=1,
+    model: keras.layers.Layer,
+    embedding_name: str | None = None,
+    epsilon: float = 1.0,
+    xi: float = 10.0,
+    iters: int = 1,
     *,
-    output_kind=None,
-    from_logits=None,
-    padding_mask=None,
-):
+    output_kind: str | None = None,
+    from_logits: Any = None,
+    padding_mask: Any = None,
+) -> keras.Model:
     """Makes `fit` train with labelled and unlabelled rows, in place.
 
     Adds to the loss how far the worst small step at the embedding moves the
@@ -171,7 +173,7 @@ def virtual_adversarial_training(
     )
 
 
-def plain_training(model):
+def plain_training(model: keras.layers.Layer) -> keras.Model:
     """Undoes `adversarial_training`: `fit` trains plainly again.
 
     Args:

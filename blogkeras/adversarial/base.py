@@ -191,12 +191,12 @@ class Attack(AdversarialMethod):
 
     def __init__(
         self,
-        epsilon=1.0,
-        norm_scope="batch",
-        site="matrix",
-        clean_weight=0.0,
-        start_step=0,
-    ):
+        epsilon: float = 1.0,
+        norm_scope: str = "batch",
+        site: str = "matrix",
+        clean_weight: float = 0.0,
+        start_step: int = 0,
+    ) -> None:
         super().__init__(epsilon, site, start_step)
         self.norm_scope = norm_scope
         self.clean_weight = clean_weight

@@ -4,6 +4,7 @@
 """
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops, tree
@@ -153,15 +154,15 @@ class VirtualAdversarialTraining(LabelFreeMethod):
 
     def __init__(
         self,
-        epsilon=1.0,
-        xi=10.0,
-        iters=1,
-        norm_scope="batch",
-        from_logits=None,
-        seed=0,
-        start_step=0,
-        output_kind=None,
-    ):
+        epsilon: float = 1.0,
+        xi: float = 10.0,
+        iters: int = 1,
+        norm_scope: str = "batch",
+        from_logits: Any = None,
+        seed: int | None = 0,
+        start_step: int = 0,
+        output_kind: str | None = None,
+    ) -> None:
         super().__init__(epsilon, start_step, output_kind, from_logits)
         self.xi = xi
         self.iters = iters
@@ -264,12 +265,12 @@ class NoiseStability(LabelFreeMethod):
 
     def __init__(
         self,
-        epsilon=1.0,
-        from_logits=None,
-        seed=0,
-        start_step=0,
-        output_kind=None,
-    ):
+        epsilon: float = 1.0,
+        from_logits: Any = None,
+        seed: int | None = 0,
+        start_step: int = 0,
+        output_kind: str | None = None,
+    ) -> None:
         super().__init__(epsilon, start_step, output_kind, from_logits)
         self.seed = seed
 

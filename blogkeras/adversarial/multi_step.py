@@ -1,5 +1,7 @@
 """Attacks of several steps: PGD and FreeLB."""
 
+from typing import Any
+
 from keras import ops
 
 from blogkeras.adversarial.base import (
@@ -55,15 +57,15 @@ class PGD(Attack):
 
     def __init__(
         self,
-        epsilon=1.0,
-        steps=3,
-        step_size=None,
-        random_start=False,
-        norm_scope="batch",
-        site="matrix",
-        seed=0,
-        **kwargs,
-    ):
+        epsilon: float = 1.0,
+        steps: int = 3,
+        step_size: float | None = None,
+        random_start: bool = False,
+        norm_scope: str = "batch",
+        site: str = "matrix",
+        seed: int | None = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(epsilon, norm_scope, site, **kwargs)
         self.steps = steps
         self.step_size = step_size
@@ -131,15 +133,15 @@ class FreeLB(Attack):
 
     def __init__(
         self,
-        epsilon=1.0,
-        steps=3,
-        step_size=0.5,
-        initial_norm=0.5,
-        norm_scope="sample",
-        site="output",
-        seed=0,
-        **kwargs,
-    ):
+        epsilon: float = 1.0,
+        steps: int = 3,
+        step_size: float = 0.5,
+        initial_norm: float = 0.5,
+        norm_scope: str = "sample",
+        site: str = "output",
+        seed: int | None = 0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(epsilon, norm_scope, site, **kwargs)
         self.steps = steps
         self.step_size = step_size

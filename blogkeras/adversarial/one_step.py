@@ -72,8 +72,12 @@ class FGSM(Attack):
     """
 
     def __init__(
-        self, epsilon=1.0, site="matrix", clean_weight=0.0, start_step=0
-    ):
+        self,
+        epsilon: float = 1.0,
+        site: str = "matrix",
+        clean_weight: float = 0.0,
+        start_step: int = 0,
+    ) -> None:
         super().__init__(
             epsilon,
             site=site,

@@ -45,8 +45,12 @@ class GradientPenalty(AdversarialMethod):
     """
 
     def __init__(
-        self, epsilon=1.0, form="squared", site="output", start_step=0
-    ):
+        self,
+        epsilon: float = 1.0,
+        form: str = "squared",
+        site: str = "output",
+        start_step: int = 0,
+    ) -> None:
         super().__init__(epsilon, site, start_step)
         self.form = form
 

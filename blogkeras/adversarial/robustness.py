@@ -1,6 +1,8 @@
 """How a model fares under attack: loss and metrics at several strengths."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -16,6 +18,7 @@ from blogkeras.arguments import (
     check_number,
     check_verbose,
 )
+from blogkeras.typing import Tensor
 
 ATTACKS = ("fgm", "pgd")
 
@@ -70,22 +73,22 @@ class Robustness(report.Rows):
 
 
 def evaluate_robustness(
-    model,
-    x,
-    y=None,
-    epsilons=(0.0, 0.1, 0.3, 1.0),
-    attack="fgm",
-    embedding_name=None,
+    model: keras.layers.Layer,
+    x: Tensor,
+    y: Tensor | None = None,
+    epsilons: Sequence[float] = (0.0, 0.1, 0.3, 1.0),
+    attack: Any = "fgm",
+    embedding_name: str | None = None,
     *,
-    relative=False,
-    steps=5,
-    batch_size=None,
-    sample_weight=None,
-    verbose="auto",
-    max_batches=None,
-    callbacks=None,
-    padding_mask=None,
-):
+    relative: bool = False,
+    steps: int = 5,
+    batch_size: int | None = None,
+    sample_weight: Tensor | None = None,
+    verbose: str | int = "auto",
+    max_batches: int | None = None,
+    callbacks: Any = None,
+    padding_mask: Any = None,
+) -> Robustness:
     """Evaluates a compiled model where its loss is made worse.
 
     Each sample is moved by a perturbation of its own, of L2 norm at most ε over

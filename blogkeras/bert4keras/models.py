@@ -13,8 +13,13 @@ from blogkeras.bert4keras.optimizers import get_optimizer
 _at_work = contextvars.ContextVar("model at work", default=None)
 
 # Arguments of Keras 2's queue of batches, which Keras 3 has no more.
-_QUEUE = ("max_queue_size", "max_q_size", "workers", "use_multiprocessing")
-_QUEUE += ("pickle_safe",)
+_QUEUE = (
+    "max_queue_size",
+    "max_q_size",
+    "workers",
+    "use_multiprocessing",
+    "pickle_safe",
+)
 
 
 def model_at_work():

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from typing import Any
 
 import keras
 import numpy as np
@@ -19,19 +20,20 @@ from blogkeras.compression.operations import count_operations
 from blogkeras.compression.record import CompressionReport
 from blogkeras.state import snapshot
 from blogkeras.training import step_memory
+from blogkeras.typing import Tensor
 
 
 def compression_report(
-    models,
-    x,
-    y,
+    models: Any,
+    x: Tensor,
+    y: Tensor,
     *,
-    training_seconds=None,
-    batch_size=32,
-    rounds=20,
-    verbose="auto",
-    training_step=False,
-):
+    training_seconds: Any = None,
+    batch_size: int = 32,
+    rounds: int = 20,
+    verbose: str | int = "auto",
+    training_step: bool = False,
+) -> CompressionReport:
     """Measures models of several sizes on the same data.
 
     Parameters, file size, floating-point operations, latency and metrics. The

@@ -1,5 +1,8 @@
 """One energy for all amounts of noise, sampled from hot to cold."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -85,14 +88,14 @@ class AnnealedScoreMatching(DenoisingModel):
 
     def __init__(
         self,
-        network,
-        sigmas,
-        sigma0=0.1,
-        conditional=False,
-        allow_piecewise=False,
-        seed=None,
-        **kwargs,
-    ):
+        network: keras.layers.Layer,
+        sigmas: Sequence[float],
+        sigma0: float = 0.1,
+        conditional: bool = False,
+        allow_piecewise: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_network(network, allow_piecewise)
         # The largest first, as the samplers want them.
         falling = np.ndim(sigmas) == 1 and np.size(sigmas) > 1

@@ -1,5 +1,8 @@
 """Networks for log-densities: what they must be, and builders of some."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 from keras import layers, ops
 
@@ -165,12 +168,12 @@ def _head(h, head):
 
 
 def mlp_log_density(
-    input_shape,
-    units=(64, 64, 64, 64),
-    activation="swish",
-    head="linear",
-    name="mlp_log_density",
-):
+    input_shape: Sequence[int],
+    units: Sequence[int] = (64, 64, 64, 64),
+    activation: Any = "swish",
+    head: str = "linear",
+    name: str = "mlp_log_density",
+) -> keras.Model:
     """A fully connected network from rows of any shape to a log-density.
 
     Args:
@@ -201,13 +204,13 @@ def mlp_log_density(
 
 
 def residual_log_density(
-    input_shape,
-    filters=(32, 64),
-    num_blocks=1,
-    activation="elu",
-    head="quadratic",
-    name="residual_log_density",
-):
+    input_shape: Sequence[int],
+    filters: Sequence[int] = (32, 64),
+    num_blocks: int = 1,
+    activation: Any = "elu",
+    head: str = "quadratic",
+    name: str = "residual_log_density",
+) -> keras.Model:
     """A residual convolutional network from pictures to a log-density.
 
     A convolution, then for each entry of `filters` a block that halves height

@@ -1,5 +1,7 @@
 """Densities and denoisers learnt at one amount of noise."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -189,14 +191,14 @@ class DenoisingDensityEstimator(_OneNoise):
 
     def __init__(
         self,
-        network,
-        sigma,
-        annealing_steps="auto",
-        control_variate=False,
-        allow_piecewise=False,
-        seed=None,
-        **kwargs,
-    ):
+        network: keras.layers.Layer,
+        sigma: float,
+        annealing_steps: int | str = "auto",
+        control_variate: bool = False,
+        allow_piecewise: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_network(network, allow_piecewise)
         super().__init__(network, sigma, annealing_steps, seed, **kwargs)
         self.control_variate = check_boolean("control_variate", control_variate)
@@ -340,7 +342,14 @@ class DenoisingAutoencoder(_OneNoise):
         [blog post 7038](https://kexue.fm/archives/7038)
     """
 
-    def __init__(self, network, sigma, annealing_steps=0, seed=None, **kwargs):
+    def __init__(
+        self,
+        network: keras.layers.Layer,
+        sigma: float,
+        annealing_steps: int = 0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_layer("network", network)
         super().__init__(network, sigma, annealing_steps, seed, **kwargs)
         self._build_if_known()

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -64,19 +65,19 @@ class LogPartition(NamedTuple):
 
 
 def log_partition(
-    log_density,
-    method="annealed",
+    log_density: Callable[..., Any],
+    method: str = "annealed",
     *,
-    bounds=None,
-    num_points=None,
-    mean=None,
-    scale=None,
-    num_samples=None,
-    num_steps=None,
-    samples=None,
-    seed=None,
-    verbose=0,
-):
+    bounds: Any = None,
+    num_points: int | None = None,
+    mean: Any = None,
+    scale: Any = None,
+    num_samples: int | None = None,
+    num_steps: int | None = None,
+    samples: Any = None,
+    seed: int | None = None,
+    verbose: str | int = 0,
+) -> LogPartition:
     """Estimates log Z = log ∫ exp(log_density(x)) dx, with its error.
 
     `"quadrature"`, in one or two dimensions: the trapezoidal rule in a box.

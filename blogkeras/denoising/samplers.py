@@ -11,7 +11,8 @@ and 1 for each chain, `broken` says where the step led to numbers that are not
 finite.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -30,6 +31,7 @@ from blogkeras.arguments import (
 from blogkeras.denoising.energy import log_density_and_score
 from blogkeras.loops import ProgramCache, loop_program, run_steps
 from blogkeras.state import StepSeed
+from blogkeras.typing import Tensor
 
 # A chain this many times farther out than it began has exploded, long before
 # its numbers overflow.
@@ -415,16 +417,16 @@ def _positive(name, value):
 
 
 def langevin(
-    log_density,
-    x,
-    num_steps,
-    step_size,
-    temperature=1.0,
+    log_density: Callable[..., Any],
+    x: Tensor,
+    num_steps: int,
+    step_size: float,
+    temperature: float = 1.0,
     *,
-    seed=None,
-    allow_non_finite=False,
-    verbose=0,
-):
+    seed: int | None = None,
+    allow_non_finite: bool = False,
+    verbose: str | int = 0,
+) -> Samples:
     """Unadjusted Langevin dynamics, all chains in one compiled loop.
 
         x ← x + ½ε ∇log p(x) + √(εT) N(0, 1)
@@ -481,19 +483,19 @@ def langevin(
 
 
 def annealed_langevin(
-    log_density,
-    x,
-    step_size,
-    temperatures=None,
-    sigmas=None,
-    steps_per_level=1,
-    mask=None,
-    known_sigmas=None,
+    log_density: Callable[..., Any],
+    x: Tensor,
+    step_size: float,
+    temperatures: Sequence[float] | None = None,
+    sigmas: Sequence[float] | None = None,
+    steps_per_level: int = 1,
+    mask: Tensor | None = None,
+    known_sigmas: Any = None,
     *,
-    seed=None,
-    allow_non_finite=False,
-    verbose=0,
-):
+    seed: int | None = None,
+    allow_non_finite: bool = False,
+    verbose: str | int = 0,
+) -> Samples:
     """Langevin dynamics from hot to cold, or from much noise to little.
 
     With `temperatures` one density is heated: `langevin` with T = T₁, T₂, ...
@@ -630,16 +632,16 @@ def check_mask(mask, x):
 
 
 def mala(
-    log_density,
-    x,
-    num_steps,
-    step_size,
-    temperature=1.0,
+    log_density: Callable[..., Any],
+    x: Tensor,
+    num_steps: int,
+    step_size: float,
+    temperature: float = 1.0,
     *,
-    seed=None,
-    allow_non_finite=False,
-    verbose=0,
-):
+    seed: int | None = None,
+    allow_non_finite: bool = False,
+    verbose: str | int = 0,
+) -> Samples:
     """Metropolis-adjusted Langevin dynamics: Langevin steps, some rejected.
 
     The stationary density is p^(1/T) whatever the step size; an acceptance
@@ -674,17 +676,17 @@ def mala(
 
 
 def hmc(
-    log_density,
-    x,
-    num_steps,
-    step_size,
-    num_leapfrog=10,
-    temperature=1.0,
+    log_density: Callable[..., Any],
+    x: Tensor,
+    num_steps: int,
+    step_size: float,
+    num_leapfrog: int = 10,
+    temperature: float = 1.0,
     *,
-    seed=None,
-    allow_non_finite=False,
-    verbose=0,
-):
+    seed: int | None = None,
+    allow_non_finite: bool = False,
+    verbose: str | int = 0,
+) -> Samples:
     """Hamiltonian Monte Carlo with the leapfrog.
 
     The stationary density is p^(1/T) whatever the step size; an acceptance

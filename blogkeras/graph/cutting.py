@@ -1,5 +1,7 @@
 """Cuts models into segments, and makes models of some of their blocks."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import tree
@@ -17,7 +19,7 @@ from blogkeras.graph.calls import (
 from blogkeras.graph.segments import Cut, needed
 
 
-def cut_model(model, boundaries=None):
+def cut_model(model: keras.layers.Layer, boundaries: Any = None) -> Any:
     """Cuts a functional model at tensors into layers that follow each other.
 
     Called one after another, the segments compute what the model computes. What
@@ -98,7 +100,9 @@ def rearranged(model, order, boundaries=None):
     return keras.Model(inputs, outputs)
 
 
-def keep_blocks(model, keep, boundaries=None):
+def keep_blocks(
+    model: keras.layers.Layer, keep: Any, boundaries: Any = None
+) -> keras.Model:
     """A smaller model: copies of some of a model's blocks, all else as it is.
 
     The standard start of a successor, and the standard baseline (fine-tuning of
@@ -119,7 +123,7 @@ def keep_blocks(model, keep, boundaries=None):
     return copied(rearranged(model, keep, boundaries))
 
 
-def spaced_blocks(blocks, count):
+def spaced_blocks(blocks: int, count: int) -> list[int]:
     """`count` numbers out of `range(blocks)`, evenly spaced from 0 on.
 
     Args:

@@ -1,6 +1,7 @@
 """Training without back-propagation between layers."""
 
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -97,15 +98,15 @@ class HSICBottleneck(keras.Model):
 
     def __init__(
         self,
-        layers,
-        num_classes,
-        readout="unformatted",
+        layers: Any,
+        num_classes: int,
+        readout: Any = "unformatted",
         *,
-        bandwidth=5.0,
-        label_weight=50.0,
-        epsilon=1e-5,
-        **kwargs,
-    ):
+        bandwidth: float = 5.0,
+        label_weight: float = 50.0,
+        epsilon: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         if not isinstance(layers, (list, tuple)) or not layers:
             raise ValueError(

@@ -1,5 +1,7 @@
 """HSIC by random Fourier features."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -10,6 +12,7 @@ from blogkeras.hsic.kernels import GaussianKernel, LinearKernel
 from blogkeras.hsic.statistic import compilable, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
+from blogkeras.typing import Tensor
 
 # Random features are summed in at most so many blocks of at least so many rows.
 BLOCKS, BLOCK_ROWS = 32, 1024
@@ -17,8 +20,13 @@ _programs = ProgramCache(size=8)
 
 
 def fourier_hsic(
-    x, y, kernel_x=None, kernel_y=None, num_features=256, seed=None
-):
+    x: Tensor,
+    y: Tensor,
+    kernel_x: Any = None,
+    kernel_y: Any = None,
+    num_features: int = 256,
+    seed: int | None = None,
+) -> Tensor:
     """HSIC by random Fourier features, O(n · num_features²).
 
     ‖Φ(x)ᵀ J Φ(y)‖²_F / n², where Φ(x₁)·Φ(x₂) ≈ K(x₁, x₂) with an error of order

@@ -16,6 +16,7 @@ from blogkeras.hsic.kernels import CustomKernel
 from blogkeras.hsic.statistic import TILE, hsic_of_blocks, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul, map_blocks
+from blogkeras.typing import Tensor
 
 NULLS = ("gamma", "permutation")
 APPROXIMATIONS = (None, "block", "fourier")
@@ -45,18 +46,18 @@ class HSICTest(NamedTuple):
 
 
 def hsic_test(
-    x,
-    y,
-    kernel_x=None,
-    kernel_y=None,
-    null="gamma",
+    x: Tensor,
+    y: Tensor,
+    kernel_x: Any = None,
+    kernel_y: Any = None,
+    null: str = "gamma",
     *,
-    num_permutations=500,
-    approximation=None,
-    size=None,
-    seed=None,
-    verbose=0,
-):
+    num_permutations: int = 500,
+    approximation: str | None = None,
+    size: int | None = None,
+    seed: int | None = None,
+    verbose: str | int = 0,
+) -> HSICTest:
     """Tests two variables for independence.
 
     The statistic is the biased HSIC. Its distribution for independent

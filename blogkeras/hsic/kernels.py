@@ -134,7 +134,7 @@ def require_finite(name, values):
 class DistanceKernel(Kernel):
     """A function of ‖x₁ − x₂‖ in units of a bandwidth."""
 
-    def __init__(self, bandwidth=None):
+    def __init__(self, bandwidth: float | None = None) -> None:
         if bandwidth is not None:
             bandwidth = check_number("bandwidth", bandwidth, above=0)
         self.bandwidth = bandwidth
@@ -236,7 +236,13 @@ class GaussianKernel(DistanceKernel):
         [blog post 6910](https://kexue.fm/archives/6910)
     """
 
-    def __init__(self, bandwidth=None, *, form, per_dimension=False):
+    def __init__(
+        self,
+        bandwidth: float | None = None,
+        *,
+        form: str,
+        per_dimension: bool = False,
+    ) -> None:
         super().__init__(bandwidth)
         self.form = check_choice("form", form, FORMS)
         self.per_dimension = check_boolean("per_dimension", per_dimension)
@@ -315,7 +321,9 @@ class PolynomialKernel(Kernel):
         offset: Float ≥ 0.
     """
 
-    def __init__(self, degree=2, scale=1.0, offset=1.0):
+    def __init__(
+        self, degree: int = 2, scale: float = 1.0, offset: float = 1.0
+    ) -> None:
         self.degree = check_integer("degree", degree, minimum=1)
         self.scale = check_number("scale", scale, above=0)
         # With a negative offset the kernel is not positive.

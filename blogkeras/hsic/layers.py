@@ -68,13 +68,13 @@ class HSICLoss(keras.losses.Loss):
 
     def __init__(
         self,
-        kernel_true=None,
-        kernel_pred=None,
-        estimator="biased",
-        maximize=False,
-        name="hsic_loss",
-        dtype=None,
-    ):
+        kernel_true: Any = None,
+        kernel_pred: Any = None,
+        estimator: str = "biased",
+        maximize: bool = False,
+        name: str = "hsic_loss",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(name=name, reduction=None, dtype=dtype)
         self.kernel_true = as_kernel_or_none(kernel_true)
         self.kernel_pred = as_kernel_or_none(kernel_pred)
@@ -154,8 +154,13 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
     """
 
     def __init__(
-        self, rate, kernel_x=None, kernel_y=None, estimator="biased", **kwargs
-    ):
+        self,
+        rate: float,
+        kernel_x: Any = None,
+        kernel_y: Any = None,
+        estimator: str = "biased",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.supports_masking = True
         self.rate = check_number("rate", rate)
@@ -229,8 +234,12 @@ class CKA(keras.metrics.Metric):
     """
 
     def __init__(
-        self, kernel_true=LINEAR, kernel_pred=LINEAR, name="cka", dtype=None
-    ):
+        self,
+        kernel_true: Any = LINEAR,
+        kernel_pred: Any = LINEAR,
+        name: str = "cka",
+        dtype: Any = None,
+    ) -> None:
         super().__init__(name=name, dtype=dtype)
         self.kernel_true = as_kernel_or_none(kernel_true)
         self.kernel_pred = as_kernel_or_none(kernel_pred)
@@ -296,15 +305,15 @@ class LayerSimilarity(NamedTuple):
 
 
 def compare_layers(
-    model_a,
-    model_b,
-    data,
+    model_a: keras.layers.Layer,
+    model_b: keras.layers.Layer,
+    data: Any,
     *,
-    kernel=LINEAR,
-    batch_size=256,
-    path=None,
-    verbose=0,
-):
+    kernel: Any = LINEAR,
+    batch_size: int = 256,
+    path: Any = None,
+    verbose: str | int = 0,
+) -> LayerSimilarity:
     """CKA of every layer of one model with every layer of another.
 
     The debiased CKA of minibatches, as in `CKA`, for all pairs of layers at

@@ -15,6 +15,7 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.arguments import as_numbers, as_numpy, check_finite
 from blogkeras.ops import central_vector, safe_sqrt, squared_distances
+from blogkeras.typing import Tensor
 
 # Rows that the median bandwidth is taken from: in a traced step, where XLA
 # would sort all pairs, and outside, where their number is quadratic.
@@ -195,7 +196,7 @@ def check_mask_shape(weight, shape):
         ) from None
 
 
-def median_bandwidth(x, mask=None):
+def median_bandwidth(x: Tensor, mask: Tensor | None = None) -> Tensor:
     """The median distance between two different samples of a variable.
 
     If most pairs are equal, as in discrete data, it is the median over the

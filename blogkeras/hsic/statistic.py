@@ -1,5 +1,7 @@
 """HSIC and its kin as numbers."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -30,6 +32,7 @@ from blogkeras.hsic.samples import (
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul, map_blocks, safe_sqrt
+from blogkeras.typing import Tensor
 
 ESTIMATORS = ("biased", "blog", "unbiased")
 # Elements of one tile. Compiled: small enough to stay in the processor's cache.
@@ -38,7 +41,14 @@ TILE, EAGER_TILE = 2**18, 2**22
 _programs = ProgramCache(size=32)
 
 
-def hsic(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
+def hsic(
+    x: Tensor,
+    y: Tensor,
+    kernel_x: Any = None,
+    kernel_y: Any = None,
+    estimator: str = "biased",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Hilbert-Schmidt independence criterion of two variables.
 
     With the kernel matrices K and L of n pairs, J = I − 1/n, K̃ and L̃ being K
@@ -104,7 +114,12 @@ def hsic(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
     return rescale(value, *grams)
 
 
-def hsic_from_kernels(kernel_x, kernel_y, estimator="biased", mask=None):
+def hsic_from_kernels(
+    kernel_x: Tensor,
+    kernel_y: Tensor,
+    estimator: str = "biased",
+    mask: Tensor | None = None,
+) -> Tensor:
     """HSIC of two kernel matrices, as the function of the post takes them.
 
     Args:
@@ -128,7 +143,14 @@ def hsic_from_kernels(kernel_x, kernel_y, estimator="biased", mask=None):
     return hsic(kernel_x, kernel_y, precomputed, precomputed, estimator, mask)
 
 
-def cka(x, y, kernel_x=None, kernel_y=None, estimator="biased", mask=None):
+def cka(
+    x: Tensor,
+    y: Tensor,
+    kernel_x: Any = None,
+    kernel_y: Any = None,
+    estimator: str = "biased",
+    mask: Tensor | None = None,
+) -> Tensor:
     """Centered kernel alignment: HSIC(x, y) / √(HSIC(x, x) HSIC(y, y)).
 
     Between 0 and 1 for `"biased"` (`"blog"` is the same); the debiased form,
@@ -161,7 +183,14 @@ def alignment(xy, xx, yy):
     return ops.where(norm > 0, xy / ops.where(norm > 0, norm, 1.0), 0.0)
 
 
-def nhsic(x, y, kernel_x=None, kernel_y=None, epsilon=1e-5, mask=None):
+def nhsic(
+    x: Tensor,
+    y: Tensor,
+    kernel_x: Any = None,
+    kernel_y: Any = None,
+    epsilon: float = 1e-5,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Normalized HSIC of the bottleneck paper, a sum of canonical correlations.
 
         nHSIC = tr(R_x R_y),    R = K̄ (K̄ + ε n I)⁻¹,    K̄ = J K J
@@ -250,8 +279,13 @@ def _trace(matrix):
 
 
 def block_hsic(
-    x, y, kernel_x=None, kernel_y=None, block_size=100, estimator="unbiased"
-):
+    x: Tensor,
+    y: Tensor,
+    kernel_x: Any = None,
+    kernel_y: Any = None,
+    block_size: int = 100,
+    estimator: str = "unbiased",
+) -> Tensor:
     """Mean HSIC of consecutive blocks, O(n · block_size).
 
     For data in an order that means something, shuffle first. What does not

@@ -2,6 +2,7 @@
 
 import random
 import types
+from typing import Any
 
 import keras
 import numpy as np
@@ -90,7 +91,13 @@ class NVAE(CompositeModel):
         [blog post 7574](https://kexue.fm/archives/7574)
     """
 
-    def __init__(self, config, recompute=False, seed=None, **kwargs):
+    def __init__(
+        self,
+        config: Any,
+        recompute: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         # Pictures keep their 8 bits under a policy of half precision.
         super().__init__(autocast=False, **kwargs)
         if isinstance(config, dict):

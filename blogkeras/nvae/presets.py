@@ -1,6 +1,7 @@
 """Configurations of NVAE: the published ones, and two for a CPU."""
 
 import dataclasses
+from typing import Any
 
 from blogkeras.arguments import (
     check_boolean,
@@ -290,14 +291,14 @@ def _integers(name, values, length=None):
 
 # The published commands, without their optimizer. Their steps of warm-up depend
 # on data and batch size: 0.3 of all steps, given by the user.
-_BINARY = {
+_BINARY: dict[str, Any] = {
     "input_shape": (28, 28, 1),
     "padding": 2,
     "num_blocks": 2,
     "likelihood": "bernoulli",
     "binarize": "dynamic",
 }
-_FACES = {
+_FACES: dict[str, Any] = {
     "input_shape": (256, 256, 3),
     "groups": (16, 8, 4, 4, 4),
     "channels": 30,

@@ -1,6 +1,7 @@
 """Lines of text as blocks of tokens, all of one shape."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -10,21 +11,21 @@ from blogkeras.arguments import check_boolean, check_integer, check_verbose
 
 
 def token_blocks(
-    lines,
-    tokenize,
-    length,
-    pairs=False,
-    words=None,
+    lines: Iterable[str],
+    tokenize: Callable[[str], Sequence[int]],
+    length: int,
+    pairs: Any = False,
+    words: Any = None,
     *,
-    batch_size=32,
-    start_token=None,
-    end_token=None,
-    pad_token=0,
-    join=True,
-    seed=0,
-    position=0,
-    verbose=0,
-):
+    batch_size: int = 32,
+    start_token: int | None = None,
+    end_token: int | None = None,
+    pad_token: int = 0,
+    join: bool = True,
+    seed: Any = 0,
+    position: int = 0,
+    verbose: str | int = 0,
+) -> Any:
     """Lines of text → a `tf.data.Dataset` of batches, all of one shape.
 
     A block is `[start] line [end] line [end] …`, cut off where it is full; the

@@ -1,5 +1,8 @@
 """ELECTRA: pre-training by telling replaced tokens."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -127,24 +130,24 @@ class ElectraPretrainer(TokenModel):
 
     def __init__(
         self,
-        generator,
-        discriminator,
-        mask_token=None,
-        special_tokens=(),
-        sharing="embeddings",
+        generator: Any,
+        discriminator: keras.layers.Layer,
+        mask_token: int | None = None,
+        special_tokens: Sequence[int] = (),
+        sharing: str = "embeddings",
         *,
-        mask_rate=0.15,
-        generator_weight=1.0,
-        discriminator_weight=50.0,
-        temperature=1.0,
-        labels="replaced",
-        allow_original=True,
-        masking=None,
-        embedding=None,
-        pad_token=0,
-        seed=None,
-        **kwargs,
-    ):
+        mask_rate: float = 0.15,
+        generator_weight: float = 1.0,
+        discriminator_weight: float = 50.0,
+        temperature: float = 1.0,
+        labels: str = "replaced",
+        allow_original: bool = True,
+        masking: Any = None,
+        embedding: Any = None,
+        pad_token: int | None = 0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.sharing = check_choice("sharing", sharing, SHARING)
         self.generator_weight = check_number(

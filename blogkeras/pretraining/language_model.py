@@ -1,5 +1,8 @@
 """Pre-training by guessing masked tokens, with a second task on pairs."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -88,20 +91,20 @@ class MaskedLanguageModel(TokenModel):
 
     def __init__(
         self,
-        backbone,
-        mask_token=None,
-        special_tokens=(),
-        pairs=None,
+        backbone: keras.layers.Layer,
+        mask_token: int | None = None,
+        special_tokens: Sequence[int] = (),
+        pairs: str | None = None,
         *,
-        mask_rate=0.15,
-        pairs_weight=1.0,
-        masking=None,
-        embedding=None,
-        head=None,
-        pad_token=0,
-        seed=None,
-        **kwargs,
-    ):
+        mask_rate: float = 0.15,
+        pairs_weight: float = 1.0,
+        masking: Any = None,
+        embedding: Any = None,
+        head: Any = None,
+        pad_token: int | None = 0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.pairs = check_choice("pairs", pairs, PAIRS)
         self.pairs_weight = check_number(

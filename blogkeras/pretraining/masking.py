@@ -1,5 +1,8 @@
 """Which tokens a model must guess: chosen on the device, in each step anew."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -94,20 +97,20 @@ class TokenMasking(keras.layers.Layer):
 
     def __init__(
         self,
-        vocabulary_size,
-        mask_token,
-        special_tokens=(),
-        rate=0.15,
+        vocabulary_size: int,
+        mask_token: int,
+        special_tokens: Sequence[int] = (),
+        rate: float = 0.15,
         *,
-        unit="token",
-        max_length=None,
-        mask_token_rate=0.8,
-        random_token_rate=0.1,
-        num_positions=None,
-        pad_token=0,
-        seed=None,
-        **kwargs,
-    ):
+        unit: str = "token",
+        max_length: int | None = None,
+        mask_token_rate: float = 0.8,
+        random_token_rate: float = 0.1,
+        num_positions: int | None = None,
+        pad_token: int | None = 0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         size = check_integer("vocabulary_size", vocabulary_size, minimum=2)
         self.vocabulary_size = size

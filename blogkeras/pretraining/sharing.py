@@ -1,6 +1,7 @@
 """ALBERT ↔ BERT: layers shared and un-shared; a factorized embedding."""
 
 import re
+from typing import Any
 
 import keras
 import numpy as np
@@ -20,7 +21,13 @@ from blogkeras.pretraining.backbones import find_embedding
 SOURCES = ("first", "mean")
 
 
-def share_layers(model, source="first", groups=1, inner=1, boundaries=None):
+def share_layers(
+    model: keras.layers.Layer,
+    source: Any = "first",
+    groups: int = 1,
+    inner: int = 1,
+    boundaries: Any = None,
+) -> keras.Model:
     """BERT → ALBERT: blocks of a transformer share their weights.
 
         y = f(f(… f(x)))
@@ -98,7 +105,9 @@ def share_layers(model, source="first", groups=1, inner=1, boundaries=None):
     return shared
 
 
-def unshare_layers(model, boundaries=None):
+def unshare_layers(
+    model: keras.layers.Layer, boundaries: Any = None
+) -> keras.Model:
     """ALBERT → BERT: each block of a transformer gets weights of its own.
 
     The new model computes exactly what the old one does. Fine-tuned, its layers
@@ -156,7 +165,9 @@ def unshare_layers(model, boundaries=None):
     return new
 
 
-def factorize_embedding(model, size, embedding=None):
+def factorize_embedding(
+    model: keras.layers.Layer, size: int, embedding: Any = None
+) -> keras.Model:
     """ALBERT's embedding: a narrow table and a projection.
 
         E ≈ U · P,   (V, H) ≈ (V, size) · (size, H)

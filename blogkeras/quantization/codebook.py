@@ -1,6 +1,7 @@
 """Vectors to codes of a codebook: the nearest one."""
 
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -119,16 +120,16 @@ class VectorQuantizer(Quantizer):
 
     def __init__(
         self,
-        num_codes,
-        codebook_cost=1.0,
-        commitment_cost=0.25,
+        num_codes: int,
+        codebook_cost: float = 1.0,
+        commitment_cost: float = 0.25,
         *,
-        ema_decay=None,
-        metric="euclidean",
-        restart_threshold=0.0,
-        embeddings_initializer="uniform",
-        **kwargs,
-    ):
+        ema_decay: float | None = None,
+        metric: str = "euclidean",
+        restart_threshold: float = 0.0,
+        embeddings_initializer: Any = "uniform",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.num_codes = check_integer("num_codes", num_codes, minimum=2)
         self.codebook_cost = check_number(

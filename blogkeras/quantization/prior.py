@@ -1,6 +1,8 @@
 """Autoregressive priors over code maps, sampled in one compiled loop."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -77,15 +79,15 @@ class CodePrior(CompositeModel):
 
     def __init__(
         self,
-        num_codes,
-        code_shape,
-        architecture="attention",
-        num_classes=None,
-        dim=256,
-        num_layers=4,
-        num_heads=8,
-        **kwargs,
-    ):
+        num_codes: int,
+        code_shape: Sequence[int],
+        architecture: str = "attention",
+        num_classes: int | None = None,
+        dim: int = 256,
+        num_layers: int = 4,
+        num_heads: int = 8,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         num_codes = check_integer("num_codes", num_codes, minimum=2)
         code_shape = _shape(code_shape)

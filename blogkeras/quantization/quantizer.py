@@ -19,7 +19,7 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
     define `_quantize`, `_symbols`, `_codes` and `_decode`.
     """
 
-    codes_per_vector = ()  # trailing axes of the codes
+    codes_per_vector: tuple[int, ...] = ()  # trailing axes of the codes
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -1,5 +1,7 @@
 """Residual quantization: what one codebook leaves goes to the next."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -46,16 +48,16 @@ class ResidualVectorQuantizer(Quantizer):
 
     def __init__(
         self,
-        num_quantizers,
-        num_codes,
-        codebook_cost=1.0,
-        commitment_cost=0.25,
+        num_quantizers: int,
+        num_codes: int,
+        codebook_cost: float = 1.0,
+        commitment_cost: float = 0.25,
         *,
-        ema_decay=None,
-        restart_threshold=0.0,
-        embeddings_initializer="uniform",
-        **kwargs,
-    ):
+        ema_decay: float | None = None,
+        restart_threshold: float = 0.0,
+        embeddings_initializer: Any = "uniform",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         num_quantizers = check_integer(
             "num_quantizers", num_quantizers, minimum=1

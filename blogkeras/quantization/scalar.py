@@ -1,6 +1,8 @@
 """Finite scalar quantization: no codebook, only rounding."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -64,7 +66,9 @@ class FiniteScalarQuantizer(Quantizer):
     paper's listing has tan, so that 0 is mapped to 0.
     """
 
-    def __init__(self, levels, activation="tanh", **kwargs):
+    def __init__(
+        self, levels: Sequence[int], activation: str = "tanh", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         given = levels
         check_choice("activation", activation, ("tanh", "sigmoid"))

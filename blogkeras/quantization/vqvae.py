@@ -1,5 +1,7 @@
 """The autoencoder around a quantizer."""
 
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops
@@ -67,7 +69,13 @@ class VQVAE(CompositeModel):
         [blog post 6760](https://kexue.fm/archives/6760)
     """
 
-    def __init__(self, encoder, quantizer, decoder, **kwargs):
+    def __init__(
+        self,
+        encoder: keras.layers.Layer,
+        quantizer: keras.layers.Layer,
+        decoder: keras.layers.Layer,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         for name, model in (("encoder", encoder), ("decoder", decoder)):
             if not isinstance(model, keras.Model):

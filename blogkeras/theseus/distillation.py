@@ -1,6 +1,7 @@
 """Distillation, which module replacement is compared with."""
 
 import inspect
+from typing import Any
 
 import keras
 from keras import ops, tree
@@ -78,14 +79,14 @@ class Distillation(CompositeModel):
 
     def __init__(
         self,
-        teacher,
-        student,
-        temperature=2.0,
-        weight=0.5,
-        from_logits=None,
-        output_kind=None,
-        **kwargs,
-    ):
+        teacher: keras.layers.Layer,
+        student: keras.layers.Layer,
+        temperature: float = 2.0,
+        weight: float = 0.5,
+        from_logits: Any = None,
+        output_kind: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**{"autocast": False, **kwargs})
         check_layer("teacher", teacher)
         check_layer("student", student)

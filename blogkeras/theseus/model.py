@@ -1,5 +1,7 @@
 """Compression by module replacement as a Keras model."""
 
+from typing import Any
+
 import keras
 from keras import tree
 
@@ -88,18 +90,18 @@ class Theseus(CompositeModel):
 
     def __init__(
         self,
-        predecessor_modules,
-        successor_modules,
-        head=None,
-        replacement_rate=0.5,
+        predecessor_modules: Any,
+        successor_modules: Any,
+        head: Any = None,
+        replacement_rate: Any = 0.5,
         *,
-        stem=None,
-        mode="batch",
-        train_shared=False,
-        predecessor_dropout=False,
-        seed=None,
-        **kwargs,
-    ):
+        stem: Any = None,
+        mode: str = "batch",
+        train_shared: bool = False,
+        predecessor_dropout: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         # No casts here: each layer in the modules casts its own inputs.
         super().__init__(**{"autocast": False, **kwargs})
         train_shared = check_boolean("train_shared", train_shared)

@@ -100,14 +100,14 @@ class ModuleReplacement(keras.layers.Layer):
 
     def __init__(
         self,
-        predecessor,
-        successor,
-        replacement_rate=0.5,
-        mode="batch",
-        predecessor_dropout=False,
-        seed=None,
-        **kwargs,
-    ):
+        predecessor: Any,
+        successor: Any,
+        replacement_rate: Any = 0.5,
+        mode: str = "batch",
+        predecessor_dropout: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> None:
         # No casts here: each layer in the branches casts its own inputs.
         kwargs.setdefault("autocast", False)
         super().__init__(**kwargs)

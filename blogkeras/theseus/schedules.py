@@ -27,7 +27,7 @@ class LinearReplacement(keras.optimizers.schedules.LearningRateSchedule):
         replacement
     """
 
-    def __init__(self, slope, start=0.0):
+    def __init__(self, slope: float, start: float = 0.0) -> None:
         super().__init__()
         self.slope = check_number("slope", slope, minimum=0)
         self.start = check_number("start", start, 0, 1)
@@ -55,7 +55,7 @@ class CosineReplacement(keras.optimizers.schedules.LearningRateSchedule):
     >>> CosineReplacement(steps=1000, start=0.5)(500)  # 0.75
     """
 
-    def __init__(self, steps, start=0.0):
+    def __init__(self, steps: int, start: float = 0.0) -> None:
         super().__init__()
         self.steps = check_integer("steps", steps, minimum=1)
         self.start = check_number("start", start, 0, 1)

@@ -1,11 +1,21 @@
 """A picture of a transport plan."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from blogkeras.arguments import as_numbers, as_numpy, check_number
+from blogkeras.typing import Tensor
 
 
-def plot_alignment(plan, x_words, y_words, path=None, minimum=0.01):
+def plot_alignment(
+    plan: Tensor,
+    x_words: Sequence[str],
+    y_words: Sequence[str],
+    path: Any = None,
+    minimum: float = 0.01,
+) -> Any:
     """Draws which word goes where, as ribbons between two rows of words.
 
     The width of a word's bar is its mass, the width of a ribbon the mass that

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -29,6 +30,7 @@ from blogkeras.transport.entropic import (
     length_classes,
     pad_axis,
 )
+from blogkeras.typing import Tensor
 
 SOLVERS = ("exact", "sinkhorn", "relaxed")
 _BLOCK = 2**17  # numbers of vectors at work at a time in NumPy
@@ -36,8 +38,13 @@ _programs = ProgramCache(size=16)
 
 
 def wasserstein_distance(
-    p, q, D, solver="exact", regularization=0.005, tolerance=1e-3
-):
+    p: Tensor,
+    q: Tensor,
+    D: Tensor,
+    solver: str = "exact",
+    regularization: float = 0.005,
+    tolerance: float = 1e-3,
+) -> Tensor:
     """Earth mover's distance: the least cost of turning `p` into `q`.
 
         min_γ Σ γᵢⱼ Dᵢⱼ   with  Σⱼ γᵢⱼ = pᵢ,  Σᵢ γᵢⱼ = qⱼ,  γ ≥ 0
@@ -73,24 +80,24 @@ def wasserstein_distance(
     Departs from the post: the post's linear program is the same problem,
     solved by `scipy.optimize.linprog`.
     """
-    solver = Solver(solver, regularization, tolerance)
-    p, q, D = (_array(a, solver.name) for a in (p, q, D))
+    method = Solver(solver, regularization, tolerance)
+    p, q, D = (_array(a, method.name) for a in (p, q, D))
     check_problem(p, q, D)
     check_finite("D", D)
-    return solver.distance(p, q, D)
+    return method.distance(p, q, D)
 
 
 def word_mover_distance(
-    x,
-    y,
-    mask=None,
-    cost="euclidean",
-    weights="uniform",
-    idf=None,
-    solver="exact",
-    regularization=0.005,
-    tolerance=1e-3,
-):
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    cost: str = "euclidean",
+    weights: str = "uniform",
+    idf: Tensor | None = None,
+    solver: str = "exact",
+    regularization: float = 0.005,
+    tolerance: float = 1e-3,
+) -> Tensor:
     """Word mover's distance (WMD) between two sequences of vectors.
 
         WMD = min_γ Σ γᵢⱼ ‖wᵢ − w'ⱼ‖   with  Σⱼ γᵢⱼ = 1/n,  Σᵢ γᵢⱼ = 1/n'
@@ -137,14 +144,14 @@ def word_mover_distance(
     is the default; its code takes the root of the *mean* over dimensions, which
     is `cost="rms"`.
     """
-    solver = Solver(solver, regularization, tolerance)
-    texts = Texts.checked(x, y, mask, cost, weights, idf, solver.name)
-    if solver.name == "exact":
+    method = Solver(solver, regularization, tolerance)
+    texts = Texts.checked(x, y, mask, cost, weights, idf, method.name)
+    if method.name == "exact":
         return _exact_distance(texts)
     # On TensorFlow a tape may be watching, which cannot look inside.
-    if backend.BACKEND == "jax" and solver.name == "sinkhorn":
-        return _compiled_distance(texts, solver)
-    return solver.distance(*texts.problem(ops))
+    if backend.BACKEND == "jax" and method.name == "sinkhorn":
+        return _compiled_distance(texts, method)
+    return method.distance(*texts.problem(ops))
 
 
 def _compiled_distance(texts, solver):
@@ -185,16 +192,16 @@ def _exact_distance(texts):
 
 
 def word_rotator_distance(
-    x,
-    y,
-    mask=None,
-    cost="cosine",
-    weights="norm",
-    idf=None,
-    solver="exact",
-    regularization=0.005,
-    tolerance=1e-3,
-):
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    cost: str = "cosine",
+    weights: str = "norm",
+    idf: Tensor | None = None,
+    solver: str = "exact",
+    regularization: float = 0.005,
+    tolerance: float = 1e-3,
+) -> Tensor:
     """Word rotator's distance (WRD) between two sequences of vectors.
 
         WRD = min_γ Σ γᵢⱼ (1 − cos(wᵢ, w'ⱼ))
@@ -219,7 +226,9 @@ def word_rotator_distance(
     )
 
 
-def word_rotator_similarity(x, y, mask=None, **options):
+def word_rotator_similarity(
+    x: Tensor, y: Tensor, mask: Tensor | None = None, **options: Any
+) -> Tensor:
     """1 − WRD, between −1 and 1; see `word_rotator_distance`.
 
     Reference:
@@ -229,8 +238,13 @@ def word_rotator_similarity(x, y, mask=None, **options):
 
 
 def word_centroid_distance(
-    x, y, mask=None, cost="euclidean", weights="uniform", idf=None
-):
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    cost: str = "euclidean",
+    weights: str = "uniform",
+    idf: Tensor | None = None,
+) -> Tensor:
     """A lower bound of the distance with the same arguments, by mean words.
 
     Euclidean (WCD): ‖Σ pᵢ wᵢ − Σ qⱼ w'ⱼ‖. Cosine: ½ ‖Σ pᵢ uᵢ − Σ qⱼ u'ⱼ‖² with
@@ -256,7 +270,9 @@ def word_centroid_distance(
     )
 
 
-def word_rotator_bound(x, y, mask=None):
+def word_rotator_bound(
+    x: Tensor, y: Tensor, mask: Tensor | None = None
+) -> Tensor:
     """The post's bound WRD ≥ ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖²; NumPy float64.
 
     Reference:
@@ -265,7 +281,7 @@ def word_rotator_bound(x, y, mask=None):
     return word_centroid_distance(x, y, mask, "cosine", "norm")
 
 
-def relaxed_wasserstein_distances(p, q, D):
+def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
     """Two lower bounds (RWMD): one of the two marginals is given up.
 
         Σᵢ pᵢ minⱼ Dᵢⱼ   and   Σⱼ qⱼ minᵢ Dᵢⱼ
@@ -287,8 +303,14 @@ def relaxed_wasserstein_distances(p, q, D):
 
 
 def transport_plan(
-    x, y, mask=None, cost="cosine", weights="norm", idf=None, solver="exact"
-):
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None = None,
+    cost: str = "cosine",
+    weights: str = "norm",
+    idf: Tensor | None = None,
+    solver: str = "exact",
+) -> Tensor:
     """Which word goes where: the plan behind a distance.
 
     Args: See `word_mover_distance`; the defaults are those of
@@ -307,16 +329,16 @@ def transport_plan(
     Reference:
         [blog post](https://kexue.fm/archives/7388)
     """
-    solver = Solver(solver)
-    if solver.name == "relaxed":
+    method = Solver(solver)
+    if method.name == "relaxed":
         raise ValueError(
             "The relaxed problem has no plan with both marginals. Expected "
             '`solver` to be "exact" or "sinkhorn". Received: '
-            f"solver={solver.name!r}"
+            f"solver={method.name!r}"
         )
-    texts = Texts.checked(x, y, mask, cost, weights, idf, solver.name)
-    xp = np if solver.name == "exact" else ops
-    return solver.plan(*texts.problem(xp))[0]
+    texts = Texts.checked(x, y, mask, cost, weights, idf, method.name)
+    xp = np if method.name == "exact" else ops
+    return method.plan(*texts.problem(xp))[0]
 
 
 @dataclasses.dataclass(frozen=True)

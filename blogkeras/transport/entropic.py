@@ -11,6 +11,7 @@ from blogkeras.arguments import as_numbers, check_finite
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
 from blogkeras.transport.checks import check_problem, check_settings
+from blogkeras.typing import Tensor
 
 _FACTOR = 4.0  # from one ε to the next
 _START = 0.05  # the first ε is at most this
@@ -45,8 +46,13 @@ class SinkhornSolution(NamedTuple):
 
 
 def sinkhorn(
-    p, q, D, regularization=0.005, tolerance=1e-3, max_iterations=5000
-):
+    p: Tensor,
+    q: Tensor,
+    D: Tensor,
+    regularization: float = 0.005,
+    tolerance: float = 1e-3,
+    max_iterations: int = 5000,
+) -> SinkhornSolution:
     """Approximate transport with a lower and an upper bound, in batches.
 
     Minimizes ⟨γ, D⟩ + ε KL(γ ‖ p ⊗ q) over all plans γ from p to q, by

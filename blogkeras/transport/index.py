@@ -2,7 +2,8 @@
 
 import json
 import zipfile
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -22,6 +23,7 @@ from blogkeras.transport.weighting import (
     inverse_document_frequency,
     word_ids,
 )
+from blogkeras.typing import Tensor
 
 # 1, without a number: no counts of words. 2: with them.
 VERSION = 2
@@ -88,8 +90,13 @@ class TransportIndex:
     """
 
     def __init__(
-        self, documents, vectors=None, cost="cosine", weights="norm", verbose=1
-    ):
+        self,
+        documents: Sequence[Any],
+        vectors: Tensor | None = None,
+        cost: str = "cosine",
+        weights: str = "norm",
+        verbose: str | int = 1,
+    ) -> None:
         self.cost = check_choice("cost", cost, measures.COSTS)
         self.weighting = check_choice("weights", weights, measures.WEIGHTS)
         if weights == "idf" and vectors is None:

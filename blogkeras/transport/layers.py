@@ -1,5 +1,7 @@
 """The distances of post 7388 as Keras layers."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -160,14 +162,14 @@ class WordMoverDistance(_TransportLayer):
 
     def __init__(
         self,
-        cost="euclidean",
-        weighting="uniform",
-        solver="sinkhorn",
-        regularization=0.005,
-        tolerance=1e-3,
-        pairwise=False,
-        **kwargs,
-    ):
+        cost: str = "euclidean",
+        weighting: str = "uniform",
+        solver: str = "sinkhorn",
+        regularization: float = 0.005,
+        tolerance: float = 1e-3,
+        pairwise: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             cost,
             weighting,
@@ -213,14 +215,14 @@ class WordRotatorDistance(_TransportLayer):
 
     def __init__(
         self,
-        cost="cosine",
-        weighting="norm",
-        solver="sinkhorn",
-        regularization=0.005,
-        tolerance=1e-3,
-        pairwise=False,
-        **kwargs,
-    ):
+        cost: str = "cosine",
+        weighting: str = "norm",
+        solver: str = "sinkhorn",
+        regularization: float = 0.005,
+        tolerance: float = 1e-3,
+        pairwise: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(
             cost,
             weighting,

@@ -1,5 +1,8 @@
 """How much a word counts, and what all words have in common, in NumPy."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 from blogkeras.arguments import (
@@ -10,9 +13,12 @@ from blogkeras.arguments import (
     check_integers,
     check_number,
 )
+from blogkeras.typing import Tensor
 
 
-def inverse_document_frequency(documents, num_words):
+def inverse_document_frequency(
+    documents: Sequence[Any], num_words: int
+) -> Tensor:
     """log(N / number of the documents with the word).
 
     Args:
@@ -77,7 +83,7 @@ def word_ids(name, ids, num_words):
     return ids.astype("int64")
 
 
-def sif_weights(probabilities, a=1e-3):
+def sif_weights(probabilities: Tensor, a: float = 1e-3) -> Tensor:
     """Smooth inverse frequency: a / (a + p(w)).
 
     Args:
@@ -96,7 +102,7 @@ def sif_weights(probabilities, a=1e-3):
     return a / (a + p)
 
 
-def usif_weights(probabilities, sentence_length=11):
+def usif_weights(probabilities: Tensor, sentence_length: float = 11) -> Tensor:
     """Unsupervised smooth inverse frequency: a / (a/2 + p(w)).
 
         α = share of the words with p(w) > 1 − (1 − 1/V)ⁿ
@@ -131,7 +137,7 @@ def usif_weights(probabilities, sentence_length=11):
     return a / (a / 2 + p)
 
 
-def all_but_the_top(vectors, num_components=3):
+def all_but_the_top(vectors: Tensor, num_components: int = 3) -> Tensor:
     """Takes from word vectors their mean and their main directions.
 
     Args:
@@ -151,7 +157,9 @@ def all_but_the_top(vectors, num_components=3):
     return remove_components(vectors, components)
 
 
-def common_components(vectors, num_components=1):
+def common_components(
+    vectors: Tensor, num_components: int = 1
+) -> tuple[Tensor, Tensor]:
     """The directions that vectors (of sentences, say) have in common.
 
     The first right singular vectors, without centring.
@@ -180,7 +188,9 @@ def common_components(vectors, num_components=1):
     return directions[:, order].T.astype(vectors.dtype), shares
 
 
-def remove_components(vectors, components, shares=None):
+def remove_components(
+    vectors: Tensor, components: Tensor, shares: Tensor | None = None
+) -> Tensor:
     """v − Σₖ λₖ (v · cₖ) cₖ.
 
     Args:
