@@ -8,6 +8,7 @@ https://kexue.fm/archives/7038
 
 from blogkeras.denoising import toy_densities
 from blogkeras.denoising.annealed import AnnealedScoreMatching
+from blogkeras.denoising.chains import Samples
 from blogkeras.denoising.energy import (
     QuadraticHead,
     mlp_log_density,
@@ -20,7 +21,6 @@ from blogkeras.denoising.estimator import (
 from blogkeras.denoising.generator import DenoisingGenerator
 from blogkeras.denoising.partition import LogPartition, log_partition
 from blogkeras.denoising.samplers import (
-    Samples,
     annealed_langevin,
     hmc,
     langevin,

@@ -12,7 +12,7 @@ from blogkeras.arguments import (
     check_finite,
     check_integer,
 )
-from blogkeras.denoising.samplers import base_seed
+from blogkeras.denoising.chains import base_seed
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel, map_batches
 from blogkeras.state import NumberedDraws, StepSeed, draw_rows

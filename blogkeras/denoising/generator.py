@@ -11,8 +11,8 @@ from blogkeras.denoising.base import (
     input_shape_of,
     row_mean,
 )
+from blogkeras.denoising.chains import base_seed
 from blogkeras.denoising.energy import check_network, log_density_and_score
-from blogkeras.denoising.samplers import base_seed
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel, map_batches
 from blogkeras.state import NumberedDraws, StepSeed, draw_rows

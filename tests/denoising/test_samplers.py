@@ -14,8 +14,10 @@ from blogkeras.denoising import (
     mala,
     mlp_log_density,
 )
+from blogkeras.denoising.chains import Samples
 from blogkeras.denoising.energy import log_density_and_score
-from blogkeras.denoising.samplers import Samples, check_mask, leapfrog
+from blogkeras.denoising.kernels import leapfrog
+from blogkeras.denoising.samplers import check_mask
 
 CHAINS = 1000
 SPREAD = np.array([1.0, 0.5], "float32")  # standard deviations

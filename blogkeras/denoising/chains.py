@@ -1,0 +1,208 @@
+"""Runs the chains of a kernel in one compiled loop, and tells how it went."""
+
+from typing import NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.arguments import (
+    as_numbers,
+    as_numpy,
+    check_boolean,
+    check_finite,
+    check_seed,
+)
+from blogkeras.denoising.kernels import (
+    choose,
+)
+from blogkeras.loops import ProgramCache, loop_program, run_steps
+from blogkeras.state import StepSeed
+
+# A chain this many times farther out than it began has exploded, long before
+# its numbers overflow.
+EXPLODED = 1e9
+
+
+class Samples(NamedTuple):
+    """What a sampler returns.
+
+    Attributes:
+        x: NumPy array, `(chains, ...)`: the last position of each chain, always
+            finite.
+        acceptance_rate: Float. Mean share of accepted proposals; 1 for the
+            samplers that accept all.
+        num_non_finite: Integer. How many chains met numbers that are not
+            finite. Those of Langevin dynamics have stopped where they were
+            before; those of MALA and HMC have rejected the proposal.
+    """
+
+    x: np.ndarray
+    acceptance_rate: float
+    num_non_finite: int
+
+
+def _owner(log_density):
+    """The layer whose variables a log-density reads, if it says so."""
+    owner = getattr(log_density, "__self__", log_density)
+    return owner if isinstance(owner, keras.layers.Layer) else None
+
+
+def compiler(log_density):
+    """Compiles functions that call `log_density`: `backend.jit` or the like.
+
+    Of a layer, and of a layer's method, the variables are read at each call; a
+    plain function is compiled with the values that they have now.
+    """
+    owner = _owner(log_density)
+    if owner is None:
+        return backend.jit
+    return lambda fn: backend.jit_layer(fn, owner)
+
+
+def programs_of(log_density):
+    """The cache of a layer that has one; else a new one, for this call only."""
+    cache = getattr(_owner(log_density), "_programs", None)
+    return cache if isinstance(cache, ProgramCache) else ProgramCache(size=1)
+
+
+def base_seed(seed):
+    """A scalar of int32 from what Keras takes as a seed."""
+    seed = check_seed("seed", seed)
+    if seed is None:
+        # A new one, which `keras.utils.set_random_seed` decides.
+        seed = keras.random.SeedGenerator()
+    if isinstance(seed, keras.random.SeedGenerator):
+        seed = int(as_numpy(seed.next()).astype("int64").sum())
+    return ops.convert_to_tensor(seed % 2**31, "int32")
+
+
+def check_start(log_density, x):
+    """Positions as a float32 tensor; errors for what cannot be a start."""
+    if not callable(log_density):
+        raise ValueError(
+            "Expected a function or model that returns log-densities. "
+            f"Received: log_density={log_density!r}"
+        )
+    x = as_numpy(as_numbers(x, "x"))
+    if x.ndim < 2 or x.dtype.kind not in "fiub" or not x.size:
+        raise ValueError(
+            "Expected starting points of shape (chains, ...), at least one. "
+            f"Received: x of shape {x.shape} and dtype {x.dtype}"
+        )
+    check_finite("x", x)
+    return ops.convert_to_tensor(x.astype("float32"))
+
+
+def run_chains(
+    name,
+    key,
+    make_kernel,
+    log_density,
+    x,
+    num_steps,
+    constants,
+    schedule=None,
+    *,
+    seed=None,
+    allow_non_finite=False,
+    verbose=0,
+):
+    """Runs a kernel for `num_steps` steps on all chains, in one program.
+
+    Args:
+        name: String. The sampler's name, for messages and the cache.
+        key: Hashable. What else the program depends on.
+        make_kernel: Function without arguments that returns a `Kernel`.
+        log_density: As given by the user.
+        x: Starting points.
+        num_steps: Integer.
+        constants: Tensors for each step.
+        schedule: Function `(index, *constants)` that returns the arguments of
+            the kernel's step. Defaults to the constants themselves.
+        seed, allow_non_finite, verbose: As for the samplers.
+
+    Returns:
+        `Samples`.
+    """
+    check_boolean("allow_non_finite", allow_non_finite)
+    x = check_start(log_density, x)
+    seed = base_seed(seed)
+    kernel = make_kernel()
+
+    def step(index, state, seed, limit, *constants):
+        chain, accepted, broken, since = state
+        draws = StepSeed(seed, index)
+        arguments = schedule(index, *constants) if schedule else constants
+        new, share, bad = kernel.step(chain, draws, *arguments)
+        far = ops.any(
+            ops.reshape(ops.abs(new[0]) > limit, (ops.shape(bad)[0], -1)), -1
+        )
+        bad = ops.logical_or(bad, far)
+        first = ops.logical_and(ops.any(bad), since < 0)
+        return (
+            choose(ops.logical_not(far), new, chain),
+            accepted + ops.mean(share),
+            ops.logical_or(broken, bad),
+            ops.where(first, index, since),
+        )
+
+    def make():
+        compile = compiler(log_density)
+        return compile(kernel.init), loop_program(step, compile)
+
+    init, program = programs_of(log_density).get(
+        (name, key, tuple(x.shape)), make
+    )
+    limit = EXPLODED * max(1.0, float(ops.max(ops.abs(x))))
+    chain = init(x)
+    if not np.isfinite(ops.convert_to_numpy(chain[1])).all():
+        raise ValueError(
+            "Expected finite log-densities at the starting points. Received: "
+            f"{ops.convert_to_numpy(chain[1])[:3]} ..."
+        )
+    state = (
+        chain,
+        ops.zeros((), "float32"),
+        ops.zeros((x.shape[0],), "bool"),
+        ops.convert_to_tensor(-1, "int32"),
+    )
+    adjusted = name in ("mala", "hmc")
+
+    def check(done, state):
+        broken = ops.convert_to_numpy(state[2])
+        # A rejected proposal does no harm, unless all are.
+        hopeless = broken.all() and float(state[1]) == 0 if adjusted else True
+        if broken.any() and hopeless and not allow_non_finite:
+            points = ops.convert_to_numpy(state[0][0])
+            norms = np.linalg.norm(points.reshape(len(points), -1), axis=-1)
+            raise FloatingPointError(
+                f"{name} diverged at step {int(state[3])}: "
+                f"{int(broken.sum())} of {len(broken)} chains, the largest "
+                f"‖x‖ before it {norms.max():.3g}. Take a smaller step_size. "
+                + _said(constants)
+            )
+
+    state = run_steps(
+        program,
+        state,
+        num_steps,
+        seed,
+        ops.convert_to_tensor(limit, "float32"),
+        *constants,
+        chunk_size=num_steps if verbose == 0 else None,
+        verbose=verbose,
+        check=check,
+    )
+    chain, accepted, broken, _ = state
+    return Samples(
+        ops.convert_to_numpy(chain[0]),
+        float(accepted) / max(num_steps, 1),
+        int(ops.convert_to_numpy(broken).sum()),
+    )
+
+
+def _said(constants):
+    first = ops.convert_to_numpy(constants[0])
+    return f"Received: step_size={float(first.ravel()[0]):.3g}"
