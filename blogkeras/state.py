@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
+from blogkeras.arguments import as_numpy, check_seed
 
 
 class StepSeed(keras.random.SeedGenerator):
@@ -147,3 +148,14 @@ def draw_rows(draw, shape, seed):
 def snapshot(variables):
     """NumPy copies of the values of variables, in their own dtypes."""
     return [np.array(ops.convert_to_numpy(v.value)) for v in variables]
+
+
+def base_seed(seed):
+    """A scalar of int32 from what Keras takes as a seed."""
+    seed = check_seed("seed", seed)
+    if seed is None:
+        # A new one, which `keras.utils.set_random_seed` decides.
+        seed = keras.random.SeedGenerator()
+    if isinstance(seed, keras.random.SeedGenerator):
+        seed = int(as_numpy(seed.next()).astype("int64").sum())
+    return ops.convert_to_tensor(seed % 2**31, "int32")

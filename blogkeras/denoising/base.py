@@ -12,10 +12,9 @@ from blogkeras.arguments import (
     check_finite,
     check_integer,
 )
-from blogkeras.denoising.chains import base_seed
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel, map_batches
-from blogkeras.state import NumberedDraws, StepSeed, draw_rows
+from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The noise of `evaluate` has seeds of its own, far from those of `fit`.
 _EVALUATION = 2**20

@@ -12,13 +12,12 @@ from blogkeras.arguments import (
     as_numpy,
     check_boolean,
     check_finite,
-    check_seed,
 )
 from blogkeras.denoising.kernels import (
     choose,
 )
 from blogkeras.loops import ProgramCache, loop_program, run_steps
-from blogkeras.state import StepSeed
+from blogkeras.state import StepSeed, base_seed
 
 # A chain this many times farther out than it began has exploded, long before
 # its numbers overflow.
@@ -65,17 +64,6 @@ def programs_of(log_density):
     """The cache of a layer that has one; else a new one, for this call only."""
     cache = getattr(_owner(log_density), "_programs", None)
     return cache if isinstance(cache, ProgramCache) else ProgramCache(size=1)
-
-
-def base_seed(seed):
-    """A scalar of int32 from what Keras takes as a seed."""
-    seed = check_seed("seed", seed)
-    if seed is None:
-        # A new one, which `keras.utils.set_random_seed` decides.
-        seed = keras.random.SeedGenerator()
-    if isinstance(seed, keras.random.SeedGenerator):
-        seed = int(as_numpy(seed.next()).astype("int64").sum())
-    return ops.convert_to_tensor(seed % 2**31, "int32")
 
 
 def check_start(log_density, x):

@@ -11,11 +11,10 @@ from blogkeras.denoising.base import (
     input_shape_of,
     row_mean,
 )
-from blogkeras.denoising.chains import base_seed
 from blogkeras.denoising.energy import check_network, log_density_and_score
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel, map_batches
-from blogkeras.state import NumberedDraws, StepSeed, draw_rows
+from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The step that stands for the latent vectors of `sample`.
 _SAMPLE = 2**31 - 2

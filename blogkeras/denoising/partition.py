@@ -17,12 +17,12 @@ from blogkeras.arguments import (
     check_number,
     check_seed,
 )
-from blogkeras.denoising.chains import base_seed, compiler, programs_of
+from blogkeras.denoising.chains import compiler, programs_of
 from blogkeras.denoising.energy import as_scalars, log_density_and_score
 from blogkeras.denoising.kernels import leapfrog, metropolis, sum_rows
 from blogkeras.loops import loop_program, run_steps
 from blogkeras.models import map_batches
-from blogkeras.state import StepSeed
+from blogkeras.state import StepSeed, base_seed
 
 _LOG_2PI = math.log(2 * math.pi)
 _LEAPFROG = 5

@@ -8,6 +8,8 @@ import math
 import keras
 from keras import ops
 
+from blogkeras.state import draw_rows
+
 
 def soft_clamp(x, limit=5.0):
     """limit · tanh(x / limit): x where it is small, never beyond the limit."""
@@ -220,3 +222,14 @@ def pixels(config, parameters):
     return DiscretizedLogisticMixture(
         parameters, config.input_shape[-1], config.num_mixtures, config.num_bits
     )
+
+
+def noise(seed, rows=False):
+    """Standard normal noise by shapes; `rows`: of a batch replicas share."""
+
+    def draw(shape):
+        if rows:
+            return draw_rows(keras.random.normal, shape, seed)
+        return keras.random.normal(shape, seed=seed)
+
+    return draw

@@ -1,7 +1,5 @@
 """NVAE: a variational autoencoder with many groups of latent variables."""
 
-import random
-import types
 from typing import Any
 
 import keras
@@ -10,10 +8,8 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
-    as_numpy,
     check_boolean,
     check_choice,
-    check_finite,
     check_integer,
     check_number,
     check_seed,
@@ -21,12 +17,20 @@ from blogkeras.arguments import (
 from blogkeras.loops import ProgramCache, loop_program, run_steps
 from blogkeras.models import CompositeModel, map_batches
 from blogkeras.nvae import objective
+from blogkeras.nvae.checks import (
+    check_data,
+    check_latents,
+    check_pixels,
+    check_shape,
+    row_weight,
+)
 from blogkeras.nvae.convolution import Convolution, SpectralPenalty
-from blogkeras.nvae.distributions import pixels
+from blogkeras.nvae.distributions import noise, pixels
 from blogkeras.nvae.likelihood import bits_per_dim, importance_bound
 from blogkeras.nvae.networks import Decoder, Encoder
 from blogkeras.nvae.presets import PRESETS, NVAEConfig
-from blogkeras.state import NumberedDraws, StepSeed, draw_rows
+from blogkeras.nvae.statistics import averaging_step
+from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 
 class _RowLoss(keras.losses.Loss):
@@ -165,7 +169,7 @@ class NVAE(CompositeModel):
         if self.built:
             return
         if input_shape is not None:
-            self._check_shape(input_shape)
+            check_shape(input_shape, self.config)
         self.encoder.build((None, *self.config.padded_shape))
         self.decoder.build()
         self.draws = NumberedDraws(self, self.seed)
@@ -186,7 +190,7 @@ class NVAE(CompositeModel):
     # The loss
 
     def call(self, inputs, training=None):
-        self._check_shape(inputs.shape)
+        check_shape(inputs.shape, self.config)
         if training:
             seed = self.draws.next_step()
         else:
@@ -197,7 +201,7 @@ class NVAE(CompositeModel):
         x = self._prepare(inputs, seed)
         outputs = self.decoder.draw(
             ops.shape(x)[0],
-            _noise(seed, rows=True),
+            noise(seed, rows=True),
             features=self._encode(x, training),
             training=training,
         )
@@ -233,7 +237,7 @@ class NVAE(CompositeModel):
         config = self.config
         kl, reconstruction = y_pred["kl"], -y_pred["log_likelihood"]
         if sample_weight is not None:
-            sample_weight = _row_weight(sample_weight)
+            sample_weight = row_weight(sample_weight)
         total = ops.sum(kl, axis=-1)
         for metric, values in (
             (self.nelbo, reconstruction + total),
@@ -265,71 +269,19 @@ class NVAE(CompositeModel):
     # Checks of what pictures hold: in a compiled step nothing is known.
 
     def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
-        x = self._checked(x)
+        x = check_data(x, self.config)
         if sample_weight is not None and y is None:
             # Without any `y`, Keras would forget the weights.
             y = np.zeros(len(x), "float32")
         return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
-        x = self._checked(x)
+        x = check_data(x, self.config)
         if sample_weight is not None and y is None:
             y = np.zeros(len(x), "float32")
         return super().evaluate(
             x, y, *args, sample_weight=sample_weight, **kwargs
         )
-
-    def _checked(self, x):
-        """`x`, after arrays or the first batch of a data set were checked."""
-        if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
-            return self._check_pixels(x)
-        if isinstance(x, types.GeneratorType):
-            first = next(x)
-            self._check_pixels(_pictures(first))
-            return _chain(first, x)
-        if isinstance(x, keras.utils.PyDataset):
-            self._check_pixels(_pictures(x[0]))
-        elif x is not None:
-            for batch in x:
-                # A batch of `tf.distribute` is in pieces: not looked at.
-                if ops.is_tensor(_pictures(batch)):
-                    self._check_pixels(_pictures(batch))
-                break
-        return x
-
-    def _check_pixels(self, x):
-        x = as_numpy(x)
-        self._check_shape(x.shape)
-        low, high = (x.min(), x.max()) if x.size else (0, 0)
-        check_finite("x", x)
-        if low < 0 or high > 1:
-            raise ValueError(
-                "Expected pixels in [0, 1]; divide by 255 where they are "
-                f"integers up to 255. Received: x of dtype {x.dtype} from "
-                f"{low} to {high}"
-            )
-        binary = self.config.likelihood == "bernoulli"
-        if binary and not self.config.binarize:
-            if not ((x == 0) | (x == 1)).all():
-                other = x[(x != 0) & (x != 1)].ravel()[0]
-                raise ValueError(
-                    "Expected pixels 0 and 1 for likelihood='bernoulli'; "
-                    "with binarize='dynamic' they are drawn from grey values. "
-                    f"Received: a pixel of {other}"
-                )
-        return x
-
-    def _check_shape(self, shape):
-        expected = self.config.input_shape
-        names = ", ".join(map(str, expected))
-        if len(shape) != 4 or any(
-            size not in (None, known)
-            for size, known in zip(shape[1:], expected, strict=True)
-        ):
-            raise ValueError(
-                f"Expected pictures of shape (n, {names}). "
-                f"Received: shape {tuple(shape)}"
-            )
 
     # Verbs
 
@@ -387,7 +339,7 @@ class NVAE(CompositeModel):
         Returns:
             NumPy array `(n, height, width, channels)`.
         """
-        z, num = self._check_latents(z, num)
+        z, num = check_latents(z, num, self.config)
         return self._draw(
             z, num, temperature, output, seed, batch_size, verbose
         )
@@ -522,7 +474,7 @@ class NVAE(CompositeModel):
         """
         k = check_integer("num_samples", num_samples, minimum=1)
         check_boolean("per_image", per_image)
-        x = self._check_pixels(x)
+        x = check_pixels(x, self.config)
         groups = len(self.config.latent_shapes)
 
         def run(x, index, seed):
@@ -533,7 +485,7 @@ class NVAE(CompositeModel):
                 # Draw 0 is the binary picture's.
                 draws = StepSeed(seed + 1 + i * groups, index[0])
                 outputs = self.decoder.draw(
-                    x.shape[0], _noise(draws), features=features, training=False
+                    x.shape[0], noise(draws), features=features, training=False
                 )
                 distribution = pixels(self.config, outputs["parameters"])
                 log_x = _picture_sum(distribution.log_prob(x))
@@ -597,29 +549,7 @@ class NVAE(CompositeModel):
                 "batch_norm=False"
             )
 
-        def step(index, state, seed, temperature):
-            count, means, spreads = state
-            statistics = self._batch_statistics(
-                norms, batch_size, StepSeed(seed, index), temperature
-            )
-            finite = ops.all(
-                ops.stack([ops.all(ops.isfinite(x)) for x in statistics])
-            )
-            count += ops.cast(finite, "float32")
-            share = 1 / ops.maximum(count, 1)
-            new_means, new_spreads = [], []
-            for mean, spread, batch_mean, batch_variance in zip(
-                means, spreads, statistics[::2], statistics[1::2], strict=True
-            ):
-                # Variance within batches, and of their means.
-                shift = batch_mean - mean
-                new_mean = mean + share * shift
-                rise = batch_variance + shift * (batch_mean - new_mean)
-                new_spread = spread + share * (rise - spread)
-                new_means.append(ops.where(finite, new_mean, mean))
-                new_spreads.append(ops.where(finite, new_spread, spread))
-            return count, new_means, new_spreads
-
+        step = averaging_step(self, norms, batch_size)
         zeros = [ops.zeros(norm.moving_mean.shape) for norm in norms]
         program = self._programs.get(
             ("recalibrate", batch_size),
@@ -629,7 +559,7 @@ class NVAE(CompositeModel):
             program,
             (ops.zeros(()), zeros, zeros),
             num_batches,
-            _integer(seed),
+            base_seed(seed),
             ops.convert_to_tensor(temperature, "float32"),
             verbose=verbose,
         )
@@ -641,34 +571,6 @@ class NVAE(CompositeModel):
         for norm, mean, variance in zip(norms, means, variances, strict=True):
             norm.moving_mean.assign(mean)
             norm.moving_variance.assign(ops.maximum(variance, 0))
-
-    def _batch_statistics(self, norms, rows, seed, temperature):
-        """Mean and variance of each norm for one batch of samples."""
-        momenta = [norm.momentum for norm in norms]
-        mapping = {id(v): (v, ops.convert_to_tensor(v)) for v in self.variables}
-        for norm in norms:
-            # What stands there may be NaN, and 0 · NaN is NaN.
-            for v in (norm.moving_mean, norm.moving_variance):
-                mapping[id(v)] = v, ops.zeros(v.shape, v.dtype)
-        try:
-            for norm in norms:
-                # The moving average is then the batch's.
-                norm.momentum = 0.0
-            with keras.StatelessScope([*mapping.values()]) as scope:
-                self.decoder.draw(
-                    rows,
-                    _noise(seed),
-                    temperature=temperature,
-                    training=True,
-                )
-        finally:
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-        return [
-            ops.cast(scope.get_current_value(v), "float32")
-            for norm in norms
-            for v in (norm.moving_mean, norm.moving_variance)
-        ]
 
     # How verbs run
 
@@ -692,7 +594,7 @@ class NVAE(CompositeModel):
         program = self._programs.get(key, lambda: self._compiled(fn))
         constants = [
             *(ops.convert_to_tensor(x, "float32") for x in constants),
-            _integer(seed),
+            base_seed(seed),
         ]
         rows = len(arrays[-1])
         return map_batches(
@@ -713,7 +615,7 @@ class NVAE(CompositeModel):
             seed = StepSeed(seed, index[0])
             outputs = self.decoder.draw(
                 index.shape[0],
-                _noise(seed),
+                noise(seed),
                 given=[next(arrays) if known else None for known in given],
                 temperature=temperature,
                 training=False,
@@ -739,14 +641,14 @@ class NVAE(CompositeModel):
 
     def _posterior(self, x, finish, key, temperature, seed, *args):
         temperature = check_number("temperature", temperature, minimum=0)
-        x = self._check_pixels(x)
+        x = check_pixels(x, self.config)
 
         def run(x, index, temperature, seed):
             seed = StepSeed(seed, index[0])
             x = self._prepare(x, seed)
             outputs = self.decoder.draw(
                 x.shape[0],
-                _noise(seed),
+                noise(seed),
                 features=self._encode(x),
                 temperature=temperature,
                 training=False,
@@ -760,37 +662,6 @@ class NVAE(CompositeModel):
             binary = self.config.likelihood == "bernoulli"
             return "mean" if binary else "sample"
         return check_choice("output", output, ("mean", "sample"))
-
-    def _check_latents(self, z, num):
-        shapes = self.config.latent_shapes
-        if not isinstance(z, (list, tuple)) or len(z) > len(shapes):
-            raise ValueError(
-                f"Expected a list of at most {len(shapes)} groups, as `encode` "
-                f"gives under 'z'. Received: z of type {type(z).__name__}"
-                + (f" and length {len(z)}" if hasattr(z, "__len__") else "")
-            )
-        z = [
-            None if x is None else as_numpy(x).astype("float32", copy=False)
-            for x in [*z, *[None] * (len(shapes) - len(z))]
-        ]
-        rows = {len(x) for x in z if x is not None and x.ndim}
-        for i, (x, shape) in enumerate(zip(z, shapes, strict=True)):
-            if x is not None and (x.shape[1:] != shape or len(rows) != 1):
-                raise ValueError(
-                    f"Expected z[{i}] of shape (n, "
-                    f"{', '.join(map(str, shape))}), with one n for all "
-                    f"groups. Received: shape {x.shape}"
-                )
-            if x is not None:
-                check_finite(f"z[{i}]", x)
-        if rows:
-            if num is not None and check_integer("num", num, 1) not in rows:
-                raise ValueError(
-                    "Expected `num` to be the number of pictures given. "
-                    f"Received: num={num} and {rows.pop()} pictures"
-                )
-            return z, rows.pop()
-        return z, check_integer("num", 1 if num is None else num, 1)
 
     def spectral_norms(self):
         """`{path of a convolution: its largest singular value}`.
@@ -820,17 +691,6 @@ def _config_of(fields):
     return NVAEConfig(**fields)
 
 
-def _noise(seed, rows=False):
-    """Standard normal noise by shapes; `rows`: of a batch replicas share."""
-
-    def draw(shape):
-        if rows:
-            return draw_rows(keras.random.normal, shape, seed)
-        return keras.random.normal(shape, seed=seed)
-
-    return draw
-
-
 def _observe(config, outputs, output, seed, temperature):
     distribution = pixels(config, outputs["parameters"])
     if output == "mean":
@@ -840,31 +700,3 @@ def _observe(config, outputs, output, seed, temperature):
 
 def _picture_sum(log_prob):
     return ops.sum(log_prob, axis=(1, 2))
-
-
-def _row_weight(weight):
-    if any(size not in (None, 1) for size in weight.shape[1:]):
-        raise ValueError(
-            "Expected one weight for each picture. Received: "
-            f"sample_weight.shape={tuple(weight.shape)}"
-        )
-    return ops.reshape(weight, (-1,))
-
-
-def _integer(seed):
-    """A seed as a scalar of int32."""
-    seed = check_seed("seed", seed)
-    if seed is None:
-        seed = random.getrandbits(30)
-    elif isinstance(seed, keras.random.SeedGenerator):
-        seed = int(ops.convert_to_numpy(seed.next())[-1])
-    return ops.convert_to_tensor(int(seed) % 2**30, "int32")
-
-
-def _pictures(batch):
-    return batch[0] if isinstance(batch, (list, tuple)) else batch
-
-
-def _chain(first, rest):
-    yield first
-    yield from rest

@@ -1,0 +1,114 @@
+"""What a model of pictures is given: pixels, latent variables, weights."""
+
+import types
+
+import keras
+import numpy as np
+from keras import ops
+
+from blogkeras.arguments import as_numpy, check_finite, check_integer
+
+
+def check_data(x, config):
+    """`x`, after arrays or the first batch of a data set were checked."""
+    if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
+        return check_pixels(x, config)
+    if isinstance(x, types.GeneratorType):
+        first = next(x)
+        check_pixels(_pictures(first), config)
+        return _chain(first, x)
+    if isinstance(x, keras.utils.PyDataset):
+        check_pixels(_pictures(x[0]), config)
+    elif x is not None:
+        for batch in x:
+            # A batch of `tf.distribute` is in pieces: not looked at.
+            if ops.is_tensor(_pictures(batch)):
+                check_pixels(_pictures(batch), config)
+            break
+    return x
+
+
+def check_pixels(x, config):
+    x = as_numpy(x)
+    check_shape(x.shape, config)
+    low, high = (x.min(), x.max()) if x.size else (0, 0)
+    check_finite("x", x)
+    if low < 0 or high > 1:
+        raise ValueError(
+            "Expected pixels in [0, 1]; divide by 255 where they are "
+            f"integers up to 255. Received: x of dtype {x.dtype} from "
+            f"{low} to {high}"
+        )
+    binary = config.likelihood == "bernoulli"
+    if binary and not config.binarize:
+        if not ((x == 0) | (x == 1)).all():
+            other = x[(x != 0) & (x != 1)].ravel()[0]
+            raise ValueError(
+                "Expected pixels 0 and 1 for likelihood='bernoulli'; "
+                "with binarize='dynamic' they are drawn from grey values. "
+                f"Received: a pixel of {other}"
+            )
+    return x
+
+
+def check_shape(shape, config):
+    expected = config.input_shape
+    names = ", ".join(map(str, expected))
+    if len(shape) != 4 or any(
+        size not in (None, known)
+        for size, known in zip(shape[1:], expected, strict=True)
+    ):
+        raise ValueError(
+            f"Expected pictures of shape (n, {names}). "
+            f"Received: shape {tuple(shape)}"
+        )
+
+
+def check_latents(z, num, config):
+    shapes = config.latent_shapes
+    if not isinstance(z, (list, tuple)) or len(z) > len(shapes):
+        raise ValueError(
+            f"Expected a list of at most {len(shapes)} groups, as `encode` "
+            f"gives under 'z'. Received: z of type {type(z).__name__}"
+            + (f" and length {len(z)}" if hasattr(z, "__len__") else "")
+        )
+    z = [
+        None if x is None else as_numpy(x).astype("float32", copy=False)
+        for x in [*z, *[None] * (len(shapes) - len(z))]
+    ]
+    rows = {len(x) for x in z if x is not None and x.ndim}
+    for i, (x, shape) in enumerate(zip(z, shapes, strict=True)):
+        if x is not None and (x.shape[1:] != shape or len(rows) != 1):
+            raise ValueError(
+                f"Expected z[{i}] of shape (n, "
+                f"{', '.join(map(str, shape))}), with one n for all "
+                f"groups. Received: shape {x.shape}"
+            )
+        if x is not None:
+            check_finite(f"z[{i}]", x)
+    if rows:
+        if num is not None and check_integer("num", num, 1) not in rows:
+            raise ValueError(
+                "Expected `num` to be the number of pictures given. "
+                f"Received: num={num} and {rows.pop()} pictures"
+            )
+        return z, rows.pop()
+    return z, check_integer("num", 1 if num is None else num, 1)
+
+
+def row_weight(weight):
+    if any(size not in (None, 1) for size in weight.shape[1:]):
+        raise ValueError(
+            "Expected one weight for each picture. Received: "
+            f"sample_weight.shape={tuple(weight.shape)}"
+        )
+    return ops.reshape(weight, (-1,))
+
+
+def _pictures(batch):
+    return batch[0] if isinstance(batch, (list, tuple)) else batch
+
+
+def _chain(first, rest):
+    yield first
+    yield from rest

@@ -1,0 +1,65 @@
+"""Batch statistics of a decoder, from pictures that it draws itself."""
+
+import keras
+from keras import ops
+
+from blogkeras.nvae.distributions import noise
+from blogkeras.state import StepSeed
+
+
+def averaging_step(model, norms, rows):
+    """A step of the loop that averages over batches, see `run_steps`."""
+
+    def step(index, state, seed, temperature):
+        count, means, spreads = state
+        statistics = batch_statistics(
+            model, norms, rows, StepSeed(seed, index), temperature
+        )
+        finite = ops.all(
+            ops.stack([ops.all(ops.isfinite(x)) for x in statistics])
+        )
+        count += ops.cast(finite, "float32")
+        share = 1 / ops.maximum(count, 1)
+        new_means, new_spreads = [], []
+        for mean, spread, batch_mean, batch_variance in zip(
+            means, spreads, statistics[::2], statistics[1::2], strict=True
+        ):
+            # Variance within batches, and of their means.
+            shift = batch_mean - mean
+            new_mean = mean + share * shift
+            rise = batch_variance + shift * (batch_mean - new_mean)
+            new_spread = spread + share * (rise - spread)
+            new_means.append(ops.where(finite, new_mean, mean))
+            new_spreads.append(ops.where(finite, new_spread, spread))
+        return count, new_means, new_spreads
+
+    return step
+
+
+def batch_statistics(model, norms, rows, seed, temperature):
+    """Mean and variance of each norm for one batch of samples."""
+    momenta = [norm.momentum for norm in norms]
+    mapping = {id(v): (v, ops.convert_to_tensor(v)) for v in model.variables}
+    for norm in norms:
+        # What stands there may be NaN, and 0 · NaN is NaN.
+        for v in (norm.moving_mean, norm.moving_variance):
+            mapping[id(v)] = v, ops.zeros(v.shape, v.dtype)
+    try:
+        for norm in norms:
+            # The moving average is then the batch's.
+            norm.momentum = 0.0
+        with keras.StatelessScope([*mapping.values()]) as scope:
+            model.decoder.draw(
+                rows,
+                noise(seed),
+                temperature=temperature,
+                training=True,
+            )
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    return [
+        ops.cast(scope.get_current_value(v), "float32")
+        for norm in norms
+        for v in (norm.moving_mean, norm.moving_variance)
+    ]
