@@ -20,6 +20,11 @@ tensorflow_only = pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow only")
 jax_only = pytest.mark.skipif(not JAX, reason="JAX only")
 
 
+def slow_on_jax(test):
+    """On JAX only in `make verify`: XLA takes long to compile it for a CPU."""
+    return pytest.mark.verify(test) if JAX else test
+
+
 def value(x, dtype=None):
     """A NumPy array of anything."""
     return np.asarray(ops.convert_to_numpy(x), dtype)

@@ -7,7 +7,14 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import TENSORFLOW, jax_only, lower_train_step, replicated, value
+from kit import (
+    TENSORFLOW,
+    jax_only,
+    lower_train_step,
+    replicated,
+    slow_on_jax,
+    value,
+)
 
 from blogkeras import NVAE, NVAEConfig, backend
 from blogkeras.nvae.presets import PRESETS
@@ -135,6 +142,7 @@ def test_the_loss_is_its_parts():
     assert logs["loss"] == pytest.approx(logs["nelbo"], rel=1e-5)
 
 
+@slow_on_jax
 def test_resumed_is_uninterrupted(tmp_path):
     model = make()
     fit(model, epochs=2)
@@ -152,6 +160,7 @@ def test_resumed_is_uninterrupted(tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@slow_on_jax
 def test_other_seeds_draw_otherwise():
     first, second = (
         model.predict(X[:4], verbose=0)["kl"]
@@ -179,6 +188,7 @@ def test_two_replicas_are_one():
         )
 
 
+@slow_on_jax
 def test_recomputed_is_the_same():
     # With plain gradients: Adamax makes much of those that are almost 0.
     plain, recomputed = (
@@ -191,6 +201,7 @@ def test_recomputed_is_the_same():
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
 
 
+@slow_on_jax
 def test_weights_of_pictures():
     """A picture of weight 0 counts in no metric."""
     model = make()
@@ -203,6 +214,7 @@ def test_weights_of_pictures():
     assert logs["loss"] == pytest.approx(nelbo[::2].sum() / 16, rel=1e-5)
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "changes",
     [
@@ -237,6 +249,7 @@ def test_options_train(changes):
     assert model.sample(3).shape == (3, *shape)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_half_precision(policy):
     keras.config.set_dtype_policy(policy)
@@ -250,6 +263,7 @@ def test_half_precision(policy):
     } == {"float32"}
 
 
+@slow_on_jax
 def test_gradients_skip_is_the_halls():
     from blogkeras import SkipNonFinite
 
@@ -309,6 +323,7 @@ def test_codes_and_back(trained):
     assert abs(noise.std() - 1) < 0.3
 
 
+@slow_on_jax
 def test_groups_given_and_drawn(trained):
     z = trained.encode(X[:8], batch_size=8)["z"]
     some = trained.decode(z[:1], seed=1, batch_size=8)
@@ -323,6 +338,7 @@ def test_groups_given_and_drawn(trained):
     )
 
 
+@slow_on_jax
 def test_between_pictures(trained):
     x = trained.interpolate(X[:2], X[2:4], num=5)
     assert x.shape == (2, 5, 4, 4, 1)
@@ -331,6 +347,7 @@ def test_between_pictures(trained):
         np.testing.assert_allclose(x[:, at], expected, atol=1e-5)
 
 
+@slow_on_jax
 def test_likelihood_against_single_draws(trained):
     """Its bounds from the outputs of the decoder, one after another."""
     k = 3
@@ -362,6 +379,7 @@ def test_likelihood_against_single_draws(trained):
         np.testing.assert_allclose(x, found[name].mean(0), rtol=1e-5)
 
 
+@slow_on_jax
 def test_with_flows_one_draw_bounds_alike():
     """KL is the difference of log-densities then: IWAE-1 is the ELBO."""
     model = make(num_flows=1)
@@ -376,6 +394,7 @@ def test_with_flows_one_draw_bounds_alike():
         np.testing.assert_allclose(value(group.flows[0](before)), z, atol=1e-5)
 
 
+@slow_on_jax
 def test_recalibrated_statistics(monkeypatch):
     """Means and variances over all batches, computed here in NumPy."""
     model = make(kl_warmup_steps=0)
@@ -416,6 +435,7 @@ def test_recalibrated_statistics(monkeypatch):
         assert norm.momentum == 0.95
 
 
+@slow_on_jax
 @pytest.mark.parametrize("temperature", [0.6, 0.8, 1.0])
 def test_recalibrated_samples_are_finite(trained, temperature):
     """Whatever the statistics were before."""
@@ -431,6 +451,7 @@ def test_recalibrated_samples_are_finite(trained, temperature):
             w.assign(old)
 
 
+@slow_on_jax
 def test_recalibration_of_a_broken_model_says_so():
     model = make()
     model.decoder.start.assign(ops.full(model.decoder.start.shape, math.nan))
@@ -503,6 +524,7 @@ def iter_batches(x):
     yield (x,)
 
 
+@slow_on_jax
 def test_data_sets_are_looked_at():
     model = make()
 
