@@ -470,13 +470,11 @@ def test_blocks_are_the_batch(monkeypatch):
     tensors = [ops.convert_to_tensor(a) for a in (p, q, D)]
     blocks = entropic.solve(*tensors, 0.02, 1e-4, 5000)
     assert sizes == {15}
-    assert int(blocks.iterations) == int(whole.iterations)
-    for a, b in zip(
-        keras.tree.flatten(tuple(blocks)),
-        keras.tree.flatten(tuple(whole)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(numpy(a), numpy(b), rtol=1e-3, atol=3e-3)
+    # Compiled, and padded to another length, the loop ends a little elsewhere.
+    # Potentials are not compared: many have the same dual value, `lower`.
+    for name in ("distance", "lower", "upper", "plan"):
+        a, b = (numpy(getattr(x, name)) for x in (blocks, whole))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-3)
 
 
 def test_any_plan_is_made_feasible():
