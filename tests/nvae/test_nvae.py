@@ -103,6 +103,7 @@ def test_training_moves_everything(trained):
     assert int(trained.draws.iterations) == 4
 
 
+@slow_on_jax
 def test_the_loss_is_its_parts():
     """Of one step without training: −log p, KL, penalties by SVD."""
     model = make(keras.optimizers.SGD(0.0))
