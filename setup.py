@@ -1,3 +1,5 @@
+"""The package, what it needs and its extras."""
+
 from setuptools import find_packages, setup
 
 # bert4keras 0.11.5 declares keras<=2.3.1, so it can stand in no requirement

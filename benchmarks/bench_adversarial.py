@@ -163,7 +163,7 @@ def keras_3(name, options):
     import keras
 
     import blogkeras
-    import blogkeras.bert4keras  # noqa: F401
+    import blogkeras.bert4keras
 
     model = classifier(keras, options)
     model.compile(

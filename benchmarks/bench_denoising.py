@@ -18,6 +18,7 @@ counted; its seconds stand in a column of their own.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -119,7 +120,7 @@ def torch_network():
     torch.manual_seed(0)
     sizes = [2, 64, 64, 64, 64]
     parts = []
-    for size, units in zip(sizes[:-1], sizes[1:], strict=True):
+    for size, units in itertools.pairwise(sizes):
         parts += [torch.nn.Linear(size, units), torch.nn.SiLU()]
     return torch.nn.Sequential(*parts, torch.nn.Linear(64, 1))
 

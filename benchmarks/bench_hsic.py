@@ -181,9 +181,11 @@ def our_bottleneck():
 
 
 def scripts_bottleneck(sigma=5.0, label_weight=50.0, rate=1e-4):
-    """The official scheme in the same framework: for every layer a forward
-    pass, both nHSIC from one-sided centering and inverses, a gradient of that
-    layer's weights, and their update."""
+    """The official scheme in the same framework.
+
+    For every layer a forward pass, both nHSIC from one-sided centering and
+    inverses, a gradient of that layer's weights, and their update.
+    """
     import tensorflow as tf
 
     x, y, blocks = network()

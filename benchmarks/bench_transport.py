@@ -205,8 +205,8 @@ def post(linprog, p, q, D):
     m, n = D.shape
     rows = np.repeat(np.eye(m), n, axis=1)
     columns = np.tile(np.eye(n), m)
-    A, b = np.concatenate([rows, columns]), np.concatenate([p, q])
-    return linprog(D.reshape(-1), A_eq=A[:-1], b_eq=b[:-1]).fun
+    sums, masses = np.concatenate([rows, columns]), np.concatenate([p, q])
+    return linprog(D.reshape(-1), A_eq=sums[:-1], b_eq=masses[:-1]).fun
 
 
 def gensim_distances(x, y):

@@ -31,13 +31,13 @@ os.environ["KERAS_BACKEND"] = "jax"
 # Room on the card for both what is compared and what is timed.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-import jax  # noqa: E402
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-from harness import page  # noqa: E402
-from keras import layers, ops  # noqa: E402
+import jax
+import keras
+import numpy as np
+from harness import page
+from keras import layers, ops
 
-import blogkeras  # noqa: E402
+import blogkeras
 
 PAGE = page.ROOT / "docs/benchmarks/gpu.md"
 # Relative to the largest number of a result. "exact": products that we ask

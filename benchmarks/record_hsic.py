@@ -30,6 +30,7 @@ DIR holds mnist_train*.npz and mnist_test.npz (arrays x and y).
 """
 
 import argparse
+import itertools
 import math
 import pathlib
 import time
@@ -144,7 +145,7 @@ def run_script(train, test, rate, sigma, label_weight):
 
     sizes = [784, *[WIDTH] * 6, CLASSES]
     blocks = []
-    for inputs, units in zip(sizes, sizes[1:], strict=False):
+    for inputs, units in itertools.pairwise(sizes):
         blocks.append(
             block(
                 units,

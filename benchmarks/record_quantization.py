@@ -31,6 +31,7 @@ of the last 100 steps; `usage` is the share of codes used in these steps.
 
 import argparse
 import io
+import itertools
 import pathlib
 
 import numpy as np
@@ -98,7 +99,7 @@ def read(paths):
             x = np.stack(
                 [
                     np.asarray(Image.open(io.BytesIO(jpeg[a:b])))
-                    for a, b in zip(offsets, offsets[1:], strict=False)
+                    for a, b in itertools.pairwise(offsets)
                 ]
             )
         parts.append(x.reshape(*x.shape[:3], -1))

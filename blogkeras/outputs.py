@@ -73,7 +73,7 @@ _PROBABILITIES = (
 )
 
 
-class UnreadableLoss(ValueError):
+class UnreadableLossError(ValueError):
     """A loss does not tell what an output means, and no argument does."""
 
 
@@ -487,7 +487,7 @@ def _decide(told, losses, kind, from_logits, name):
             f"`output_kind` and `from_logits`. {received}"
         )
     if kind is None and not kinds:
-        raise UnreadableLoss(
+        raise UnreadableLossError(
             "Expected a loss that tells what the output means: one of "
             f"{', '.join(x[1] for x in _LOSSES)} (as name, function or "
             "object). For any other give `output_kind` ('softmax', 'sigmoid' "
@@ -516,7 +516,7 @@ def _decide(told, losses, kind, from_logits, name):
         )
     if from_logits is None:
         if len(logits) != 1:
-            raise UnreadableLoss(
+            raise UnreadableLossError(
                 f"Expected `from_logits` to be given with {chosen!r}: the loss "
                 f"does not tell. {received}"
             )

@@ -1,5 +1,6 @@
-"""State of layers and models that is not trained: saved, resumed, the same on
-every replica.
+"""State of layers and models that is not trained.
+
+It is saved, resumed and the same on every replica.
 """
 
 import keras

@@ -1,5 +1,7 @@
-"""Shows the examples of docstrings as code: they stand without indentation, as
-Keras writes them, which Markdown would take for quotations.
+"""Shows the examples of docstrings as code.
+
+They stand without indentation, as Keras writes them, which Markdown would take
+for quotations.
 """
 
 import griffe

@@ -1,5 +1,4 @@
-"""Makes the pages of the site that repeat nothing: they are built from README,
-the examples and the public names.
+"""Makes pages of the site from README, the examples and the public names.
 
 mkdocs calls these functions (`hooks` in mkdocs.yml); `make docs` runs it.
 """

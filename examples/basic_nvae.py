@@ -40,7 +40,7 @@ def grid(path, rows):
     from matplotlib.figure import Figure
 
     rows = np.pad(rows[..., 0], [[0, 0], [0, 0], [1, 1], [1, 1]])
-    count, columns, height, width = rows.shape
+    count, columns, height, _width = rows.shape
     picture = rows.transpose(0, 2, 1, 3).reshape(count * height, -1)
     figure = Figure(figsize=(columns * 0.6, count * 0.6), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))

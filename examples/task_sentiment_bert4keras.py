@@ -149,11 +149,13 @@ def main():
     batches = Reviews(train, tokenizer)
     steps = options.steps or len(train) // BATCH_SIZE
     model = build_model(tokenizer._vocab_size)
-    AdamLR = extend_with_piecewise_linear_lr(Adam, name="AdamLR")
-    AdamEMA = extend_with_exponential_moving_average(AdamLR, name="AdamEMA")
+    with_rates = extend_with_piecewise_linear_lr(Adam, name="AdamLR")
+    optimizer_class = extend_with_exponential_moving_average(
+        with_rates, name="AdamEMA"
+    )
     model.compile(
         loss="sparse_categorical_crossentropy",
-        optimizer=AdamEMA(
+        optimizer=optimizer_class(
             learning_rate=1e-3,
             lr_schedule={steps: 1.0, EPOCHS * steps: 0.1},
             ema_momentum=0.99,

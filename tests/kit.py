@@ -92,9 +92,11 @@ def assert_nearest(codes, z, codebook, margin=1e-5):
     """
     codes, z = value(codes), value(z, "float64")
     codebook = value(codebook, "float64")
-    assert codes.shape == z.shape[:-1] and codes.dtype.kind == "i"
+    assert codes.shape == z.shape[:-1]
+    assert codes.dtype.kind == "i"
     codes, z = codes.ravel(), z.reshape(-1, z.shape[-1])
-    assert codes.min() >= 0 and codes.max() < len(codebook)
+    assert codes.min() >= 0
+    assert codes.max() < len(codebook)
     distances = np.sum((z[:, None] - codebook) ** 2, axis=-1)
     taken = np.take_along_axis(distances, codes[:, None], axis=1)[:, 0]
     assert np.all(taken <= distances.min(1) * (1 + margin))

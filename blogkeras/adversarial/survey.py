@@ -207,7 +207,7 @@ def _finish(record):
 
 def _masked_tensor(argument, args, kwargs):
     """What a mask argument masks: of attention, the keys."""
-    if argument == "mask" or "value" not in kwargs and len(args) < 2:
+    if argument == "mask" or ("value" not in kwargs and len(args) < 2):
         return first_tensor(first_argument(args, kwargs))
     for name in ("key", "value"):
         if kwargs.get(name) is not None:
@@ -313,6 +313,7 @@ def named_layers(parent, prefix="", seen=None):
 
 
 def is_embedding(layer):
+    """Whether a layer is Keras's `Embedding` or a subclass of it."""
     return isinstance(layer, keras.layers.Embedding)
 
 
@@ -322,14 +323,17 @@ def is_look_up(output, inputs):
 
 
 def first_argument(args, kwargs):
+    """What a layer was called with first, by position or by name."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def first_tensor(value):
+    """The first tensor of a nested structure that is not `None`."""
     return next((t for t in tree.flatten(value) if t is not None), None)
 
 
 def is_float(x):
+    """Whether `x` is a tensor of floating numbers; `None` is none."""
     return x is not None and keras.backend.is_float_dtype(
         keras.backend.standardize_dtype(x.dtype)
     )

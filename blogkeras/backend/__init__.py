@@ -249,7 +249,7 @@ class ReplicaLosses:
 
 
 def endless_dataset(batch, start=0):
-    """A `tf.data.Dataset` of `batch(start)`, `batch(start + 1)`, …
+    """A `tf.data.Dataset` of `batch(start)`, `batch(start + 1)` and so on.
 
     TensorFlow's, on the JAX backend too: Keras trains on it with both.
 

@@ -49,7 +49,7 @@ def cond(predicate, true_fn, false_fn, layers):
     for fn in (true_fn, false_fn):
 
         def record(fn=fn):
-            outputs, loss, scope = run(fn)
+            _outputs, loss, scope = run(fn)
             assigned.update(scope.assigned)
             return loss
 

@@ -12,6 +12,7 @@ import sys
 
 
 def main(arguments):
+    """Runs the script `arguments[0]` with the arguments that follow."""
     if not arguments:
         raise SystemExit(__doc__)
     import blogkeras.bert4keras.keras2  # noqa: F401

@@ -55,7 +55,7 @@ def load_weights(model, filepath, by_name=False, skip_mismatch=False, **kwargs):
             f"Expected an HDF5 file of weights. Received: filepath={filepath} "
             f"({error})"
         ) from None
-    with _named(path, "model.h5" if old else "model.weights.h5") as name:
+    with _Named(path, "model.h5" if old else "model.weights.h5") as name:
         if by_name:
             kwargs["by_name"] = True
         keras.Model.load_weights(
@@ -112,7 +112,7 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
             **known,
             **(custom_objects or {}),
         }
-    with _named(path, name) as link:
+    with _Named(path, name) as link:
         model = keras.models.load_model(
             link, custom_objects, compile, safe_mode
         )
@@ -153,7 +153,7 @@ def _loss_functions():
     }
 
 
-class _named:
+class _Named:
     """A context in which the file `path` has the ending that Keras wants."""
 
     def __init__(self, path, name):

@@ -157,7 +157,7 @@ def hmc_kernel(log_density, num_leapfrog):
         return (x, *log_density_and_score(log_density, x))
 
     def step(state, seed, step_size, temperature):
-        x, value, score = state
+        x, value, _score = state
         momentum = keras.random.normal(ops.shape(x), seed=seed)
         new, new_momentum = leapfrog(
             init, state, momentum, step_size, num_leapfrog, temperature

@@ -234,6 +234,7 @@ class HSICBottleneck(keras.Model):
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def resolvent(self, x, weight):
+        """The `Resolvent` of the kernel matrix of a batch's rows `x`."""
         # exp − 1: the same when centered, with more digits where σ is large.
         x = x / (self.bandwidth * math.sqrt(2 * x.shape[-1]))
         return Resolvent(ops.expm1(-squared_distances(x)), weight, self.epsilon)

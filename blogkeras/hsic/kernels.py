@@ -75,6 +75,7 @@ class Kernel:
         return Gram(self, ops.cast(x, dtype), dtype)
 
     def similarity(self, x1, x2):
+        """The matrix `(..., n, m)` of two tensors of rows."""
         raise NotImplementedError
 
     def rows(self, features, index):
@@ -467,6 +468,7 @@ class PrecomputedKernel(Kernel):
 
 
 def check_square(name, x):
+    """Raises a ValueError if `x` is no square matrix."""
     if x.shape[-1] != x.shape[-2]:
         raise ValueError(
             f"Expected `{name}` to be an n × n kernel matrix. Received: "
@@ -510,6 +512,7 @@ def as_kernel(kernel):
 
 
 def serialize(kernel):
+    """The config of a kernel."""
     return keras.saving.serialize_keras_object(kernel)
 
 

@@ -459,6 +459,7 @@ def flat(x, mask=None):
 
 
 def per_sample(weight):
+    """Sample weights as a float32 vector, one for each row."""
     return ops.reshape(ops.cast(weight, "float32"), [-1])
 
 

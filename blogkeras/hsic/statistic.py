@@ -179,6 +179,7 @@ def cka(
 
 
 def alignment(xy, xx, yy):
+    """xy / √(xx yy), which is 0 where the divisor is 0."""
     norm = safe_sqrt(xx) * safe_sqrt(yy)
     return ops.where(norm > 0, xy / ops.where(norm > 0, norm, 1.0), 0.0)
 

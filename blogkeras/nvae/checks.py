@@ -29,6 +29,7 @@ def check_data(x, config):
 
 
 def check_pixels(x, config):
+    """Pictures as a NumPy array; a ValueError unless the model takes them."""
     x = as_numpy(x)
     check_shape(x.shape, config)
     low, high = (x.min(), x.max()) if x.size else (0, 0)
@@ -52,6 +53,7 @@ def check_pixels(x, config):
 
 
 def check_shape(shape, config):
+    """Raises a ValueError if pictures have another shape than the model's."""
     expected = config.input_shape
     names = ", ".join(map(str, expected))
     if len(shape) != 4 or any(
@@ -65,6 +67,11 @@ def check_shape(shape, config):
 
 
 def check_latents(z, num, config):
+    """Latent variables, checked, and the number of pictures they are of.
+
+    Returns:
+        `(z, num)`, z a list with an array or `None` for each group.
+    """
     shapes = config.latent_shapes
     if not isinstance(z, (list, tuple)) or len(z) > len(shapes):
         raise ValueError(
@@ -97,6 +104,7 @@ def check_latents(z, num, config):
 
 
 def row_weight(weight):
+    """Sample weights as a vector; a ValueError if a picture has several."""
     if any(size not in (None, 1) for size in weight.shape[1:]):
         raise ValueError(
             "Expected one weight for each picture. Received: "

@@ -207,8 +207,10 @@ class SpectralPenalty:
         return total
 
     def norms(self):
-        """`{path of a convolution: its largest singular value}` as NumPy
-        numbers, by the vectors of the last step.
+        """The largest singular values, by the vectors of the last step.
+
+        Returns:
+            `{path of a convolution: NumPy number}`.
         """
         norms = {}
         for layers, (left, right) in zip(

@@ -75,8 +75,9 @@ class Bernoulli:
         return ops.sigmoid(self.logits)
 
     def sample(self, seed, temperature=1.0):
-        """Pixels 0 and 1; logits are divided by the temperature (0: the more
-        probable value).
+        """Pixels 0 and 1, of logits that are divided by the temperature.
+
+        A temperature of 0 gives the more probable value.
         """
         # In place of a quotient, which is infinite at 0.
         u = keras.random.uniform(ops.shape(self.logits), 1e-7, 1, seed=seed)

@@ -181,8 +181,9 @@ class NVAEConfig:
 
     @property
     def latent_shapes(self):
-        """`(height, width, channels)` of each group, in the order of drawing:
-        from the coarsest scale to the finest.
+        """`(height, width, channels)` of each group, in the order of drawing.
+
+        That is from the coarsest scale to the finest.
         """
         height, width, _ = self.padded_shape
         shapes = []

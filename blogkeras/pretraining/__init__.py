@@ -1,4 +1,4 @@
-"""ALBERT and ELECTRA: https://kexue.fm/archives/7846"""
+"""ALBERT and ELECTRA (https://kexue.fm/archives/7846)."""
 
 from blogkeras.pretraining.blocks import token_blocks
 from blogkeras.pretraining.electra import ElectraPretrainer

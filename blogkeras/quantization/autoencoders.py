@@ -39,7 +39,6 @@ def sonnet_autoencoder(
     Reference:
         [Sonnet's example](https://github.com/google-deepmind/sonnet)
     """
-
     input_shape = _divisible_by_4(input_shape)
     dim = check_integer("dim", dim, minimum=1)
     hidden = check_integer("hidden", hidden, minimum=2)

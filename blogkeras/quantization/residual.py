@@ -26,10 +26,10 @@ class ResidualVectorQuantizer(Quantizer):
     Args:
         num_quantizers: Integer ≥ 1. Number of stages.
         num_codes, codebook_cost, commitment_cost, ema_decay, restart_threshold,
-            embeddings_initializer: as of `VectorQuantizer`, for every stage.
+            embeddings_initializer: As for `VectorQuantizer`, for every stage.
             (An initializer with a seed starts every stage alike.)
 
-    Call arguments: as of `VectorQuantizer`.
+    Call arguments: As for `VectorQuantizer`.
 
     Input shape:  `(..., dim)`, floating.
     Output shape: `(..., dim)`; codes `(..., num_quantizers)`, int32. `decode`
@@ -135,7 +135,8 @@ class ResidualVectorQuantizer(Quantizer):
     def adapt(self, vectors, iterations=10, seed=0, verbose=0):
         """Sets each codebook to the k-means clusters of what is left to it.
 
-        Args: as of `VectorQuantizer.adapt`.
+        Args:
+            vectors, iterations, seed, verbose: As for `VectorQuantizer.adapt`.
         """
         vectors = floats("vectors", vectors)
         if not self.built:

@@ -311,7 +311,6 @@ class VQVAE(CompositeModel):
             verbose: As for `encode`; one progress bar for encoding, one for
                 k-means.
         """
-
         x = self._inputs("x", x)
         z, weights = self._vectors(x, batch_size, verbose)
         self.quantizer.adapt(z[weights > 0], iterations, seed, verbose)

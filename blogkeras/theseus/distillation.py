@@ -11,7 +11,7 @@ from blogkeras.arguments import check_layer, check_number
 from blogkeras.graph import freeze
 from blogkeras.models import CompositeModel
 from blogkeras.outputs import (
-    UnreadableLoss,
+    UnreadableLossError,
     check_output_arguments,
     known_outputs,
     output_losses,
@@ -292,7 +292,7 @@ def _read_if_told(model, outputs, *arguments):
     if getattr(model, "loss", None) is not None:
         try:
             return read_outputs(model, outputs, *arguments)
-        except UnreadableLoss:
+        except UnreadableLossError:
             pass
     return [None] * len(tree.flatten(outputs))
 

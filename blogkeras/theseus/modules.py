@@ -95,10 +95,12 @@ def flat_shapes(shapes):
 
 
 def serialized(layers):
+    """The configs of nested layers, nested likewise."""
     return tree.map_structure(keras.saving.serialize_keras_object, layers)
 
 
 def deserialized(config):
+    """The nested layers of what `serialized` gave."""
     if isinstance(config, (list, tuple)):
         return [*map(deserialized, config)]
     if isinstance(config, dict):

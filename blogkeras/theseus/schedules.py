@@ -74,4 +74,5 @@ def check_rate(name, rate):
 
 
 def serialized_rate(rate):
+    """The config of a schedule; a number as it is."""
     return keras.saving.serialize_keras_object(rate) if callable(rate) else rate

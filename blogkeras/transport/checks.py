@@ -48,6 +48,7 @@ def check_problem(p, q, D):
 
 
 def check_shape(name, z, x):
+    """Raises a ValueError unless `z` has one entry for each word of `x`."""
     if tuple(z.shape) != tuple(x.shape[:-1]):
         raise ValueError(
             f"Expected the {name} of shape {tuple(x.shape[:-1])}, one for each "

@@ -208,8 +208,15 @@ def word_rotator_distance(
         with  Σⱼ γᵢⱼ = ‖wᵢ‖/Z,  Σᵢ γᵢⱼ = ‖w'ⱼ‖/Z'
 
     The norm of a word is its importance, its direction its meaning. Between 0
-    and 2. It is `word_mover_distance` with other defaults; see there for the
-    arguments, for masks and for empty sequences (1 to a text).
+    and 2. It is `word_mover_distance` with other defaults. An empty sequence
+    has distance 1 to a text.
+
+    Args:
+        x, y, mask, cost, weights, idf, solver, regularization, tolerance: As
+            for `word_mover_distance`.
+
+    Returns:
+        `(...)`: NumPy float64 from `solver="exact"`, else a float32 tensor.
 
     Example:
 
@@ -229,7 +236,10 @@ def word_rotator_distance(
 def word_rotator_similarity(
     x: Tensor, y: Tensor, mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """1 − WRD, between −1 and 1; see `word_rotator_distance`.
+    """1 − WRD, between −1 and 1.
+
+    Args:
+        x, y, mask, **options: As for `word_rotator_distance`.
 
     Reference:
         [blog post](https://kexue.fm/archives/7388)
@@ -251,7 +261,8 @@ def word_centroid_distance(
     the directions u = w/‖w‖; with `weights="norm"` it is the post's bound
     ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖² of WRD, which has the name `word_rotator_bound`.
 
-    Args: See `word_mover_distance`.
+    Args:
+        x, y, mask, cost, weights, idf: As for `word_mover_distance`.
 
     Returns:
         `(...)`, NumPy float64.
@@ -275,6 +286,9 @@ def word_rotator_bound(
 ) -> Tensor:
     """The post's bound WRD ≥ ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖²; NumPy float64.
 
+    Args:
+        x, y, mask: As for `word_rotator_distance`.
+
     Reference:
         [blog post](https://kexue.fm/archives/7388)
     """
@@ -288,7 +302,8 @@ def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
 
     over places with mass. `solver="relaxed"` is the larger one.
 
-    Args: See `wasserstein_distance`.
+    Args:
+        p, q, D: As for `wasserstein_distance`.
 
     Returns:
         Pair of `(...)`, NumPy float64.
@@ -313,8 +328,9 @@ def transport_plan(
 ) -> Tensor:
     """Which word goes where: the plan behind a distance.
 
-    Args: See `word_mover_distance`; the defaults are those of
-        `word_rotator_distance`. `solver` is `"exact"` or `"sinkhorn"`.
+    Args:
+        x, y, mask, cost, weights, idf: As for `word_rotator_distance`.
+        solver: `"exact"` or `"sinkhorn"`.
 
     Returns:
         `(..., n, m)`; entry (i, j) is the mass that word i of `x` sends to word

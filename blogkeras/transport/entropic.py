@@ -122,7 +122,7 @@ def approximate(p, q, D, regularization, tolerance, max_iterations=5000):
     # which tf.distribute does not bear on CPU.
     if not backend.is_concrete(D):
         return _solve_any_rank(p, q, D, *settings)
-    *lead, n, m = D.shape
+    *_lead, n, m = D.shape
     rows, columns = length_classes(n, m)
     p = pad_axis(p, -1, rows)
     q = pad_axis(q, -1, columns)

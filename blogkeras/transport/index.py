@@ -1,5 +1,6 @@
 """Finds the nearest documents exactly, with few exact distances."""
 
+import itertools
 import json
 import zipfile
 from collections.abc import Sequence
@@ -196,7 +197,7 @@ class TransportIndex:
             end = starts[first] + max(_BLOCK // max(dim, 1), 1)
             last = np.searchsorted(starts, end, side="right") - 1
             last = max(last, first + 1)
-            words, p, x = self._words(slice(starts[first], starts[last]))
+            _words, p, x = self._words(slice(starts[first], starts[last]))
             shares = measures.centroid(np, p[:, None], x[:, None], self.cost)
             self._centroids[first:last] = np.add.reduceat(
                 shares, starts[first:last] - starts[first]
@@ -495,7 +496,7 @@ def _counts_of(ratios, starts):
     """
     factors = np.arange(1, 1001)
     counts = []
-    for first, last in zip(starts[:-1], starts[1:], strict=True):
+    for first, last in itertools.pairwise(starts):
         ratio = ratios[first:last, None]
         ratio = ratio / ratio.min()
         multiples = ratio * factors
@@ -524,8 +525,7 @@ def _vectors(x, name, dim=None):
         x.ndim != 2
         or (dim is not None and x.shape[1] != dim)
         or not x.shape[1]
-        or x.dtype.kind not in "fiu"
-        and x.dtype.name != "bfloat16"
+        or (x.dtype.kind not in "fiu" and x.dtype.name != "bfloat16")
     ):
         size = "dim" if dim is None else dim
         raise ValueError(

@@ -167,7 +167,7 @@ def test_a_name_that_stands_twice_needs_its_path():
     tokens = keras.Input((4,), dtype="int32")
     a, b = tower("a"), tower("b")
     model = keras.Model(tokens, layers.Add()([a(tokens), b(tokens)]))
-    with pytest.raises(ValueError, match="several layers.*a/embedding.*path"):
+    with pytest.raises(ValueError, match=r"several layers.*a/embedding.*path"):
         site_of(model, "embedding")
     assert site_of(model, "b/embedding").layer is b.get_layer("embedding")
 
@@ -212,5 +212,5 @@ def test_a_layer_that_takes_no_part():
     blogkeras.adversarial_training(
         model, "unused", method=FGM(0.5, site="output")
     )
-    with pytest.raises(ValueError, match="takes no part.*'unused'"):
+    with pytest.raises(ValueError, match=r"takes no part.*'unused'"):
         model.fit(TOKENS, np.zeros((3, 4, 5)), verbose=0)

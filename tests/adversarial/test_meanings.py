@@ -129,7 +129,7 @@ def test_by_the_one_line_call():
 def test_a_loss_that_does_not_tell_is_refused_before_training(method):
     model = linear(None, own_loss)
     with pytest.raises(
-        ValueError, match="output_kind.*Received: loss=own_loss"
+        ValueError, match=r"output_kind.*Received: loss=own_loss"
     ):
         blogkeras.adversarial_training(model, method=method)
     model = toy.Subclassed()

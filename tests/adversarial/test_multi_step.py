@@ -205,7 +205,7 @@ def test_schedule_and_start_step():
     )
 
     def losses(method):
-        model, E, W = start()
+        model, _E, _W = start()
         model.set_weights([np.arange(15).reshape(5, 3) / 10, np.eye(3)[:, :2]])
         return [step(model, method(i))[0] for i in range(3)]
 

@@ -113,7 +113,7 @@ def test_every_method_sees_integers_as_floats(name):
 
 def test_where_nothing_is_floating_the_layer_must_be_named():
     model, slope = image_model(True, "uint8")
-    with pytest.raises(ValueError, match="Nothing to perturb.*Rescaling"):
+    with pytest.raises(ValueError, match=r"Nothing to perturb.*Rescaling"):
         blogkeras.adversarial_training(model)
     x = BYTES.astype("uint8")
     clean = one_step(model, x)
@@ -136,7 +136,7 @@ def test_a_subclassed_model_of_integers_says_so_in_fit():
     model = Own()
     model.compile("sgd", mean_output, **CHEAPLY)
     blogkeras.adversarial_training(model)
-    with pytest.raises(ValueError, match="Nothing to perturb.*uint8"):
+    with pytest.raises(ValueError, match=r"Nothing to perturb.*uint8"):
         model.fit(BYTES.astype("uint8"), np.zeros(8), batch_size=8, verbose=0)
 
 

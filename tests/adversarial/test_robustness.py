@@ -388,7 +388,7 @@ def test_a_layer_without_a_batch_axis_is_refused():
     outputs = layers.Dense(3, activation="softmax")(layers.Flatten()(h))
     model = toy.compiled(keras.Model(tokens, outputs), **CHEAPLY)
     evaluated(model, toy.TOKENS[:8], toy.LABELS[:8])
-    with pytest.raises(ValueError, match="first axis .* must be the batch"):
+    with pytest.raises(ValueError, match=r"first axis .* must be the batch"):
         evaluated(model, toy.TOKENS[:8], toy.LABELS[:8], embedding_name="table")
 
 
@@ -421,7 +421,7 @@ def test_a_model_must_be_compiled():
 
 def test_unknown_column():
     result = evaluated(linear_model(mean_output), X, np.zeros((7, 1)), 0.1)
-    with pytest.raises(ValueError, match="'loss'.*Received: name='acc'"):
+    with pytest.raises(ValueError, match=r"'loss'.*Received: name='acc'"):
         result.column("acc")
 
 

@@ -67,7 +67,7 @@ def derivatives(model, method):
 
     def hook(objective, weights):
         site = blogkeras.adversarial.finding.find_site(model, None, "output")
-        evaluation, gradients = method.gradients(objective, weights, site)
+        _evaluation, gradients = method.gradients(objective, weights, site)
         directions = [
             RNG.normal(size=w.shape).astype("float32") for w in weights
         ]
@@ -136,7 +136,7 @@ def test_what_is_missing_is_told(eagerly):
     model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=eagerly)
     for method in (GradientPenalty(1.0), NoiseStability(1.0)):
         blogkeras.adversarial_training(model, method=method)
-        with pytest.raises(ValueError, match="ResizeBilinearGrad.*own_resize"):
+        with pytest.raises(ValueError, match=r"ResizeBilinearGrad.*own_resize"):
             model.fit(X, Y, verbose=0)
     # An attack needs first derivatives only.
     blogkeras.adversarial_training(model, method="fgm")
@@ -164,7 +164,7 @@ def test_the_ctc_loss(eagerly):
     y = np.array([[1, 2], [3, 1]])
     blogkeras.adversarial_training(model, method=GradientPenalty(1.0))
     if TENSORFLOW:
-        with pytest.raises(ValueError, match="no second derivative.*CTC"):
+        with pytest.raises(ValueError, match=r"no second derivative.*CTC"):
             model.fit(x, y, verbose=0)
     else:
         assert np.isfinite(model.fit(x, y, verbose=0).history["loss"]).all()

@@ -173,7 +173,7 @@ def test_arrays_of_float64_take_the_dtype_of_a_weight(make):
 def test_errors_of_symbolic_updates_and_metrics():
     layer = OldLayer()
     layer.add_update([])
-    with pytest.raises(ValueError, match="K.update"):
+    with pytest.raises(ValueError, match=r"K.update"):
         layer.add_update([tf.zeros(1)])
     with pytest.raises(ValueError, match="aggregation='sum'"):
         layer.add_metric(tf.zeros(1), name="m", aggregation="sum")
@@ -220,9 +220,11 @@ def test_function_of_the_learning_phase():
 
 def test_kinds_of_tensors():
     symbolic = keras.Input((2,))
-    assert K.is_keras_tensor(symbolic) and K.is_placeholder(symbolic)
+    assert K.is_keras_tensor(symbolic)
+    assert K.is_placeholder(symbolic)
     assert not K.is_keras_tensor(tf.zeros(2))
-    assert K.is_tensor(tf.zeros(2)) and not K.is_tensor([0.0])
+    assert K.is_tensor(tf.zeros(2))
+    assert not K.is_tensor([0.0])
     with pytest.raises(ValueError, match="to be a tensor"):
         K.is_keras_tensor([0.0])
     with pytest.raises(ValueError, match="data_format='rows'"):
@@ -233,7 +235,8 @@ def test_small_functions_of_the_backend():
     x = np.array([[1.0, 2.0, 4.0], [0.0, 3.0, 1.0]], "float32")
     np.testing.assert_array_equal(K.identity(x), x)
     np.testing.assert_array_equal(K.slice(x, [0, 1], [2, 2]), x[:, 1:])
-    assert K.size(x) == 6 and K.get_variable_shape(K.variable(x)) == (2, 3)
+    assert K.size(x) == 6
+    assert K.get_variable_shape(K.variable(x)) == (2, 3)
     np.testing.assert_allclose(
         K.logsumexp(x, axis=1), np.log(np.exp(x).sum(1)), rtol=1e-6
     )

@@ -177,7 +177,8 @@ def test_compile_takes_metrics_third():
 def test_model_takes_arguments_of_keras_1_and_2():
     a = keras.Input((2,))
     model = old.models.Model(input=a, output=old.layers.Dense(1)(a))
-    assert model.input is a and isinstance(model, keras.Model)
+    assert model.input is a
+    assert isinstance(model, keras.Model)
 
     class Own(old.models.Model):
         def __init__(self):
@@ -367,7 +368,7 @@ def test_optimizers_know_the_old_names_of_the_learning_rate():
         optimizer.lr = 0.125
         copy = type(optimizer).from_config(optimizer.get_config())
         assert float(copy.learning_rate) == 0.125
-    with pytest.raises(ValueError, match="schedule_decay=0.1"):
+    with pytest.raises(ValueError, match=r"schedule_decay=0.1"):
         old.optimizers.Nadam(schedule_decay=0.1)
 
 

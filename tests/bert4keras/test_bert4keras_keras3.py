@@ -11,7 +11,7 @@ import bert4keras_oracle as oracle
 from kit import close_in_ulps
 
 import blogkeras
-import blogkeras.bert4keras  # noqa: F401
+import blogkeras.bert4keras
 
 # isort: split
 from bert4keras import backend, layers, optimizers
@@ -183,7 +183,8 @@ def test_summary_names_the_layers():
     lines = []
     oracle.built("bert").summary(print_fn=lines.append, line_length=120)
     text = "".join(lines)
-    assert "MultiHeadAttention" in text and "Total params" in text
+    assert "MultiHeadAttention" in text
+    assert "Total params" in text
 
 
 def test_one_model_of_each_keras_in_one_graph():
@@ -215,7 +216,8 @@ def test_adversarial_training_of_a_bridged_model():
         np.abs(a - b).max()
         for a, b in zip(plain, model.get_weights(), strict=True)
     ]
-    assert np.isfinite(difference).all() and max(difference) > 1e-4
+    assert np.isfinite(difference).all()
+    assert max(difference) > 1e-4
 
 
 @pytest.mark.verify

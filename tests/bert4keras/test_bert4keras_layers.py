@@ -174,7 +174,8 @@ def test_data_generator_to_dataset_pads_batches():
         padded_batch=True,
     )
     x, y = next(iter(dataset))
-    assert x["token"].shape == (3, 3) and y.shape == (3, 1)
+    assert x["token"].shape == (3, 3)
+    assert y.shape == (3, 1)
     n = np.array(y).astype(int)
     expected = np.where(np.arange(3) < n, np.arange(3), 0)
     np.testing.assert_array_equal(x["token"], expected)
@@ -203,7 +204,8 @@ def test_loss_layer_trains_without_targets():
 def test_backend_takes_symbolic_tensors(tmp_path):
     K = backend.K
     x = keras.Input((None, 4))
-    assert K.int_shape(x) == (None, None, 4) and K.ndim(x) == 3
+    assert K.int_shape(x) == (None, None, 4)
+    assert K.ndim(x) == 3
     assert K.dtype(x) == "float32"
     model = keras.Model(x, K.sum(K.square(x), axis=1, keepdims=True))
     value = np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32")
@@ -339,7 +341,8 @@ def test_calls_of_a_shared_layer_by_their_number():
     model = oracle.built("albert")
     layer = model.get_layer("Transformer-FeedForward-Norm")
     first, last = layer.get_output_at(0), layer.get_output_at(-1)
-    assert last is model.output and first is not last
+    assert last is model.output
+    assert first is not last
     inputs = layer.get_input_at(1)
     both = keras.Model(model.inputs, [first, inputs])
     assert [y.shape for y in both(oracle.padded_batch(model))] == [

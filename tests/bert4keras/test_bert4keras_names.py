@@ -81,7 +81,8 @@ def test_modules_of_keras_2_are_found(stood_in):
     from keras.utils.np_utils import to_categorical
 
     root = importlib.import_module("keras")
-    assert Layer is root.layers.Layer and Dense is root.layers.Dense
+    assert Layer is root.layers.Layer
+    assert Dense is root.layers.Dense
     assert root.layers.CuDNNLSTM is LSTM is keras.layers.LSTM
     assert ModelCheckpoint is root.callbacks.ModelCheckpoint
     assert mse(np.zeros(2), np.ones(2)) == 1
@@ -90,10 +91,13 @@ def test_modules_of_keras_2_are_found(stood_in):
     tokenizer.fit_on_texts(["a b a"])
     assert tokenizer.word_index == {"a": 1, "b": 2}
     assert to_categorical([1], 2).tolist() == [[0, 1]]
-    assert has_arg(lambda a: a, "a") and not has_arg(lambda a: a, "b")
+    assert has_arg(lambda a: a, "a")
+    assert not has_arg(lambda a: a, "b")
     assert has_arg(lambda **k: k, "b", accept_all=True)
-    assert to_list(1) == [1] and root.utils.unpack_singleton([3]) == 3
-    assert root.utils.is_all_none([None]) and to_list((1,), True) == [1]
+    assert to_list(1) == [1]
+    assert root.utils.unpack_singleton([3]) == 3
+    assert root.utils.is_all_none([None])
+    assert to_list((1,), True) == [1]
     assert root.utils.count_params([np.zeros((2, 3)), np.zeros(4)]) == 10
     assert interfaces.legacy_get_updates_support(len) is len
     with pytest.raises(AttributeError):
@@ -129,7 +133,8 @@ def test_tensorflow_keras_is_the_same_keras(stood_in):
 
     root = importlib.import_module("keras")
     assert tensorflow_of_scripts.keras is root
-    assert Lambda is root.layers.Lambda and K is root.backend
+    assert Lambda is root.layers.Lambda
+    assert K is root.backend
     assert tensorflow_of_scripts.float32 is tf.float32
     # TensorFlow 1's names are those of tf.compat.v1; TensorFlow has them not.
     assert tensorflow_of_scripts.log is tf.compat.v1.log
@@ -151,10 +156,12 @@ def test_warns_of_another_copy_of_bert4keras(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "bert4keras")
     importlib.invalidate_caches()
-    with pytest.warns(UserWarning, match="not the copy"):
-        with importing._installed_first():
-            spec = importlib.util.find_spec("bert4keras")
-            assert pathlib.Path(spec.origin).parent.parent != tmp_path
+    with (
+        pytest.warns(UserWarning, match="not the copy"),
+        importing._installed_first(),
+    ):
+        spec = importlib.util.find_spec("bert4keras")
+    assert pathlib.Path(spec.origin).parent.parent != tmp_path
     assert sys.path[0] == str(tmp_path)
 
 
@@ -200,8 +207,13 @@ def test_runs_an_old_script_without_any_change(tmp_path):
     (tmp_path / "bert4keras/__init__.py").write_text("raise SystemExit(3)")
     (tmp_path / "old_script.py").write_text(SCRIPT)
     result = subprocess.run(
-        [sys.executable, "-m", "blogkeras.bert4keras", "old_script.py"]
-        + ["argument"],
+        [
+            sys.executable,
+            "-m",
+            "blogkeras.bert4keras",
+            "old_script.py",
+            "argument",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.getcwd(), "TF_KERAS": "1"},
         capture_output=True,

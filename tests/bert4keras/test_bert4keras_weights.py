@@ -336,7 +336,7 @@ def test_errors_of_paths_and_of_the_library(tmp_path, monkeypatch):
     for path in (None, 3, [tmp_path]):
         with pytest.raises(ValueError, match="a file or a folder"):
             read_safetensors(path)
-    with pytest.raises(FileNotFoundError, match="index.json"):
+    with pytest.raises(FileNotFoundError, match=r"index.json"):
         read_safetensors(tmp_path)
     write_safetensors(tmp_path / "model.safetensors", {"a": np.zeros(2)})
     monkeypatch.setitem(sys.modules, "safetensors", None)

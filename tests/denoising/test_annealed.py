@@ -69,7 +69,8 @@ def test_the_loss_of_known_answers(conditional):
     model.network.set_weights([0 * w for w in model.network.get_weights()])
     compiled(model)
     loss = model.evaluate(zeros, batch_size=512, verbose=0)
-    assert abs(loss[0] - 1) < 0.2 and abs(loss[1] - 1) < 1e-5
+    assert abs(loss[0] - 1) < 0.2
+    assert abs(loss[1] - 1) < 1e-5
 
 
 def test_the_papers_loss():
@@ -203,7 +204,8 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="conditional"):
         AnnealedScoreMatching(network, SIGMAS, conditional=1)
     rising = AnnealedScoreMatching(network, np.geomspace(0.1, 1, 10))
-    assert rising.sigmas[0] == 1 and len(rising.sigmas) == 10
+    assert rising.sigmas[0] == 1
+    assert len(rising.sigmas) == 10
     model = small()
     with pytest.raises(ValueError, match="sigma"):
         model.score(X, sigma=0.5)

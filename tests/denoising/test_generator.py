@@ -298,5 +298,5 @@ def test_bad_arguments():
 def test_an_old_keras_is_told_so(monkeypatch):
     model = small()
     monkeypatch.delattr(keras.optimizers, "MultiOptimizer")
-    with pytest.raises(ValueError, match="3.15"):
+    with pytest.raises(ValueError, match=r"3.15"):
         model.compile("adam")

@@ -145,11 +145,12 @@ def test_the_mean_and_the_scale_of_a_model():
     assert abs(result.value - truth) < max(4 * result.standard_error, 1e-3)
     grid = log_partition(model, "quadrature", bounds=[(-15, 17)] * 2)
     assert abs(grid.value - truth) < 1e-3
-    assert math.isnan(result.upper) and result.lower < result.value
+    assert math.isnan(result.upper)
+    assert result.lower < result.value
 
 
 def test_bad_arguments():
-    log_density, _, draw = gaussian(2)
+    log_density, _, _draw = gaussian(2)
     good = {"mean": np.zeros(2), "scale": 1.0}
     with pytest.raises(ValueError, match="method"):
         log_partition(log_density, "exact")
@@ -161,7 +162,7 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match="scale"):
             log_partition(log_density, mean=np.zeros(2), scale=scale)
     for bounds in (None, 3, [(0, 1)] * 3, [(1, 0)], [(0, np.inf)]):
-        with pytest.raises(ValueError, match="bounds|low"):
+        with pytest.raises(ValueError, match=r"bounds|low"):
             log_partition(log_density, "quadrature", bounds=bounds)
     with pytest.raises(ValueError, match="odd"):
         log_partition(
@@ -182,7 +183,8 @@ def test_toy_densities(name):
     """Normalized; the entropies of 16 million draws under a blurred grid."""
     density = getattr(toy_densities, name)
     x = density.sample(1000, seed=0)
-    assert x.shape == (1000, 2) and x.dtype == np.float32
+    assert x.shape == (1000, 2)
+    assert x.dtype == np.float32
     np.testing.assert_array_equal(x, density.sample(1000, seed=0))
     noise = np.random.default_rng(1).normal(size=x.shape)
     for points, expected in zip((x + 0.1 * noise, x), SETS[name], strict=True):
@@ -198,7 +200,8 @@ def test_toy_densities(name):
 def test_toy_densities_without_noise():
     values = toy_densities.checkerboard.log_density([[1.0, 0.5], [1.0, -1.0]])
     inside, outside = sorted(values)[::-1]
-    assert abs(inside + math.log(32)) < 1e-12 and outside == -math.inf
+    assert abs(inside + math.log(32)) < 1e-12
+    assert outside == -math.inf
     with pytest.raises(ValueError, match="sigma"):
         toy_densities.rings.log_density([[0.0, 0.0]], -1)
     with pytest.raises(ValueError, match="n, 2"):

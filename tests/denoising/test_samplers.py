@@ -61,7 +61,8 @@ def test_langevin_has_its_own_variance(dim):
     s, step = scales(dim), 0.2
     result = langevin(gaussian(s), start(dim), 60, step, seed=0)
     check_moments(result.x, np.zeros(dim), s**2 / (1 - step / (4 * s**2)))
-    assert result.acceptance_rate == 1 and result.num_non_finite == 0
+    assert result.acceptance_rate == 1
+    assert result.num_non_finite == 0
 
 
 def test_temperature():
@@ -187,7 +188,8 @@ def test_a_step_size_that_diverges_is_an_error():
     result = langevin(
         gaussian(SPREAD), x, 500, 1.1, seed=0, allow_non_finite=True
     )
-    assert np.isfinite(result.x).all() and result.num_non_finite == 8
+    assert np.isfinite(result.x).all()
+    assert result.num_non_finite == 8
     with pytest.raises(FloatingPointError, match="largest"):
         annealed_langevin(gaussian(SPREAD), x, 1.1, np.ones(500), seed=0)
 
@@ -200,7 +202,8 @@ def test_some_chains_only():
 
     x = np.array([[0.0], [0.99]], "float32")
     result = mala(log_density, x, 50, 0.3, seed=0)
-    assert 0 < result.num_non_finite <= 2 and (np.abs(result.x) < 1).all()
+    assert 0 < result.num_non_finite <= 2
+    assert (np.abs(result.x) < 1).all()
 
 
 def test_annealing_by_temperature_ends_at_the_last_one():

@@ -89,7 +89,8 @@ def test_the_reviews_are_unique_and_have_one_label(reviews, monkeypatch):
     import task_sentiment_adversarial_training as demo
 
     own = demo.read_reviews(reviews)
-    assert len(own) == 120 and sum(label for _, label in own) == 60
+    assert len(own) == 120
+    assert sum(label for _, label in own) == 60
     # 8379 praise, 9078 complain, 47 do both (counted with sort | uniq).
     built_in = demo.read_reviews()
     assert len(built_in) == 8379 + 9078 - 2 * 47

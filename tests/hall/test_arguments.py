@@ -14,28 +14,30 @@ NOT_A_NUMBER = (True, "4", None, [4], np.array([4]), float("nan"), object())
 @pytest.mark.parametrize("value", [4, np.int64(4), np.uint8(4)])
 def test_integers_pass(value):
     checked = arguments.check_integer("n", value, 1, 4)
-    assert checked == 4 and type(checked) is int
+    assert checked == 4
+    assert type(checked) is int
 
 
 @pytest.mark.parametrize(
     "value", [*NOT_A_NUMBER, 4.0, 4.5, 0, 5, -1, np.True_, np.float32(4)]
 )
 def test_what_is_no_integer(value):
-    with pytest.raises(ValueError, match="Expected `n` .* Received: n="):
+    with pytest.raises(ValueError, match=r"Expected `n` .* Received: n="):
         arguments.check_integer("n", value, 1, 4)
 
 
 @pytest.mark.parametrize("value", [4, 4.0, np.float32(4), np.int8(4)])
 def test_numbers_pass(value):
     checked = arguments.check_number("x", value, minimum=0, below=5)
-    assert checked == 4 and type(checked) is float
+    assert checked == 4
+    assert type(checked) is float
 
 
 @pytest.mark.parametrize(
     "value", [*NOT_A_NUMBER, float("inf"), -0.5, 5, np.True_, 1j]
 )
 def test_what_is_no_number(value):
-    with pytest.raises(ValueError, match="at least 0 and below 5. Received"):
+    with pytest.raises(ValueError, match=r"at least 0 and below 5. Received"):
         arguments.check_number("x", value, minimum=0, below=5)
     with pytest.raises(ValueError, match="above 0"):
         arguments.check_number("x", 0, above=0)
@@ -45,19 +47,19 @@ def test_what_is_no_number(value):
 def test_choices(value):
     assert arguments.check_choice("mode", "a", ("a", None)) == "a"
     assert arguments.check_choice("mode", None, ("a", None)) is None
-    with pytest.raises(ValueError, match="'a', None. Received: mode="):
+    with pytest.raises(ValueError, match=r"'a', None. Received: mode="):
         arguments.check_choice("mode", value, ("a", None))
 
 
 def test_booleans_and_layers():
     assert arguments.check_boolean("flag", np.True_) is True
     for value in (1, "True", None):
-        with pytest.raises(ValueError, match="True or False. Received: flag="):
+        with pytest.raises(ValueError, match=r"True or False. Received: flag="):
             arguments.check_boolean("flag", value)
     layer = keras.layers.Dense(1)
     assert arguments.check_layer("layer", layer) is layer
     for value in ("dense", keras.layers.Dense, None):
-        with pytest.raises(ValueError, match="Keras layer or model. Received"):
+        with pytest.raises(ValueError, match=r"Keras layer or model. Received"):
             arguments.check_layer("layer", value)
 
 
@@ -65,7 +67,9 @@ def test_finite_values():
     arguments.check_finite("x", np.array([1, 2]))
     arguments.check_finite("x", ops.ones(3, "bfloat16"))
     for value in ([1.0, np.nan], ops.convert_to_tensor([np.inf])):
-        with pytest.raises(ValueError, match="finite numbers in `x`. Received"):
+        with pytest.raises(
+            ValueError, match=r"finite numbers in `x`. Received"
+        ):
             arguments.check_finite("x", value)
 
 
@@ -76,7 +80,7 @@ def test_arrays_of_integers():
     for value in ([1.0], [True], np.array(["a"])):
         with pytest.raises(ValueError, match="Expected integers in `ids`"):
             arguments.check_integers("ids", value)
-    with pytest.raises(ValueError, match="at most 4. Received: ids from 0 to"):
+    with pytest.raises(ValueError, match=r"at most 4. Received: ids from 0 to"):
         arguments.check_integers("ids", [0, 5], 0, 4)
 
 
@@ -115,5 +119,5 @@ def test_paths(tmp_path):
     assert arguments.check_path("path", tmp_path) == str(tmp_path)
     assert arguments.check_path("path", "index.npz") == "index.npz"
     for value in (None, 3, "", b"x", ["x"]):
-        with pytest.raises(ValueError, match="`path` to be a path.*path="):
+        with pytest.raises(ValueError, match=r"`path` to be a path.*path="):
             arguments.check_path("path", value)

@@ -167,7 +167,7 @@ def test_cond_equals_the_chosen_branch(sign):
 @no_gradient
 def test_cond_without_jit_and_in_half_precision():
     expected, losses = trained(True, 1, jit=False)
-    ours, our_losses = trained(None, 1, jit=False)
+    ours, _our_losses = trained(None, 1, jit=False)
     assert toy.difference(expected, ours) <= 1e-6
     ours, half = trained(None, 1, policy="mixed_bfloat16")
     expected, losses = trained(True, 1, policy="mixed_bfloat16")
@@ -233,25 +233,28 @@ def test_second_order_is_scoped_and_thread_local():
 
     original = tf.nn.moments
     seen = []
-    with pytest.raises(KeyboardInterrupt):
+    x = tf.constant([1.0, 2.0, 6.0])
+
+    def other():
+        with tf.GradientTape() as outer:
+            outer.watch(x)
+            with tf.GradientTape() as tape:
+                tape.watch(x)
+                _, variance = tf.nn.moments(x, 0)
+            slope = tape.gradient(variance, x)[0]
+        seen.append(outer.gradient(slope, x).numpy())
+
+    def interrupted():
         with backend.second_order():
             assert tf.nn.moments is not original
-            x = tf.constant([1.0, 2.0, 6.0])
-
-            def other():
-                with tf.GradientTape() as outer:
-                    outer.watch(x)
-                    with tf.GradientTape() as tape:
-                        tape.watch(x)
-                        _, variance = tf.nn.moments(x, 0)
-                    slope = tape.gradient(variance, x)[0]
-                seen.append(outer.gradient(slope, x).numpy())
-
             other()
             thread = threading.Thread(target=other)
             thread.start()
             thread.join()
             raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert tf.nn.moments is original
     # variance = Σ(x−m)²/3: ∂²/∂x₁∂x = 2/3 (1 − 1/3, −1/3, −1/3).
     np.testing.assert_allclose(
@@ -264,13 +267,15 @@ def test_second_order_is_scoped_and_thread_local():
 def test_sums_and_gathers_across_replicas():
     x = ops.convert_to_tensor([1.0, 2.0])
     if not TENSORFLOW:
-        assert backend.num_replicas() == 1 and backend.replica() == 0
+        assert backend.num_replicas() == 1
+        assert backend.replica() == 0
         assert backend.all_reduce_sum(x) is x
         assert backend.all_gather(x) is x
         return
     import tensorflow as tf
 
-    assert backend.num_replicas() == 1 and backend.replica() == 0
+    assert backend.num_replicas() == 1
+    assert backend.replica() == 0
     assert backend.all_reduce_sum(x) is x
     assert backend.all_gather(x) is x
 

@@ -35,9 +35,11 @@ def test_chunks_do_not_change_the_result(chunk_size):
         program, START, 10, factor, chunk_size=chunk_size
     )
     # Halves of small integers: exact in float32.
-    assert float(x) == by_hand(1.0, 10, 0.5) and int(count) == 10
+    assert float(x) == by_hand(1.0, 10, 0.5)
+    assert int(count) == 10
     x, count = loops.run_steps(program, START, 0, factor)
-    assert float(x) == 1 and int(count) == 0
+    assert float(x) == 1
+    assert int(count) == 0
 
 
 def test_progress_and_checks(capsys):
@@ -47,7 +49,8 @@ def test_progress_and_checks(capsys):
     loops.run_steps(
         *arguments, verbose=1, check=lambda done, state: seen.append(done)
     )
-    assert seen[-1] == 45 and len(seen) == 15
+    assert seen[-1] == 45
+    assert len(seen) == 15
     assert "45/45" in capsys.readouterr().out
 
     def stop(done, state):
@@ -56,7 +59,7 @@ def test_progress_and_checks(capsys):
     with pytest.raises(KeyboardInterrupt, match="5"):
         loops.run_steps(*arguments, chunk_size=5, check=stop)
     assert not capsys.readouterr().out
-    with pytest.raises(ValueError, match="Received: num_steps=2.5"):
+    with pytest.raises(ValueError, match=r"Received: num_steps=2.5"):
         loops.run_steps(program, START, 2.5, ops.ones(()))
 
 
@@ -83,6 +86,7 @@ def test_the_cache_forgets_what_was_not_used():
         assert len(cache) <= 2
     assert built == ["a", "b", "c", "b"]
     for other in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
-        assert other.size == 2 and len(other) == 0
+        assert other.size == 2
+        assert len(other) == 0
     cache.clear()
     assert len(cache) == 0

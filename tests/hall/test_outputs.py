@@ -196,7 +196,7 @@ def test_several_losses_of_one_output():
 
 @pytest.mark.parametrize("loss", [own_loss, OwnLoss(), "dice", None])
 def test_a_loss_that_does_not_tell(loss):
-    with pytest.raises(ValueError, match="sparse_categorical.*output_kind"):
+    with pytest.raises(ValueError, match=r"sparse_categorical.*output_kind"):
         read(model_of(3, loss=loss))
     with pytest.raises(ValueError, match="output_kind"):
         read(model_of(3, loss=loss), from_logits=False)

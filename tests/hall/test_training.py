@@ -218,7 +218,7 @@ def wasteful(objective, weights):
     """Evaluates thrice elsewhere, commits the plain pass."""
     for factor in (0.5, 2.0):
         objective([w * factor for w in weights])
-    x, y, sample_weight = objective.data
+    x, y, _sample_weight = objective.data
     objective(weights, data=(x[:1], y[:1], None))
     return objective.value_and_grad(objective, weights)
 
@@ -496,7 +496,7 @@ def test_refuses_a_train_step_of_its_own():
 
 
 def test_refuses_what_is_not_a_model():
-    with pytest.raises(ValueError, match="Expected a `keras.Model`"):
+    with pytest.raises(ValueError, match=r"Expected a `keras.Model`"):
         training.install(layers.Dense(3), plain)
 
 

@@ -230,7 +230,7 @@ def test_errors():
             HSICBottleneck([dense], 3, **{name: 0})
     with pytest.raises(ValueError, match="label_weight=-1"):
         HSICBottleneck([dense], 3, label_weight=-1)
-    with pytest.raises(ValueError, match="last output shape .None, 2."):
+    with pytest.raises(ValueError, match=r"last output shape .None, 2."):
         bottleneck((8, 2))
     model = bottleneck()
     model.compile("sgd", "mse", run_eagerly=True)

@@ -177,7 +177,7 @@ def test_errors(capsys):
             hsic_test(X, Y, **settings)
     with pytest.raises(ValueError, match="Received: n=5"):
         hsic_test(X[:5], Y[:5])
-    with pytest.raises(ValueError, match="Received: x.shape=.1, 60, 2"):
+    with pytest.raises(ValueError, match=r"Received: x.shape=.1, 60, 2"):
         hsic_test(X[None], Y[None])
     with pytest.raises(ValueError, match="finite numbers in `y`"):
         hsic_test(X, np.where(Y > 1, np.nan, Y))
@@ -212,7 +212,6 @@ def hyppos_test(x, y):
 
     `benchmarks/bench_hsic.py` compares it with hyppo's own.
     """
-
     x, y = (t.reshape(len(t), -1) for t in (x, y))
     n, bandwidth = len(x), median(x)
     k, l = gaussian(x, bandwidth), gaussian(y, bandwidth)  # noqa: E741

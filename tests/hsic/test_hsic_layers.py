@@ -295,7 +295,8 @@ def test_compare_layers(tmp_path):
     found = compare_layers(a, b, X[:30], batch_size=16, path=path)
     assert path.read_bytes().startswith(b"\x89PNG")
     assert found.layers_a == [layer.name for layer in a.layers]
-    assert found.layers_b[0] == "only" and len(found.layers_b) == 2
+    assert found.layers_b[0] == "only"
+    assert len(found.layers_b) == 2
     expected = np.zeros((2, 2))
     for i, p in enumerate(a.layers):
         for j, q in enumerate(b.layers[1:]):

@@ -289,8 +289,11 @@ def test_the_step_lowers_for_a_tpu():
 
 def test_samples(trained):
     x = trained.sample(5, seed=3, batch_size=4)
-    assert x.shape == (5, 4, 4, 1) and x.dtype == "float32"
-    assert x.min() >= 0 and x.max() <= 1 and len(np.unique(x)) > 40
+    assert x.shape == (5, 4, 4, 1)
+    assert x.dtype == "float32"
+    assert x.min() >= 0
+    assert x.max() <= 1
+    assert len(np.unique(x)) > 40
     np.testing.assert_array_equal(x, trained.sample(5, seed=3, batch_size=4))
     assert abs(x - trained.sample(5, seed=4, batch_size=4)).max() > 0
     # At temperature 0 there is one picture.

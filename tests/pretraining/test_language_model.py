@@ -65,7 +65,7 @@ def test_segments_change_places():
 
 
 def test_the_second_segment_of_another_sequence():
-    ids, segments, words, labels, weights = change("next_sentence", always)
+    ids, segments, _words, labels, weights = change("next_sentence", always)
     # Cut off where the block is full, but for its [SEP].
     np.testing.assert_array_equal(
         ids[0], [CLS, 5, 6, 7, SEP, 11, 12, 13, 14, 15, 16, SEP]
@@ -152,7 +152,8 @@ def rows(texts=TEXTS, length=6, batches=1, **options):
 def test_lines_one_after_another():
     # a b c d . e | f . g . h | i j k l m n o p .
     blocks = rows(batch_size=4)
-    assert blocks.dtype == "int32" and blocks.shape == (4, 6)
+    assert blocks.dtype == "int32"
+    assert blocks.shape == (4, 6)
     text = {
         (2, 5, 6, 7, 8, 3),
         (2, 9, 10, 3, 11, 3),
@@ -200,7 +201,8 @@ def test_pairs_follow_each_other_within_a_document():
     ):
         inside = row[(row != 0) & (row != CLS) & (row != SEP)]
         np.testing.assert_array_equal(inside, tokenize(text))
-        assert row[0] == CLS and (row == SEP).sum() == 2
+        assert row[0] == CLS
+        assert (row == SEP).sum() == 2
         first = row[(segment == 0) & (row != 0)]
         second = row[segment == 1]
         assert first[-1] == second[-1] == SEP
@@ -344,7 +346,8 @@ def test_kerashub_backbones_with_their_inputs():
     )
     inputs = {k: ops.convert_to_tensor(v) for k, v in PAIR.items()}
     out = value(model(inputs)["discriminator_logits"])
-    assert out.shape == (3, LENGTH) and np.isfinite(out).all()
+    assert out.shape == (3, LENGTH)
+    assert np.isfinite(out).all()
     # What stands behind padding is of no influence.
     longer = {k: ops.pad(v, [[0, 0], [0, 0]]) for k, v in inputs.items()}
     np.testing.assert_array_equal(
@@ -475,8 +478,6 @@ def test_the_loss_is_the_model_s_own():
     model = MaskedLanguageModel(encoder(), **ELECTRA)
     with pytest.raises(ValueError, match="`loss`"):
         model.compile("sgd", loss="mse")
+    paired = MaskedLanguageModel(encoder(), pairs="sentence_order", **ELECTRA)
     with pytest.raises(ValueError, match="segments"):
-        paired = MaskedLanguageModel(
-            encoder(), pairs="sentence_order", **ELECTRA
-        )
         paired(ops.ones((2, LENGTH), "int32"))

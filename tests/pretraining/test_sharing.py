@@ -281,7 +281,7 @@ def test_bad_arguments(call, message):
 
 @pytest.mark.skipif(not TENSORFLOW, reason="bert4keras runs on TensorFlow")
 def test_bert4keras():
-    import blogkeras.bert4keras  # noqa: F401
+    import blogkeras.bert4keras
 
     # isort: split
     from bert4keras.models import build_transformer_model

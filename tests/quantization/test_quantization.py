@@ -256,7 +256,9 @@ def test_masked_vectors_have_no_say(decay):
         (Z, {"mask": mask}),
         (changed, {"mask": mask}),
     ):
-        layer = quantizer(ema_decay=decay, restart_threshold=decay and 0.3 or 0)
+        layer = quantizer(
+            ema_decay=decay, restart_threshold=(decay and 0.3) or 0
+        )
         layer(inputs, training=True, **kwargs)
         layers.append((layer, float(layer.losses[0])))
     for layer, loss in layers[1:]:
@@ -302,7 +304,8 @@ def test_nothing_unmasked_leaves_the_codebook():
     layer(Z, training=True)
     before = {w.name: numpy(w) for w in layer.weights}
     out = layer(Z, training=True, mask=np.zeros(Z.shape[:-1], bool))
-    assert np.isfinite(numpy(out)).all() and float(layer.losses[0]) == 0
+    assert np.isfinite(numpy(out)).all()
+    assert float(layer.losses[0]) == 0
     for weight in layer.weights:
         if weight.name != "batch_counts":
             np.testing.assert_array_equal(numpy(weight), before[weight.name])
@@ -325,7 +328,8 @@ def test_in_a_compiled_step_nan_stays_out_of_the_codebook():
     )
     assert float(ops.sum(layer.total_counts)) == clean.sum()
     out = model.predict(bad, verbose=0)
-    assert np.isfinite(out[clean]).all() and np.isnan(out[0, 0, 0, 0])
+    assert np.isfinite(out[clean]).all()
+    assert np.isnan(out[0, 0, 0, 0])
 
 
 # Against collapse.
@@ -363,7 +367,8 @@ def test_restarts_prevent_the_collapse():
         layer.reset_counts()
         layer(z, training=True)
         shares[threshold] = float(usage(layer.total_counts))
-    assert shares[0.0] < 0.3 and shares[0.1] >= 0.9, shares
+    assert shares[0.0] < 0.3
+    assert shares[0.1] >= 0.9
 
 
 @pytest.mark.parametrize("decay", [None, 0.99])
@@ -583,10 +588,10 @@ def test_bad_inputs():
     with pytest.raises(ValueError, match=f"size {DIM} along the last axis"):
         layer.encode(np.zeros((1, DIM + 1), "float32"))
     with pytest.raises(
-        ValueError, match="at least 0 and at most 7.*from -1 to 8"
+        ValueError, match=r"at least 0 and at most 7.*from -1 to 8"
     ):
         layer.decode(np.array([-1, 8]))
-    with pytest.raises(ValueError, match="integers in `codes`.*float32"):
+    with pytest.raises(ValueError, match=r"integers in `codes`.*float32"):
         layer.decode(np.zeros(2, "float32"))
     with pytest.raises(ValueError, match="no codebook yet"):
         VectorQuantizer(4).decode(np.zeros(2, "int32"))

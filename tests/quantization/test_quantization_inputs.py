@@ -168,7 +168,7 @@ def test_sizes_that_the_strides_do_not_divide():
         for shape in ((30, 32, 3), (32, 32), None, (32, 32, "3"), (0, 4, 1)):
             with pytest.raises(ValueError, match="input_shape="):
                 function(shape)
-        with pytest.raises(ValueError, match="dim=4.5"):
+        with pytest.raises(ValueError, match=r"dim=4.5"):
             function((32, 32, 3), dim=4.5)
 
 
@@ -227,7 +227,7 @@ def test_inputs_are_numbers(x):
 def test_codes_have_the_decoders_shape(codes):
     model = autoencoder()
     model.build(X.shape)
-    with pytest.raises(ValueError, match="Expected.*codes"):
+    with pytest.raises(ValueError, match=r"Expected.*codes"):
         model.decode(codes)
 
 
@@ -259,7 +259,7 @@ def test_what_is_not_finite_is_named():
         model.adapt,
         lambda x: model.interpolate(X, x),
     ):
-        with pytest.raises(ValueError, match="finite.*row 3"):
+        with pytest.raises(ValueError, match=r"finite.*row 3"):
             call(x)
 
 
@@ -324,7 +324,8 @@ def test_progress_is_shown(capsys):
     assert "3/3" in capsys.readouterr().out
     model.adapt(X, iterations=7, batch_size=6, verbose=1)
     out = capsys.readouterr().out
-    assert "1/1" in out and "7/7" in out
+    assert "1/1" in out
+    assert "7/7" in out
     for verbose in (3, "yes", None):
         with pytest.raises(ValueError, match="verbose="):
             model.adapt(X, verbose=verbose)
@@ -352,9 +353,8 @@ def test_half_precision(policy):
         model.quantizer.embeddings,
         margin=0.1,
     )
-    assert np.isfinite(
-        np.asarray(model.reconstruct(X), "float32")
-    ).all() and model.interpolate(X, X, 2).shape == (6, 2, 4, 4, 2)
+    assert np.isfinite(np.asarray(model.reconstruct(X), "float32")).all()
+    assert model.interpolate(X, X, 2).shape == (6, 2, 4, 4, 2)
 
 
 # Arguments.
@@ -399,9 +399,9 @@ def test_vectors_are_numbers(vectors):
 def test_codes_are_integers(codes):
     layer = VectorQuantizer(CODES)
     layer.build((None, DIM))
-    with pytest.raises(ValueError, match="Expected.*codes"):
+    with pytest.raises(ValueError, match=r"Expected.*codes"):
         layer.decode(codes)
-    with pytest.raises(ValueError, match="Expected.*codes"):
+    with pytest.raises(ValueError, match=r"Expected.*codes"):
         layer.count(codes)
 
 

@@ -214,7 +214,8 @@ def test_memory_does_not_grow_with_the_number_of_codes(number, tmp_path):
     assert (tmp_path / "model.keras").stat().st_size < 60_000
     if number <= 10:
         codes = model.encode(np.ones((3, 6), "float32"))
-        assert codes.min() >= 0 and codes.max() < 8**number
+        assert codes.min() >= 0
+        assert codes.max() < 8**number
 
 
 def test_more_codes_than_int32_can_number():

@@ -233,7 +233,8 @@ def test_an_empty_batch(kind):
     quantized, codes = layer(
         np.zeros((0, DIM), "float32"), training=True, return_codes=True
     )
-    assert quantized.shape == (0, DIM) and codes.shape[0] == 0
+    assert quantized.shape == (0, DIM)
+    assert codes.shape[0] == 0
     assert [float(loss) for loss in layer.losses] == [0] * len(layer.losses)
     after = [numpy(b.total_counts) for b in layer.codebooks()]
     np.testing.assert_array_equal(after, before)
@@ -366,7 +367,8 @@ def test_encoders_that_only_have_a_call(called):
         model.encoder(X)
     model.compile("sgd", jit_compile=ON_JAX)
     history = model.fit(X, verbose=0).history
-    assert np.isfinite(history["loss"]).all() and len(model.weights) > 5
+    assert np.isfinite(history["loss"]).all()
+    assert len(model.weights) > 5
     assert model.encode(X).shape == X.shape[:-1]
 
 
@@ -411,7 +413,8 @@ def test_distances_are_of_full_precision():
 
     z, codes = np.ones((9, DIM), "f4"), np.ones((CODES, DIM), "f4")
     text = jax.jit(nearest.nearest_codes).lower(z, codes).as_text()
-    assert "dot_general" in text and "precision = [HIGHEST, HIGHEST]" in text
+    assert "dot_general" in text
+    assert "precision = [HIGHEST, HIGHEST]" in text
 
 
 def test_initializers_of_residual_stages():
@@ -523,13 +526,13 @@ def test_numpy_integers_and_lists():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="list of integers.*levels=8"):
+    with pytest.raises(ValueError, match=r"list of integers.*levels=8"):
         FiniteScalarQuantizer(8)
     with pytest.raises(ValueError, match="list of integers"):
         FiniteScalarQuantizer([])
     with pytest.raises(ValueError, match="code_shape=4"):
         CodePrior(4, 4)
-    with pytest.raises(ValueError, match="at least 2.*num_codes=0"):
+    with pytest.raises(ValueError, match=r"at least 2.*num_codes=0"):
         CodePrior(0, (2, 2))
     for arguments, message in (
         ({"code_shape": ()}, r"code_shape=\(\)"),
@@ -543,20 +546,20 @@ def test_bad_input():
     layer = VectorQuantizer(CODES)
     with pytest.raises(ValueError, match="iterations=0"):
         layer.adapt(X, iterations=0)
-    with pytest.raises(ValueError, match="return_codes=True.*KerasTensor"):
+    with pytest.raises(ValueError, match=r"return_codes=True.*KerasTensor"):
         layer.encode(keras.Input((DIM,)))
-    with pytest.raises(ValueError, match="layer of your own.*KerasTensor"):
+    with pytest.raises(ValueError, match=r"layer of your own.*KerasTensor"):
         layer.decode(keras.Input((DIM,), dtype="int32"))
     model = sequences(FiniteScalarQuantizer([3] * DIM))
-    with pytest.raises(ValueError, match="k-means.*FiniteScalarQuantizer"):
+    with pytest.raises(ValueError, match=r"k-means.*FiniteScalarQuantizer"):
         model.adapt(X)
     with pytest.raises(ValueError, match="batch_size=0"):
         model.encode(X, batch_size=0)
-    with pytest.raises(ValueError, match="array of rows.*object"):
+    with pytest.raises(ValueError, match=r"array of rows.*object"):
         model.encode(object())
-    with pytest.raises(ValueError, match="one tensor.*input_shape="):
+    with pytest.raises(ValueError, match=r"one tensor.*input_shape="):
         model.build([(None, 4, 2), (None, 4, 2)])
-    with pytest.raises(ValueError, match="one tensor.*input_shape="):
+    with pytest.raises(ValueError, match=r"one tensor.*input_shape="):
         model.build({"x": (None, 4, 2)})
     with pytest.raises(ValueError, match="num=1"):
         model.interpolate(X, X, num=1)
@@ -565,7 +568,7 @@ def test_bad_input():
     model = prior(2)
     with pytest.raises(ValueError, match=r"3 labels.*Received.*0 1"):
         model.sample(3, labels=[0, 1])
-    with pytest.raises(ValueError, match="integers in `labels`.*float64"):
+    with pytest.raises(ValueError, match=r"integers in `labels`.*float64"):
         model.sample(2, labels=[0.7, 1])
     model = prior()
     for arguments, message in (

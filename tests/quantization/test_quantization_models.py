@@ -297,7 +297,8 @@ def test_sampling_with_a_cache_is_sampling_without(kind, classes):
     drawn = model.sample(3, *options, labels=labels, seed=4)
     u = numpy(keras.random.uniform((12, 3), seed=4))
     np.testing.assert_array_equal(drawn, uncached(model, u, *options, labels))
-    assert drawn.dtype == "int32" and len(np.unique(drawn)) > 1
+    assert drawn.dtype == "int32"
+    assert len(np.unique(drawn)) > 1
 
 
 def test_sampling_compiles_once_and_follows_the_weights():
@@ -388,12 +389,12 @@ def test_half_precision(policy):
 
 def test_bad_input():
     encoder, decoder = autoencoder().encoder, autoencoder().decoder
-    with pytest.raises(ValueError, match="keras.Sequential.*encoder="):
+    with pytest.raises(ValueError, match=r"keras.Sequential.*encoder="):
         VQVAE(layers.Dense(3), VectorQuantizer(4), decoder)
     with pytest.raises(ValueError, match="Expected a VectorQuantizer"):
         VQVAE(encoder, layers.Dense(3), decoder)
     model = fitted()
-    with pytest.raises(ValueError, match="at most 4.*from 5 to 5"):
+    with pytest.raises(ValueError, match=r"at most 4.*from 5 to 5"):
         model.decode(np.full((1, 2, 2), 5))
     with pytest.raises(ValueError, match="at least one row"):
         model.encode(X[:0])
@@ -416,7 +417,7 @@ def test_bad_input():
         model([MAPS, LABELS])
     with pytest.raises(ValueError, match=r"shape \(3, 4\)"):
         model(MAPS[:, :2])
-    with pytest.raises(ValueError, match="`labels`.*at most 1"):
+    with pytest.raises(ValueError, match=r"`labels`.*at most 1"):
         prior("attention", 2).sample(1, labels=2)
 
 

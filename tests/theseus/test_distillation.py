@@ -182,9 +182,9 @@ def test_two_replicas_distil_as_one():
 
 def test_bad_distillation():
     teacher, student = pair()
-    with pytest.raises(ValueError, match="`student` to be a Keras.*None"):
+    with pytest.raises(ValueError, match=r"`student` to be a Keras.*None"):
         Distillation(teacher, None)
-    with pytest.raises(ValueError, match="weights of its own.*kernel.*both"):
+    with pytest.raises(ValueError, match=r"weights of its own.*kernel.*both"):
         Distillation(teacher, keras.Sequential([teacher, student]))
     inputs = keras.Input((3,))
     two = keras.Model(inputs, {"a": student(inputs), "b": student(inputs)})

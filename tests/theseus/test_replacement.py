@@ -42,8 +42,17 @@ from blogkeras.theseus import (
 # The gate
 
 
-@pytest.mark.parametrize("rate", [0.3])
-def test_gate_frequencies(rate, count=300):
+@pytest.mark.parametrize(
+    ("rate", "count"),
+    [
+        (0.3, 300),
+        *(
+            pytest.param(p, 20_000, marks=pytest.mark.verify)
+            for p in (0.1, 0.5, 0.9)
+        ),
+    ],
+)
+def test_gate_frequencies(rate, count):
     """χ² of the four patterns of two modules: p ≥ 1e-3 for three freedoms."""
     rows = [draws(m, count, size=3) for m in several_modules(rate, 2, seed=1)]
     two = np.array(rows)[:, :, 0]
@@ -55,12 +64,6 @@ def test_gate_frequencies(rate, count=300):
     p = np.array([1 - rate, rate])
     expected = count * np.outer(p, p).ravel()
     assert ((found - expected) ** 2 / expected).sum() < 16.27
-
-
-@pytest.mark.verify
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_gate_frequencies_of_many_steps(rate):
-    test_gate_frequencies(rate, count=20_000)
 
 
 def test_gate_of_a_seed():
@@ -81,8 +84,9 @@ def test_gate_of_samples():
 
 
 @pytest.mark.parametrize(("rate", "power"), [(0.5, 1.0), (0.8, 0.25)])
-def test_mixing_weights(rate, power, count=300):
+def test_mixing_weights(rate, power):
     """P(w ≤ x) = x^(1/power); Kolmogorov-Smirnov, p ≥ 1e-3."""
+    count = 300
     w = np.sort(draws(constants(rate, "mixing"), count)[:, 0])
     steps = np.arange(count + 1) / count
     model = w ** (1 / power)
@@ -339,7 +343,8 @@ def test_compile_freezes_again():
     theseus.compile("sgd", "mse")
     ours = [w.path for m in theseus.successor_modules for w in m.weights]
     found = {w.path for w in theseus.trainable_weights}
-    assert found < set(ours) and len(found) == 6
+    assert found < set(ours)
+    assert len(found) == 6
     # Of the predecessor's layers none is left that learns.
     parts = [*theseus.predecessor_modules[0], theseus.head]
     assert not any(w.trainable for m in parts for w in m.weights)
@@ -469,7 +474,8 @@ def test_only_the_chosen_branch_is_computed():
         text = backend.hlo_text(run, state, ops.convert_to_tensor(X))
         return text.split("ENTRY")[1]
 
-    assert " conditional(" in main(module) and " dot(" not in main(module)
+    assert " conditional(" in main(module)
+    assert " dot(" not in main(module)
     assert main(both).count(" dot(") == 2
 
 
@@ -499,7 +505,8 @@ def test_only_the_chosen_branch_has_a_gradient_to_compute():
         return [part.count(" dot(") for part in text.split("ENTRY")]
 
     inside, outside = products("batch")
-    assert inside >= 7 and outside == 0
+    assert inside >= 7
+    assert outside == 0
     assert products("mixing") == [0, 7]
 
 

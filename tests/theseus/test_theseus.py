@@ -220,7 +220,8 @@ def test_stem_and_head_learn_if_told():
     toy.compiled(theseus, run_eagerly=True).fit(X, Y, verbose=0)
     assert np.abs(value(stem.kernel) - before).max() > 0
     frozen = Theseus([dense()], [dense()], [dense()], stem=dense(name="s"))
-    assert not frozen.stem.trainable and not frozen.head[0].trainable
+    assert not frozen.stem.trainable
+    assert not frozen.head[0].trainable
     frozen.build((None, 3))
     assert all(layer.trainable for layer in frozen.detach().layers)
 
@@ -241,7 +242,9 @@ def test_convolutions():
     is_old, is_new = (
         (mixed == value(y)).all((1, 2, 3)) for y in (old_y, new_y)
     )
-    assert (is_old ^ is_new).all() and is_old.any() and is_new.any()
+    assert (is_old ^ is_new).all()
+    assert is_old.any()
+    assert is_new.any()
 
 
 @no_gradient
@@ -371,8 +374,10 @@ def test_cut_model_computes_the_same():
         x = segment(x)
     close_in_ulps(value(x), expected)
     names = [[p.name for p in s.parts] for s in segments]
-    assert names[0] == ["embedding"] and names[-1] == ["classes"]
-    assert "bias" in names[1] and "sum_1" in names[2]
+    assert names[0] == ["embedding"]
+    assert names[-1] == ["classes"]
+    assert "bias" in names[1]
+    assert "sum_1" in names[2]
 
 
 def test_a_sequential_model_is_cut():
@@ -440,7 +445,8 @@ def test_keep_blocks():
         [0 * w for w in small.get_layer("sum_2").get_weights()]
     )
     assert np.abs(get("sum_2").get_weights()[0]).max() > 0
-    assert spaced_blocks(12, 3) == [0, 4, 8] and spaced_blocks(12, 5) == [
+    assert spaced_blocks(12, 3) == [0, 4, 8]
+    assert spaced_blocks(12, 5) == [
         0,
         2,
         4,
@@ -529,32 +535,36 @@ def test_bad_modules_are_named():
     a, b, c, d = (dense(name=name) for name in "abcd")
     with pytest.raises(ValueError, match="Received: 2 and 1"):
         Theseus([a, b], [c])
-    with pytest.raises(ValueError, match="Module 1 of the predecessor.*'a'"):
+    with pytest.raises(ValueError, match=r"Module 1 of the predecessor.*'a'"):
         Theseus([a, a], [c, d])
-    with pytest.raises(ValueError, match="Module 0 of the successor.*'a'"):
+    with pytest.raises(ValueError, match=r"Module 0 of the successor.*'a'"):
         Theseus([a, b], [[c, a], d])
     with pytest.raises(ValueError, match="'module_1': expected a predecessor"):
         Theseus([a, layers.Dense(3)], [c, d])
-    with pytest.raises(ValueError, match="Module 0 of the successor.*None"):
+    with pytest.raises(ValueError, match=r"Module 0 of the successor.*None"):
         Theseus([a], [None])
-    with pytest.raises(ValueError, match="Module 0 of the successor.*one lay"):
+    with pytest.raises(ValueError, match=r"Module 0 of the successor.*one lay"):
         Theseus([a, b], [[], c])
     whole = keras.Model(x := keras.Input((3,), name="start"), b(x))
-    with pytest.raises(ValueError, match="Module 0 of the pred.*'start'"):
+    with pytest.raises(ValueError, match=r"Module 0 of the pred.*'start'"):
         Theseus([whole.layers], [c])
     wrapped = keras.Sequential([keras.Input((3,)), b])
-    with pytest.raises(ValueError, match="Module 1 of the successor.*b/kernel"):
+    with pytest.raises(
+        ValueError, match=r"Module 1 of the successor.*b/kernel"
+    ):
         Theseus([a, b], [c, wrapped])
-    with pytest.raises(ValueError, match="Module 0 of the successor.*The head"):
+    with pytest.raises(
+        ValueError, match=r"Module 0 of the successor.*The head"
+    ):
         Theseus([a], [b], head=b)
-    with pytest.raises(ValueError, match="weights of its own.*The stem"):
+    with pytest.raises(ValueError, match=r"weights of its own.*The stem"):
         Theseus([a], [wrapped], stem=b)
     Theseus([a], [wrapped], stem=b, train_shared=True)
-    with pytest.raises(ValueError, match="Module 0 of the successor.*'d'"):
+    with pytest.raises(ValueError, match=r"Module 0 of the successor.*'d'"):
         ModuleReplacement(d, d)
     with pytest.raises(ValueError, match="a list of predecessor modules"):
         Theseus(a, c)
-    with pytest.raises(ValueError, match="different names.*'a' twice"):
+    with pytest.raises(ValueError, match=r"different names.*'a' twice"):
         Theseus([dense()], [a], head=dense(name="a"))
     wide = layers.Dense(4)
     with pytest.raises(
@@ -575,11 +585,11 @@ def test_bad_cuts():
         cut_model(model)
     x = keras.Input((3,))
     bare = keras.Model(x, layers.Dense(3, name="transformer_layer_0")(x))
-    with pytest.raises(ValueError, match="before the first block.*layer_0"):
+    with pytest.raises(ValueError, match=r"before the first block.*layer_0"):
         cut_model(bare)
     assert len(cut_model(bare, ["transformer_layer_0"])) == 1
     with pytest.raises(ValueError, match="Expected a functional model"):
         cut_model(toy.Subclassed())
     segment = cut_model(model, cuts([0]))[1]
-    with pytest.raises(ValueError, match="takes . tensors.*Received: 1"):
+    with pytest.raises(ValueError, match=r"takes . tensors.*Received: 1"):
         segment(ops.ones((2, 5, 4)))

@@ -378,7 +378,7 @@ def test_boundaries_of_models_in_which_no_blocks_are_found():
     expected = old.get_layer("a_top")(new.get_layer("b1").output)
     expected = keras.Model(new.input, expected)
     close_in_ulps(value(theseus(x)), value(expected(x)))
-    with pytest.raises(ValueError, match="Found no blocks.*`boundaries`"):
+    with pytest.raises(ValueError, match=r"Found no blocks.*`boundaries`"):
         bert_of_theseus(old, new, None)
     for wrong in (["a0"], "a", 3, [["a0"], ["b0", "b1"]], [["x"], ["b0"]]):
         with pytest.raises(ValueError, match=r"(?s)Expected .*Received: "):

@@ -77,7 +77,8 @@ def test_exact_is_the_linear_program_and_pot(shape):
     p, q = distribution(rng, shape[0]), distribution(rng, shape[1])
     for D in (rng.random(shape), rng.normal(size=shape), np.ones(shape)):
         value = wasserstein_distance(p, q, D)
-        assert value.dtype == np.float64 and value.shape == ()
+        assert value.dtype == np.float64
+        assert value.shape == ()
         assert abs(value - post_wasserstein(p, q, D)) <= 1e-6
         assert abs(value - ot.emd2(p, q, D)) <= 1e-9
 
@@ -139,7 +140,8 @@ def test_metric_properties():
     Z = RNG.normal(size=(3, 5))
     for distance in (word_mover_distance, word_rotator_distance):
         xy, yx = distance(X, Y), distance(Y, X)
-        assert abs(xy - yx) < 1e-12 and xy > 0
+        assert abs(xy - yx) < 1e-12
+        assert xy > 0
         order = RNG.permutation(6)
         assert abs(distance(X[order], Y) - xy) < 1e-12
         assert distance(X, X[order]) < 1e-12
@@ -344,7 +346,8 @@ def check_certificate(rng, count, n, m, **options):
     solution = sinkhorn(p, q, D, **options)
     value, _ = exact.solve(p, q, D)
     lower, upper = numpy(solution.lower), numpy(solution.upper)
-    assert (lower <= value).all() and (value <= upper).all()
+    assert (lower <= value).all()
+    assert (value <= upper).all()
     assert (numpy(solution.distance) <= upper).all()
     plan = numpy(solution.plan)
     assert plan.min() >= 0
@@ -357,7 +360,8 @@ def check_certificate(rng, count, n, m, **options):
 def test_sinkhorn_is_certified(shape):
     gap, scale, _ = check_certificate(np.random.default_rng(3), 20, *shape)
     # ε = 0.005 costs at most ε log(nm) and what the tolerance leaves.
-    assert (gap <= 0.04 * scale).all() and gap.max() > 0
+    assert (gap <= 0.04 * scale).all()
+    assert gap.max() > 0
 
 
 def test_the_certificate_holds_however_early_it_stops():
@@ -451,7 +455,8 @@ def test_over_relaxation_is_given_up_where_it_leads_away():
         1e-3,
         5000,
     )
-    assert float(error[0, 0, 0]) <= 1e-3 and int(iterations) < 5000
+    assert float(error[0, 0, 0]) <= 1e-3
+    assert int(iterations) < 5000
 
 
 def test_blocks_are_the_batch(monkeypatch):
@@ -487,7 +492,8 @@ def test_any_plan_is_made_feasible():
     plan *= np.minimum(p / plan.sum(2), 1)[:, :, None]
     arrived = plan.sum(1)
     less = arrived > q
-    assert less.any() and not less.all()
+    assert less.any()
+    assert not less.all()
     plan *= np.where(less, q / np.where(less, arrived, 1), 1)[:, None]
     missing_p, missing_q = p - plan.sum(2), q - plan.sum(1)
     assert missing_p.sum(1).min() > 0

@@ -178,7 +178,7 @@ def test_changed_counts_and_frequencies_are_refused(change, tmp_path):
     arrays = contents(path)
     change(arrays)
     np.savez(path, **arrays)
-    with pytest.raises(ValueError, match="TransportIndex.save"):
+    with pytest.raises(ValueError, match=r"TransportIndex.save"):
         TransportIndex.load(path)
 
 
@@ -206,18 +206,19 @@ def garbage(tmp_path):
 def test_damaged_files(tmp_path):
     path = tmp_path / "damaged"
     expected = saved(tmp_path / "good.npz").search(QUERY, k=9)
-    refused = 0
+    refused = []
     for number, data in enumerate(garbage(tmp_path)):
         path.write_bytes(data)
         try:
             result = TransportIndex.load(path).search(QUERY, k=9)
         except ValueError as error:
-            assert "Expected a file that `TransportIndex.save`" in str(error)
-            refused += 1
+            refused.append(str(error))
         else:
             assert number > 6
             np.testing.assert_array_equal(result.distances, expected.distances)
-    assert refused > 30
+    assert len(refused) > 30
+    wanted = "Expected a file that `TransportIndex.save`"
+    assert all(wanted in message for message in refused)
     with pytest.raises(FileNotFoundError):
         TransportIndex.load(tmp_path / "missing.npz")
     for path in (None, 3, "", b"index.npz"):
@@ -272,11 +273,11 @@ class _Unwritable:
 )
 def test_ids_are_integers(query):
     index = TransportIndex(DOCUMENTS, VECTORS, verbose=0)
-    with pytest.raises(ValueError, match="query|inhomogeneous"):
+    with pytest.raises(ValueError, match=r"query|inhomogeneous"):
         index.search(query)
-    with pytest.raises(ValueError, match="documents|inhomogeneous"):
+    with pytest.raises(ValueError, match=r"documents|inhomogeneous"):
         TransportIndex([DOCUMENTS[0], query], VECTORS, verbose=0)
-    with pytest.raises(ValueError, match="documents|inhomogeneous"):
+    with pytest.raises(ValueError, match=r"documents|inhomogeneous"):
         inverse_document_frequency([DOCUMENTS[0], query], 40)
 
 

@@ -27,7 +27,6 @@ IDS[20] = IDS[21] = IDS[10]
 
 def brute_force(documents, query, cost, weights, idf=None):
     """Distances by the function, which the other tests hold to POT."""
-
     found = []
     for d in documents:
         x, y = (VECTORS[z] if z.ndim == 1 else z for z in (query, d))
@@ -75,7 +74,8 @@ def test_search_in_token_vectors():
     np.testing.assert_allclose(distances, expected[order], atol=1e-9)
     assert indices[0] == 3
     empty = index.search(np.zeros((0, 6)), k=2)
-    assert set(empty.indices) == {5, 9} and empty.distances.max() == 0
+    assert set(empty.indices) == {5, 9}
+    assert empty.distances.max() == 0
 
 
 def test_progress_and_errors(capsys):
