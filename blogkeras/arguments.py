@@ -4,8 +4,7 @@ Each function returns the value in its plain Python type, or raises a
 `ValueError` that says what was expected and what was received. A check stands
 at the earliest place: in `__init__`, or at the head of a function.
 
-Values of tensors are looked at only where there are any; nothing inside a
-traced function is checked.
+Inside a traced function tensors have no values, so there these are not checked.
 """
 
 import math
@@ -22,8 +21,8 @@ from blogkeras import backend
 def check_integer(name, value, minimum=None, maximum=None):
     """An integer within bounds, both included, as `int`.
 
-    NumPy's integers are integers; booleans, floats (4.0 too) and strings are
-    not.
+    NumPy's integers are accepted; booleans, floats (4.0 too) and strings are
+    refused.
 
     Raises:
         ValueError: for everything else.
@@ -56,8 +55,8 @@ def check_number(
 
     Args:
         name: String. The argument's name, for the message.
-        value: The argument. Integers, floats and NumPy scalars are numbers;
-            booleans, strings, NaN and infinities are not.
+        value: The argument. Integers, floats and NumPy scalars are accepted;
+            booleans, strings, NaN and infinities are refused.
         minimum: Least value allowed, if any.
         maximum: Greatest value allowed, if any.
         above: Bound that the value must exceed, if any.
@@ -234,7 +233,7 @@ def check_seed(name, value):
 
 
 def as_numbers(values, name=None):
-    """`values`, or a NumPy array of a list; a `ValueError` for what is none.
+    """`values` if they are a tensor, else a NumPy array of them.
 
     Args:
         values: Array, tensor or (nested) list of numbers.

@@ -8,7 +8,7 @@ from blogkeras.arguments import as_numpy, check_integer, check_verbose
 
 
 class CompositeModel(keras.Model):
-    """A model whose `compile` is overridden, and that is saved all the same.
+    """A model whose `compile` is overridden and is still saved and restored.
 
     Keras compiles a loaded model by itself only where `compile` is its own.
     """
@@ -23,8 +23,8 @@ class CompositeModel(keras.Model):
 def map_batches(program, arrays, batch_size=32, verbose=0):
     """Applies a compiled function to rows, a batch at a time.
 
-    All batches have one shape, so the function is compiled once: the last one
-    is filled up with copies of its last row, which are dropped again.
+    All batches have one shape, so the function is compiled once. The last batch
+    is filled up with copies of its last row, whose results are dropped.
 
     Args:
         program: Function of as many tensors as there are arrays, each with

@@ -34,8 +34,8 @@ def safe_sqrt(x):
 def normalize(x, axis=-1):
     """x / ‖x‖, and 0 where x is 0; the gradient at 0 is finite.
 
-    Squares are taken of numbers of size 1, so that vectors of any size in the
-    range of floats have a direction.
+    The vector is first divided by its largest entry, so that squares of very
+    large or very small vectors neither overflow nor vanish.
 
     Args:
         x: Floating tensor.
@@ -53,8 +53,8 @@ def normalize(x, axis=-1):
 def masked_mean(x, mask=None, axis=None, keepdims=False):
     """Mean over the positions where `mask` is true.
 
-    Values under the mask, NaN included, have no influence; where nothing is
-    left the mean is 0.
+    Masked values, NaN included, have no influence; where everything is masked
+    the mean is 0.
 
     Args:
         x: Floating tensor.
@@ -79,8 +79,8 @@ def masked_mean(x, mask=None, axis=None, keepdims=False):
 def full_precision_matmul(x, y):
     """`keras.ops.matmul`, with products of the inputs' own precision.
 
-    Accelerators round the factors of a product of float32 matrices to bfloat16
-    (TPU) or TF32 (GPU) by default: three to four digits are left. Use this
+    By default accelerators round the factors of a product of float32 matrices
+    to bfloat16 (TPU) or TF32 (GPU), which keeps three to four digits. Use this
     wherever the digits of a result are promised. The products of its gradient
     are of full precision too.
 
@@ -106,13 +106,13 @@ _EPSILON = {
     "float16": 2.0**-10,
     "bfloat16": 2.0**-7,
 }
-# Numbers of features up to which differences are as cheap as products.
+# The number of features up to which differences are as cheap as products.
 _FEW_FEATURES = 8
 # ‖x − y‖² below this share of ‖x‖² + ‖y‖² is computed by differences.
 _CANCELLATION = 2.0**-8
-# So many differences are in memory at a time.
+# The largest number of differences in memory at a time.
 _DIFFERENCES = 2**20
-# Features at a time where the number of rows is not known.
+# The number of features at a time where the number of rows is not known.
 _FEATURES = 16
 
 
@@ -135,17 +135,18 @@ def squared_distances(x, y=None, tolerance=0.0, equal=None):
     have distance exactly 0 where `tolerance` is 0. Never negative.
 
     Memory: the matrix and, for differences, 2²⁰ numbers at a time. Combine with
-    `map_blocks` where the matrix would be too large: then each block decides
-    for itself.
+    `map_blocks` where the matrix would be too large: then each block chooses
+    between products and differences by itself.
 
     Args:
         x: `(..., n, dim)`, floating.
         y: `(..., m, dim)`, floating. `None` is `x`; the diagonal is then
             `equal`.
-        tolerance: Number ≥ 0, or tensor `(..., 1, 1)`. An error of d² that does
-            not matter: products are kept as long as rounding stays below it.
+        tolerance: Number ≥ 0, or tensor `(..., 1, 1)`. An error of d² that is
+            accepted: products are used as long as their rounding error stays
+            below it.
         equal: `(n, m)`, boolean. Pairs that are known to be the same vector:
-            they have distance 0 and are no reason to take differences.
+            their distance is 0, and they are ignored in that choice.
 
     Returns:
         `(..., n, m)`.
@@ -157,15 +158,15 @@ def squared_distances(x, y=None, tolerance=0.0, equal=None):
         equal = ops.expand_dims(index, -1) == index
     y = ops.convert_to_tensor(y)
     if tuple(x.shape[:-2]) != tuple(y.shape[:-2]):
-        # Broadcast here, so that the gradient is summed over what is repeated.
+        # Broadcast here, so that the gradient is summed over repeated vectors.
         x, y = (
             x + ops.zeros_like(y[..., :1, :1]),
             y + ops.zeros_like(x[..., :1, :1]),
         )
     dtype = keras.backend.standardize_dtype(x.dtype)
     unit = 4 * _EPSILON[dtype]
-    # All that is traced goes in as an argument: inside of a loop JAX cannot
-    # differentiate a function that has a tensor of the loop from elsewhere.
+    # Every traced tensor goes in as an argument: in the body of a loop JAX
+    # cannot differentiate a function that closes over a tensor of the loop.
     constants = [ops.cast(ops.stop_gradient(tolerance), dtype)]
     if equal is not None:
         constants.append(ops.cast(equal, dtype))
@@ -223,7 +224,7 @@ def squared_distances_of_arrays(x, y):
         sizes = np.square(x0).sum(-1)[..., :, None]
         sizes = sizes + np.square(y0).sum(-1)[..., None, :]
         d2 = sizes - 2 * (x0 @ np.swapaxes(y0, -1, -2))
-        # Written so that it is true of NaN.
+        # `not (d2 > ...)` and not `d2 <= ...`: it is true of NaN, too.
         near = np.nonzero(~(d2 > share * sizes))
         step = max(1, _DIFFERENCES // max(1, x.shape[-1]))
         for first in range(0, len(near[0]), step):
@@ -234,14 +235,14 @@ def squared_distances_of_arrays(x, y):
 
 
 def _either(predicate, true_fn, false_fn):
-    """`cond`, without a graph where the predicate has its value."""
+    """`cond`; where the predicate has a value, no graph is built."""
     if isinstance(predicate, bool) or backend.is_concrete(predicate):
         return true_fn() if bool(predicate) else false_fn()
     return ops.cond(predicate, true_fn, false_fn)
 
 
 def central_vector(y, mask=None):
-    """A vector amid the rows of `y`, wherever a few outliers are.
+    """A vector in the middle of the rows of `y`; outliers hardly move it.
 
     Tukey's ninther of nine evenly spread rows: medians of three, and the median
     of these, for each feature. Up to three outliers among the nine have no
@@ -287,7 +288,7 @@ def _squares_by_products(x, y, unit, tolerance, equal):
     )
     d2 = size - 2 * full_precision_matmul(x, ops.swapaxes(y, -1, -2))
     near = ops.logical_and(d2 < _CANCELLATION * size, unit * size > tolerance)
-    # Of squares beyond the range of floats the difference is no number.
+    # Where squares overflow, their difference is NaN.
     near = ops.logical_or(near, ops.logical_not(ops.isfinite(size)))
     if equal is not None:
         d2 = ops.where(equal, ops.zeros_like(d2), d2)
@@ -412,9 +413,9 @@ def map_blocks(fn, x, block_size):
 def straight_through(forward, backward):
     """The value of `forward` with the gradient of `backward`.
 
-    `stop_gradient(forward) + (backward - stop_gradient(backward))`: any step
-    that has no useful derivative (rounding, nearest neighbour) gets one of your
-    own design.
+    `stop_gradient(forward) + (backward - stop_gradient(backward))`: a step
+    without a useful derivative (rounding, nearest neighbour) gets the one of
+    `backward`.
 
     Args:
         forward: Floating tensor.
@@ -435,9 +436,9 @@ def sample_categorical(logits, u, block_size=128):
 
     It inverts the distribution function at `u`, in two short searches: among
     the sums of blocks of `block_size` probabilities, then inside one block.
-    That needs one uniform number for a draw. The usual Gumbel-max needs one for
-    each class: on a CPU, drawing these takes longer than the matrix product
-    that made the logits.
+    That needs one uniform number for a draw. The standard Gumbel-max trick
+    needs one for each class: on a CPU, drawing these takes longer than the
+    matrix product that computes the logits.
 
     Args:
         logits: `(..., classes)`, floating, computed in float32. Classes of
@@ -480,8 +481,8 @@ def sample_categorical(logits, u, block_size=128):
 def _first_above(total, u, p):
     """The first place where the running total of p exceeds u.
 
-    Rounding may leave u no less than all of them: then the last place where p
-    is not zero.
+    Rounding may make u at least as large as every total: then it is the last
+    place where p is not zero.
     """
     size = p.shape[-1]
     first = ops.sum(ops.cast(total <= u, "int32"), axis=-1)

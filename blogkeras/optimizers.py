@@ -15,9 +15,9 @@ class SkipNonFinite(keras.optimizers.Optimizer):
     the count of iterations stay as they were, and `skipped` counts one more.
     With finite gradients the step is that of the optimizer inside.
 
-    On several replicas one replica's NaN drops the step of all. A count that
-    goes on growing means that something is wrong with the model: take a smaller
-    learning rate, or `global_clipnorm` in the optimizer inside.
+    On several replicas, a NaN on one of them drops the step of all. If the
+    count goes on growing, the training is unstable: take a smaller learning
+    rate, or set `global_clipnorm` in the optimizer inside.
 
     Args:
         inner_optimizer: `keras.optimizers.Optimizer`, or its name.

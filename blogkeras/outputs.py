@@ -2,8 +2,9 @@
 
 A model does not say whether its output is the probabilities of classes that
 exclude each other, the probabilities of independent labels, or plain numbers,
-nor whether these are logits. The loss that it is compiled with does say so.
-`read_outputs` asks the loss, once, for every method that compares predictions.
+nor whether these are logits. The loss that it is compiled with does.
+`read_outputs` reads it off the loss, for every method that compares
+predictions.
 """
 
 import dataclasses
@@ -17,8 +18,9 @@ from blogkeras.backend import get_keras_mask
 
 KINDS = ("softmax", "sigmoid", "numbers")
 
-# Class of the loss, its function, what the output is, and whether it is logits
-# where the loss has no argument `from_logits`. `None` means: not told.
+# The class of a loss, its function, what the output is, and whether it is
+# logits where the loss has no argument `from_logits`. `None`: the loss does not
+# determine it.
 _LOSSES = (
     ("CategoricalCrossentropy", "categorical_crossentropy", "softmax", False),
     (
@@ -74,7 +76,7 @@ _PROBABILITIES = (
 
 
 class UnreadableLossError(ValueError):
-    """A loss does not tell what an output means, and no argument does."""
+    """Neither a loss nor an argument determines what an output means."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,9 +154,9 @@ class OutputMeaning:
 
             D(f, f + δ) = ½ ‖φ(f + δ) - φ(f)‖² + O(δ³)
 
-        so that ½ Σᵢ ‖∇φᵢ‖² tells how much D grows with noise at the input.
-        φ is 2 √fᵢ for classes; 2 √(pᵢ / n), 2 √((1 - pᵢ) / n) for n labels;
-        √(2 / n) fᵢ for n numbers.
+        so that ½ Σᵢ ‖∇φᵢ‖² is how much D grows with noise at the input. φ is 2
+        √fᵢ for classes; 2 √(pᵢ / n), 2 √((1 - pᵢ) / n) for n labels; √(2 / n)
+        fᵢ for n numbers.
 
         Returns:
             float32 tensor `(positions..., features)`.
@@ -189,8 +191,8 @@ class OutputMeaning:
     def positions(self, output, y=None):
         """Which positions count in the loss, a boolean tensor or `None`: all.
 
-        Those that the mask of the output leaves, without those whose label is
-        `ignore_class` (where labels are given).
+        Those that are not masked in the output and, where labels are given,
+        whose label is not `ignore_class`.
 
         Args:
             output: Tensor as the model returned it, with its mask.
@@ -333,13 +335,13 @@ def output_names(model, outputs):
 
 
 def spread(value, outputs, model=None, argument="value"):
-    """A value for each flat output of what is given as Keras takes losses.
+    """A value for each flat output, from one value, a list or a dict.
 
     Args:
         value: One value for all outputs, or a list (one for each), or a dict by
             the outputs' names or keys; what is left out of a dict gets `None`.
         outputs: The structure of the outputs.
-        model: The model, which knows the outputs' names.
+        model: The model, for the outputs' names.
         argument: String. The argument's name, for the message.
 
     Returns:
@@ -373,7 +375,7 @@ def check_output_arguments(output_kind, from_logits):
 
 
 def _leaves(value):
-    """What is in a list, tuple or dict of values, or the value."""
+    """The values in a list, tuple or dict; a single value as a list."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)):
@@ -382,10 +384,10 @@ def _leaves(value):
 
 
 def _spread(value, outputs, model, argument, several):
-    """As `spread`, a list of values for each output.
+    """As `spread`, but with a list of values for each output.
 
-    Keras takes a list of losses for one output too: their sum. `several` allows
-    that.
+    Keras also takes a list of losses for one output, which it adds. `several`
+    allows that.
     """
     flat = tree.flatten(outputs)
     numbers = tree.pack_sequence_as(outputs, list(range(len(flat))))
@@ -437,9 +439,9 @@ def _spread(value, outputs, model, argument, several):
 
 
 def _told(loss, output, name):
-    """What a loss tells: `(kind, from_logits, axis, ignore_class)`.
+    """What a loss determines: `(kind, from_logits, axis, ignore_class)`.
 
-    `None` where it does not tell.
+    `None` where it determines nothing.
     """
     if isinstance(loss, str):
         if loss.lower() in ("crossentropy", "ce"):
@@ -474,7 +476,7 @@ def _told(loss, output, name):
 
 
 def _decide(told, losses, kind, from_logits, name):
-    """One `OutputMeaning` of what the losses and the arguments say."""
+    """One `OutputMeaning` from what the losses and the arguments determine."""
     received = (
         f"Received: loss={_shown(losses)} for output {name!r}, "
         f"output_kind={kind!r}, from_logits={from_logits!r}"

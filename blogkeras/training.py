@@ -7,12 +7,12 @@ once, for every backend, as a pure *hook*:
     hook(objective, weights) -> (evaluation, gradients)
 
 `objective` is the batch's loss as a function of the weights, and of whatever
-else the hook wants to change: values of variables, outputs of layers, the batch
-itself. `evaluation` is what one call of it saw; the one the hook returns is
-*committed*: its loss and predictions are reported, its state updates
-(BatchNormalization, seeds, metrics) are assigned. Every other evaluation leaves
-no trace. `gradients` go to the optimizer, one for each of
-`model.trainable_variables`; how they came about is the hook's business, so two
+else the hook changes: values of variables, outputs of layers, the batch itself.
+Each call of it gives an `evaluation`. The one that the hook returns is
+*committed*: its loss and predictions are reported, and its state updates
+(BatchNormalization, seeds, metrics) are assigned. The other evaluations change
+nothing. `gradients` go to the optimizer, one for each of
+`model.trainable_variables`. The hook may compute them in any way, so two
 networks with two losses are one hook.
 
 Plain training is the hook
@@ -37,7 +37,7 @@ from blogkeras.state import StepSeed
 
 
 class Evaluation(NamedTuple):
-    """What one evaluation of the objective saw.
+    """The results of one evaluation of the objective.
 
     Attributes:
         loss: Scalar, as `compute_loss` gave it.
@@ -109,8 +109,9 @@ class Objective:
                 sample_weight=sample_weight,
                 **_training_argument(model.compute_loss),
             )
-        # Keras tells whose `add_loss` a tensor was by its id: keep them all
-        # alive, or an id of this evaluation may come again in the next.
+        # Keras recognizes a layer's `add_loss` tensors by `id`. Keep them
+        # alive: a deleted tensor's `id` may be given to one of the next
+        # evaluation.
         self._scopes.append(scope)
         if backend.BACKEND == "tensorflow":
             updates = list(scope.assigned.values())
@@ -192,10 +193,10 @@ class Objective:
 def install(model, hook):
     """Makes `fit` and `train_on_batch` of this very model train by `hook`.
 
-    The model stays what it is: `compile` before or after, `save`,
-    `load_model`, pickle and `clone_model` do not see the hook (what they give
-    is a model that trains plainly). Installing again replaces the hook, also
-    from a callback in the middle of `fit`.
+    The model keeps its class. `compile` may come before or after. `save`,
+    `load_model`, pickle and `clone_model` ignore the hook: they give a model
+    with Keras's own train step. Installing again replaces the hook, also from a
+    callback in the middle of `fit`.
 
     Args:
         model: A `keras.Model` with Keras's own train step.
@@ -230,8 +231,8 @@ def install(model, hook):
         version = getattr(hook, "version", None)
         if self.train_function is None or force or made_for != version:
             made_for = version
-            # A fresh step every time: jax.jit caches by function, and a kept
-            # one would go on with the optimizer and loss of the last `compile`.
+            # A new function every time: `jax.jit` caches by function, so the
+            # same one would keep the optimizer and loss of the last `compile`.
             self.train_step = types.MethodType(_make_step(hook), self)
             try:
                 type(self).make_train_function(self, force=True)
@@ -270,7 +271,7 @@ def _start_anew(model):
 
 
 def _keep_version(model, hook, train_function):
-    """The step, made anew where the hook is not what it was traced with."""
+    """The step, traced again where the hook's version has changed."""
     if not hasattr(hook, "version"):
         return train_function
     version = hook.version
@@ -287,9 +288,9 @@ def _keep_version(model, hook, train_function):
 def evaluate_with(model, visit, **data):
     """Hands the batches that `model.evaluate` would see to a function.
 
-    So a function of batches takes all that `evaluate` takes: arrays, `tf.data`,
-    `PyDataset`, raw texts of a model that preprocesses. Nothing of the model is
-    assigned, however the call ends.
+    So the function works on everything that `evaluate` takes: arrays,
+    `tf.data`, `PyDataset`, raw texts of a model that preprocesses. The model's
+    variables have their old values afterwards, also after an error.
 
     Args:
         model: A compiled `keras.Model` with Keras's own test step.
@@ -364,9 +365,9 @@ def evaluate_with(model, visit, **data):
 
 
 def step_memory(model, x, y):
-    """The most bytes that a training step of a model holds at a time.
+    """The peak memory of a training step of a model, in bytes.
 
-    On TensorFlow a step is run to know, which trains the model.
+    On TensorFlow a step is run to measure it, which trains the model.
 
     Args:
         model: A compiled `keras.Model`, built, its optimizer too.
@@ -374,8 +375,8 @@ def step_memory(model, x, y):
         y: Its targets.
 
     Returns:
-        Number of bytes, weights and batch included; NaN on TensorFlow without a
-        GPU, where it is not known.
+        Number of bytes, weights and batch included. NaN on TensorFlow without a
+        GPU, where it cannot be measured.
     """
     hook, step = installed(model), model.train_step
     if hook is not None:
@@ -440,7 +441,7 @@ if backend.BACKEND == "tensorflow":
         model.optimizer.build(model.trainable_variables)
 
     def _refuse_what_keras_cannot(optimizer):
-        """Plain Keras fails or is wrong in these two: say so."""
+        """Raises for two kinds of optimizers that fail in Keras's own `fit`."""
         if backend.num_replicas() == 1:
             return
         if optimizer.gradient_accumulation_steps:
@@ -548,7 +549,8 @@ def _training_argument(fn):
 
 
 # `tf.distribute` runs each replica in a thread of its own and may switch
-# between them wherever they meet, as in a synchronized BatchNormalization.
+# between threads where replicas exchange values, as in a synchronized
+# BatchNormalization.
 _local = threading.local()
 
 
@@ -604,6 +606,6 @@ def perturbed(perturb):
 
 
 def _called_method(layer):
-    """What Keras calls in a layer: another method where it is quantized."""
+    """The name of the method that Keras calls; quantized, it is another."""
     is_quantized = getattr(layer, "quantization_mode", None) is not None
     return "quantized_call" if is_quantized else "call"

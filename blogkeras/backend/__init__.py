@@ -1,9 +1,10 @@
 """The only place that knows TensorFlow from JAX.
 
-Everything else is written in `keras.ops`. What Keras has no common name for
-stands here, documented once: gradients inside a step, state inside a branch,
-compiled programs, sums and gathers across replicas. `tensorflow.py` and
-`jax.py` hold the two ways to do it; only one of them is imported.
+Everything else is written in `keras.ops`. This package holds what Keras has no
+common name for: gradients inside a step, state inside a branch, compiled
+programs, sums and gathers across replicas. The names are documented here;
+`tensorflow.py` and `jax.py` implement them, and only one of the two is
+imported.
 """
 
 import threading
@@ -80,8 +81,8 @@ def second_order():
 def check_second_order(gradients):
     """Raises a `ValueError` where a second derivative is missing.
 
-    TensorFlow takes some of the missing ones for zero, in silence. What can be
-    seen is a graph: called eagerly, nothing is checked.
+    TensorFlow silently takes some of the missing ones for zero. Only a graph
+    can be checked: in eager execution this function does nothing.
 
     Args:
         gradients: List of tensors, first derivatives.
@@ -125,7 +126,8 @@ def is_recorded():
     """Whether a gradient may be asked for of what runs now.
 
     A loop that `jit` has compiled has no gradient outside of its program. On
-    JAX the answer is no: what a gradient is asked for is not concrete there.
+    JAX the answer is always no: a function whose gradient is asked for runs on
+    tracers there, not on concrete values.
     """
     return _framework.is_recorded()
 
@@ -175,8 +177,8 @@ def full_precision():
     """A context in which products of float32 matrices keep float32's digits.
 
     Accelerators round the factors to bfloat16 (TPU) or TF32 (GPU) otherwise.
-    TensorFlow cannot say so of a part of a program: there this does nothing,
-    and TF32 is switched off for the whole process by
+    TensorFlow has no such setting for a part of a program: there this context
+    does nothing, and TF32 is switched off for the whole process by
     `tf.config.experimental.enable_tensor_float_32_execution(False)`.
     """
     return _framework.full_precision()
@@ -222,8 +224,8 @@ class ReplicaLosses:
     """For layers that exchange something with other replicas before `add_loss`.
 
     Keras keeps the losses of all replicas in one list. TensorFlow runs each
-    replica in a thread of its own; they take turns where they exchange, and one
-    that comes later would count the losses of those before it as its own.
+    replica in a thread of its own and changes threads at each exchange, so a
+    later replica would count the losses of those before it as its own.
     """
 
     def __init__(self, *args, **kwargs):
@@ -251,7 +253,8 @@ class ReplicaLosses:
 def endless_dataset(batch, start=0):
     """A `tf.data.Dataset` of `batch(start)`, `batch(start + 1)` and so on.
 
-    TensorFlow's, on the JAX backend too: Keras trains on it with both.
+    It is TensorFlow's data set on the JAX backend too: Keras trains on it with
+    both backends.
 
     Args:
         batch: Function from an integer to a NumPy array, or a dict of them, of

@@ -15,10 +15,10 @@ def cond(predicate, true_fn, false_fn, layers):
     """Runs one of two functions that may contain Keras layers with state.
 
     `keras.ops.cond` cannot run Dropout, BatchNormalization or `add_loss` in a
-    branch. Here each branch sees the variables' values of the moment, and what
-    it assigns is assigned after the branches have met. Only the chosen branch
-    is computed, forward and backward; variables that are not trainable are
-    constants to the gradient.
+    branch. Here each branch reads the values that the variables have at the
+    call. What it assigns is collected, and assigned after the condition. Only
+    the chosen branch is computed, forward and backward; variables that are not
+    trainable are constants to the gradient.
 
     Args:
         predicate: Scalar boolean tensor.
@@ -135,20 +135,21 @@ def _runner(layers, others=()):
 
 
 def _forget_losses(layers):
-    # Keras recognizes a layer's `add_loss` tensors by id. Those of the branches
-    # are gone; without this, a later tensor with a like id would count twice.
+    # Keras recognizes a layer's `add_loss` tensors by `id`. Those of the
+    # branches are deleted, so a later tensor may get the same `id`. Forget
+    # them: otherwise that tensor would count twice.
     for layer in layers:
         layer._clear_losses()
 
 
 def remat(fn, layers, *inputs):
-    """Runs a function whose results between are not kept for the gradient.
+    """Runs a function without keeping its intermediate results.
 
-    The gradient computes them once more: less memory, more time. As in
-    `keras.remat`; but layers may have state, which `keras.remat` cannot have
-    on JAX: a BatchNormalization inside raises UnexpectedTracerError. Here all
-    variables go in as values, new state comes out as values, and it is assigned
-    after, once.
+    The gradient computes them again, which needs less memory and more time, as
+    with `keras.remat`. Here the layers may have state: inside `keras.remat` a
+    BatchNormalization raises UnexpectedTracerError on JAX. All variables go in
+    as values, the new state comes out as values and is assigned once,
+    afterwards.
 
     Args:
         fn: Function of the inputs that returns a tensor or a structure of
@@ -157,8 +158,10 @@ def remat(fn, layers, *inputs):
         *inputs: Tensors.
 
     Returns:
-        What `fn` returns. What layers give to `add_loss` inside is an error:
-        nobody would get it.
+        What `fn` returns.
+
+    Raises:
+        ValueError: where a layer calls `add_loss` inside.
 
     Example:
 

@@ -228,8 +228,7 @@ def _gradients():
     return framework_ops.gradient_registry
 
 
-# What gives a tensor's shape, or something of its shape, and nothing of its
-# values.
+# Operations whose result depends on a tensor's shape and not on its values.
 _SHAPES = frozenset("Shape ShapeN Size Rank ZerosLike OnesLike".split())
 
 
@@ -392,8 +391,8 @@ def inside_branch(x):
 
 @tf.custom_gradient
 def _with_dense_gradient(x):
-    # XLA wants gradients of one shape from both branches, where those of a
-    # lookup would have as many rows as there were looked up.
+    # XLA needs gradients of one shape from both branches. The gradient of an
+    # embedding would be sparse, with one row for each token looked up.
     return tf.identity(x), tf.convert_to_tensor
 
 
@@ -415,12 +414,12 @@ def _mark(x):
     return tf.identity(x), gradient
 
 
-# TensorFlow makes the gradient of a branch a function of its own, and hands
-# over to it what the branch has computed. XLA must know shapes and the order of
-# axes when it compiles, and of a number that is handed over it knows nothing: a
-# branch with `tensordot` or `broadcast_to` would not compile where the batch
-# size is unknown. So the gradient of our own branches computes such numbers
-# again, from these operations:
+# TensorFlow makes the gradient of a branch a function of its own, and passes to
+# it what the branch has computed. XLA must know shapes and the order of axes
+# when it compiles, but it does not know a number that is passed in: a branch
+# with `tensordot` or `broadcast_to` would not compile where the batch size is
+# unknown. So the gradient of our own branches computes such numbers again, from
+# these operations:
 _PURE = frozenset(
     "Add AddV2 BroadcastArgs Cast ConcatV2 Const Equal ExpandDims Fill "
     "FloorDiv FloorMod GatherV2 Greater GreaterEqual Identity "

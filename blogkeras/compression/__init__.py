@@ -1,4 +1,4 @@
-"""What a smaller model costs and what it is worth: one row for each model.
+"""Compares models of several sizes: costs and metrics, one row for each model.
 
 - `measure.py`: `compression_report` measures;
 - `record.py`: `CompressionReport` keeps, prints and draws;

@@ -38,10 +38,10 @@ def compression_report(
 
     Parameters, file size, floating-point operations, latency and metrics. The
     operations are those of the matrix products and convolutions, two for each
-    multiplication, of one batch; of branches the larger one, of loops all
-    rounds (where their number depends on the data the figure is a lower bound,
-    marked `≥`). The latency is the median over `rounds`, in which the models
-    take turns, each compiled with XLA.
+    multiplication, of one batch; of a branch those of the larger side, of a
+    loop those of all its iterations (where their number depends on the data the
+    figure is a lower bound, marked `≥`). The latency is the median over
+    `rounds`, in which the models take turns, each compiled with XLA.
 
     Compression costs training time, the predecessor's included: give the total
     of each route as `training_seconds`.
@@ -57,11 +57,10 @@ def compression_report(
         verbose: `"auto"`, 0, 1 or 2; 0 for silence.
         training_step: Boolean. Whether to measure a step of training, too:
             `"step milliseconds"`, the median time of a step on one batch as
-            `fit` would run it, and `"step megabytes"`, the most memory that it
-            needs at a time beside other programs (by the compiler on JAX, by
-            the allocator on TensorFlow with a GPU; NaN on TensorFlow without,
-            where it is not known). The models and their optimizers are
-            afterwards as before.
+            `fit` would run it, and `"step megabytes"`, its peak memory (as the
+            compiler says on JAX, as the allocator says on TensorFlow with a
+            GPU; NaN on TensorFlow without a GPU, where it cannot be measured).
+            The models and their optimizers are afterwards as before.
 
     Returns:
         A `CompressionReport`: `rows`, `table()`, `plot(path)`.
@@ -88,7 +87,7 @@ def compression_report(
     batch, targets = tree.map_structure(
         lambda a: ops.convert_to_tensor(np.asarray(a)[:batch_size]), (x, y)
     )
-    # First of all: `evaluate` may move the variables.
+    # This comes first: `evaluate` may replace the variables' values.
     metrics = _metrics(models, x, y, batch_size)
     rows, runs, bounds = [], {}, []
     for name, model in models.items():
@@ -173,7 +172,7 @@ def _metrics(models, x, y, batch_size):
 
 
 def _training_steps(models, x, y, rounds):
-    """Time and memory of one step of each model, whose state stays."""
+    """Time and memory of one step of each model; its state is restored."""
     for model in models.values():
         model.optimizer.build(model.trainable_variables)
     variables = {

@@ -42,8 +42,8 @@ class Operations:
 
     Attributes:
         count: Number.
-        exact: Boolean. Whether it is all of them; else it is a lower bound, as
-            a loop of unknown length counts once.
+        exact: Boolean. False where it is a lower bound, because a loop of
+            unknown length was counted once.
     """
 
     count: float
@@ -56,10 +56,11 @@ class Operations:
 def count_operations(text):
     """Operations of the matrix products and convolutions in a program of XLA.
 
-    Two for each multiplication. What the result does not need is not counted.
-    Of branches, the one with most operations counts. A loop counts as often as
-    it runs, which is found by following its counter; a loop whose length
-    depends on the data counts once, and then the number is a lower bound.
+    Two for each multiplication. Instructions that the result does not depend on
+    are not counted. Of branches, the one with most operations counts. A loop
+    counts as often as it runs, which is found by following its counter; a loop
+    whose length depends on the data counts once, and then the number is a lower
+    bound.
 
     Args:
         text: The program as `backend.hlo_text` gives it.

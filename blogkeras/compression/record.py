@@ -15,7 +15,7 @@ _COSTS = {
 
 @dataclasses.dataclass(frozen=True)
 class CompressionReport(report.Rows):
-    """What `compression_report` found.
+    """The rows that `compression_report` measured.
 
     Attributes:
         rows: One dict for each model: `"model"`, `"parameters"`, `"megabytes"`
@@ -47,7 +47,8 @@ class CompressionReport(report.Rows):
     def plot(self, path, metric=None):
         """Draws a metric over the latency into a file (needs matplotlib).
 
-        And, side by side with it, over the training time where that is known.
+        Where the training time is known, a second panel draws the metric over
+        that.
 
         Args:
             path: Ends in `.png` or `.svg`.

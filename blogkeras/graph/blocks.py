@@ -61,12 +61,13 @@ def find_blocks(model):
     `decoder_block_3`, `encoder_layer_3`, `f_net_layer_3`,
     `Transformer-3-FeedForward` and the like) or by the layer's class
     (`TransformerBlock`, `TransformerEncoder`, `EncoderBlock` and the like).
-    Models that the model calls as layers are opened where they hold the blocks.
+    Models that the model calls as layers are opened where they contain the
+    blocks.
 
-    Blocks are applications: a model that applies one layer twelve times, as
-    ALBERT does, has twelve blocks with the same `layers`, each with calls of
-    its own. To see whether a model shares its blocks, compare `layers`; to give
-    each block layers of its own, or all blocks the same, replay the calls.
+    A block is an application of layers: a model that applies one layer twelve
+    times, as ALBERT does, has twelve blocks with the same `layers` and
+    different `calls`. To see whether a model shares its blocks, compare
+    `layers`; to share or unshare them, replay the calls with other layers.
 
     Args:
         model: As for `cut_model`.
@@ -106,7 +107,7 @@ def find_blocks(model):
             f"`boundaries`. Received: block {groups[0][0].operation.name!r} at "
             "the model's input"
         )
-    # Of several outputs the next block tells which one goes on.
+    # Of several outputs, take the one that the next block transforms.
     number, outputs = 0, []
     for group, start in zip(groups, [*starts[1:], None], strict=True):
         given = group[-1].outputs
@@ -127,8 +128,8 @@ def block_boundaries(blocks):
 def _starts(groups):
     """The tensor that each block transforms.
 
-    Of a dict or list of tensors it is the one that comes from the block before;
-    the first block has it in the same place.
+    In a dict or list of tensors it is the one that the block before returned;
+    in the first block it has the same place in the structure.
     """
     places = []
     for before, group in itertools.pairwise(groups):
@@ -184,7 +185,7 @@ def _groups(model, listed):
     blocks, uses = {}, collections.Counter()
     for call in every:
         if match := _NUMBERED.match(call.operation.name):
-            # Where a numbered block is applied again, that is another block.
+            # A second application of a numbered block is another block.
             uses[call.operation] += 1
             key = match[1], uses[call.operation]
             blocks.setdefault(key, []).append(call)

@@ -20,9 +20,9 @@ class Call:
     Attributes:
         operation: The layer or operation.
         args, kwargs: What it is called with, symbolic tensors among it. Masks
-            that tensors carry along are left out: Keras fills them in again.
+            of tensors are left out: Keras fills them in again.
         outputs: List of the symbolic tensors that it returns, flat.
-        number: Integer, which of the operation's calls in all models it is.
+        number: Integer, the index of the call among all calls of the operation.
     """
 
     operation: Any
@@ -128,7 +128,7 @@ def calls_of(model, name):
 
 
 def as_list(layers):
-    """A list of what is one thing or a list or tuple of several."""
+    """A list of one thing, or of a list or tuple of several."""
     return list(layers) if isinstance(layers, (list, tuple)) else [layers]
 
 
@@ -174,9 +174,9 @@ def opened(model, nested):
 
 
 def copied(model):
-    """A model of the same layers, with weights of its own.
+    """A copy of a model, with weights of its own.
 
-    What learns in it is what learned in the model before `freeze`.
+    Its layers are as trainable as the model's were before `freeze`.
     """
     with thawed([model]):
         copy = keras.models.clone_model(model)

@@ -22,11 +22,11 @@ from blogkeras.graph.segments import Cut, needed
 def cut_model(model: keras.layers.Layer, boundaries: Any = None) -> Any:
     """Cuts a functional model at tensors into layers that follow each other.
 
-    Called one after another, the segments compute what the model computes. What
-    crosses a cut beside the tensor that it is named by (masks, attention
-    biases, relative positions, further inputs of the model) is handed from
-    segment to segment in a list, the named tensor first. The segments share the
-    model's layers and weights, and a layer may be used in several of them.
+    Called one after another, the segments compute what the model computes.
+    Other tensors that cross a cut (masks, attention biases, relative positions,
+    further inputs of the model) are passed from segment to segment in a list,
+    after the tensor that the cut is named by. The segments share the model's
+    layers and weights, and a layer may be used in several of them.
 
     Models that the model calls as layers (a classifier's backbone, the parts of
     a `Sequential`) are opened where a cut goes through them.
@@ -44,8 +44,8 @@ def cut_model(model: keras.layers.Layer, boundaries: Any = None) -> Any:
             `blogkeras.graph.find_blocks`): before the first and after each.
 
     Returns:
-        A list of `Segment`s, one more than there are cuts; none for an empty
-        end.
+        A list of `Segment`s, one more than there are cuts; an empty last
+        segment is left out.
 
     Example:
 
@@ -68,8 +68,8 @@ def rearranged(model, order, boundaries=None):
         A functional `keras.Model` of the model's own layers.
 
     Raises:
-        ValueError: for numbers that there are not, and where a block that is
-            left out makes what another one needs.
+        ValueError: for numbers of blocks that do not exist, and where a block
+            that is left out computes something that another one needs.
     """
     cut = _cut(model, boundaries)
     segments, blocks, order = cut.segments, len(cut.boundaries) - 1, list(order)
@@ -87,7 +87,8 @@ def rearranged(model, order, boundaries=None):
     segments[0].compute(values)
     x = values[id(cut.boundaries[0])]
     for i in order:
-        # The block takes what the last one gave in place of its own neighbour.
+        # The block gets the output of the last applied block instead of that of
+        # its own predecessor.
         values[id(cut.boundaries[i])] = x
         segments[i + 1].compute(values)
         x = values[id(cut.boundaries[i + 1])]
@@ -176,7 +177,7 @@ def _cut(model, boundaries):
 
 
 def _tensors(every, boundary, moved):
-    """The tensors that a boundary stands for among those of some calls."""
+    """The output tensors of some calls that a boundary stands for."""
     if isinstance(boundary, keras.KerasTensor):
         wanted = [id(x) for x in moved.get(id(boundary), [boundary])]
         return [x for c in every for x in c.outputs if id(x) in wanted]

@@ -1,4 +1,4 @@
-"""Freezes layers, and knows what learned before."""
+"""Freezes layers, and makes them trainable again as they were."""
 
 import contextlib
 
@@ -10,7 +10,8 @@ def freeze(layers):
             part._trainable_before = part.trainable
     for layer in layers:
         layer.trainable = False
-        # Keras leaves out those that a frozen layer makes when it is built.
+        # Keras leaves those trainable that a layer created in `build` while it
+        # was already frozen.
         for variable in layer.variables:
             variable.trainable = False
 
@@ -18,8 +19,8 @@ def freeze(layers):
 def thaw(layers):
     """Makes layers as trainable as they were before `freeze`.
 
-    What the user has frozen, or what is made so (a table of fixed positions),
-    stays frozen.
+    Layers that the user has frozen, and variables that were created so (a table
+    of fixed positions), stay frozen.
     """
     parts = _parts(layers)
     _set_trainable(parts, _before(parts))

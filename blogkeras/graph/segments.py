@@ -71,10 +71,10 @@ class Segment(keras.layers.Layer):
         )
 
     def compute_mask(self, inputs, previous_mask=None):
-        return None  # the layers have set the masks that there are
+        return None  # masks were set by the layers inside
 
-    # Known from the whole model. Tracing would miss the masks of the inputs,
-    # which some layers cannot do without.
+    # The symbolic outputs are those of the whole model. Tracing `call` would
+    # lose the masks of the inputs, which some layers need.
     def compute_output_spec(self, *args, **kwargs):
         return tree.map_structure(
             lambda x: keras.KerasTensor(x.shape, x.dtype),
@@ -202,7 +202,7 @@ def _parts(nodes, makers, boundaries):
 
 
 def _depends(makers, tensor, on, before):
-    """Whether `tensor` needs `on` without looking into what lies before it."""
+    """Whether `tensor` depends on `on`, by a path past the nodes `before`."""
     waiting, seen = [tensor], set()
     while waiting:
         x = waiting.pop()
@@ -216,7 +216,7 @@ def _depends(makers, tensor, on, before):
 
 
 def _address(model, tensor):
-    """Where a tensor is, in words that outlive saving."""
+    """Where a tensor is, as a serializable address."""
     for node in calls(model):
         if any(x is tensor for x in node.outputs):
             name = node.operation.name
@@ -231,7 +231,7 @@ def _tensor(model, name, call, output):
 
 
 def needed(values, tensor, user):
-    """A tensor's value, or a ValueError that names who needs it."""
+    """A tensor's value, or a ValueError that names its user."""
     if id(tensor) not in values:
         raise ValueError(
             "A block that is left out makes what another one needs; keep it. "
