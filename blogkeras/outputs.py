@@ -287,8 +287,8 @@ def read_outputs(model, outputs, output_kind=None, from_logits=None):
         its own beside others that have, unless `output_kind` names it.
 
     Raises:
-        ValueError: where the loss does not tell and no argument does, and where
-            an argument contradicts the loss.
+        ValueError: where neither the loss nor an argument determines the
+            meaning, and where an argument contradicts the loss.
 
     Example:
 

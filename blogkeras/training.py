@@ -422,7 +422,7 @@ if backend.BACKEND == "tensorflow":
 
     def _build(model, x):
         # `fit` on TensorFlow builds layers and optimizer inside the step, but
-        # the weights are needed before it. `model.built` does not tell: a
+        # the weights are needed before it. `model.built` is not enough: a
         # subclassed model can be built with layers that are not.
         if model.optimizer.built:
             return

@@ -60,11 +60,12 @@ def adversarial_training(
 ) -> keras.Model:
     """Makes `fit` train a model adversarially, in place.
 
-    One line before or after `compile`; from then on `fit` and `train_on_batch`
-    of this very model take every step where the embedding is perturbed against
-    it. A second call replaces the first, `plain_training` undoes it. All else
-    (`evaluate`, `predict`, callbacks, `save`) is as before. A saved, cloned or
-    pickled model is the plain one: call again after loading.
+    Call it before or after `compile`. From then on `fit` and `train_on_batch`
+    of this model compute each step's gradient at a perturbed embedding, which
+    makes the loss larger. A second call replaces the first, `plain_training`
+    undoes it. Everything else (`evaluate`, `predict`, callbacks, `save`) is as
+    before. A saved, cloned or pickled model trains as in Keras: call this again
+    after loading.
 
     Args:
         model: A `keras.Model` with Keras's own train step.
@@ -74,14 +75,14 @@ def adversarial_training(
             a model without embeddings is perturbed at its floating inputs.
         epsilon: Float ≥ 0. Strength; for FGM the norm of the perturbation.
         method: `"fgm"`, `"fgsm"`, `"pgd"`, `"freelb"`, `"gradient_penalty"`,
-            `"noise_stability"`, `"vat"`, or an object such as
-            `FGM(0.5, site="output")`, whose own `epsilon` then holds. Its
-            attributes may be changed later: `method.epsilon = 0.3`.
+            `"noise_stability"`, `"vat"`, or an object such as `FGM(0.5,
+            site="output")`, whose own `epsilon` is used then. Its attributes
+            may be changed later: `method.epsilon = 0.3`.
         padding_mask: The name of the input that is 1 at real positions and 0 at
             padding, which is then never perturbed (with `site="output"` and at
-            floating inputs). `None` takes the mask that the perturbed layer's
-            output carries, else one that the model gives to a layer (such as
-            `attention_mask`), else an input of such a name.
+            floating inputs). `None` takes the Keras mask of the perturbed
+            layer's output, else a mask that the model gives to a layer (such as
+            `attention_mask`), else an input with the name of a mask.
 
     Returns:
         The same model.
@@ -122,9 +123,9 @@ def virtual_adversarial_training(
 ) -> keras.Model:
     """Makes `fit` train with labelled and unlabelled rows, in place.
 
-    Adds to the loss how far the worst small step at the embedding moves the
-    prediction, for every row. An unlabelled row has any label and sample weight
-    0:
+    Adds to the loss, for every row, how much the worst small step at the
+    embedding changes the prediction. Give unlabelled rows any label and the
+    sample weight 0:
 
     >>> model.compile(
     ...     "adam",
@@ -136,31 +137,32 @@ def virtual_adversarial_training(
     >>> model.fit(x, y, sample_weight=is_labelled)
 
     With this reduction the supervised loss is the mean over the labelled rows
-    of the batch. Keras's default divides their sum by all rows: the fewer are
-    labelled, the less the labels count.
+    of the batch. Keras's default divides their sum by the number of all rows:
+    the fewer rows are labelled, the smaller the supervised loss would be.
 
-    Undone by `plain_training`; replaces `adversarial_training`, and all said
-    there of saving holds here.
+    `plain_training` undoes it. It replaces `adversarial_training`; saving is as
+    described there.
 
     Args:
-        model: A `keras.Model`. Its compiled loss tells what its outputs are:
-            classes, independent labels (probabilities or logits), numbers.
+        model: A `keras.Model`. Its compiled loss determines what its outputs
+            are: classes, independent labels (probabilities or logits) or
+            numbers.
         embedding_name: As in `adversarial_training`.
         epsilon: Float ≥ 0. Norm of the step, over the batch.
         xi: Float > 0. Norm of the probe that finds its direction.
         iters: Integer ≥ 0. Power iterations; 0 is random noise.
         output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`, or a list or dict
-            of these for several outputs. `None` asks the loss; one of your own
-            does not tell.
-        from_logits: Boolean, or a list or dict. `None` asks the loss.
+            of these for several outputs. `None` reads it off the loss, which is
+            not possible for a loss function of your own.
+        from_logits: Boolean, or a list or dict. `None` reads it off the loss.
         padding_mask: As in `adversarial_training`.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: As `adversarial_training`, and if the loss does not tell
-            what the outputs are.
+        ValueError: As `adversarial_training`, and if the loss does not
+            determine what the outputs are.
 
     Reference:
         [blog post 7466](https://kexue.fm/archives/7466)
@@ -174,10 +176,10 @@ def virtual_adversarial_training(
 
 
 def plain_training(model: keras.layers.Layer) -> keras.Model:
-    """Undoes `adversarial_training`: `fit` trains plainly again.
+    """Undoes `adversarial_training`: `fit` uses Keras's train step again.
 
     Args:
-        model: A `keras.Model`; one that trains plainly is left alone.
+        model: A `keras.Model`; one with Keras's train step is not changed.
 
     Returns:
         The same model.

@@ -1,4 +1,4 @@
-"""The compiled functions of `evaluate_robustness`, and what they add up to."""
+"""The compiled functions of `evaluate_robustness`, and their sums."""
 
 import inspect
 import math
@@ -23,7 +23,7 @@ class AttackRun:
     Args:
         model: A compiled `keras.Model`.
         name: What to perturb, or `None`.
-        padding_mask: The name of the input that tells padding, or `None`.
+        padding_mask: The name of the input that marks padding, or `None`.
     """
 
     def __init__(self, model, name, padding_mask):
@@ -61,7 +61,7 @@ class AttackRun:
         )
 
     def _prepare(self, mapping, batch):
-        """Once, at the first batch: before it a model may not be built."""
+        """Runs once, at the first batch: before it a model may not be built."""
         if self.site is not None:
             return
         if backend.BACKEND == "tensorflow":
@@ -117,12 +117,12 @@ class AttackRun:
         return origin, mask, (norms, counts)
 
     def _values(self, objective, origin):
-        """What stands at the site, and whether it is a layer's output."""
+        """The values at the site, and whether they are a layer's output."""
         _, kwargs = self.site.at(objective, [], origin)
         if "perturb" not in kwargs:
             return origin, False
-        # There the values are offsets, and the origin is zero: run the model
-        # to see the outputs themselves.
+        # At an `OutputSite` the values are offsets with origin zero: run the
+        # model to get the outputs.
         ((layer, add),) = kwargs["perturb"].items()
         values = []
 
@@ -147,7 +147,8 @@ class AttackRun:
 
         def at(point):
             _, kwargs = self.site.at(objective, [], point)
-            # The sum over the batch: small numbers keep more of their digits.
+            # Of the sum over the batch the gradients are larger, and keep more
+            # digits in half precision.
             loss, _ = objective([], **kwargs)
             return loss * ops.cast(size, loss.dtype), None
 
@@ -190,7 +191,7 @@ class AttackRun:
             return [_current(scope, v) for v in self.model.metrics_variables]
 
     def metric_results(self, values):
-        """The metrics but the loss, as `evaluate` returns them."""
+        """The metrics without the loss, as `evaluate` returns them."""
         mapping = zip(self.model.metrics_variables, values, strict=True)
         with backend.RecordingScope([*mapping]):
             logs = self.model.get_metrics_result()
@@ -255,7 +256,7 @@ class Tally:
         size = _length(batch)
         rate = min(1.0, 2.5 / self._steps)
         zero = [ops.zeros_like(m) for m in mask]
-        # Points are offsets divided by epsilon: then the first step, at the
+        # Points are offsets divided by epsilon. So the first step, from the
         # origin, is the same for every epsilon and is computed once.
         first, still = run.ascend(mapping, batch, origin, mask, zero, 0.0, rate)
         self.unmoved.add(still, size)
@@ -293,7 +294,7 @@ class Tally:
 
 
 class Mean:
-    """A mean of sums and counts that come one after the other."""
+    """A running mean, from sums and counts."""
 
     def __init__(self):
         self.total = self.count = 0.0
@@ -319,7 +320,7 @@ class _Build(keras.layers.Layer):
 
 
 def _build(model, batch):
-    # Of the tensors: JAX has no int64.
+    # Take shapes and dtypes from the tensors: JAX has no int64.
     x, y, sample_weight = tree.map_structure(
         lambda t: (
             None

@@ -1,4 +1,4 @@
-"""What a method is: a training step that looks at the loss around a site."""
+"""The base classes of methods: training steps with gradients around a site."""
 
 import functools
 
@@ -51,7 +51,7 @@ check_positive = functools.partial(check_number, above=0)
 
 
 class AdversarialMethod:
-    """A training step that looks at the loss around a site.
+    """A training step that uses the loss at perturbed values of a site.
 
     A method of your own is a subclass with a `gradients` function:
 
@@ -69,15 +69,15 @@ class AdversarialMethod:
             )
     ```
 
-    An attribute that is changed later, `method.epsilon = 0.5`, holds from the
-    next step on, which is then compiled anew: use a schedule for what changes
-    often.
+    A changed attribute (`method.epsilon = 0.5`) is used from the next step on,
+    which is then compiled again: use a schedule for a value that changes often.
 
     Args:
         epsilon: Float ≥ 0, or a `keras.optimizers.schedules` schedule of the
-            optimizer's update count. The strength; at 0 training is plain.
-        site: `"matrix"` or `"output"`; where a model with an embedding is
-            perturbed. A model of floating inputs is perturbed there.
+            optimizer's update count. The strength; 0 is training without a
+            perturbation.
+        site: `"matrix"` or `"output"`; what is perturbed in a model with an
+            embedding. Without one, the floating inputs are perturbed.
         start_step: Integer. Before this many updates the strength is 0.
     """
 
@@ -97,8 +97,8 @@ class AdversarialMethod:
         if name in self.checks:
             value = self.checks[name](name, value)
         object.__setattr__(self, name, value)
-        # A compiled step keeps the numbers that it was traced with: the count
-        # of changes tells the hook that it is out of date.
+        # A compiled step keeps the numbers that it was traced with. The count
+        # of changes lets the train step see that it must be traced again.
         object.__setattr__(self, "_version", self.version + 1)
 
     @property
@@ -150,7 +150,7 @@ class Hook:
         method: An `AdversarialMethod`.
         model: A `keras.Model`.
         name: The layer or input to perturb, or `None`.
-        padding_mask: The name of the input that tells padding, or `None`.
+        padding_mask: The name of the input that marks padding, or `None`.
     """
 
     def __init__(self, method, model, name, padding_mask):
@@ -172,12 +172,13 @@ class Hook:
         try:
             return self.method.gradients(objective, weights, self._site)
         finally:
-            # What a method notes down in a step is no change of the method.
+            # An attribute that the method itself sets in a step does not count
+            # as a change.
             object.__setattr__(self.method, "_version", version)
 
 
 class Attack(AdversarialMethod):
-    """A method that moves a point of the site, and trains there.
+    """A method that computes a perturbation and trains at the perturbed values.
 
     Args:
         epsilon: Float ≥ 0 or a schedule.

@@ -18,8 +18,8 @@ from blogkeras.adversarial.survey import (
     survey_step,
 )
 
-# The size that stands for unknown ones while a model is looked at. It decides
-# nothing; some models have no more positions than a few.
+# The value for unknown sizes while a model is traced. The result does not
+# depend on it. It is small because some models have only a few positions.
 _SIZE = 8
 
 
@@ -58,13 +58,14 @@ def find_site(model, name=None, kind="matrix", padding_mask=None):
         with keras.StatelessScope():
             survey = Survey(model, x, _forward(model))
     except Exception:
-        # Not every model can be traced with any sizes; `fit` will tell.
+        # Not every model can be traced with these sizes; then the first step of
+        # `fit` finds the site.
         return DeferredSite(finder)
     return finder.choose([layer for layer, _ in survey.look_ups], x)
 
 
 class DeferredSite(Site):
-    """A site that only the first training step can tell."""
+    """A site that is found in the first training step."""
 
     def __init__(self, finder):
         self._finder = finder
@@ -106,7 +107,7 @@ class DeferredSite(Site):
 
 
 class _Finder:
-    """What is to be found in which model."""
+    """A search for a site in one model."""
 
     def __init__(self, model, name, kind, padding_mask):
         self.model = model

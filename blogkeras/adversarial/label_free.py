@@ -32,19 +32,19 @@ from blogkeras.state import draw_rows
 
 
 class LabelFreeMethod(AdversarialMethod):
-    """A method that looks at the predictions f(x) and not at the labels.
+    """A method that uses the predictions f(x) and not the labels.
 
     What a prediction means, and so how far two of them are apart, is read off
-    the compiled loss, see `blogkeras.outputs.OutputMeaning`: KL of classes, of
-    independent labels (their mean), squared difference of numbers. Outputs
-    without a loss of their own have no say.
+    the compiled loss, see `blogkeras.outputs.OutputMeaning`: KL for classes,
+    the mean KL for independent labels, the squared difference for numbers.
+    Outputs without a loss of their own are ignored.
 
     Args:
         epsilon: Float ≥ 0, or a schedule.
         start_step: Integer.
         output_kind: `"softmax"`, `"sigmoid"`, `"numbers"`, or a list or dict of
-            these for several outputs. `None` asks the loss.
-        from_logits: Boolean, or a list or dict. `None` asks the loss.
+            these for several outputs. `None` reads it off the loss.
+        from_logits: Boolean, or a list or dict. `None` reads it off the loss.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class LabelFreeMethod(AdversarialMethod):
         if isinstance(model, keras.Model) and model.compiled:
             outputs = getattr(model, "outputs", None)
             if outputs:
-                # A loss that cannot be read is told of before training starts.
+                # Raise for a loss that cannot be read before training starts.
                 is_list = isinstance(model, keras.Sequential)
                 self._meanings(model, outputs[0] if is_list else model.output)
         return super().hook(model, name, padding_mask)
@@ -75,10 +75,10 @@ class LabelFreeMethod(AdversarialMethod):
     def predictions(self, objective, evaluation, site):
         """Triples `(meaning, output, counted)` of the outputs with a meaning.
 
-        `counted` tells the positions that count: those that the output's mask
-        leaves, or, without one, those that are not padding at the site. Where
-        labels leave positions out (`ignore_class`), these do not count, unless
-        they are all of the sample: then it is one without labels.
+        `counted` marks the positions that count: those that are not masked in
+        the output or, if it has no mask, those that are not padding at the
+        site. Positions with the label `ignore_class` do not count, except where
+        all positions of a sample have it: that is a sample without labels.
         """
         y_pred = evaluation.y_pred
         outputs = tree.flatten(y_pred)
@@ -116,7 +116,7 @@ def _counted(meaning, output, y, site):
 
 
 class VirtualAdversarialTraining(LabelFreeMethod):
-    """The loss, plus how far the worst small step moves the prediction.
+    """Adds to the loss how much the worst small step changes the prediction.
 
         d ← unit(noise);   r times:  d ← unit(∇_d KL(f(x) ‖ f(x + ξ d)))
         loss = L(f(x), y) + KL(f(x) ‖ f(x + ε d))
@@ -134,13 +134,13 @@ class VirtualAdversarialTraining(LabelFreeMethod):
         xi: Float > 0. Norm of the probe.
         iters: Integer ≥ 0. Power iterations.
         norm_scope: `"batch"` (the post), `"sample"` or `"token"`.
-        from_logits: Boolean. Whether the model gives logits. `None` asks the
-            compiled loss.
+        from_logits: Boolean. Whether the model gives logits. `None` reads it
+            off the compiled loss.
         seed: Integer, `None` or a `keras.random.SeedGenerator`.
         start_step: Integer. Before this many updates ε is 0.
         output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`: what the output
-            is. `None` asks the compiled loss; a loss function of your own does
-            not tell.
+            is. `None` reads it off the compiled loss, which is not possible for
+            a loss function of your own.
 
     Departs from the post:
         The noise is drawn at the positions of the batch, not on the whole
@@ -171,7 +171,7 @@ class VirtualAdversarialTraining(LabelFreeMethod):
 
     checks = {
         **LabelFreeMethod.checks,
-        # Where it is 0 the divergence has no gradient.
+        # At 0 the divergence has no gradient.
         "xi": check_positive,
         "iters": check_count,
         "norm_scope": check_norm_scope,
@@ -233,7 +233,7 @@ class VirtualAdversarialTraining(LabelFreeMethod):
 
 
 class NoiseStability(LabelFreeMethod):
-    """Penalizes how much small noise at the site moves the prediction.
+    """Penalizes how much small noise at the site changes the prediction.
 
         loss = L + ½ ε mean Σᵢ fᵢ ‖∇ log fᵢ‖²
 
@@ -245,19 +245,19 @@ class NoiseStability(LabelFreeMethod):
 
         Σᵢ fᵢ ‖∇ log fᵢ‖² = E ‖∇ Σᵢ 2 ηᵢ √fᵢ‖²
 
-    For independent labels and for numbers, 2 √fᵢ is replaced by the features
-    that fit (`blogkeras.outputs.OutputMeaning.features`). No classes' labels
-    are needed: rows of sample weight 0 count as well.
+    For independent labels and for numbers, 2 √fᵢ is replaced by other features
+    (`blogkeras.outputs.OutputMeaning.features`). Labels are not used: rows of
+    sample weight 0 count as well.
 
     Args:
         epsilon: Float ≥ 0, or a schedule. Variance of the noise.
-        from_logits: Boolean. Whether the model gives logits. `None` asks the
-            compiled loss.
+        from_logits: Boolean. Whether the model gives logits. `None` reads it
+            off the compiled loss.
         seed: Integer, `None` or a `keras.random.SeedGenerator`, for the signs.
         start_step: Integer. Before this many updates ε is 0.
         output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`: what the output
-            is. `None` asks the compiled loss; a loss function of your own does
-            not tell.
+            is. `None` reads it off the compiled loss, which is not possible for
+            a loss function of your own.
 
     Reference:
         [blog post 7466](https://kexue.fm/archives/7466)

@@ -31,9 +31,9 @@ class PGD(Attack):
 
         δ ← Π (δ + α g(E + δ) / ‖g‖)
 
-    where Π shrinks whatever is longer than ε back to ε, and norms are taken
-    over `norm_scope`. Training happens at the last δ. Each step costs a forward
-    and a backward pass without weight gradients.
+    where Π shrinks perturbations that are longer than ε to the norm ε, and
+    norms are taken over `norm_scope`. Training happens at the last δ. Each step
+    costs a forward and a backward pass without weight gradients.
 
     Symbols: ε is `epsilon`, α is `step_size`.
 
@@ -113,8 +113,8 @@ class FreeLB(Attack):
         gradient = 1/K Σₜ ∇θ L(E + δₜ)        δₜ₊₁ = Π (δₜ + α gₜ / ‖gₜ‖)
 
     Symbols: K is `steps`, α is `step_size`, ε the radius of Π is `epsilon`.
-    Dropout masks are the same in all steps, as the paper wants. Each step costs
-    a full forward and backward pass.
+    Dropout masks are the same in all steps, as in the paper. Each step costs a
+    full forward and backward pass.
 
     Args:
         epsilon: Float ≥ 0, or a schedule. Radius of the ball.
@@ -205,7 +205,7 @@ def start(objective, site, origin, method, radius):
 
 
 def ascend(delta, gradients, method, site, epsilon):
-    """One step uphill, and back into the ball of radius ε."""
+    """One step of gradient ascent, projected to the ball of radius ε."""
     directions = units(gradients, method.norm_scope, site)
     size = method.step_size
     if size is None:
@@ -216,7 +216,7 @@ def ascend(delta, gradients, method, site, epsilon):
 
 
 def project(delta, epsilon, scope, site):
-    """Shrinks what is longer than ε back to ε."""
+    """Shrinks perturbations that are longer than ε to the norm ε."""
     return [
         d * ops.minimum(1.0, ops.cast(epsilon, d.dtype) / ops.maximum(n, 1e-30))
         for d, n in zip(delta, norms(delta, scope, site), strict=True)

@@ -1,4 +1,4 @@
-"""Lengths and directions of what stands at a site."""
+"""Lengths and directions of the tensors of a site."""
 
 import functools
 
@@ -44,7 +44,7 @@ def scaled(factor, tensors):
 
 
 def norms(tensors, scope, site):
-    """Euclidean norms of what `scope` says, broadcastable to the tensors."""
+    """Euclidean norms over `scope`, broadcastable to the tensors."""
     if scope == "token":
         return [
             ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True))

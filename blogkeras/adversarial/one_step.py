@@ -13,16 +13,18 @@ class FGM(Attack):
 
         Δ = ε g / ‖g‖₂        loss = (1 − c) L(E + Δ) + c L(E)
 
-    ‖g‖ is one norm over the whole batch, as in the post; `"sample"` gives each
-    sample (of an output or an input), `"token"` each token a Δ of norm ε. At
-    site `"matrix"` tokens that occur twice share their Δ, and so does a softmax
-    tied to the matrix; at `"output"` each position has its own, padding none,
-    and a tied softmax is left clean. Where g is zero or not finite (an overflow
-    under float16 loss scaling), Δ is zero.
+    ‖g‖ is one norm over the whole batch, as in the post; with `"sample"` each
+    sample (of an output or an input) has a Δ of norm ε, with `"token"` each
+    token. At site `"matrix"` all occurrences of a token have the same Δ, and a
+    softmax that is tied to the matrix is perturbed, too. At `"output"` each
+    position has a Δ of its own, padding has none, and a tied softmax is not
+    perturbed. Where g is zero or not finite (an overflow under float16 loss
+    scaling), Δ is zero.
 
     The attack and the training pass share their dropout masks. Loss, metrics
-    and BatchNormalization see the training pass at E + Δ. The weights are never
-    assigned a perturbed value, so an interrupt leaves them clean.
+    and BatchNormalization statistics are those of the training pass at E + Δ.
+    The weights are never assigned a perturbed value, so an interrupt leaves
+    them clean.
 
     Symbols: ε is `epsilon`, c is `clean_weight`.
 
@@ -56,8 +58,8 @@ class FGSM(Attack):
         Δ = ε sign(g)
 
     The strongest first-order attack within a cube; where g is zero (padding,
-    tokens that are not in the batch), Δ is zero. `norm_scope` is of no
-    consequence here. Otherwise as `FGM`.
+    tokens that are not in the batch), Δ is zero. `norm_scope` has no effect
+    here. The rest is as in `FGM`.
 
     Args:
         epsilon: Float ≥ 0, or a schedule. Largest coordinate of the

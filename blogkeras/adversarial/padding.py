@@ -1,4 +1,4 @@
-"""Which positions are padding, at sites whose tensors carry no mask."""
+"""Finds padding where the tensors of a site have no Keras mask."""
 
 import contextlib
 import re
@@ -14,7 +14,7 @@ from blogkeras.adversarial.survey import (
     try_survey_step,
 )
 
-# What an input is called that is 1 at real positions and 0 at padding.
+# Names of inputs that are 1 at real positions and 0 at padding.
 _NAME = re.compile(
     r"^(?:(.*?)[-_ ])?(?:padding|pad|attention|input|tokens?|sequence)[-_ ]?"
     r"mask$|^mask$",
@@ -25,11 +25,11 @@ _NAME = re.compile(
 class Padding:
     """Finds the mask of the positions at a site.
 
-    In this order: the mask that the tensor itself carries; the input that is
-    named; a mask that the model gives to a layer together with what it makes of
-    the same input (`MultiHeadAttention(attention_mask=...)`, `LSTM(mask=...)`,
-    the mask behind a `Masking` layer); an input that is a mask by its name
-    (`"padding_mask"`, `"attention_mask"`).
+    In this order: the Keras mask of the tensor itself; the input that is named;
+    a mask that the model gives to a layer together with a tensor that depends
+    on the same input (`MultiHeadAttention(attention_mask=...)`,
+    `LSTM(mask=...)`, the mask behind a `Masking` layer); an input that is a
+    mask by its name (`"padding_mask"`, `"attention_mask"`).
 
     Args:
         name: String, the name of the input that is 1 at real positions and 0 at
@@ -40,11 +40,11 @@ class Padding:
         self.name = name
         self._sources = None  # for each tensor, a `MaskSource` or an index
         self._names = None  # of the inputs that they were found for
-        self._step = threading.local()  # each replica has a thread
+        self._step = threading.local()  # a thread for each replica
 
     @property
     def needs_pass(self):
-        """Whether a mask can only be seen while the model runs."""
+        """Whether a mask can only be read while the model runs."""
         return any(map(_is_seen_in_a_pass, self._sources or ()))
 
     def inputs(self, objective):
@@ -62,9 +62,9 @@ class Padding:
 
     @contextlib.contextmanager
     def watch(self, objective):
-        """Sees the masks of the pass inside that `masks` will ask for.
+        """Records the masks of the pass inside, for `masks` to read.
 
-        Gives a function that adds to the dict `perturb` of an objective.
+        Yields a function that extends the dict `perturb` of an objective.
         """
         seen, outputs = {}, {}
         self._step.seen = seen
@@ -112,10 +112,10 @@ class Padding:
         Args:
             objective: A `training.Objective`.
             weights: List of tensors.
-            tensors: What stands at the site.
-            carried: The mask that each of them carries, or `None`.
-            inputs_of: Function of a `Survey` that tells for each tensor the set
-                of inputs that it depends on.
+            tensors: The tensors of the site.
+            carried: The Keras mask of each of them, or `None`.
+            inputs_of: Function of a `Survey` that returns for each tensor the
+                set of inputs that it depends on.
         """
         names = [x.names for x in describe(objective.model, objective.data[0])]
         if self._sources is None or names != self._names:
@@ -138,7 +138,7 @@ class Padding:
         return [None if m is None else ops.cast(m, "bool") for m in found]
 
     def _find(self, objective, weights, tensors, carried, inputs_of):
-        """The source of each mask that is not carried."""
+        """The source of each mask that the tensor itself does not have."""
         if all(m is not None for m in carried) and self.name is None:
             return [None] * len(tensors)
         survey, inputs = None, []

@@ -31,8 +31,8 @@ class GradientPenalty(AdversarialMethod):
     sums the squares of the embedding's sparse gradient, which is `"output"`;
     its script for FGM uses `"matrix"`. Where tokens repeat the two differ.
 
-    L is the mean over the batch, so ‖g‖² falls as 1 / batch size: an ε for
-    batches of 32 is worth twice as much at 16.
+    L is the mean over the batch, so ‖g‖² is proportional to 1 / batch size:
+    with batches of 16 the same ε gives twice the penalty of batches of 32.
 
     Args:
         epsilon: Float ≥ 0, or a schedule of the optimizer's update count.
@@ -75,8 +75,8 @@ class GradientPenalty(AdversarialMethod):
             squared = sum(ops.sum(ops.square(objective.unscale(x))) for x in g)
             if not site.shared:
                 squared = backend.all_reduce_sum(squared)
-            # An overflow under loss scaling: the optimizer skips the step, and
-            # the reported loss stays finite.
+            # It is not finite where loss scaling overflows. The optimizer skips
+            # that step; the reported loss stays finite.
             squared = ops.where(ops.isfinite(squared), squared, 0.0)
             (penalty,) = scaled(
                 epsilon,
@@ -95,7 +95,7 @@ class GradientPenalty(AdversarialMethod):
 
 
 def second_order_gradients(objective, penalized, weights):
-    """The gradients of a loss that holds gradients.
+    """The gradients of a loss that itself contains gradients.
 
     Raises:
         ValueError: If TensorFlow has no second derivative of an operation.
@@ -103,11 +103,11 @@ def second_order_gradients(objective, penalized, weights):
     model = objective.model
     with backend.second_order():
         if backend.is_concrete(weights) and model not in _checked:
-            # What is missing can be seen in a graph only.
+            # A missing derivative can be found in a graph only.
             backend.trace(lambda: penalized(weights)[0])
             _checked.add(model)
         return objective.value_and_grad(penalized, weights)
 
 
-# The models that were found to have second derivatives, called eagerly.
+# Models that run eagerly and whose second derivatives were checked.
 _checked = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""How a model fares under attack: loss and metrics at several strengths."""
+"""Loss and metrics of a model under attacks of several strengths."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ ATTACKS = ("fgm", "pgd")
 
 @dataclasses.dataclass(frozen=True)
 class Robustness(report.Rows):
-    """What `evaluate_robustness` found.
+    """The loss and metrics that `evaluate_robustness` measured.
 
     Attributes:
         rows: One dict for each strength: `"epsilon"`, `"relative_epsilon"`
@@ -36,9 +36,9 @@ class Robustness(report.Rows):
             embedded tokens without padding; of whole samples where a floating
             input is perturbed.
         unmoved: Share of the samples that no attack could move because their
-            gradient is exactly zero or not finite. If it is not small, the
-            rows say little: a saturated softmax hides the gradient, attack
-            logits instead.
+            gradient is exactly zero or not finite. If it is not small, the rows
+            overestimate the robustness. The gradient of a saturated softmax
+            vanishes: evaluate a model that returns logits instead.
     """
 
     attack: str
@@ -89,7 +89,7 @@ def evaluate_robustness(
     callbacks: Any = None,
     padding_mask: Any = None,
 ) -> Robustness:
-    """Evaluates a compiled model where its loss is made worse.
+    """Evaluates a compiled model on inputs perturbed to raise its loss.
 
     Each sample is moved by a perturbation of its own, of L2 norm at most ε over
     all its positions and features (padding is left alone), at the output of the
@@ -99,13 +99,14 @@ def evaluate_robustness(
         pgd:  Δ₀ = 0,  Δₖ₊₁ = P(Δₖ + α u(Δₖ)),  α = ε min(1, 2.5 / steps)
 
     u(Δ) is the sample's gradient of the loss at Δ, divided by its L2 norm, and
-    P scales what is longer than ε back to ε. Attack and evaluation see the
-    model as `predict` does (no dropout, moving statistics), so that the figures
-    do not depend on the batch size, and those at ε = 0 are `evaluate`'s.
+    P scales a Δ that is longer than ε to the norm ε. Attack and evaluation run
+    the model as `predict` does (no dropout, moving averages in
+    BatchNormalization), so the results do not depend on the batch size, and
+    those at ε = 0 are those of `evaluate`.
 
-    Nothing of the model is assigned, however the call ends. It runs as the
-    model was compiled (`run_eagerly`, `jit_compile`), and sees as many shapes
-    as `evaluate`: two, or one where the batch size divides the number of
+    The model's variables keep their values, also after an error. The call runs
+    as the model was compiled (`run_eagerly`, `jit_compile`), with as many
+    shapes as `evaluate`: two, or one where the batch size divides the number of
     samples.
 
     Args:
@@ -212,7 +213,7 @@ def _count(name, value):
 
 
 def _check_lengths(*data):
-    """Arrays of unlike lengths; `evaluate` looks at all else."""
+    """Raises for arrays of unequal lengths; `evaluate` checks the rest."""
     shapes = [a.shape for a in tree.flatten(data) if isinstance(a, np.ndarray)]
     lengths = {shape[0] if shape else 0 for shape in shapes}
     if len(lengths) > 1 or 0 in lengths:

@@ -19,11 +19,11 @@ from blogkeras.adversarial.survey import (
 
 
 class Site:
-    """A place whose values an adversarial method may move.
+    """A place in a model whose values an adversarial method perturbs.
 
-    The values there in the present step are its *origin*, a list of tensors; a
-    *point* is a list of the same shapes, and the loss at a point is that of the
-    model with its values in place of the origin's.
+    Its values in the present step are the *origin*, a list of tensors. A
+    *point* is a list of tensors of the same shapes. The loss at a point is the
+    model's loss with the values of the point in place of the origin.
     """
 
     def origin(self, objective, weights):
@@ -31,7 +31,7 @@ class Site:
         raise NotImplementedError
 
     def at(self, objective, weights, point):
-        """Moves the model to `point`.
+        """Arguments that evaluate the objective at `point`.
 
         Returns:
             `(weights, kwargs)` for `objective(weights, **kwargs)`.
@@ -56,8 +56,8 @@ class Site:
         """
         return gradients
 
-    # Whether each replica holds its share of one quantity (the gradient of the
-    # shared matrix), and not values of its own (its samples).
+    # True where the replicas' gradients are to be added, since all replicas
+    # share the matrix. False where each replica has samples of its own.
     shared = False
     # Whether the first axis of each tensor is the batch.
     batched = True
@@ -68,18 +68,18 @@ class OutputSite(Site):
 
     The values are offsets, with origin zero, one tensor for each call of the
     layer, or several where the layer has several floating outputs. Of an
-    embedding only look-ups count: the calls that give one dimension more than
-    they take. The tied softmax of the same layer is left clean.
+    embedding only look-ups count: calls whose output has one dimension more
+    than their input. A softmax with the same matrix is not perturbed.
 
     Args:
         layer: The layer.
-        padding_mask: String, the name of the input that tells padding.
+        padding_mask: String, the name of the input that marks padding.
     """
 
     def __init__(self, layer, padding_mask=None):
         self.layer = layer
         self._padding = Padding(padding_mask)
-        self._step = threading.local()  # each replica has a thread
+        self._step = threading.local()  # a thread for each replica
 
     def origin(self, objective, weights):
         offsets, outputs = [], []
@@ -90,7 +90,7 @@ class OutputSite(Site):
                 outputs.append(x)
             return output
 
-        # Only shapes and masks are of use here; the compiler drops the rest.
+        # Only shapes and masks are used here; the compiler removes the rest.
         with self._padding.watch(objective) as watch:
             objective(weights, perturb=watch({self.layer: record}))
         if not offsets:
@@ -126,7 +126,7 @@ class OutputSite(Site):
         return self._step.masks[0]
 
     def _perturbed(self, output, args, kwargs):
-        """The tensors of an output that are moved."""
+        """The tensors of an output that are perturbed."""
         if is_embedding(self.layer):
             first = first_argument(args, kwargs)
             return [output] if is_look_up(output, first) else []
@@ -200,8 +200,8 @@ class MatrixSite(Site):
         index = objective.index(variable)
         if index is None:
             return weights, {"values": [(variable, point[0])]}
-        # In the weights, not added inside the loss: so the embedding's gradient
-        # stays as sparse as the optimizer of plain Keras would see it.
+        # The point replaces the weight and is not added inside the loss. So the
+        # embedding's gradient stays sparse, as in Keras's own train step.
         return [*weights[:index], point[0], *weights[index + 1 :]], {}
 
     def merge(self, objective, gradients, point_gradients):
@@ -253,13 +253,13 @@ class InputSite(Site):
     Args:
         index: The only input to perturb, of `tree.flatten(x)`, or its name.
             `None`: all floating inputs, but not those that are masks by name.
-        padding_mask: String, the name of the input that tells padding.
+        padding_mask: String, the name of the input that marks padding.
     """
 
     def __init__(self, index=None, padding_mask=None):
         self.index = index
         self._padding = Padding(padding_mask)
-        self._step = threading.local()  # each replica has a thread
+        self._step = threading.local()  # a thread for each replica
 
     def _indices(self, objective):
         leaves = describe(objective.model, objective.data[0])
@@ -289,7 +289,7 @@ class InputSite(Site):
                 keras.backend.standardize_dtype(flat[index].dtype)
             )
             if leaves[index].dtype is None and dtype == "float64":
-                # `train_on_batch` hands NumPy's float64 through to the step.
+                # `train_on_batch` passes NumPy's float64 on to the step.
                 dtype = keras.config.floatx()
             origin.append(ops.cast(flat[index], dtype))
         self._step.masks = self._find_masks(objective, weights, origin, indices)
@@ -311,7 +311,7 @@ class InputSite(Site):
 
     def at(self, objective, weights, point):
         x, y, sample_weight = objective.data
-        # `train_on_batch` hands over arrays; Keras wants tensors or arrays.
+        # `train_on_batch` passes arrays; Keras takes all tensors or all arrays.
         flat = [
             ops.convert_to_tensor(t) if isinstance(t, np.ndarray) else t
             for t in tree.flatten(x)
@@ -342,7 +342,7 @@ def masked(tensors, masks):
 
 
 def rows_of_tokens(tokens):
-    """A number for each token, equal where tokens are, below their count."""
+    """A row number for each token: equal tokens have the same row."""
     order = ops.argsort(tokens)
     tokens = ops.take(tokens, order, axis=0)
     is_new = ops.cast(tokens[1:] != tokens[:-1], "int32")

@@ -1,8 +1,9 @@
-"""What a model does with its inputs, seen in one trace of it.
+"""How a model uses its inputs, found in one trace of it.
 
 Which embedding looks up which input, which masks go with which input, and
 whether an embedding's matrix is used for anything but look-ups: all this is
-read off the flow of data, never off sizes, which may be equal by chance.
+found by following the data. Sizes are not compared: they may be equal by
+chance.
 """
 
 import inspect
@@ -13,7 +14,7 @@ from keras import ops, tree
 
 from blogkeras import backend
 
-# Arguments that tell a layer which positions are padding.
+# Names of a layer's arguments that mark padding.
 MASK_ARGUMENTS = (
     "padding_mask",
     "key_mask",
@@ -29,7 +30,7 @@ class Leaf(NamedTuple):
     Attributes:
         names: Its key in a dict of inputs, and the name of the model's `Input`.
         dtype: What the model casts it to, `None` where that is not declared.
-        is_float: Whether the model sees floating numbers.
+        is_float: Whether it is floating in the model.
     """
 
     names: tuple
@@ -56,7 +57,7 @@ class MaskSource(NamedTuple):
 
 
 class Survey:
-    """What a trace of a model has shown.
+    """The results of tracing a model.
 
     Attributes:
         look_ups: Pairs `(layer, leaves)`, one for each look-up in an embedding
@@ -76,8 +77,8 @@ class Survey:
             x: The inputs, tensors or symbols of tensors.
             run: Function `(x, perturb, values)` that runs the model and returns
                 its loss, or `None`.
-            tables: Pairs `(layer, variable)` of embedding layers whose matrix
-                is asked about.
+            tables: Pairs `(layer, variable)` of embedding layers, for
+                `matrices_used`.
         """
         self._layers = [layer for _, layer in named_layers(model)]
         flat = tree.flatten(x)
@@ -96,7 +97,7 @@ class Survey:
                 self._recorders(records, [layer for layer, _ in tables]),
                 [*zip(variables, matrices, strict=True)],
             )
-            # Masks are set when the layer has returned.
+            # Keras sets the mask of an output after the layer has returned.
             records[:] = [record for r in records for record in _finish(r)]
             results = [record.tensor for record in records]
             return results if loss is None else [*results, loss]
@@ -179,7 +180,7 @@ class _Record(NamedTuple):
 
 
 def _finish(record):
-    """The records of a call: of the masks that went in or came out."""
+    """The records of a call, one for each mask of an argument or output."""
     if record.kind != "call":
         return [record]
     found = []
@@ -206,7 +207,7 @@ def _finish(record):
 
 
 def _masked_tensor(argument, args, kwargs):
-    """What a mask argument masks: of attention, the keys."""
+    """The tensor that a mask argument masks; of attention, the keys."""
     if argument == "mask" or ("value" not in kwargs and len(args) < 2):
         return first_tensor(first_argument(args, kwargs))
     for name in ("key", "value"):
@@ -216,7 +217,7 @@ def _masked_tensor(argument, args, kwargs):
 
 
 def mask_arguments(layer, args, kwargs):
-    """Pairs `(argument, mask)` of one call that tell of padding."""
+    """Pairs `(argument, mask)` of one call that mark padding."""
     try:
         bound = inspect.signature(type(layer).call).bind(layer, *args, **kwargs)
     except (TypeError, ValueError):
@@ -225,12 +226,12 @@ def mask_arguments(layer, args, kwargs):
     for name in MASK_ARGUMENTS:
         mask = bound.arguments.get(name)
         if isinstance(mask, (list, tuple)):
-            # Of `Attention`: the masks of the queries and of the values.
+            # `Attention` takes the masks of the queries and of the values.
             mask = mask[-1] if mask else None
         if mask is None or not hasattr(mask, "shape"):
             continue
         if is_float(mask) and not isinstance(layer, _ATTENTION):
-            continue  # may be numbers to add, where 0 means: attend
+            continue  # it may be added to the logits, where 0 means: attend
         ranks = (3, 4) if name == "attention_mask" else (2,)
         if len(mask.shape) in ranks:
             found.append((name, mask))
@@ -238,9 +239,9 @@ def mask_arguments(layer, args, kwargs):
 
 
 def mask_of_positions(mask):
-    """A mask `(batch, positions)` of one that may have axes of queries.
+    """A mask `(batch, positions)` from one that may have axes of queries.
 
-    Padding is what no query attends to.
+    A position is padding if no query attends to it.
     """
     mask = ops.not_equal(mask, ops.zeros((), mask.dtype))
     queries = tuple(range(1, len(mask.shape) - 1))
@@ -342,7 +343,8 @@ def is_float(x):
 def survey_step(objective, weights, tables=()):
     """A `Survey` of the step's model and loss.
 
-    It raises what the trace raises: some models cannot be traced in a trace.
+    Errors of the trace are passed on: some models cannot be traced inside a
+        trace.
     """
     x, y, sample_weight = objective.data
 

@@ -78,7 +78,7 @@ def chain(layers, x, training):
 
 
 def output_shape(layer, shape):
-    """The layer's output shape, also where it does not tell by itself."""
+    """The layer's output shape, by tracing where it has no method for it."""
     try:
         return layer.compute_output_shape(shape)
     except NotImplementedError:
