@@ -20,7 +20,9 @@ _MASS_ERROR = 1e-4  # float32 weights of a long text sum to 1 within this
 def check_settings(regularization, tolerance, max_iterations=1):
     """The settings of Sinkhorn's iteration, as plain numbers."""
     return (
-        check_number("regularization", regularization, above=0),
+        regularization
+        if regularization is None
+        else check_number("regularization", regularization, above=0),
         check_number("tolerance", tolerance, above=0),
         check_integer("max_iterations", max_iterations, minimum=1),
     )

@@ -42,7 +42,7 @@ def wasserstein_distance(
     q: Tensor,
     D: Tensor,
     solver: str = "exact",
-    regularization: float = 0.005,
+    regularization: float | None = None,
     tolerance: float = 1e-3,
 ) -> Tensor:
     """Earth mover's distance: the least cost of turning `p` into `q`.
@@ -58,7 +58,8 @@ def wasserstein_distance(
             `sinkhorn`; compiled, in batches, with a gradient: that of `D` is
             the plan, that of `p` and `q` the potentials. `"relaxed"`: a lower
             bound (RWMD), the larger of `relaxed_wasserstein_distances`.
-        regularization: Float. Of `"sinkhorn"`, relative to max|D|.
+        regularization: Float, or `None` for what `sinkhorn` chooses. Of
+            `"sinkhorn"`, relative to max|D|.
         tolerance: Float. Marginal error of `"sinkhorn"`.
 
     Returns:
@@ -95,7 +96,7 @@ def word_mover_distance(
     weights: str = "uniform",
     idf: Tensor | None = None,
     solver: str = "exact",
-    regularization: float = 0.005,
+    regularization: float | None = None,
     tolerance: float = 1e-3,
 ) -> Tensor:
     """Word mover's distance (WMD) between two sequences of vectors.
@@ -199,7 +200,7 @@ def word_rotator_distance(
     weights: str = "norm",
     idf: Tensor | None = None,
     solver: str = "exact",
-    regularization: float = 0.005,
+    regularization: float | None = None,
     tolerance: float = 1e-3,
 ) -> Tensor:
     """Word rotator's distance (WRD) between two sequences of vectors.
@@ -368,7 +369,7 @@ class Solver:
     """
 
     name: str
-    regularization: float = 0.005
+    regularization: float | None = None
     tolerance: float = 1e-3
 
     def __post_init__(self):

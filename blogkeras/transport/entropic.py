@@ -16,6 +16,10 @@ from blogkeras.typing import Tensor
 _FACTOR = 4.0  # from one ε to the next
 _START = 0.05  # the first ε is at most this
 _LOOSE = 0.1  # marginal error at which all but the last ε are left
+_DEFAULT = 0.005  # the ε of regularization=None, before it is refined
+_REFINEMENTS = 6  # how often it is divided by _FACTOR at most
+_APART = 0.05  # bounds that differ by more than this, relatively, ask for it
+_CLOSE = 1e-6  # bounds that are as close as this, in units of max|D|, do not
 _STRIDE = 5  # iterations between two looks at the error
 _PATIENCE = 10  # iterations after which over-relaxation is from 1/2 at 2/3
 _BLOCK = 2**15  # costs at work at a time on a CPU
@@ -49,7 +53,7 @@ def sinkhorn(
     p: Tensor,
     q: Tensor,
     D: Tensor,
-    regularization: float = 0.005,
+    regularization: float | None = None,
     tolerance: float = 1e-3,
     max_iterations: int = 5000,
 ) -> SinkhornSolution:
@@ -77,8 +81,9 @@ def sinkhorn(
         D: `(..., n, m)`, finite; float64 stays float64 where the backend has
             it, everything else is computed in float32.
         regularization: Float > 0. The last ε, in units of max|D| of each
-            problem, over words with mass. Below 0.001 float32 has too few
-            digits.
+            problem, over words with mass. `None`: 0.005; where the two bounds
+            then differ by more than 5 % (costs that matter are far below
+            max|D|), ε and `tolerance` are divided by 4 up to six times.
         tolerance: Float > 0. The marginal error to stop at.
         max_iterations: Integer. Of each ε.
 
@@ -256,19 +261,9 @@ def _solve_block(p, q, cost, regularization, tolerance, max_iterations):
         lambda: (*state, iterations),
         in_log_domain,
     )
-    plan = _round(problem, kernel, s, t)
-
-    # The largest g with f + g <= c, then the largest f.
-    far = _FAR * one
-    g_low = ops.min(ops.where(rows, cost - f, far), axis=1, keepdims=True)
-    f_low = ops.min(
-        ops.where(columns, cost - g_low, far), axis=2, keepdims=True
-    )
-    lower = ops.sum(p * f_low, axis=(1, 2)) + ops.sum(q * g_low, axis=(1, 2))
+    plan, distance, lower, f_low, g_low = _certify(problem, kernel, s, t, f)
     # The iteration says nothing on words without mass.
     f, g = ops.where(rows, f, f_low), ops.where(columns, g, g_low)
-    # One axis after the other: XLA adds up the first one in parallel.
-    distance = ops.sum(ops.sum(plan * problem.c, axis=1), axis=1)
     # A sum of k terms of size at most 1/k is off by at most k units in the
     # last place; masses, and their sums, are off likewise; so are the costs,
     # and what was too little to be spread.
@@ -292,6 +287,20 @@ class _Problem(NamedTuple):
     columns: object  # where q > 0
     support: object  # both
     c: object  # (batch, n, m), at most 1, and 1 outside of the support
+
+
+def _certify(problem, kernel, s, t, f):
+    """A plan and its cost, a lower bound and the potentials it comes from."""
+    p, q, rows, columns, _, c = problem
+    plan = _round(problem, kernel, s, t)
+    # One axis after the other: XLA adds up the first one in parallel.
+    distance = ops.sum(ops.sum(plan * c, axis=1), axis=1)
+    # The largest g with f + g <= c, then the largest f.
+    far = _FAR * ops.ones_like(c)
+    g = ops.min(ops.where(rows, c - f, far), axis=1, keepdims=True)
+    f = ops.min(ops.where(columns, c - g, far), axis=2, keepdims=True)
+    lower = ops.sum(p * f, axis=(1, 2)) + ops.sum(q * g, axis=(1, 2))
+    return plan, distance, lower, f, g
 
 
 def _unit(x):
@@ -332,34 +341,60 @@ def _round(problem, kernel, s, t):
 
 def _anneal(step, problem, regularization, tolerance, max_iterations):
     """Runs `step` with each ε in turn: `(kernel, s, t, f, g, error, count)`."""
-    schedule = [regularization]
+    schedule = [regularization or _DEFAULT]
     while schedule[0] * _FACTOR <= _START:
         schedule.insert(0, schedule[0] * _FACTOR)
+    count = len(schedule)
+    goals = [max(tolerance, _LOOSE)] * (count - 1) + [tolerance]
+    refined = 0 if regularization else _REFINEMENTS
+    for k in range(1, refined + 1):
+        # What is missing in the marginals costs as much as ε does.
+        schedule.append(_DEFAULT / _FACTOR**k)
+        goals.append(tolerance / _FACTOR**k)
     # Every row and every column of the first kernel has a 1.
     c = problem.c
     f = ops.min(c, axis=2, keepdims=True)
     g = ops.min(c - f, axis=1, keepdims=True)
-    count = len(schedule)
-    schedule = ops.convert_to_tensor(schedule, c.dtype)
+    schedule, goals = (
+        ops.convert_to_tensor(a, c.dtype) for a in (schedule, goals)
+    )
 
-    def stage(index, kernel, s, t, f, g, error, iterations):
-        last = ops.equal(index, count - 1)
-        goal = ops.where(last, tolerance, max(tolerance, _LOOSE))
+    def apart(kernel, s, t, f):
+        _, upper, lower, *_ = _certify(problem, kernel, s, t, f)
+        enough = ops.maximum(_APART * ops.abs(upper), _CLOSE)
+        return ops.any(upper - lower > enough)
+
+    def stage(index, _, *state):
+        *_, f, g, _, iterations = state
         *state, more = step(
             problem,
             f,
             g,
             ops.take(schedule, index),
-            ops.cast(goal, c.dtype),
+            ops.take(goals, index),
             max_iterations,
         )
-        return index + 1, *state, iterations + more
+        kernel, s, t, f, *_ = state
+        index = index + 1
+        again = index < count
+        if refined:
+            # The bounds cost as much as an iteration: only after the last ε.
+            again = ops.cond(
+                again, lambda: again, lambda: apart(kernel, s, t, f)
+            )
+        return index, again, *state, iterations + more
 
-    state = 0, ops.zeros_like(c), f, g, f, g, ops.zeros_like(f[:, :1]), 0
-    if count == 1:
-        return stage(*state)[1:]
+    state = 0, True, ops.zeros_like(c), f, g, f, g, ops.zeros_like(f[:, :1]), 0
+    if count + refined == 1:
+        return stage(*state)[2:]
     # A loop over ε, so that the step is compiled only once.
-    return ops.while_loop(lambda index, *_: index < count, stage, state)[1:]
+    return ops.while_loop(
+        lambda index, again, *_: ops.logical_and(
+            again, index < count + refined
+        ),
+        stage,
+        state,
+    )[2:]
 
 
 def _iterate(halves, limit, change, s, t, problem, goal, max_iterations):

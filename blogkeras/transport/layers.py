@@ -138,6 +138,7 @@ class WordMoverDistance(_TransportLayer):
             gradient.
         regularization: Float > 0. The ε of Sinkhorn, relative to the largest
             cost of each pair. Larger is faster, smoother and further off.
+            `None`: 0.005, and less where that is far off, see `sinkhorn`.
         tolerance: Float > 0. Marginal error at which Sinkhorn stops.
         pairwise: Boolean. Whether every x of the batch is compared with every
             y, for in-batch negatives. Takes batch² · n · m numbers. Under
@@ -165,7 +166,7 @@ class WordMoverDistance(_TransportLayer):
         cost: str = "euclidean",
         weighting: str = "uniform",
         solver: str = "sinkhorn",
-        regularization: float = 0.005,
+        regularization: float | None = None,
         tolerance: float = 1e-3,
         pairwise: bool = False,
         **kwargs: Any,
@@ -197,7 +198,7 @@ class WordRotatorDistance(_TransportLayer):
         cost: Defaults to `"cosine"`.
         weighting: Defaults to `"norm"`.
         solver: Defaults to `"sinkhorn"`.
-        regularization: Defaults to 0.005.
+        regularization: Defaults to `None`.
         tolerance: Defaults to 1e-3.
         pairwise: Defaults to `False`.
 
@@ -218,7 +219,7 @@ class WordRotatorDistance(_TransportLayer):
         cost: str = "cosine",
         weighting: str = "norm",
         solver: str = "sinkhorn",
-        regularization: float = 0.005,
+        regularization: float | None = None,
         tolerance: float = 1e-3,
         pairwise: bool = False,
         **kwargs: Any,

@@ -158,7 +158,7 @@ row(
 COST, WEIGHTS, SOLVER = choice(), choice(), choice()
 SETTINGS = {
     "solver": SOLVER,
-    "regularization": number(above=0),
+    "regularization": number(above=0, none=True),
     "tolerance": number(above=0),
 }
 WORDS = {
@@ -196,7 +196,7 @@ row(
     PQD,
     {
         **PROBLEM,
-        "regularization": number(above=0),
+        "regularization": number(above=0, none=True),
         "tolerance": number(above=0),
         "max_iterations": integer(1),
     },

@@ -83,11 +83,9 @@ def test_near_words_and_far_groups(kind, dim):
     assert exact == pytest.approx(right, rel=1e-6, abs=1e-12)
     found = float(word_mover_distance(x, y, solver="sinkhorn"))
     assert found >= right * (1 - 1e-4)
-    # Rounding leaves shares of 10⁻⁷ of the mass with far words. (In the plane
-    # words have neighbours nearer than ε.)
-    if dim == 300:
-        far = 1e-6 * distances(x, y).max()
-        assert found <= right * (1.15 if kind == "groups" else 1.02) + far
+    # Rounding leaves shares of 10⁻⁷ of the mass with far words.
+    far = 1e-6 * distances(x, y).max()
+    assert found <= right * 1.02 + far
     relaxed = float(word_mover_distance(x, y, solver="relaxed"))
     assert relaxed <= right * (1 + 1e-4)
     if kind in ("near", "equal"):
@@ -278,7 +276,7 @@ def test_few_programs_for_texts_of_all_lengths(monkeypatch):
 def test_settings_are_numbers():
     p, D = np.full(2, 0.5), np.eye(2)
     for bad in (np.inf, np.nan, 0, -1.0, True, "4", None):
-        for name in ("regularization", "tolerance"):
+        for name in ("regularization", "tolerance")[bad is None :]:
             with pytest.raises(ValueError, match=f"Received: {name}="):
                 sinkhorn(p, p, D, **{name: bad})
             with pytest.raises(ValueError, match=f"Received: {name}="):
