@@ -92,7 +92,7 @@ def ours(contest):
     import blogkeras as b
 
     x, y = (t.astype("float32") for t in data(size(contest)))
-    kernel = b.GaussianKernel(BANDWIDTH, form="usual")
+    kernel = b.GaussianKernel(BANDWIDTH, form="standard")
     number = PERMUTATIONS.get(("ours", size(contest)))
     step = {
         "statistic": lambda: float(b.hsic(x, y, kernel, kernel)),
@@ -303,7 +303,7 @@ def large(name, n=100_000):
 
     # Libraries and their first program are not counted.
     x, y = (t.astype("float32") for t in data(3000))
-    kernel = b.GaussianKernel(BANDWIDTH, form="usual")
+    kernel = b.GaussianKernel(BANDWIDTH, form="standard")
 
     def run(x, y):
         if name == "tiles":
@@ -325,7 +325,7 @@ def statistics_memory(name):
     if name == "ours":
         import blogkeras as b
 
-        kernel = b.GaussianKernel(BANDWIDTH, form="usual")
+        kernel = b.GaussianKernel(BANDWIDTH, form="standard")
         b.hsic(*(t.astype("float32") for t in small), kernel, kernel)
     if name == "hyppo":
         from hyppo.independence import Hsic
@@ -374,7 +374,7 @@ def agreement_of_ours():
     import blogkeras as b
 
     x, y = data(200, 3)
-    kernel = b.GaussianKernel(BANDWIDTH, form="usual")
+    kernel = b.GaussianKernel(BANDWIDTH, form="standard")
     d_x, d_y = (np.sqrt(np.square(t[:, None] - t).sum(-1)) for t in (x, y))
     sys.path.insert(0, str(ROOT / "tests"))
     from test_hsic_independence import hyppos_test

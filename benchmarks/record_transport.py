@@ -275,7 +275,9 @@ def distances(method, sentences, lookup):
             found.append(word_mover_distance(x, y, cost=cost))
         elif method == "WMD idf":
             idf = [lookup(sentences[i][0])[0] for i in (k, k + 1)]
-            found.append(word_mover_distance(x, y, weights="idf", idf=idf))
+            found.append(
+                word_mover_distance(x, y, None, "euclidean", "importance", idf)
+            )
         else:
             found.append(word_rotator_distance(x, y))
     return np.array(found)

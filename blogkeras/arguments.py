@@ -7,15 +7,22 @@ at the earliest place: in `__init__`, or at the head of a function.
 Inside a traced function tensors have no values, so there these are not checked.
 """
 
+import functools
+import inspect
 import math
 import numbers
 import os
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import keras
 import numpy as np
 from keras import ops
 
 from blogkeras import backend
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def check_integer(name, value, minimum=None, maximum=None):
@@ -262,6 +269,54 @@ def as_numpy(values):
     if ops.is_tensor(values):
         return ops.convert_to_numpy(values)
     return np.asarray(values)
+
+
+def renamed_value(name, value, names):
+    """`value`; in place of an old name the new one, with a warning.
+
+    Args:
+        name: String. The argument's name.
+        value: The argument.
+        names: Dict `{old value: new value}`.
+    """
+    if isinstance(value, str) and value in names:
+        new = names[value]
+        _warn_renamed(f"{name}={value!r}", f"{name}={new!r}")
+        return new
+    return value
+
+
+def renamed_argument(old: str, new: str) -> Callable[[Function], Function]:
+    """A decorator: the function takes the argument `new` as `old`, too."""
+
+    def decorate(fn: Function) -> Function:
+        @functools.wraps(fn)
+        def with_old_name(*args, **kwargs):
+            if old in kwargs:
+                _warn_renamed(f"`{old}`", f"`{new}`")
+                if new in kwargs:
+                    raise ValueError(
+                        f"Expected `{new}` alone, of which `{old}` is the old "
+                        "name. Received: both"
+                    )
+                kwargs[new] = kwargs.pop(old)
+            return fn(*args, **kwargs)
+
+        return cast(Function, with_old_name)
+
+    return decorate
+
+
+def _warn_renamed(old, new):
+    """Warns at the line outside of blogkeras that uses the old name."""
+    level, frame = 1, inspect.currentframe()
+    while frame and frame.f_globals.get("__name__", "").startswith("blogkeras"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(
+        f"{old} is now called {new}; the old name will be removed.",
+        DeprecationWarning,
+        stacklevel=level,
+    )
 
 
 def _bounds(minimum=None, maximum=None, above=None, below=None):

@@ -12,6 +12,7 @@ from blogkeras.arguments import (
     check_finite,
     check_integer,
     check_number,
+    renamed_value,
 )
 from blogkeras.hsic.grams import Gram, about_center, centered, power_of_two
 from blogkeras.hsic.samples import (
@@ -36,7 +37,7 @@ from blogkeras.ops import (
     squared_distances,
 )
 
-FORMS = ("blog", "usual")
+FORMS = ("blog", "standard")
 # An error of the exponent of a Gaussian that does not matter.
 ROUNDING = 1e-4
 
@@ -221,15 +222,15 @@ class DistanceKernel(Kernel):
 class GaussianKernel(DistanceKernel):
     """Gaussian kernel, in the post's or in the standard form.
 
-        form="blog":    K(x₁, x₂) = exp(−‖x₁ − x₂‖² / σ²)
-        form="usual":   K(x₁, x₂) = exp(−‖x₁ − x₂‖² / (2σ²))
+        form="blog":       K(x₁, x₂) = exp(−‖x₁ − x₂‖² / σ²)
+        form="standard":   K(x₁, x₂) = exp(−‖x₁ − x₂‖² / (2σ²))
 
     The same σ means two different kernels, so the form has no default.
 
     Args:
         bandwidth: Float > 0, σ. `None` is the median distance of the variable
             at hand, see `median_bandwidth`.
-        form: `"blog"` or `"usual"`.
+        form: `"blog"` or `"standard"`.
         per_dimension: Boolean. Divides ‖x₁ − x₂‖² by the number of features,
             so that one σ serves layers of any width (HSIC bottleneck).
 
@@ -245,6 +246,7 @@ class GaussianKernel(DistanceKernel):
         per_dimension: bool = False,
     ) -> None:
         super().__init__(bandwidth)
+        form = renamed_value("form", form, {"usual": "standard"})
         self.form = check_choice("form", form, FORMS)
         self.per_dimension = check_boolean("per_dimension", per_dimension)
 

@@ -14,6 +14,8 @@ from blogkeras.arguments import (
     as_numpy,
     check_choice,
     check_finite,
+    renamed_argument,
+    renamed_value,
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.transport import exact, measures
@@ -88,13 +90,14 @@ def wasserstein_distance(
     return method.distance(p, q, D)
 
 
+@renamed_argument("idf", "importance")
 def word_mover_distance(
     x: Tensor,
     y: Tensor,
     mask: Tensor | None = None,
     cost: str = "euclidean",
     weights: str = "uniform",
-    idf: Tensor | None = None,
+    importance: Tensor | None = None,
     solver: str = "exact",
     regularization: float | None = None,
     tolerance: float = 1e-3,
@@ -105,7 +108,7 @@ def word_mover_distance(
 
     `cost` and `weights` span its relatives: `"cosine"` with `"norm"` is
     `word_rotator_distance`, `"cosine"` with `"uniform"` is WMD on normalized
-    vectors, `"idf"` weighs words by their rarity.
+    vectors, `"importance"` weighs words by their rarity, for example.
 
     An empty or fully masked sequence counts as one zero vector: its distance to
     a text is the mean norm of the text's words, or 1 under `"cosine"`, and 0 to
@@ -119,11 +122,11 @@ def word_mover_distance(
             influence.
         cost: `"euclidean"`; `"cosine"`, 1 − cos, where a zero vector has no
             mass; `"rms"`, Euclidean divided by √dim.
-        weights: `"uniform"`; `"norm"`, ‖wᵢ‖/Z; `"idf"`, the `idf` of the words,
-            divided by their sum; or a pair of arrays `(..., n)`, `(..., m)`,
-            nonnegative, each of sum 1 (0 for an empty sequence).
-        idf: Pair `(..., n)`, `(..., m)` for `weights="idf"`, nonnegative: see
-            `inverse_document_frequency`, or any other importance of words.
+        weights: `"uniform"`; `"norm"`, ‖wᵢ‖/Z; `"importance"`, the `importance`
+            of the words, divided by its sum; or a pair of arrays `(..., n)`,
+            `(..., m)`, nonnegative, each of sum 1 (0 for an empty sequence).
+        importance: Pair `(..., n)`, `(..., m)` for `weights="importance"`,
+            nonnegative, such as `inverse_document_frequency` of the words.
         solver: See `wasserstein_distance`.
         regularization: See there.
         tolerance: See there.
@@ -146,7 +149,7 @@ def word_mover_distance(
     is `cost="rms"`.
     """
     method = Solver(solver, regularization, tolerance)
-    texts = Texts.checked(x, y, mask, cost, weights, idf, method.name)
+    texts = Texts.checked(x, y, mask, cost, weights, importance, method.name)
     if method.name == "exact":
         return _exact_distance(texts)
     # On TensorFlow a tape may be watching, which cannot look inside.
@@ -192,13 +195,14 @@ def _exact_distance(texts):
     return distances.reshape(lead)[()]
 
 
+@renamed_argument("idf", "importance")
 def word_rotator_distance(
     x: Tensor,
     y: Tensor,
     mask: Tensor | None = None,
     cost: str = "cosine",
     weights: str = "norm",
-    idf: Tensor | None = None,
+    importance: Tensor | None = None,
     solver: str = "exact",
     regularization: float | None = None,
     tolerance: float = 1e-3,
@@ -213,8 +217,8 @@ def word_rotator_distance(
     has distance 1 to a text.
 
     Args:
-        x, y, mask, cost, weights, idf, solver, regularization, tolerance: As
-            for `word_mover_distance`.
+        x, y, mask, cost, weights, importance, solver, regularization,
+            tolerance: As for `word_mover_distance`.
 
     Returns:
         `(...)`: NumPy float64 from `solver="exact"`, else a float32 tensor.
@@ -230,7 +234,7 @@ def word_rotator_distance(
         [blog post](https://kexue.fm/archives/7388)
     """
     return word_mover_distance(
-        x, y, mask, cost, weights, idf, solver, regularization, tolerance
+        x, y, mask, cost, weights, importance, solver, regularization, tolerance
     )
 
 
@@ -248,13 +252,14 @@ def word_rotator_similarity(
     return 1 - word_rotator_distance(x, y, mask, **options)
 
 
+@renamed_argument("idf", "importance")
 def word_centroid_distance(
     x: Tensor,
     y: Tensor,
     mask: Tensor | None = None,
     cost: str = "euclidean",
     weights: str = "uniform",
-    idf: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Tensor:
     """A lower bound of the distance with the same arguments, by mean words.
 
@@ -263,7 +268,7 @@ def word_centroid_distance(
     ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖² of WRD, which has the name `word_rotator_bound`.
 
     Args:
-        x, y, mask, cost, weights, idf: As for `word_mover_distance`.
+        x, y, mask, cost, weights, importance: As for `word_mover_distance`.
 
     Returns:
         `(...)`, NumPy float64.
@@ -272,7 +277,7 @@ def word_centroid_distance(
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf);
         [blog post](https://kexue.fm/archives/7388)
     """
-    texts = Texts.checked(x, y, mask, cost, weights, idf, "exact")
+    texts = Texts.checked(x, y, mask, cost, weights, importance, "exact")
     (p, x), (q, y) = texts.measures(np)
     return measures.centroid_bound(
         np,
@@ -318,19 +323,20 @@ def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
     return measures.relaxed(np, p, q, D)
 
 
+@renamed_argument("idf", "importance")
 def transport_plan(
     x: Tensor,
     y: Tensor,
     mask: Tensor | None = None,
     cost: str = "cosine",
     weights: str = "norm",
-    idf: Tensor | None = None,
+    importance: Tensor | None = None,
     solver: str = "exact",
 ) -> Tensor:
     """Which word goes where: the plan behind a distance.
 
     Args:
-        x, y, mask, cost, weights, idf: As for `word_rotator_distance`.
+        x, y, mask, cost, weights, importance: As for `word_rotator_distance`.
         solver: `"exact"` or `"sinkhorn"`.
 
     Returns:
@@ -353,7 +359,7 @@ def transport_plan(
             '`solver` to be "exact" or "sinkhorn". Received: '
             f"solver={method.name!r}"
         )
-    texts = Texts.checked(x, y, mask, cost, weights, idf, method.name)
+    texts = Texts.checked(x, y, mask, cost, weights, importance, method.name)
     xp = np if method.name == "exact" else ops
     return method.plan(*texts.problem(xp))[0]
 
@@ -436,7 +442,7 @@ class Texts:
         y: `(..., m, dim)`.
         x_mask: `(..., n)`, boolean, or `None`.
         y_mask: `(..., m)`, likewise.
-        x_mass: `(..., n)`, for `weights` "idf" and "given"; or `None`.
+        x_mass: `(..., n)`, for `weights` "importance" and "given"; or `None`.
         y_mass: `(..., m)`, likewise.
         cost: One of `measures.COSTS`.
         weights: One of `measures.WEIGHTS`, or "given".
@@ -452,8 +458,9 @@ class Texts:
     weights: str
 
     @classmethod
-    def checked(cls, x, y, mask, cost, weights, idf, solver):
+    def checked(cls, x, y, mask, cost, weights, importance, solver):
         """Arrays that fit, in NumPy for the exact solver, else tensors."""
+        weights = renamed_value("weights", weights, measures.OLD_WEIGHTS)
         measures.check_options(cost, weights)
         x, y = _array(x, solver), _array(y, solver)
         same = x.shape[:-2] == y.shape[:-2] and x.shape[-1:] == y.shape[-1:]
@@ -464,15 +471,19 @@ class Texts:
                 f"y.shape={tuple(y.shape)}"
             )
         kind = weights if isinstance(weights, str) else "given"
-        given = idf if kind == "idf" else weights
-        if kind == "idf" and idf is None:
+        given = importance if kind == "importance" else weights
+        if kind == "importance" and importance is None:
             raise ValueError(
-                'weights="idf" needs the idf of the words, idf=(x_idf, y_idf), '
-                "as from `inverse_document_frequency`. Received: idf=None"
+                'Expected `importance` with weights="importance": a pair of '
+                "arrays, one number for each word, such as those of "
+                "`inverse_document_frequency`. Received: importance=None"
             )
         if kind in ("uniform", "norm"):
             given = (None, None)
-        pairs = {"mask": (None, None) if mask is None else mask, "idf": given}
+        pairs = {
+            "mask": (None, None) if mask is None else mask,
+            "importance": given,
+        }
         for name, pair in pairs.items():
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise ValueError(

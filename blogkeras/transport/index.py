@@ -26,6 +26,7 @@ from blogkeras.transport.weighting import (
 )
 from blogkeras.typing import Tensor
 
+WEIGHTS = ("uniform", "norm", "idf")
 # 1, without a number: no counts of words. 2: with them.
 VERSION = 2
 _ARRAYS = {
@@ -99,7 +100,7 @@ class TransportIndex:
         verbose: str | int = 1,
     ) -> None:
         self.cost = check_choice("cost", cost, measures.COSTS)
-        self.weighting = check_choice("weights", weights, measures.WEIGHTS)
+        self.weighting = check_choice("weights", weights, WEIGHTS)
         if weights == "idf" and vectors is None:
             raise ValueError(
                 'Expected weights="norm" or "uniform", or "idf" with documents '
@@ -480,7 +481,7 @@ def _config(array):
         f"`config` has {sorted(config)}",
     )
     check_choice("cost", config["cost"], measures.COSTS)
-    check_choice("weights", config["weights"], measures.WEIGHTS)
+    check_choice("weights", config["weights"], WEIGHTS)
     _require(isinstance(config["by_id"], bool), "`by_id` is no truth value")
     _require(
         config["by_id"] or config["weights"] != "idf",

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from blogkeras.arguments import check_boolean, check_choice
+from blogkeras.arguments import check_boolean, check_choice, renamed_value
 from blogkeras.transport import measures
 from blogkeras.transport.distances import Solver
 
@@ -25,11 +25,13 @@ class _TransportLayer(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.cost = check_choice("cost", cost, measures.COSTS)
+        weighting = renamed_value("weighting", weighting, measures.OLD_WEIGHTS)
         if not isinstance(weighting, str):
             raise ValueError(
                 "Expected `weighting` to be one of "
                 f"{', '.join(map(repr, measures.WEIGHTS))}; weights of your "
-                'own go in with weighting="idf", as [x, y, x_idf, y_idf]. '
+                'own go in with weighting="importance", as '
+                "[x, y, x_importance, y_importance]. "
                 f"Received: weighting={weighting!r}"
             )
         self.weighting = check_choice("weighting", weighting, measures.WEIGHTS)
@@ -41,30 +43,31 @@ class _TransportLayer(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape):
-        count = 4 if self.weighting == "idf" else 2
+        count = 4 if self.weighting == "importance" else 2
         if len(input_shape) != count or len(input_shape[0]) != 3:
             raise ValueError(
                 "Expected the inputs [x, y] of shape (batch, length, dim), "
-                'and, with weighting="idf" only, [x, y, x_idf, y_idf] with '
-                f"(batch, length). Received: input_shape={input_shape}"
+                'and, with weighting="importance" only, x_importance and '
+                "y_importance of shape (batch, length) after them. "
+                f"Received: input_shape={input_shape}"
             )
         super().build(input_shape)
 
     def call(self, inputs, mask=None):
         # Marginals need more digits than half precision has.
-        x, y, *idf = (
+        x, y, *importance = (
             ops.cast(z, keras.backend.result_type(z.dtype, "float32"))
             for z in inputs
         )
         kind = self.weighting
-        idf = idf or (None, None)
+        importance = importance or (None, None)
         masks = (None, None) if mask is None else mask[:2]
         masks = [None if m is None else ops.cast(m, "bool") for m in masks]
         p, x = measures.mass_and_vectors(
-            ops, x, masks[0], self.cost, kind, idf[0]
+            ops, x, masks[0], self.cost, kind, importance[0]
         )
         q, y = measures.mass_and_vectors(
-            ops, y, masks[1], self.cost, kind, idf[1]
+            ops, y, masks[1], self.cost, kind, importance[1]
         )
         if not self.pairwise:
             d = measures.cost_matrix(ops, x, y, self.cost)
@@ -130,9 +133,9 @@ class WordMoverDistance(_TransportLayer):
     Args:
         cost: `"euclidean"`, `"cosine"` or `"rms"`, Euclidean divided by √dim.
         weighting: Masses of the words, divided by their sum: `"uniform"`, 1;
-            `"norm"`, ‖w‖; `"idf"`, given as two more inputs, differentiable:
-            the idf of the words, or any other importance. Negative ones count
-            as 0.
+            `"norm"`, ‖w‖; `"importance"`, given as two more inputs, such as
+            the inverse document frequencies of the words, differentiable.
+            Negative ones count as 0.
         solver: `"sinkhorn"`; `"relaxed"`, the lower bound RWMD; `"exact"`, for
             calls with values only: not in a compiled step nor, on JAX, under a
             gradient.
@@ -145,8 +148,9 @@ class WordMoverDistance(_TransportLayer):
             `tf.distribute` the batch is that of a replica.
 
     Input shape: `[x, y]` of `(batch, n, dim)` and `(batch, m, dim)`; with
-        `weighting="idf"` `[x, y, x_idf, y_idf]`, the latter two `(batch, n)`
-        and `(batch, m)`. With `pairwise=True` the batches may differ.
+        `weighting="importance"` `[x, y, x_importance, y_importance]`, the
+        latter two `(batch, n)` and `(batch, m)`. With `pairwise=True` the
+        batches may differ.
     Output shape: `(batch,)`; with `pairwise=True` `(batch_x, batch_y)`.
 
     Example:

@@ -9,7 +9,9 @@ from blogkeras.arguments import check_choice
 from blogkeras.ops import squared_distances, squared_distances_of_arrays
 
 COSTS = ("euclidean", "cosine", "rms")
-WEIGHTS = ("uniform", "norm", "idf")
+WEIGHTS = ("uniform", "norm", "importance")
+# Weights by importance had the name of one kind of importance.
+OLD_WEIGHTS = {"idf": "importance"}
 
 
 def check_options(cost, weights):
@@ -40,8 +42,8 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
         mask: `(..., n)`, boolean, or `None`.
         cost: One of `COSTS`. A zero vector has no direction: under "cosine" it
             has no mass unless that is given as an array.
-        weights: `"uniform"`, `"norm"`, `"idf"`, or `"given"`.
-        given: `(..., n)`, nonnegative, for `"idf"` and `"given"`.
+        weights: `"uniform"`, `"norm"`, `"importance"` or `"given"`.
+        given: `(..., n)`, nonnegative, for `"importance"` and `"given"`.
 
     Returns:
         `(p, x)`: `(..., n)` of sum 1, and the vectors, zero under the mask.
@@ -59,7 +61,7 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
         mass = xp.ones_like(norm)
     else:
         mass = xp.maximum(given, xp.zeros_like(given))
-    if cost == "cosine" and weights in ("uniform", "idf"):
+    if cost == "cosine" and weights in ("uniform", "importance"):
         mass = xp.where(norm > 0, mass, xp.zeros_like(norm))
     if mask is not None:
         mass = xp.where(mask, mass, xp.zeros_like(mass))

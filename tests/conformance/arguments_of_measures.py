@@ -166,7 +166,7 @@ WORDS = {
     "y": Kind("text", np.ones(3), np.full((3, 4), NAN), np.ones((3, 5))),
     "mask": FREE,
 }
-WORD_OPTIONS = {"cost": COST, "weights": WEIGHTS, "idf": FREE}
+WORD_OPTIONS = {"cost": COST, "weights": WEIGHTS, "importance": FREE}
 P = np.full(3, 1 / 3)
 D = np.abs(np.random.default_rng(1).normal(size=(3, 3)))
 PROBLEM = {

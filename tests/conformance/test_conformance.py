@@ -195,7 +195,7 @@ LAYERS = [
     ),
     (
         blogkeras.WordRotatorDistance,
-        {"weighting": "idf", "tolerance": 0.01},
+        {"weighting": "importance", "tolerance": 0.01},
         [
             toy.DENSE[:12].reshape(4, 3, 3),
             toy.DENSE[12:20].reshape(4, 2, 3),

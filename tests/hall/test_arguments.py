@@ -121,3 +121,24 @@ def test_paths(tmp_path):
     for value in (None, 3, "", b"x", ["x"]):
         with pytest.raises(ValueError, match=r"`path` to be a path.*path="):
             arguments.check_path("path", value)
+
+
+def test_old_names_warn_where_they_are_used():
+    @arguments.renamed_argument("width", "size")
+    def double(size):
+        return 2 * size
+
+    with pytest.warns(DeprecationWarning, match="`width`.*`size`") as record:
+        assert double(width=3) == 6
+    assert record[0].filename == __file__
+    with (
+        pytest.warns(DeprecationWarning, match="width"),
+        pytest.raises(ValueError, match="both"),
+    ):
+        double(width=3, size=4)
+    assert double(3) == double(size=3) == 6
+    names = {"usual": "standard"}
+    assert arguments.renamed_value("form", "blog", names) == "blog"
+    with pytest.warns(DeprecationWarning, match="form='standard'") as record:
+        assert arguments.renamed_value("form", "usual", names) == "standard"
+    assert record[0].filename == __file__

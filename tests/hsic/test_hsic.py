@@ -53,16 +53,23 @@ def test_the_posts_function():
     np.testing.assert_allclose(
         value(hsic_from_kernels(k, l, estimator="blog")), expected, rtol=1e-5
     )
-    both = [GaussianKernel(b, form="usual") for b in (1.3, 0.7)]
+    both = [GaussianKernel(b, form="standard") for b in (1.3, 0.7)]
     np.testing.assert_allclose(
         value(hsic(X, Y, *both, estimator="blog")), expected, rtol=1e-5
     )
 
 
+def test_the_old_name_of_the_standard_form():
+    with pytest.warns(DeprecationWarning, match="form='standard'"):
+        kernel = GaussianKernel(1.3, form="usual")
+    assert kernel == GaussianKernel(1.3, form="standard")
+    assert kernel.get_config()["form"] == "standard"
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_definition(estimator):
     expected = definition(default(X), gaussian(Y, 2.0), estimator)
-    found = hsic(X, Y, None, GaussianKernel(2.0, form="usual"), estimator)
+    found = hsic(X, Y, None, GaussianKernel(2.0, form="standard"), estimator)
     np.testing.assert_allclose(value(found), expected, rtol=1e-4)
 
 
@@ -174,9 +181,9 @@ def test_kernel_values():
     a, b = np.array([[1.0, 2.0]]), np.array([[1.0, 2.0], [4.0, 6.0]])
     cases = [
         (GaussianKernel(5.0, form="blog"), [1, np.exp(-1)]),
-        (GaussianKernel(5.0, form="usual"), [1, np.exp(-0.5)]),
+        (GaussianKernel(5.0, form="standard"), [1, np.exp(-0.5)]),
         (
-            GaussianKernel(5.0, form="usual", per_dimension=True),
+            GaussianKernel(5.0, form="standard", per_dimension=True),
             [1, np.exp(-0.25)],
         ),
         (LaplacianKernel(2.5), [1, np.exp(-2)]),
@@ -199,7 +206,7 @@ def test_kernel_values():
 @pytest.mark.parametrize(
     "kernel",
     [
-        GaussianKernel(2.0, form="usual"),
+        GaussianKernel(2.0, form="standard"),
         GaussianKernel(form="blog"),
         LaplacianKernel(),
         PolynomialKernel(),
@@ -215,7 +222,7 @@ def test_every_kernel_in_hsic(kernel):
         config["bandwidth"] = kernel.bandwidth or median(X)
         fixed = type(kernel)(**config)
     expected = definition(value(fixed(X, X)), gaussian(Y, 1.0), "biased")
-    found = hsic(X, Y, kernel, GaussianKernel(1.0, form="usual"))
+    found = hsic(X, Y, kernel, GaussianKernel(1.0, form="standard"))
     np.testing.assert_allclose(value(found), expected, rtol=1e-4)
 
 
@@ -370,7 +377,7 @@ def test_any_batch_shape():
 
 def test_float64_and_half_precision():
     expected = definition(gaussian(X, 1.0), gaussian(Y, 1.0), "biased")
-    kernel = GaussianKernel(1.0, form="usual")
+    kernel = GaussianKernel(1.0, form="standard")
     found = hsic(X.astype("f2"), Y.astype("f2"), kernel, kernel)
     assert keras.backend.standardize_dtype(found.dtype) == "float32"
     np.testing.assert_allclose(value(found), expected, rtol=5e-3)
@@ -382,7 +389,7 @@ def test_float64_and_half_precision():
 
 def test_tiles(monkeypatch):
     """Tiles of 8 rows, the last one short; then as a program of its own."""
-    kernel = GaussianKernel(1.0, form="usual")
+    kernel = GaussianKernel(1.0, form="standard")
     monkeypatch.setattr(statistic, "TILE", 1)
     monkeypatch.setattr(statistic, "EAGER_TILE", 1)
     statistic._programs.clear()
@@ -400,7 +407,7 @@ def test_tiles(monkeypatch):
     )
     np.testing.assert_allclose(slope, expected, rtol=5e-3, atol=1e-6)
     # Another bandwidth is the same program; a function is never compiled.
-    other = GaussianKernel(2.0, form="usual")
+    other = GaussianKernel(2.0, form="standard")
     hsic(X, Y, other, other, mask=MASK)
     hsic(X[:9], Y[:9], lambda a, b: other(a, b), other)
     assert len(statistic._programs) == 2
@@ -459,7 +466,7 @@ def gradient(fn, x):
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradient(estimator):
     x, y = X[:9], Y[:9]
-    kernel = GaussianKernel(1.5, form="usual")
+    kernel = GaussianKernel(1.5, form="standard")
     found = gradient(lambda x: hsic(x, y, kernel, kernel, estimator), x)
     expected = central(
         lambda x: definition(gaussian(x, 1.5), gaussian(y, 1.5), estimator), x
@@ -488,7 +495,7 @@ def one_sided(x, y, bandwidth=1.5, epsilon=1e-2):
 
 
 def test_nhsic():
-    kernel = GaussianKernel(1.5, form="usual")
+    kernel = GaussianKernel(1.5, form="standard")
     found = nhsic(X, Y, kernel, kernel, epsilon=1e-2)
     np.testing.assert_allclose(value(found), one_sided(X, Y), rtol=1e-4)
     found = nhsic(X, Y, kernel, kernel, epsilon=1e-2, mask=MASK)
@@ -512,7 +519,7 @@ def test_cka(estimator):
     expected = definition(k, l, estimator) / np.sqrt(
         definition(k, k, estimator) * definition(l, l, estimator)
     )
-    both = [GaussianKernel(b, form="usual") for b in (1.0, 2.0)]
+    both = [GaussianKernel(b, form="standard") for b in (1.0, 2.0)]
     found = value(cka(X, Y, *both, estimator))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     rotation, _ = np.linalg.qr(RNG.normal(size=(3, 3)))
@@ -539,7 +546,7 @@ def test_block_hsic():
             for i in (0, 12, 24)
         ]
     )
-    kernel = GaussianKernel(1.0, form="usual")
+    kernel = GaussianKernel(1.0, form="standard")
     found = value(block_hsic(X, Y, kernel, kernel, block_size=12))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     with pytest.raises(ValueError, match="Received: block_size=41, n=40"):
@@ -553,7 +560,7 @@ def test_block_hsic():
 
 def test_fourier_hsic(monkeypatch):
     """Both forms of the Gaussian; the error falls as 1/√features."""
-    for form in ("blog", "usual"):
+    for form in ("blog", "standard"):
         kernel = GaussianKernel(1.5, form=form)
         exact = definition(value(kernel(X, X)), value(kernel(Y, Y)), "biased")
         found = [

@@ -135,7 +135,7 @@ FUNCTIONS = {
     "fourier_hsic": lambda x, y: fourier_hsic(x, y, seed=0),
     "masked": lambda x, y: hsic(x, y, mask=np.arange(100) > 30),
     "fixed": lambda x, y: hsic(
-        x, y, GaussianKernel(9.0, form="usual"), LaplacianKernel(5.0)
+        x, y, GaussianKernel(9.0, form="standard"), LaplacianKernel(5.0)
     ),
     "HSICLoss": lambda x, y: HSICLoss()(x, y),
 }
@@ -241,7 +241,7 @@ def test_units_of_linear_and_precomputed_kernels():
 def test_a_kernel_that_is_nearly_constant():
     """exp(−d²/σ²) with σ = 10⁴: of a linear kernel but for a factor."""
     x, y = dependent(1, 60)
-    wide = GaussianKernel(1e4, form="usual")
+    wide = GaussianKernel(1e4, form="standard")
     linear = hsic_test(x, y, LINEAR, LINEAR)
     found = hsic_test(x, y, wide, wide)
     assert found.p_value == pytest.approx(linear.p_value, rel=1e-2)

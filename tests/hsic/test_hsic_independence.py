@@ -242,7 +242,7 @@ def test_level_and_power_small():
     assert rejections(by_gamma, "null1", 40) <= 6 / 40
     assert rejections(by_permutation, "null1", 40) <= 6 / 40
     assert rejections(by_gamma, "quadratic", 20) >= 10 / 20
-    # The usual, wider form of the kernel finds 8 of 20.
+    # The standard, wider form of the kernel finds 8 of 20.
     assert rejections(by_gamma, "rotated", 20) >= 10 / 20
 
 

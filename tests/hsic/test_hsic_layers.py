@@ -30,7 +30,7 @@ from blogkeras.hsic import (
 RNG = np.random.default_rng(2)
 X = RNG.normal(size=(32, 3)).astype("float32")
 Y = (X[:, :2] ** 2 + RNG.normal(size=(32, 2))).astype("float32")
-USUAL = GaussianKernel(1.0, form="usual")
+STANDARD = GaussianKernel(1.0, form="standard")
 WEIGHTS = np.arange(32) % 3
 
 
@@ -50,13 +50,13 @@ def stepped(model, *args, **kwargs):
 @pytest.mark.parametrize("estimator", ["biased", "blog", "unbiased"])
 def test_loss_is_hsic(estimator):
     expected = definition(gaussian(X, 1.0), gaussian(Y, 1.0), estimator)
-    loss = HSICLoss(USUAL, USUAL, estimator)
+    loss = HSICLoss(STANDARD, STANDARD, estimator)
     assert float(loss(Y, X)) == pytest.approx(expected, rel=1e-3)
-    loss = HSICLoss(USUAL, USUAL, estimator, maximize=True)
+    loss = HSICLoss(STANDARD, STANDARD, estimator, maximize=True)
     assert float(loss(Y, X)) == pytest.approx(-expected, rel=1e-3)
     flat = X[:30].reshape(5, 3, 2, 3)
-    found = HSICLoss(USUAL, LINEAR)(Y[:5], flat)
-    same = hsic(Y[:5], flat.reshape(5, -1), USUAL, LINEAR)
+    found = HSICLoss(STANDARD, LINEAR)(Y[:5], flat)
+    same = hsic(Y[:5], flat.reshape(5, -1), STANDARD, LINEAR)
     assert float(found) == pytest.approx(float(value(same)), rel=1e-6)
 
 
@@ -68,7 +68,7 @@ def test_sample_weights_are_the_measure():
     for x, y, weight in ((X, Y, WEIGHTS), (X[copies], Y[copies], None)):
         model = linear_model()
         model.set_weights(start)
-        loss = HSICLoss(USUAL, USUAL)
+        loss = HSICLoss(STANDARD, STANDARD)
         model.compile(keras.optimizers.SGD(1.0), loss, run_eagerly=not JAX)
         after.append(stepped(model, x, y, sample_weight=weight))
     assert toy.difference(*after) <= 1e-6
@@ -79,7 +79,7 @@ def test_training_step_follows_the_slope():
     """One step of SGD against central differences of the definition."""
     x, y = X[:12], Y[:12]
     model = linear_model(1)
-    loss = HSICLoss(USUAL, USUAL, maximize=True)
+    loss = HSICLoss(STANDARD, STANDARD, maximize=True)
     model.compile(keras.optimizers.SGD(1.0), loss, run_eagerly=not JAX)
     kernel, bias = model.get_weights()
     slope = central(
@@ -101,7 +101,7 @@ def test_masked_time_steps_count_as_zeros():
     y = RNG.normal(size=(8, 1))
     prediction = model(x)
     assert prediction._keras_mask is not None
-    loss = HSICLoss(USUAL, USUAL)
+    loss = HSICLoss(STANDARD, STANDARD)
     expected = float(loss(y, np.asarray(prediction)[:, :2]))
     noise = RNG.normal(size=(8, 4, 2)) * [[[0], [0], [9], [5]]]
     junk = ops.convert_to_tensor(np.asarray(prediction) + noise, "float32")
@@ -118,7 +118,7 @@ def test_masked_time_steps_count_as_zeros():
 def independent(rate=2.0, **kwargs):
     inputs = [keras.Input((3,), name="x"), keras.Input((2,), name="y")]
     features = layers.Dense(4, name="features", **kwargs)(inputs[0])
-    features = HSICRegularization(rate, USUAL, LINEAR)([features, inputs[1]])
+    features = HSICRegularization(rate, STANDARD, LINEAR)([features, inputs[1]])
     return keras.Model(inputs, layers.Dense(1)(features))
 
 
@@ -128,7 +128,7 @@ def test_regularization_adds_hsic():
     expected = 2 * definition(
         gaussian(features, 1.0), Y.astype("f8") @ Y.T, "biased"
     )
-    layer = HSICRegularization(2.0, USUAL, LINEAR)
+    layer = HSICRegularization(2.0, STANDARD, LINEAR)
     out = layer([ops.convert_to_tensor(features), Y])
     np.testing.assert_array_equal(value(out), features)
     (loss,) = layer.losses
@@ -201,7 +201,7 @@ def compiled_models():
         model = linear_model()
         model.compile(
             keras.optimizers.SGD(1.0),
-            HSICLoss(USUAL, USUAL),
+            HSICLoss(STANDARD, STANDARD),
             metrics=[CKA()],
             jit_compile=JAX,
         )
@@ -259,7 +259,7 @@ def test_two_replicas_are_one_large_batch(name):
 
 def test_cka_metric():
     """The ratio of the batches' sums of the unbiased form."""
-    metric, sums = CKA(LINEAR, USUAL), np.zeros(3)
+    metric, sums = CKA(LINEAR, STANDARD), np.zeros(3)
     assert value(metric.result()) == 0
     for rows in (slice(0, 12), slice(12, 20), slice(30, 32)):
         metric.update_state(X[rows], Y[rows])
@@ -274,7 +274,7 @@ def test_cka_metric():
     assert value(metric.result()) == pytest.approx(expected, rel=1e-4)
     metric.reset_state()
     metric.update_state(X, Y, sample_weight=MASK[:32, None])
-    other = CKA(LINEAR, USUAL)
+    other = CKA(LINEAR, STANDARD)
     other.update_state(X[MASK[:32]], Y[MASK[:32]])
     assert value(metric.result()) == pytest.approx(
         float(value(other.result())), rel=1e-4
@@ -314,7 +314,7 @@ def test_compare_layers(tmp_path):
     np.testing.assert_allclose(found.matrix, expected, rtol=1e-4, atol=1e-6)
     # Batches that are given, with labels; a model with itself.
     given = [(X[:16], Y[:16]), (X[16:], Y[16:]), (X[:2], Y[:2])]
-    own = compare_layers(a, a, given, kernel=USUAL)
+    own = compare_layers(a, a, given, kernel=STANDARD)
     np.testing.assert_allclose(np.diag(own.matrix), 1, rtol=1e-9)
     np.testing.assert_allclose(own.matrix, own.matrix.T, rtol=1e-9)
     assert 0 < own.matrix[0, 1] < 1

@@ -13,6 +13,7 @@ from scipy.optimize import linprog
 
 from blogkeras import backend
 from blogkeras.transport import (
+    WordMoverDistance,
     distances,
     entropic,
     exact,
@@ -96,11 +97,11 @@ def test_word_distances_are_the_post_s():
 def test_cost_and_weights_span_the_family():
     """Each pair of options against POT on masses and costs made by hand."""
     norms = [np.linalg.norm(z, axis=1) for z in (X, Y)]
-    idf = RNG.random(6), RNG.random(4)
+    importance = RNG.random(6), RNG.random(4)
     masses = {
         "uniform": (np.ones(6), np.ones(4)),
         "norm": norms,
-        "idf": idf,
+        "importance": importance,
     }
     euclidean = np.linalg.norm(X[:, None] - Y, axis=2)
     cosine = 1 - (X / norms[0][:, None]) @ (Y / norms[1][:, None]).T
@@ -114,12 +115,26 @@ def test_cost_and_weights_span_the_family():
     ):
         p, q = a / a.sum(), b / b.sum()
         expected = ot.emd2(p, q, D)
-        found = word_mover_distance(X, Y, None, cost, weights, idf)
+        found = word_mover_distance(X, Y, None, cost, weights, importance)
         assert abs(found - expected) <= 1e-9
         found = word_mover_distance(X, Y, None, cost, (p, q))
         assert abs(found - expected) <= 1e-9
-        plan = transport_plan(X, Y, None, cost, weights, idf)
+        plan = transport_plan(X, Y, None, cost, weights, importance)
         np.testing.assert_allclose(plan, ot.emd(p, q, D), atol=1e-9)
+
+
+def test_old_names_of_importance():
+    importance = RNG.random(6), RNG.random(4)
+    expected = word_mover_distance(X, Y, None, "rms", "importance", importance)
+    with pytest.warns(DeprecationWarning, match="importance") as record:
+        found = word_mover_distance(
+            X, Y, cost="rms", weights="idf", idf=importance
+        )
+    assert found == expected
+    assert [w.filename for w in record] == [__file__] * 2
+    with pytest.warns(DeprecationWarning, match="weighting='importance'"):
+        layer = WordMoverDistance(weighting="idf")
+    assert layer.get_config()["weighting"] == "importance"
 
 
 def test_closed_forms():
@@ -249,7 +264,10 @@ def test_empty_sequences_count_as_one_zero_vector():
         (word_rotator_distance, padded, X, None, 0),
     ):
         assert abs(distance(x, y, mask) - expected) < 1e-12
-    no_weight = {"weights": "idf", "idf": (np.zeros(4), np.ones(6))}
+    no_weight = {
+        "weights": "importance",
+        "importance": (np.zeros(4), np.ones(6)),
+    }
     found = word_mover_distance(Y, X, **no_weight)
     assert abs(found - mean_norm) < 1e-12
     relaxed = word_mover_distance(X, none, solver="relaxed")
@@ -559,7 +577,11 @@ def test_errors():
         ("mask of x", word_mover_distance, (X, Y, (np.ones(4, bool), None))),
         ("`cost`", word_mover_distance, (X, Y, None, "manhattan")),
         ("`weights`", word_mover_distance, (X, Y, None, "cosine", "tf")),
-        ("needs the idf", word_mover_distance, (X, Y, None, "rms", "idf")),
+        (
+            "`importance` with",
+            word_mover_distance,
+            (X, Y, None, "rms", "importance"),
+        ),
         (
             "weights of y of shape",
             word_mover_distance,

@@ -73,7 +73,7 @@ def test_pairwise_is_every_pair(cls, function):
 @pytest.mark.parametrize(
     ("cls", "function", "weighting"),
     [
-        (WordMoverDistance, word_mover_distance, "idf"),
+        (WordMoverDistance, word_mover_distance, "importance"),
         (WordRotatorDistance, word_rotator_distance, "norm"),
     ],
 )
@@ -88,7 +88,7 @@ def test_gradients_are_finite_differences(cls, function, weighting, solver):
         pytest.skip("JAX traces whatever it differentiates")
     rng = np.random.default_rng(1)
     inputs = [X[:1], Y[:1]]
-    if weighting == "idf":
+    if weighting == "importance":
         inputs += [rng.random((1, 4)) + 0.5, rng.random((1, 3)) + 0.5]
     inputs = [np.asarray(z, "float32") for z in inputs]
     epsilon = 0.05 * problem(inputs)[2].max()
@@ -96,8 +96,10 @@ def test_gradients_are_finite_differences(cls, function, weighting, solver):
     def optimum(values):
         if solver == "sinkhorn":
             return entropic_optimum(*problem(values), epsilon)
-        x, y, *idf = values
-        return function(x, y, None, weights=weighting, idf=idf or None)[0]
+        x, y, *importance = values
+        return function(
+            x, y, None, weights=weighting, importance=importance or None
+        )[0]
 
     layer = cls(
         weighting=weighting,
@@ -258,14 +260,14 @@ def test_mixed_precision_trains_and_exact_refuses_a_compiled_step():
 
 
 def test_layer_errors():
-    with pytest.raises(ValueError, match="x_idf"):
+    with pytest.raises(ValueError, match="x_importance"):
         WordMoverDistance(weighting=(X, Y))
     with pytest.raises(ValueError, match="`solver`"):
         WordMoverDistance(solver="simplex")
     with pytest.raises(ValueError, match="above 0"):
         WordRotatorDistance(tolerance=0)
-    with pytest.raises(ValueError, match="x_idf"):
-        WordMoverDistance(weighting="idf")([X, Y])
+    with pytest.raises(ValueError, match="x_importance"):
+        WordMoverDistance(weighting="importance")([X, Y])
     with pytest.raises(ValueError, match="batch, length, dim"):
         WordMoverDistance()([X[0], Y[0]])
 

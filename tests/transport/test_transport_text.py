@@ -28,6 +28,7 @@ IDS[20] = IDS[21] = IDS[10]
 def brute_force(documents, query, cost, weights, idf=None):
     """Distances by the function, which the other tests hold to POT."""
     found = []
+    weights = "importance" if weights == "idf" else weights
     for d in documents:
         x, y = (VECTORS[z] if z.ndim == 1 else z for z in (query, d))
         given = None if idf is None else (idf[query], idf[d])
