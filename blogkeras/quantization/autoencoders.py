@@ -15,10 +15,11 @@ def sonnet_autoencoder(
     residual_hidden=32,
     num_residual=2,
 ):
-    """Encoder and decoder of Sonnet's VQ-VAE example, with its init law.
+    """Encoder and decoder of Sonnet's VQ-VAE example, with its initializers.
 
-    A quarter of the size: convolutions 4×4/2, 4×4/2, 3×3, residual blocks
-    (3×3, 1×1), 1×1 to `dim`; mirrored in the decoder. The example divides the
+    The code map has a quarter of the height and width: convolutions 4×4/2,
+    4×4/2, 3×3, residual blocks (3×3, 1×1), 1×1 to `dim`; the decoder mirrors
+    this. The example divides the
     reconstruction loss by the variance of the data: `compile(optimizer,
     loss_weights=[1 / variance])`, with Adam(3e-4), batches of 32, images in
     [-½, ½], and a codebook `VectorQuantizer(512, ema_decay=0.99,
@@ -85,10 +86,10 @@ def sonnet_autoencoder(
 def blog_autoencoder(input_shape=(128, 128, 3), dim=128, num_blocks=None):
     """Encoder and decoder of the post's script.
 
-    A quarter of the size: two 4×4/2 convolutions and residual blocks (3×3,
-    1×1), all with BatchNormalization; mirrored in the decoder, which ends in
-    tanh: images in [-1, 1]. The script uses Adam(1e-3), batches of 64 and
-    `VectorQuantizer(64)`.
+    The code map has a quarter of the height and width: two 4×4/2 convolutions
+    and residual blocks (3×3, 1×1), all with BatchNormalization. The decoder
+    mirrors this and ends in tanh: images are in [-1, 1]. The script uses
+    Adam(1e-3), batches of 64 and `VectorQuantizer(64)`.
 
     Args:
         input_shape: `(height, width, channels)`, height and width divisible
@@ -137,7 +138,7 @@ def blog_autoencoder(input_shape=(128, 128, 3), dim=128, num_blocks=None):
 
 
 def _divisible_by_4(input_shape):
-    """Two strides of 2 lead to a quarter of the size, and back to the whole."""
+    """Raises unless two strides of 2 divide height and width exactly."""
     sizes = ()
     if isinstance(input_shape, (tuple, list)) and len(input_shape) == 3:
         sizes = tuple(

@@ -1,4 +1,4 @@
-"""How the codes are used: measures, the metric, the callback."""
+"""Measures of how codes are used, with a metric and a callback."""
 
 import keras
 from keras import ops
@@ -9,7 +9,7 @@ from blogkeras.quantization.quantizer import Quantizer
 
 
 def perplexity(counts):
-    """How many codes are in use, effectively: exp of the entropy, in [1, K].
+    """The effective number of codes in use: exp of the entropy, in [1, K].
 
         exp(-Σ p log(p + 1e-10)),  p = counts / Σ counts
 

@@ -1,4 +1,4 @@
-"""Vectors to codes of a codebook: the nearest one."""
+"""The quantizer with a codebook: each vector becomes the nearest code."""
 
 import warnings
 from typing import Any
@@ -21,7 +21,7 @@ from blogkeras.quantization.quantizer import Quantizer, counted, floats
 
 
 def _mean_square(x, weights):
-    """Over the vectors that count; 0 where there are none."""
+    """The mean over the vectors that count; 0 where there are none."""
     if weights is not None:
         return masked_mean(ops.square(x), weights)
     size = ops.cast(ops.size(x), "float32")
@@ -36,7 +36,7 @@ def _unit(x):
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class VectorQuantizer(Quantizer):
-    """Replaces each vector by its nearest code, gradients straight through.
+    """Replaces each vector by its nearest code, with straight-through gradient.
 
     With encoder output z and codebook e_1 … e_K:
 
@@ -45,42 +45,43 @@ class VectorQuantizer(Quantizer):
         loss = β ||sg[z] - e_k||² + γ ||z - sg[e_k]||²
 
     Symbols: K is `num_codes`, β `codebook_cost`, γ `commitment_cost`; squares
-    are averaged over all elements. The loss is given to `add_loss`. γ < β: the
-    codes should follow the vectors rather than the vectors the codes.
+    are averaged over all elements. The loss is given to `add_loss`. Take γ < β,
+    so that mainly the codes follow the vectors and not the other way round.
 
     **Codebook.** By default it is a weight like any other, trained by the loss.
-    With `ema_decay` it is the moving average of the vectors assigned to each
-    code instead, and the loss keeps only the term of γ:
+    With `ema_decay` it is instead the moving average of the vectors assigned to
+    each code, and the loss has only the term of γ:
 
         n_k, s_k = averages of the count and the sum of the vectors of code k,
                    divided by 1 - decay^t
         ñ_k = (n_k + ε) / (Σn + K ε) · Σn
         e_k = s_k / ñ_k
 
-    The output of a step is made of the codes as they were before it moved
-    them. Counts and sums are reduced over replicas before they are averaged.
+    The output of a step uses the codes from before its update. Counts and sums
+    are reduced over replicas before they are averaged.
 
-    **Collapse.** A codebook far from the data leaves most codes unused for
-    ever. `adapt(vectors)` starts from k-means. `restart_threshold` moves dead
-    codes, those with less than this fraction of an equal share, to vectors of
-    the batch; this is done inside the compiled step, for `ema_decay` only.
+    **Collapse.** If the codebook starts far from the data, most codes are never
+    used. `adapt(vectors)` starts from k-means. `restart_threshold` moves codes
+    that are used less than this fraction of an equal share to vectors of the
+    batch. This happens inside the compiled step, for `ema_decay` only.
     `batch_counts` and `total_counts` say how often each code was used in the
     last training batch and since `reset_counts`. With `trainable = False` codes
-    are counted, but stay where they are.
+    are counted but not changed.
 
     **Cosine.** With `metric="cosine"` vectors and codes are first divided by
     their norms; the output is a unit vector, and the losses compare unit
     vectors.
 
     Distances, losses and state are float32 under any dtype policy. Masked
-    vectors are quantized (what is not finite in them as 0), but have no part in
-    losses, counts and codebook; the codes carry the mask too. In a compiled
-    step any other vector that is not finite leaves counts and moving averages
-    as they were, and those of its components that are not finite come out as
+    vectors are quantized (components that are not finite as 0), but do not
+    enter losses, counts and codebook; the codes have the Keras mask too. In a
+    compiled step another vector that is not finite is left out of counts and
+    moving averages, and in the output its components that are not finite are
     NaN.
 
-    The three choices are three methods: `assign` (which code),
-    `update_codebook` (how codes move), `estimate_gradient` (what flows back).
+    A subclass may override three methods: `assign` (which code),
+    `update_codebook` (how codes change in training), `estimate_gradient` (the
+    gradient of the output).
 
     Args:
         num_codes: Integer ≥ 2. Number of codes K.
@@ -95,7 +96,8 @@ class VectorQuantizer(Quantizer):
 
     Call arguments:
         inputs: `(..., dim)`, floating.
-        training: Boolean. Whether to count, and to move an averaged codebook.
+        training: Boolean. Whether to count codes, and to update an averaged
+            codebook.
         return_codes: Boolean. Whether to return `(quantized, codes)`.
         mask: Boolean, `(...)`. Which vectors count.
 
@@ -181,14 +183,14 @@ class VectorQuantizer(Quantizer):
             self.ema_counts = self._add_state((self.num_codes,), "ema_counts")
             self.ema_sums = self._add_state((self.num_codes, dim), "ema_sums")
 
-    # The three choices.
+    # The three methods that a subclass may override.
 
     def assign(self, z, codebook):
-        """Which code: `(n, dim)`, `(num_codes, dim)` → `(n,)`."""
+        """The code of each vector: `(n, dim)`, `(num_codes, dim)` → `(n,)`."""
         return nearest_codes(z, codebook)
 
     def update_codebook(self, z, codes, counts, weights):
-        """How codes move in training, where no optimizer moves them.
+        """Updates the codes in training, where no optimizer does.
 
         Args:
             z: `(n, dim)`, the vectors.
@@ -232,11 +234,11 @@ class VectorQuantizer(Quantizer):
             variable.assign(ops.where(any_vectors, value, old))
 
     def estimate_gradient(self, quantized, z):
-        """What flows back: the value of `quantized`, the gradient of `z`."""
+        """The output: the value of `quantized`, with the gradient of `z`."""
         return straight_through(quantized, z)
 
     def _average(self, counts, sums):
-        """The codes that follow from moving averages of counts and sums."""
+        """The codes, from moving averages of counts and sums."""
         if self.metric == "cosine":
             empty = ops.all(sums == 0, axis=-1, keepdims=True)
             return ops.where(empty, self._codebook(), _unit(sums))
@@ -245,8 +247,9 @@ class VectorQuantizer(Quantizer):
         return sums / ops.maximum(counts, 1e-30)[:, None]
 
     def _codebook(self):
-        # Through a product, the gradient of the gathered rows is dense:
-        # TensorFlow's sparse one would square slice by slice in Adam.
+        # The product makes the gradient of the gathered rows dense. Adam would
+        # square TensorFlow's sparse gradient slice by slice, which is wrong for
+        # codes that occur twice.
         codebook = self.embeddings * ops.ones((), "float32")
         return _unit(codebook) if self.metric == "cosine" else codebook
 
@@ -338,8 +341,9 @@ class VectorQuantizer(Quantizer):
             return
         counts = kmeans.cluster_sizes(z, codes)
         counts = ops.pad(counts, [[0, self.num_codes - clusters]])
-        # Sums divided by a count of 0 would put a code at the origin. So a code
-        # without a vector is given a little of one, where it stands.
+        # A sum divided by a count of 0 would put a code at the origin. So a
+        # code without vectors counts as a small part of one vector, at its
+        # present place.
         counts = ops.maximum(counts, 1e-3) * (1 - self.ema_decay)
         self.ema_steps.assign(1.0)
         self.ema_counts.assign(counts)
@@ -367,9 +371,9 @@ def _unchanged(x):
 def _spread(z, weights, dead, steps):
     """For each dead code a vector of the batch, spread evenly over it.
 
-    Shapes are fixed, and nothing is random, so that a resumed training makes
-    the same choices. The vector to begin with changes from step to step: as a
-    part of the batch, it advances by the golden ratio.
+    Nothing is random, so a resumed training makes the same choices. The first
+    vector changes from step to step: its place in the batch, as a fraction,
+    advances by the golden ratio.
     """
     z, weights = backend.all_gather(z), backend.all_gather(weights)
     if z.shape[0] == 0:
@@ -377,13 +381,14 @@ def _spread(z, weights, dead, steps):
     filled = ops.cumsum(weights)
     rank = ops.cumsum(ops.cast(dead, "float32")) - 1
     count = ops.maximum(ops.sum(ops.cast(dead, "float32")), 1)
-    # The digits after the point of `steps` · 0.618… are wanted. A large product
-    # has few of them in float32, so the steps are counted modulo 4181. Because
-    # that is a Fibonacci number, the product is then nearly whole, and the
-    # sequence begins again without a jump.
+    # Only the fractional part of `steps` · 0.618… is used. In float32 a large
+    # product has few digits after the point, so the steps are counted modulo
+    # 4181. For this Fibonacci number the product is nearly an integer, so the
+    # sequence starts again without a jump.
     turn = ops.mod(steps, 4181.0) * 0.6180339887
     place = (rank + turn - ops.floor(turn)) / count * filled[-1]
-    # Vectors of weight 0 take no place: `filled` does not rise at them.
+    # `filled` does not increase at vectors of weight 0, so these are never
+    # taken.
     rows = ops.cast(ops.searchsorted(filled, place, side="right"), "int32")
     rows = ops.clip(rows, 0, ops.shape(z)[0] - 1)
     return ops.take(z, rows, axis=0)

@@ -1,4 +1,4 @@
-"""k-means in one compiled loop, for codebooks to start from."""
+"""k-means in one compiled loop, to initialize codebooks."""
 
 from keras import ops
 
@@ -51,7 +51,7 @@ def cluster_sizes(z, means):
 
 
 def remainder(z, means):
-    """What is left of each vector without its nearest mean; `(n, dim)`."""
+    """Each vector minus its nearest mean; `(n, dim)`."""
 
     def subtract(z, means):
         return z - ops.take(means, nearest_codes(z, means), axis=0)

@@ -5,9 +5,9 @@ from keras import ops
 
 from blogkeras.ops import full_precision_matmul, map_blocks
 
-# A block of distances is at most this many numbers: it stays in the cache.
+# Number of distances in a block, which fits into the cache.
 BLOCK = 2**20
-GROUP = 64  # codes that are compared with each other in the end
+GROUP = 64  # codes of a group, see `nearest_codes`
 _ROUNDS = 6
 _EPSILON = 2.0**-23
 _HUGE = 1e30
@@ -18,17 +18,17 @@ def nearest_codes(z, codebook):
 
         k = argmin_j ||z - e_j||²
 
-    Of equal codes the first is taken. Distances are compared in units of the
-    codebook's size and around a point in the midst of most codes, so neither a
-    common offset, nor a tiny or huge scale, nor a minority of codes far from
-    the others costs digits. Where digits are lost all the same, between groups
-    of codes far apart, the block is computed again from differences, exactly
-    and slowly. Vectors that are not finite get some code.
+    Of equal codes the first is taken. Vectors are taken relative to a center of
+    most codes, in units of the codebook's size. So a common offset, a tiny or
+    huge scale or a few codes far from the others do not cost digits. If the
+    codes form groups far apart, products may still lose the digits that decide;
+    then the block is computed again from differences, which is exact and slow.
+    The code of a vector that is not finite is arbitrary.
 
     Distances are computed block by block: the whole matrix of distances is
-    never in memory. (Exported by JAX with a free batch size, it is.) On JAX
-    they are float32 on every accelerator; TensorFlow may round to TF32, which
-    only a switch for the whole program prevents:
+    never in memory, except in a model that JAX exports with a free batch size.
+    On JAX they are float32 on every accelerator. TensorFlow may round to TF32,
+    which can be switched off for the whole program only:
     `tf.config.experimental.enable_tensor_float_32_execution(False)`.
 
     Args:
@@ -87,11 +87,11 @@ def nearest_codes(z, codebook):
     dim = codebook.shape[1]
 
     def assign(raw):
-        # A huge vector is cut so that its products stay finite.
+        # Components of a huge vector are clipped, so that products stay finite.
         rows = ops.clip((raw - center) / size, -_HUGE, _HUGE)
         score = full_precision_matmul(rows, e)
-        # The group with the best code, then the best code of the group. All
-        # that looks at every score is a maximum, which XLA fuses with the
+        # Find the group with the best code, then the best code of the group. So
+        # only a maximum runs over all scores, and XLA fuses that with the
         # product.
         best = ops.max(
             ops.reshape(score, [-1, groups, members]) - half, axis=-1
@@ -103,9 +103,10 @@ def nearest_codes(z, codebook):
         member = _first_largest(score)
         code = ops.minimum(group * members + member, num_codes - 1)
 
-        # Of groups of codes far apart, which no center is near to, products
-        # have too few digits where the second best score is within the rounding
-        # error, and that error is not small against the distance.
+        # Where groups of codes are far apart, no center is near all of them.
+        # The products then have too few digits if the second best score is
+        # within the rounding error of the best, and that error is not small
+        # compared with the distance.
         first = ops.max(score, axis=-1)
         second = ops.maximum(
             _largest_without(score, member), _largest_without(best, group)
@@ -137,18 +138,18 @@ def nearest_codes(z, codebook):
 
 
 def central_point(points):
-    """A point in the midst of most points; `(n, dim)` to `(dim,)`.
+    """A center of most points; `(n, dim)` to `(dim,)`.
 
         c ← Σ w_i x_i / Σ w_i,  w_i = 1 / ||x_i - c||²
 
-    from the mean, a few times. A point far from most others loses its weight,
-    where it would draw the mean away from all of them.
+    a few times, starting from the mean. A point far from most others gets a
+    small weight, where it would move the mean away from all of them.
     """
     center = ops.mean(points, axis=0)
     for _ in range(_ROUNDS):
         away = points - center
         unit = away / _positive(ops.max(ops.abs(away)))
-        # A point that is the center itself has a finite weight.
+        # The added number keeps the weight of a point at the center finite.
         weights = 1 / (ops.sum(ops.square(unit), axis=1) + 1e-20)
         weights = weights / ops.sum(weights)
         center = center + ops.sum(weights[:, None] * away, axis=0)
@@ -156,7 +157,7 @@ def central_point(points):
 
 
 def _largest_without(score, index):
-    """The maximum over the last axis but for one entry."""
+    """The maximum over the last axis without one entry."""
     places = ops.arange(score.shape[-1], dtype="int32")
     rest = ops.where(places == index[:, None], -np.inf, score)
     return ops.max(rest, axis=-1)

@@ -241,9 +241,9 @@ class PixelCNN(layers.Layer):
 
 
 class _CausalConv(layers.Layer):
-    """A convolution that sees what is above, or left in the same row.
+    """A convolution over the rows above, and to the left in the same row.
 
-    The kernel has only the rows that can be seen; the mask cuts the last one.
+    The kernel has only these rows; a mask cuts off the right of the last one.
     """
 
     def __init__(self, filters, size, code_shape, include_self, **kwargs):
@@ -263,9 +263,9 @@ class _CausalConv(layers.Layer):
         self.bias = self.add_weight(
             shape=(self.filters,), initializer="zeros", name="bias"
         )
-        # Row and column of each position, and of the one before it. Before the
-        # first there is none: what is written for it goes to a row below the
-        # map, which no convolution reads.
+        # Row and column of each position, and of the position before it. The
+        # first position has none before it: its values are written to a row
+        # below the map, which no convolution reads.
         self._places = np.indices(self.code_shape, "int32").reshape(2, -1)
         self._before = np.roll(self._places, 1, axis=1)
         self._before[:, 0] = self.code_shape[0], 0

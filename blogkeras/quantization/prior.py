@@ -28,29 +28,29 @@ ARCHITECTURES = ("attention", "convolution")
 class CodePrior(CompositeModel):
     """Learns to draw maps of codes: p(c) = Π p(c_t | c_1 … c_{t-1}).
 
-    Codes stand in reading order. Two networks:
+    Codes are in row-major order. There are two networks:
 
-    - `"attention"`, the post's PixelAtt: embedded codes, moved on by one, plus
-      an embedding for each axis (row and column), LayerNormalization, then
-      `num_layers` times h + relu(W attention(h)) and LayerNormalization, with
-      causal heads. For code maps of any rank.
-    - `"convolution"`, PixelCNN: a 7×7 convolution that sees only what is before
-      it, `num_layers` residual blocks (1×1, causal 3×3, 1×1, all but the last
-      with half the channels), two 1×1 layers. For two axes. Like the original
-      it has a blind spot to the upper right.
+    - `"attention"`, the post's PixelAtt: embedded codes, shifted by one
+      position, plus an embedding for each axis (row and column),
+      LayerNormalization, then `num_layers` times h + relu(W attention(h)) and
+      LayerNormalization, with causal heads. For code maps of any rank.
+    - `"convolution"`, PixelCNN: a 7×7 convolution over the codes before each
+      position, `num_layers` residual blocks (1×1, causal 3×3, 1×1, all but the
+      last with half the channels), two 1×1 layers. For two axes. Like the
+      original it has a blind spot to the upper right.
 
     `fit(codes)`, or `fit([codes, labels])` with `num_classes`; the loss is the
     cross entropy in nats per code, the metric `nats` is per map. `model(codes)`
     gives the logits, `(batch, *code_shape, num_codes)`, float32. Sample weights
-    are one for each map; Keras forgets them where there is no `y`: then give
-    the codes as `y` too. (The target is always the codes, whatever `y` is.)
+    are one for each map. Keras ignores them without `y`: give the codes as `y`
+    too. (The target is always the codes, whatever `y` is.)
 
     The first step of `fit` compiles; on JAX, and with `jit_compile=True`, that
     may take half a minute before the first progress is shown.
 
-    `sample` draws code by code inside one compiled loop. What earlier positions
-    have computed is kept (keys and values; feature maps), so that a step costs
-    one position, not a whole map.
+    `sample` draws code by code inside one compiled loop. The keys and values,
+    or feature maps, of earlier positions are kept, so a step computes one
+    position and not a whole map.
 
     Args:
         num_codes: Integer ≥ 2.
@@ -173,8 +173,8 @@ class CodePrior(CompositeModel):
             check_integers("labels", labels, 0, self.num_classes - 1)
         return codes, labels
 
-    # In a compiled step values are not known, and JAX answers with NaN to what
-    # is out of range: arrays are looked at before.
+    # In a compiled step values are not known, and JAX returns NaN for labels
+    # that are out of range. So arrays are checked before.
 
     def fit(self, x=None, *args, **kwargs):
         self._check_arrays(x)
@@ -214,7 +214,7 @@ class CodePrior(CompositeModel):
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         positions = math.prod(self.code_shape)
-        # One row of codes for each map: so a weight for each map fits.
+        # One row of codes for each map, so that a weight for each map fits.
         y = ops.reshape(self._split(x)[0], [-1, positions])
         y_pred = ops.reshape(y_pred, [-1, positions, self.num_codes])
         weight = sample_weight
@@ -240,14 +240,14 @@ class CodePrior(CompositeModel):
     def sample(self, num, temperature=1.0, top_k=None, labels=None, seed=None):
         """Draws code maps.
 
-        Compiled once for each pair `num`, `top_k`, which takes seconds.
+        It is compiled once for each pair `num`, `top_k`, which takes seconds.
 
         Args:
             num: Integer. How many.
             temperature: Float > 0. Logits are divided by it. For the most
                 probable codes take `top_k=1`.
-            top_k: Integer from 1 to `num_codes`: draw among so many most
-                probable codes. Defaults to all.
+            top_k: Integer from 1 to `num_codes`: draw among this many of the
+                most probable codes. Defaults to all.
             labels: Integers `(num,)`, or one for all; with `num_classes`.
             seed: Integer, or a `keras.random.SeedGenerator`.
 
@@ -269,10 +269,10 @@ class CodePrior(CompositeModel):
         if not self.built:
             self.build()
         positions = math.prod(self.code_shape)
-        # All the randomness there is: one number for each code.
+        # One random number for each code.
         u = keras.random.uniform((positions, num), seed=seed)
-        # A smaller one would be 0 in float32. It draws as this one does: logits
-        # that differ at all, differ by more than 1e-10.
+        # A smaller temperature would be 0 in float32. It gives the same draws
+        # as 1e-30, since different logits differ by more than 1e-10.
         temperature = max(temperature, 1e-30)
         arguments = [u, ops.convert_to_tensor(temperature, "float32")]
         if labels is not None:
@@ -301,8 +301,7 @@ class CodePrior(CompositeModel):
 
         def body(t, state):
             codes, cache = state
-            # At t = 0 there is no code before: the networks make nothing of
-            # what is given to them then.
+            # At t = 0 there is no code before; the networks ignore this value.
             before = ops.take(codes, ops.maximum(t - 1, 0), axis=0)
             logits, cache = self.network.step(t, before, condition, cache)
             drawn = _draw(logits, u[t], temperature, top_k)
@@ -331,7 +330,8 @@ def _draw(logits, u, temperature, top_k):
     best = ops.max(logits, axis=-1, keepdims=True)
     logits = (logits - best) / temperature
     if top_k is not None:
-        # By index: a threshold would keep more codes where some are equal.
+        # By index: a threshold would keep more than `top_k` codes where logits
+        # are equal.
         chosen = ops.sort(ops.top_k(logits, top_k)[1])
         logits = ops.take_along_axis(logits, chosen, axis=-1)
     p = ops.exp(logits)

@@ -1,4 +1,4 @@
-"""What all quantizers share."""
+"""The base class of quantizers."""
 
 import keras
 from keras import ops
@@ -8,12 +8,12 @@ from blogkeras.arguments import as_numpy, check_integers
 
 
 class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
-    """What all quantizers share. Abstract.
+    """The abstract base class of quantizers.
 
-    A vector is written in symbols, each of an alphabet of its own: one of the
-    codes of a codebook; one from each stage of a residual quantizer; one level
-    of each component of a finite scalar quantizer. How often each symbol occurs
-    is counted in training, alphabet by alphabet.
+    A vector is described by symbols, each from an alphabet of its own: one code
+    of a codebook; one code from each stage of a residual quantizer; one level
+    of each component of a finite scalar quantizer. In training the symbols of
+    each alphabet are counted.
 
     Subclasses set `num_codes` and `alphabets`, the sizes of the alphabets, and
     define `_quantize`, `_symbols`, `_codes` and `_decode`.
@@ -23,8 +23,8 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        # Keras would cast the inputs to the compute dtype; they are wanted as
-        # they are, because the arithmetic is in float32.
+        # Keras would cast the inputs to the compute dtype. The layer computes
+        # in float32, so it takes them as they are.
         self.autocast = False
         self.supports_masking = True
 
@@ -113,7 +113,7 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
             return quantized
         codes = self._codes(symbols)
         if mask is not None:
-            # Keras hands a mask on to the first output only.
+            # Keras gives the mask to the first output only.
             backend.set_keras_mask(codes, mask)
         return quantized, codes
 
@@ -137,7 +137,8 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
 
         Returns:
             `(symbols, weights)`: int32, `(..., number of alphabets)`; and
-            float32, `(...)`: 1 for each finite vector that is not masked.
+            float32, `(...)`, which is 1 for each finite vector that is not
+            masked.
         """
         _refuse_symbolic(inputs, "call the layer with `return_codes=True`")
         mask = backend.get_keras_mask(inputs)
@@ -162,7 +163,7 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
                 checked.)
         """
         _refuse_symbolic(codes, "decode in the `call` of a layer of your own")
-        # Before JAX makes int32 of them.
+        # Check before JAX converts them to int32.
         check_integers("codes", codes, 0, self.num_codes - 1)
         if not self.built:
             raise ValueError(
@@ -177,7 +178,7 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
         z = ops.cast(inputs, "float32")
         weights = weights_of(z, mask)
         if weights is not None:
-            # The gradient would hold 0 · NaN, which is NaN.
+            # Otherwise the gradient would contain 0 · NaN, which is NaN.
             masked = weights[..., None] == 0
             z = ops.where(ops.isfinite(z) | ~masked, z, 0)
         return self._vectors(z), weights
@@ -240,7 +241,7 @@ def counted(z, weights):
 
 
 def floats(name, x):
-    """A float32 tensor of finite numbers, of whatever holds such.
+    """A float32 tensor of finite numbers, from an array, a tensor or a list.
 
     Raises:
         ValueError: for everything else.
@@ -257,7 +258,7 @@ def floats(name, x):
 
 
 def _refuse_symbolic(x, instead):
-    """Outside of `call` Keras cannot keep a symbolic tensor's layer."""
+    """Raises for symbolic tensors, which Keras tracks in `call` only."""
     if isinstance(x, keras.KerasTensor):
         raise ValueError(
             "Expected a tensor with values. In a functional model "

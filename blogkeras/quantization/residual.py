@@ -1,4 +1,4 @@
-"""Residual quantization: what one codebook leaves goes to the next."""
+"""Residual quantization: each codebook quantizes the rest of the one before."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ class ResidualVectorQuantizer(Quantizer):
         output = sg[Σ e_i] + z - sg[z]
 
     Each stage is a `VectorQuantizer`, in `stages`, with its own losses, state
-    and usage. The gradient of the output is exactly the identity,
-    however many stages there are.
+    and usage. The gradient of the output is exactly the identity for any number
+    of stages.
 
     Args:
         num_quantizers: Integer ≥ 1. Number of stages.
@@ -33,7 +33,8 @@ class ResidualVectorQuantizer(Quantizer):
 
     Input shape:  `(..., dim)`, floating.
     Output shape: `(..., dim)`; codes `(..., num_quantizers)`, int32. `decode`
-        takes the codes of the first stages alone too: a coarser vector.
+        also takes the codes of the first stages alone, which give a coarser
+            vector.
 
     Example:
 
@@ -81,7 +82,7 @@ class ResidualVectorQuantizer(Quantizer):
             )
             for index in range(num_quantizers)
         ]
-        # As the stages have checked and converted them.
+        # The stages have checked and converted the arguments.
         first = self.stages[0]
         self.num_codes = first.num_codes
         self.codebook_cost = first.codebook_cost
@@ -133,7 +134,7 @@ class ResidualVectorQuantizer(Quantizer):
         )
 
     def adapt(self, vectors, iterations=10, seed=0, verbose=0):
-        """Sets each codebook to the k-means clusters of what is left to it.
+        """Sets each codebook to the k-means clusters of its stage's inputs.
 
         Args:
             vectors, iterations, seed, verbose: As for `VectorQuantizer.adapt`.
@@ -163,9 +164,9 @@ class ResidualVectorQuantizer(Quantizer):
 
 
 def _copy(initializer):
-    """An initializer of the same law that draws numbers of its own.
+    """An initializer with the same config that draws other numbers.
 
-    One initializer would give every stage the same numbers.
+    A shared initializer would give every stage the same numbers.
     """
     if isinstance(initializer, keras.initializers.Initializer):
         return initializer.clone()

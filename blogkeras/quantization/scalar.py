@@ -28,25 +28,24 @@ class FiniteScalarQuantizer(Quantizer):
     zero than above.)
 
     A code is the number whose digits, in the mixed radix of `levels`, are the
-    levels, the first component least significant. It is made only where it is
-    asked for; where there are more than 2³¹ codes that is an error, and all
-    else works.
+    levels; the first component is the least significant digit. With more than
+    2³¹ codes, asking for them is an error; everything else works.
 
     `batch_counts` and `total_counts` say how often each level of each component
     was used, `(len(levels), max(levels))`: the memory does not grow with K.
-    Perplexity and usage are by component, too. How often whole codes occur is
-    `count(codes)`.
+    Perplexity and usage are by component, too. `count(codes)` counts whole
+    codes.
 
-    Masked vectors are quantized (what is not finite in them as 0) but not
-    counted. Computed in float32 under any dtype policy. In a compiled step no
-    vector that is not finite is counted; a component that is NaN comes out as
-    NaN, an infinite one as the last level on its side.
+    Masked vectors are quantized (components that are not finite as 0) but not
+    counted. The layer computes in float32 under any dtype policy. In a compiled
+    step vectors that are not finite are not counted; a NaN component gives NaN,
+    an infinite one gives the last level on its side.
 
     Args:
         levels: Sequence of integers ≥ 2, L_i; ≥ 3 for `"tanh"`.
         activation: `"tanh"` (the paper) or `"sigmoid"` (the post).
 
-    Call arguments: as of `VectorQuantizer`.
+    Call arguments: As for `VectorQuantizer`.
 
     Input shape:  `(..., len(levels))`, floating.
     Output shape: `(..., len(levels))`, compute dtype; codes `(...)`, int32.
@@ -62,8 +61,8 @@ class FiniteScalarQuantizer(Quantizer):
         [blog post 9826](https://kexue.fm/archives/9826)
 
     Departs from the post: the post recommends the sigmoid, and the default here
-    is the paper's tanh. Departs from the paper: the shift is artanh, where the
-    paper's listing has tan, so that 0 is mapped to 0.
+    is the paper's tanh. Departs from the paper: the shift is artanh, so that 0
+    is mapped to 0; the paper's listing has tan.
     """
 
     def __init__(
@@ -131,7 +130,8 @@ class FiniteScalarQuantizer(Quantizer):
 
     def _in_range(self, digits):
         digits = ops.clip(digits, 0, self._top)
-        # A cast of NaN is undefined: it could leave the range.
+        # Casting NaN to an integer is undefined: the result could be out of
+        # range.
         digits = ops.where(ops.isnan(digits), 0, digits)
         return ops.cast(digits, "int32")
 
@@ -165,8 +165,8 @@ class FiniteScalarQuantizer(Quantizer):
         return (ops.cast(digits, "float32") - self._zero) / self._width
 
     def load_own_variables(self, store):
-        # Before, the counts were of whole codes: `(num_codes,)`. Summed over
-        # all components but one they are those of its levels.
+        # Older files have counts of whole codes, `(num_codes,)`. Their sums
+        # over all components but one are the counts of that component's levels.
         old = {
             key: np.asarray(store[key])
             for key in ("0", "1")

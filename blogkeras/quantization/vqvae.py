@@ -26,19 +26,18 @@ class VQVAE(CompositeModel):
         z = encoder(x),  x̂ = decoder(quantizer(z))
         loss = reconstruction(x, x̂) + the quantizer's losses
 
-    An autoencoder and, as the post says, not a variational one: what it needs
-    to generate is a prior over codes, `CodePrior`.
+    As the post says, it is an autoencoder and not a variational one: to
+    generate, it needs a prior over codes, `CodePrior`.
 
     `fit(x)` reconstructs `x`; give `y` for another target, of the shape of the
     decoder's output. (A data set of pictures and labels is an error: map it to
-    the pictures alone.) The default loss is the mean square; a mask that
-    arrives at the decoder's output counts in it as Keras has it. `perplexity`
-    is the mean over batches of the perplexity of a batch's codes, `usage` the
-    share of codes used in the epoch; of residual and of finite scalar
-    quantizers both are means over stages or components. Sample weights, one for
-    each row, weigh the reconstruction; the quantizer's losses and counts see
-    every row. Keras forgets sample weights where there is no `y`: then say
-    `fit(x, x, sample_weight=...)`.
+    the pictures alone.) The default loss is the mean squared error; a Keras
+    mask of the decoder's output counts in it. `perplexity` is the mean over
+    batches of the perplexity of a batch's codes, `usage` the share of codes
+    used in the epoch; of residual and of finite scalar quantizers both are
+    means over stages or components. Sample weights, one for each row, weigh the
+    reconstruction; the quantizer's losses and counts include every row. Keras
+    ignores sample weights without `y`: call `fit(x, x, sample_weight=...)`.
 
     The first step compiles; on JAX, and with `jit_compile=True`, that may take
     half a minute before the first progress is shown. So may the first batch of
@@ -106,7 +105,8 @@ class VQVAE(CompositeModel):
                 "Expected one tensor, which the encoder takes; join several "
                 f"in it. Received: input_shape={input_shape}"
             )
-        # Symbolic calls: a model that is no more than a `call` has no shapes.
+        # Call the parts on symbolic inputs: a subclassed model does not know
+        # its shapes.
         shape = (None, *input_shape[1:])
         z = self.encoder(keras.KerasTensor(shape, self.compute_dtype))
         if not self.quantizer.built:
@@ -118,8 +118,8 @@ class VQVAE(CompositeModel):
 
     def call(self, inputs, training=None):
         self._check_shape("inputs", inputs.shape)
-        # Each part is told `training`: on JAX Keras's trainer calls `call`
-        # itself, and Keras hands the argument on only in `__call__`.
+        # Pass `training` to each part: on JAX Keras's trainer runs `call`
+        # itself, and Keras passes the argument on only in `__call__`.
         z = self.encoder(inputs, training=training)
         z = self.quantizer(z, training=training)
         return self.decoder(z, training=training)
@@ -208,7 +208,7 @@ class VQVAE(CompositeModel):
         return self._map(encode, [self._inputs("x", x)], batch_size, verbose)
 
     def decode(self, codes, batch_size=32, verbose=0):
-        """What codes stand for: the inverse of `encode`.
+        """The decoder's outputs for codes: the inverse of `encode`.
 
         Args:
             codes: `(n, ...)`, integers, as `encode` or a prior gives them.
@@ -226,12 +226,12 @@ class VQVAE(CompositeModel):
         return self._map(decode, [self._codes(codes)], batch_size, verbose)
 
     def reconstruct(self, x, quantize=True, batch_size=32, verbose=0):
-        """The decoder's answer to the encoder's.
+        """The decoder's outputs for encoded and quantized inputs.
 
         Args:
             x: `(n, ...)`, as for `encode`.
-            quantize: Boolean. Without, the decoder sees the encoder's vectors
-                as they are.
+            quantize: Boolean. If false, the decoder gets the encoder's vectors,
+                not quantized.
             batch_size: As for `encode`.
             verbose: As for `encode`.
 
@@ -239,7 +239,7 @@ class VQVAE(CompositeModel):
             NumPy array, shaped like `x`.
         """
 
-        # By calls, which hand masks on.
+        # Call the layers, so that masks are passed on.
         def reconstruct(x):
             z = self.encoder(x, training=False)
             q = self.quantizer(z, training=False)
@@ -258,14 +258,14 @@ class VQVAE(CompositeModel):
         )
 
     def interpolate(self, x1, x2, num=8, batch_size=32, verbose=0):
-        """Between pairs of inputs: their vectors are mixed, then quantized.
+        """Interpolates between pairs of inputs: mixed vectors, quantized.
 
             decoder(quantizer((1 - α) encoder(x1) + α encoder(x2)))
 
         Args:
             x1: `(n, ...)`, as for `encode`.
             x2: Shaped like `x1`.
-            num: Integer ≥ 2. α runs from 0 to 1 in so many equal steps.
+            num: Integer ≥ 2. Number of equally spaced α from 0 to 1.
             batch_size: As for `encode`.
             verbose: As for `encode`.
 
@@ -304,7 +304,7 @@ class VQVAE(CompositeModel):
 
         Args:
             x: `(n, ...)`, as for `encode`; a few thousand vectors for each code
-                are plenty. Masked ones have no part.
+                are plenty. Masked vectors are ignored.
             iterations: As for `VectorQuantizer.adapt`.
             seed: As for `VectorQuantizer.adapt`.
             batch_size: As for `encode`.
@@ -328,11 +328,11 @@ class VQVAE(CompositeModel):
         return self._map(vectors, [x], batch_size, verbose)
 
     def _map(self, fn, arrays, batch_size, verbose):
-        """`fn` of rows in compiled batches: its outputs, if all are finite.
+        """The outputs of `fn` for rows in compiled batches, if all are finite.
 
         Args:
             fn: Function of tensors; returns `(outputs, finite)`, of which the
-                second says of each row whether its vectors can be quantized.
+                second is, for each row, whether its vectors can be quantized.
             arrays: List of arrays with equally many rows.
             batch_size: Integer.
             verbose: As for `map_batches`.
@@ -385,7 +385,7 @@ class VQVAE(CompositeModel):
         vectors = getattr(self.decoder, "input_shape", None)
         if not isinstance(vectors, tuple):
             return codes
-        # Of residual codes those of the first stages are enough.
+        # A residual quantizer also decodes the codes of its first stages alone.
         stages = (None,) * len(self.quantizer.codes_per_vector)
         expected = (*vectors[:-1], *stages)
         if not _fits(codes.shape, expected):
@@ -414,7 +414,7 @@ class VQVAE(CompositeModel):
 
 
 def _rows(name, x):
-    """An array with an axis of rows, of whatever holds rows."""
+    """An array of rows, from an array, a tensor, a list or a data set."""
     if isinstance(x, keras.utils.PyDataset):
         x = _joined(x[index] for index in range(x.num_batches or 0))
     elif hasattr(x, "element_spec"):  # a tf.data.Dataset
@@ -437,7 +437,7 @@ def _rows(name, x):
 
 
 def _joined(batches):
-    """The inputs of all batches, which may have targets and weights beside."""
+    """The inputs of all batches, which may also have targets and weights."""
     inputs = [keras.utils.unpack_x_y_sample_weight(b)[0] for b in batches]
     if not inputs:
         raise ValueError("Expected at least one batch. Received: none")
