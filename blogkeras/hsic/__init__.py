@@ -1,4 +1,4 @@
-"""HSIC (post 6910): as a number, a test, a loss, and a way to train."""
+"""HSIC (post 6910): the statistic, a test, losses and a training scheme."""
 
 from blogkeras.hsic.bottleneck import HSICBottleneck
 from blogkeras.hsic.fourier import fourier_hsic

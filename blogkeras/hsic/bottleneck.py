@@ -21,39 +21,40 @@ from blogkeras.hsic.statistic import Resolvent
 from blogkeras.ops import squared_distances
 
 READOUTS = ("unformatted", "format")
-# How much of the counts of units and classes outlives a step.
+# Decay of the counts of units and classes, per step.
 MEMORY = 0.99
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class HSICBottleneck(keras.Model):
-    """Trains each layer by its own objective; no gradient passes between them.
+    """Trains each layer by its own objective, without gradients between layers.
 
     With Z_l the output of layer l on a batch X with labels Y (one-hot):
 
         loss_l = nHSIC(Z_l, X) − λ nHSIC(Z_l, Y)
 
-    forget the input, keep the label (`nhsic`; Gaussian kernels
-    exp(−‖x₁ − x₂‖² / (2σ² dim)) everywhere). The loss is the sum over the
-    layers, and the gradient is stopped at each layer's input: all layers are
-    trained in one forward pass, and what depends on X and Y alone is computed
-    once.
+    which makes Z_l independent of the input and dependent on the label
+    (`nhsic`, with Gaussian kernels exp(−‖x₁ − x₂‖² / (2σ² dim)) everywhere).
+    The loss is the sum over the layers, and the gradient is stopped at each
+    layer's input. So all layers are trained in one forward pass, and the terms
+    of X and Y alone are computed once.
 
     `fit`, `evaluate` and `predict` work as in any model; `predict` gives scores
-    `(batch, num_classes)`. Two ways to read them out of the last layer:
+    `(batch, num_classes)`. There are two ways to compute them from the last
+    layer:
 
-        "unformatted"   its units themselves: each class has one unit of its
-                        own, matched greedily by how often it was the strongest
-                        for the class in training. Needs at least `num_classes`
-                        units, and a last layer with softmax: the objective
-                        moves classes apart and knows distances only, not axes,
-                        and on a simplex the places farthest from each other are
-                        the corners, one unit each. After "relu", "sigmoid" or
-                        "tanh" the classes lie apart just as well, but several
-                        of them may share their strongest unit.
-        "format"        a linear layer with softmax, trained by cross-entropy
-                        on the outputs of the last layer, into which no gradient
-                        goes. To train it alone, after the layers, set
+        "unformatted"   the units themselves. Each class has one unit, matched
+                        greedily by how often the unit was the largest for the
+                        class in training. This needs at least `num_classes`
+                        units and a last layer with softmax. The objective
+                        depends on distances alone and moves classes apart;
+                        on a simplex the points farthest from each other are
+                        the corners, where one unit is 1. After "relu",
+                        "sigmoid" or "tanh" the classes are as far apart, but
+                        the same unit may be the largest for several of them.
+        "format"        a linear layer with softmax on the outputs of the last
+                        layer, trained by cross-entropy; its gradient stops
+                        there. To train it alone, after the layers, set
                         `layer.trainable = False` on them and compile again.
 
     Replicas are gathered as in `HSICLoss`; sample weights are the sample
@@ -151,13 +152,13 @@ class HSICBottleneck(keras.Model):
             initializer="zeros",
             trainable=False,
             autocast=False,
-            # All replicas assign the same value.
+            # Every replica assigns the same value.
             aggregation="only_first_replica",
             name="activity",
         )
 
     def hidden(self, x):
-        """Every layer's output, each cut off from the layers before it."""
+        """Every layer's output, with the gradient stopped at its input."""
         outputs = []
         for block in self.blocks:
             x = block(ops.stop_gradient(x))
@@ -177,7 +178,7 @@ class HSICBottleneck(keras.Model):
         return ops.take(last, self.units(), axis=-1)
 
     def units(self):
-        """The unit of each class, `(num_classes,)`; the surest pair first."""
+        """The unit of each class, `(num_classes,)`, frequent pairs first."""
         counts = ops.convert_to_tensor(self.activity)
         total = ops.sum(counts, axis=1, keepdims=True)
         share = counts / ops.maximum(total, 1e-30)
@@ -235,11 +236,12 @@ class HSICBottleneck(keras.Model):
 
     def resolvent(self, x, weight):
         """The `Resolvent` of the kernel matrix of a batch's rows `x`."""
-        # exp − 1: the same when centered, with more digits where σ is large.
+        # K − 1 in place of K: equal when centered, and more precise for large
+        # σ.
         x = x / (self.bandwidth * math.sqrt(2 * x.shape[-1]))
         return Resolvent(ops.expm1(-squared_distances(x)), weight, self.epsilon)
 
-    # In a compiled step values are not known: arrays are looked at before.
+    # In a compiled step values are not known, so arrays are checked before.
 
     def fit(self, x=None, y=None, *args, **kwargs):
         self._check_labels(y, kwargs.get("validation_data"))
@@ -280,7 +282,7 @@ class HSICBottleneck(keras.Model):
                     f"{self.num_classes}). Received: shape {y.shape}"
                 )
             if y.dtype.kind == "f" and (y == np.round(y)).all():
-                y = y.astype("int64")  # Keras's own data sets have such ones
+                y = y.astype("int64")  # as in Keras's data sets
             check_integers("labels", y, 0, self.num_classes - 1)
 
     def one_hot(self, y):

@@ -14,7 +14,8 @@ from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
 from blogkeras.typing import Tensor
 
-# Random features are summed in at most so many blocks of at least so many rows.
+# Largest number of blocks, and smallest number of rows, that random features
+# are summed in.
 BLOCKS, BLOCK_ROWS = 32, 1024
 _programs = ProgramCache(size=8)
 
@@ -30,8 +31,8 @@ def fourier_hsic(
     """HSIC by random Fourier features, O(n · num_features²).
 
     ‖Φ(x)ᵀ J Φ(y)‖²_F / n², where Φ(x₁)·Φ(x₂) ≈ K(x₁, x₂) with an error of order
-    1/√num_features. An estimate of the `"biased"` form. The features are made
-    and summed in blocks of n/32 samples, never all at once.
+    1/√num_features. An estimate of the `"biased"` form. The features are
+    computed and summed in blocks of n/32 samples.
 
     Args:
         x: `(n,)` or `(n, dim_x)`.
@@ -63,7 +64,7 @@ def fourier_hsic(
 
 
 def fourier_variables(x, y, kernel_x, kernel_y, num_features, seed, dtype=None):
-    """What `waves` needs of both, samples and frequencies; and the `Gram`s."""
+    """The arguments of `waves` for both variables, and the `Gram`s."""
     num_features = check_integer("num_features", num_features, minimum=2)
     if num_features % 2:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Kernel matrices, row by row, of features that are centred and scaled."""
+"""Kernel matrices, computed by rows from centred and scaled features."""
 
 import itertools
 
@@ -15,9 +15,10 @@ class Gram:
         kernel: `Kernel`.
         features: `(..., n, dim)`, what the kernel's `similarity` takes.
         dtype: Floating dtype of the matrix.
-        exponent: Integer; the matrix is to be multiplied by 2**exponent. Where
-            the scale of a kernel follows from that of the variable, features
-            are of a size near 1. CKA and p-values do not depend on it.
+        exponent: Integer; the matrix is to be multiplied by 2**exponent.
+            Features are scaled to a size near 1 where the scale of the kernel
+            follows from that of the variable. CKA and p-values do not depend on
+            it.
         factors: Tensors `(...)`; the matrix is to be multiplied by them too.
     """
 
@@ -42,7 +43,8 @@ class Gram:
 
 def rescale(value, *grams):
     """`value`, of first order in each kernel, for their true scales."""
-    # One factor of each in turn: large and small ones cancel on the way.
+    # Multiply by one factor of each in turn, so that large and small ones
+    # cancel early.
     for factors in itertools.zip_longest(*(g.factors for g in grams)):
         for factor in factors:
             if factor is not None:
@@ -58,9 +60,9 @@ def rescale(value, *grams):
 
 
 def about_center(x, weight, dtype):
-    """`x` less a central row, not the mean, which one outlier would move.
+    """`x` minus a central row; the mean would be moved by a single outlier.
 
-    Integers are subtracted as integers: in float32 they may be equal.
+    Integers are subtracted as integers: different ones may be equal in float32.
     """
     mask = None if weight is None else weight > 0
     if not keras.backend.is_float_dtype(
@@ -75,7 +77,7 @@ def about_center(x, weight, dtype):
 
 
 def centered(x, weight):
-    """`x` minus its mean: a change of origin then costs no digits."""
+    """`x` minus its mean, so that a common offset costs no digits."""
     if weight is None:
         return x - ops.mean(x, axis=-2, keepdims=True)
     weight = ops.cast(weight, x.dtype)[..., None]

@@ -1,4 +1,4 @@
-"""The p-value: is this HSIC more than chance?"""
+"""The test of independence by HSIC."""
 
 import functools
 import math
@@ -23,13 +23,13 @@ APPROXIMATIONS = (None, "block", "fourier")
 SIZES = {None: None, "block": 100, "fourier": 256}
 # Permutations in one call of a compiled program.
 CHUNK = 50
-# Below this share of its diagonal a centered kernel is rounding.
+# A centered kernel below this share of its diagonal is a rounding error.
 CONSTANT = 1e-6
 _programs = ProgramCache(size=32)
 
 
 class HSICTest(NamedTuple):
-    """What `hsic_test` found.
+    """The result of `hsic_test`.
 
     Attributes:
         statistic: Float.
@@ -64,7 +64,8 @@ def hsic_test(
     variables is either drawn, by permuting one of them against the other (exact
     for every n, p ≥ 1/(num_permutations + 1)), or taken to be a gamma
     distribution with the two moments that it has to first order in 1/n: fast,
-    good from about 50 samples of few features on, cautious for many features.
+    accurate from about 50 samples of few features on, conservative for many
+    features.
 
     Exact tests need O(n) memory with `"gamma"` and two n × n matrices of
     float32 with `"permutation"` (of Fourier features, two n × size ones). For
@@ -160,7 +161,7 @@ def hsic_test(
     if approximation == "fourier":
         pair = [_program(_centered_waves)(*variable) for variable in pair]
     draws = _permute(draw, pair, num_permutations, seed, verbose)
-    # Draws that are equal but for rounding count as equal.
+    # Draws that differ by rounding errors only count as equal.
     extreme = np.sum(draws >= statistic * (1 - 1e-5))
     p_value = (1 + extreme) / (1 + num_permutations)
     return HSICTest(
@@ -214,7 +215,7 @@ def _permute(draw, pair, num_permutations, seed, verbose):
     )
     chunk = min(CHUNK, num_permutations)
     for start in range(0, num_permutations, chunk):
-        # The last chunk is drawn whole, so that one program serves all.
+        # The last chunk has full size too, so that one program is enough.
         orders = np.stack([rng.permutation(n) for _ in range(chunk)])
         found = draw(*pair, ops.convert_to_tensor(orders.astype("int32")))
         draws.append(ops.convert_to_numpy(found))
@@ -223,7 +224,7 @@ def _permute(draw, pair, num_permutations, seed, verbose):
 
 
 def _program(fn, kernels=None):
-    """`fn`, compiled; but a user's own kernel runs as it is."""
+    """`fn`, compiled, unless a kernel is a function of the user's."""
     if kernels is not None:
         if any(isinstance(kernel, CustomKernel) for kernel in kernels):
             return functools.partial(fn, kernels=kernels)
@@ -248,7 +249,7 @@ def _program_of_shapes(fn):
 
 
 def _moments(x, y, kernels):
-    """Statistic, mean and variance for independent variables; constant?
+    """Statistic, mean and variance under independence, and which are constant.
 
     Two passes over the tiles: the means of the rows, then the rest.
     """
@@ -308,7 +309,7 @@ def _centered_matrices(x, y, kernels):
         scale = ops.mean(ops.abs(matrix))
         matrix = matrix - ops.mean(matrix, axis=1, keepdims=True)
         matrix = matrix - ops.mean(matrix, axis=0, keepdims=True)
-        # What is left of a constant variable is rounding.
+        # The centered kernel of a constant variable is a rounding error.
         constant = ops.mean(ops.diagonal(matrix)) <= CONSTANT * scale
         matrices.append(ops.where(constant, 0.0, matrix))
     return matrices

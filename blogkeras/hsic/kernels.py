@@ -1,4 +1,4 @@
-"""Kernels: what counts as similar. Small objects, or any callable."""
+"""Kernels, the similarity of two samples: small objects, or any callable."""
 
 import math
 
@@ -38,16 +38,16 @@ from blogkeras.ops import (
 )
 
 FORMS = ("blog", "standard")
-# An error of the exponent of a Gaussian that does not matter.
+# The accepted error of the exponent of a Gaussian.
 ROUNDING = 1e-4
 
 
 class Kernel:
-    """What `hsic` needs of a kernel, in two steps.
+    """The base class of kernels, which `hsic` uses in two steps.
 
-    A variable becomes features once, `similarity` then gives every tile of
-    their matrix. Kernels are equal if their `similarity` is, so that compiled
-    programs are found again: a bandwidth is in the features already.
+    A variable is converted to features once; `similarity` then computes every
+    tile of their matrix. Kernels are equal if their `similarity` is, so that
+    compiled programs can be reused: a bandwidth is contained in the features.
 
     HSIC does not change when a constant is added to a kernel, so the features
     of most kernels are centred.
@@ -124,7 +124,7 @@ def known_numbers(name, x, weight):
 
 
 def require_finite(name, values):
-    """`check_finite`, with what a user of HSIC can do about it."""
+    """`check_finite`, with advice in the message."""
     try:
         check_finite(name, values)
     except ValueError as error:
@@ -147,8 +147,8 @@ class DistanceKernel(Kernel):
 
     @property
     def key(self):
-        # With a bandwidth of its own the kernel may be nearly constant: then
-        # what is computed is K − 1, which has more digits.
+        # With a given bandwidth the kernel may be nearly constant. Then K − 1
+        # is computed in its place, which has more digits.
         return type(self), self.bandwidth is None
 
     def of_array(self, name, x, weight, dtype):
@@ -252,12 +252,12 @@ class GaussianKernel(DistanceKernel):
 
     def scale(self, dim):
         scale = 1.0 if self.form == "blog" else math.sqrt(2.0)
-        # The median distance already grows with the dimension.
+        # The median distance already includes the dimension.
         wide = self.per_dimension and self.bandwidth is not None
         return scale * (math.sqrt(dim) if wide else 1.0)
 
     def exponent(self, x1, x2, equal=None):
-        # What matters is the share of all of K − 1.
+        # The error counts relative to the size of K − 1.
         norms = ops.sum(ops.square(x1 if x2 is None else x2), axis=-1)
         size = ops.mean(ops.stop_gradient(norms), axis=-1)
         tolerance = ROUNDING * ops.minimum(size, 1.0)[..., None, None]
@@ -288,7 +288,7 @@ class LaplacianKernel(DistanceKernel):
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class LinearKernel(Kernel):
-    """Linear kernel `x₁ · x₂`: HSIC is ‖cov(x, y)‖², blind to the rest."""
+    """Linear kernel `x₁ · x₂`: HSIC is ‖cov(x, y)‖², of linear dependence."""
 
     def of_array(self, name, x, weight, dtype):
         keep = None if weight is None else weight > 0
@@ -352,8 +352,8 @@ class PolynomialKernel(Kernel):
 class CosineKernel(Kernel):
     """Cosine kernel `x₁ · x₂ / (‖x₁‖ ‖x₂‖)`; 0 where a vector is zero."""
 
-    # HSIC is that of the linear kernel on the directions, which are centred
-    # so that small angles keep their digits.
+    # HSIC is that of the linear kernel on the directions. They are centred, so
+    # that small angles keep their digits.
 
     def of_array(self, name, x, weight, dtype):
         unit = np.finfo(x.dtype).eps if x.dtype.kind == "f" else 2.0**-52
@@ -421,7 +421,7 @@ def known_labels(name, x, weight=None):
         )
     x = columns(x)
     if weight is not None:
-        # All samples that do not count are one label.
+        # All samples without weight get the same label.
         x = np.where(weight[..., None] > 0, x, x.ravel()[:1])
     if x.dtype.kind == "f":
         require_finite(name, x)
@@ -479,7 +479,7 @@ def check_square(name, x):
 
 
 class CustomKernel(Kernel):
-    """A function or Keras layer of the user's, `fn(x1, x2)`."""
+    """A kernel that is a function or Keras layer of the user, `fn(x1, x2)`."""
 
     def __init__(self, fn):
         self.fn = fn
@@ -497,8 +497,8 @@ def as_kernel(kernel):
     """A `Kernel` for what the user passed; `None` is the default.
 
     The post's form is narrower by √2 than the standard one. With the median
-    distance as bandwidth it also sees dependence that has no large scale
-    (rotated uniforms), at some cost on smooth ones; see docs/hsic.md.
+    distance as bandwidth it also finds dependence on a small scale (rotated
+    uniforms), and finds smooth dependence less often; see docs/hsic.md.
     """
     if kernel is None:
         return GaussianKernel(form="blog")
@@ -519,7 +519,7 @@ def serialize(kernel):
 
 
 def deserialize(kernel):
-    """The kernel of a config; what is no config passes."""
+    """The kernel of a config; everything else is returned as it is."""
     if isinstance(kernel, dict):
         return keras.saving.deserialize_keras_object(kernel)
     return kernel

@@ -95,7 +95,8 @@ class HSICLoss(keras.losses.Loss):
             weight,
         )
         value = -value if self.maximize else value
-        # Every replica has the loss of all: its share of the sum.
+        # Every replica has the loss of the whole batch: divide, since Keras
+        # adds them.
         return ops.cast(value / backend.num_replicas(), self.dtype)
 
     def get_config(self):
@@ -116,21 +117,21 @@ class HSICLoss(keras.losses.Loss):
 class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
     """Passes its first input through and adds `rate · HSIC(x, y)` to the loss.
 
-    The auxiliary loss that the post recommends HSIC for: makes a representation
-    x independent of y (a nuisance attribute, another representation), or, with
-    a negative rate, dependent. All axes but the first are features; masked time
-    steps count as zeros. Replicas are gathered as in `HSICLoss`. Sample weights
-    do not reach layers.
+    The auxiliary loss that the post recommends HSIC for: it makes a
+    representation x independent of y (a nuisance attribute, another
+    representation) or, with a negative rate, dependent. All axes but the first
+    are features; masked time steps count as zeros. Replicas are gathered as in
+    `HSICLoss`. Sample weights do not reach layers.
 
     With the default kernels the bandwidth of each step is a median over the
-    batch, so that shrinking the features does not help.
+    batch, so shrinking the features does not lower the term.
 
     The default estimator is never negative, and of order 1/n for independent
-    variables: at rate 100 and batches of 32 a term of 0.9 may mean that nothing
-    is left to be removed. Its gradient pushes a little towards features without
-    spread for that reason, which the median bandwidth undoes. To *read* the
-    term as a measure of dependence take `estimator="unbiased"`, whose value is
-    0 on average for independent variables, and negative half of the time.
+    variables: at rate 100 and batches of 32 a term of 0.9 may mean that x and y
+    are independent already. For the same reason its gradient slightly favours
+    features with a small variance; the median bandwidth cancels this. To *read*
+    the term as a measure of dependence take `estimator="unbiased"`, whose value
+    is 0 on average for independent variables, and negative half of the time.
 
     Args:
         rate: Float. Weight of the term.
@@ -219,9 +220,9 @@ class CKA(keras.metrics.Metric):
 
         CKA = Σ_b HSIC(x_b, y_b) / √(Σ_b HSIC(x_b, x_b) Σ_b HSIC(y_b, y_b))
 
-    with the unbiased HSIC of each batch b, which makes the value independent of
-    the batch size up to noise. Batches of fewer than 4 samples add nothing;
-    samples of weight 0 are left out, other weights do not matter.
+    with the unbiased HSIC of each batch b, so that the expected value does not
+    depend on the batch size. Batches of fewer than 4 samples add nothing;
+    samples of weight 0 are left out, other weights are ignored.
 
     Args:
         kernel_true: As in `hsic`; linear by default, as in the papers.
@@ -291,7 +292,7 @@ class CKA(keras.metrics.Metric):
 
 
 class LayerSimilarity(NamedTuple):
-    """What `compare_layers` found.
+    """The result of `compare_layers`.
 
     Attributes:
         matrix: NumPy array `(layers of a, layers of b)` of debiased CKA.
@@ -436,7 +437,7 @@ def _centered(outputs, kernel):
 
 
 def as_kernel_or_none(kernel):
-    """Checked, and kept as it was given: Keras layers are tracked."""
+    """The kernel as given, checked; Keras tracks it if it is a layer."""
     if kernel is not None:
         as_kernel(kernel)
     return kernel

@@ -1,9 +1,9 @@
-"""From what users pass to numbers that have kept their digits.
+"""Converts the user's data to numbers without loss of digits.
 
-A variable in NumPy (or a list) is brought to its centre, and to a size near 1,
-in float64, before it is rounded to the float32 that HSIC computes in: times of
-day in Unix seconds or lengths in units of 1e-25 lose nothing. A tensor has lost
-by then what it had to lose; it is centred as it is.
+A variable in NumPy (or a list) is centred and scaled to a size near 1 in
+float64, before it is rounded to the float32 that HSIC computes in. So times of
+day in Unix seconds or lengths in units of 1e-25 keep their digits. A tensor is
+rounded already; it is centred as it is.
 """
 
 import math
@@ -17,21 +17,21 @@ from blogkeras.arguments import as_numbers, as_numpy, check_finite
 from blogkeras.ops import central_vector, safe_sqrt, squared_distances
 from blogkeras.typing import Tensor
 
-# Rows that the median bandwidth is taken from: in a traced step, where XLA
-# would sort all pairs, and outside, where their number is quadratic.
+# Number of rows that the median bandwidth uses: in a traced step, where XLA
+# sorts all pairs, and outside of one, where the time is quadratic.
 TRACED_ROWS = 128
 ROWS = 5000
-# Samples of float32 at a distance below 2⁻²⁰ of that to the centre count as
-# equal, but for rounding; the square of it.
+# Samples of float32 count as equal if their distance is below 2⁻²⁰ times that
+# to the centre. This is the square of it.
 _COINCIDENT = 2.0**-40
 # Numbers of a block of distances in NumPy.
 _BLOCK = 2**17
-# A gap between values, in bandwidths, across which every kernel is exactly 0.
+# A gap between values, in bandwidths, over which every kernel is exactly 0.
 _GAP = 1e3
 
 
 def is_array(x):
-    """Whether `x` is no tensor: NumPy, a list, a number, a pandas column."""
+    """Whether `x` is an array, list, number or pandas column, not a tensor."""
     return not (
         ops.is_tensor(x)
         or isinstance(x, (keras.Variable, keras.KerasTensor))
@@ -45,7 +45,7 @@ def columns(x):
 
 
 def floating(x):
-    """A tensor: float64 stays where the backend has it, else float32."""
+    """A tensor of float64 if `x` is and the backend has it, else of float32."""
     x = ops.convert_to_tensor(x)
     double = keras.backend.standardize_dtype(x.dtype) == "float64"
     return x if double else ops.cast(x, "float32")
@@ -55,7 +55,7 @@ def float_dtype(x):
     """The dtype in which a variable is computed."""
     if is_array(x):
         wide = getattr(x, "dtype", None) == np.float64
-        # JAX answers with float32, unless float64 is switched on.
+        # JAX gives float32, unless float64 is switched on.
         x = ops.convert_to_tensor(
             np.zeros((), "float64" if wide else "float32")
         )
@@ -114,8 +114,8 @@ def from_center(x, keep=None):
         if x.dtype.kind == "b":
             x, center = x.astype("int8"), center.astype("int8")
         if x.dtype.kind in "iu":
-            # Of integers of 64 bits not even float64 holds every one. The
-            # difference of the larger and the smaller fits into 64 bits.
+            # Float64 cannot represent every integer of 64 bits. The difference
+            # of the larger and the smaller one fits into 64 bits.
             high, low = np.maximum(x, center), np.minimum(x, center)
             size = high.astype("uint64") - low.astype("uint64")
             difference = np.where(x >= center, 1.0, -1.0) * size
@@ -130,18 +130,17 @@ def from_center(x, keep=None):
 
 
 def exponent_of(x):
-    """The power of two, as an exponent, of the largest of some numbers."""
+    """The exponent of the power of two of the largest of some numbers."""
     largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)
     return int(np.frexp(largest)[1]) if largest > 0 else 0
 
 
 def close_gaps(x):
-    """Moves values together that are so far apart that no kernel sees it.
+    """Shortens gaps between values that are too large to change any kernel.
 
     Each feature is sorted, and gaps of more than 1000 bandwidths become as
     large as that. Kernels of these distances are 0 before and after, even in
-    float64, and float32 keeps the digits among outliers that are near each
-    other, wherever they are.
+    float64. So float32 keeps the small differences among outliers, too.
 
     Args:
         x: `(n, dim)`, float64, in bandwidths.
@@ -186,7 +185,7 @@ def codes_of(x):
 
 
 def check_mask_shape(weight, shape):
-    """The weights of the samples, `shape`, however few axes they have."""
+    """The weights of the samples, broadcast to `shape`."""
     try:
         return np.broadcast_to(weight, shape)
     except ValueError:
@@ -245,7 +244,7 @@ def median_bandwidth(x: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def coincidence(x):
-    """The share of a squared distance that is rounding, by an array's dtype."""
+    """The relative rounding error of a squared distance, by the dtype."""
     dtype = np.asarray(x).dtype
     exact = dtype.kind in "biu" or dtype == np.float64
     return 0.0 if exact else _COINCIDENT
@@ -260,7 +259,7 @@ def traced_median(x, mask):
     x = ops.take(x, index, axis=-2)
     weight = None if mask is None else ops.take(mask, index, axis=-1)
     d = squared_distances(x)
-    # Where n < count some samples come twice.
+    # Where n < count some samples occur twice.
     valid = ops.broadcast_to(index[:, None] != index, ops.shape(d))
     if weight is not None:
         both = ops.logical_and(weight[..., :, None], weight[..., None, :])
@@ -276,7 +275,7 @@ def traced_median(x, mask):
     d = ops.sort(ops.where(valid, d, math.inf), axis=-1)
 
     def middle(skip):
-        """Each pair stands there twice, so that M and M − 1 are the middle."""
+        """Each pair occurs twice, so M and M − 1 are the middle."""
         half = skip + (pairs - skip) // 2
         low = ops.take_along_axis(d, ops.maximum(half - 1, 0), axis=-1)
         high = ops.take_along_axis(
@@ -294,7 +293,8 @@ def median_distance(x, keep=None, coincident=0.0):
     Args:
         x: `(n, dim)`, float64, as `from_center` gives it.
         keep: `(n,)`, boolean, or `None`.
-        coincident: What `coincidence` says of the numbers as they were given.
+        coincident: The result of `coincidence` for the numbers as they were
+            given.
     """
     x = x if keep is None else x[keep]
     if len(x) > ROWS:
@@ -303,7 +303,7 @@ def median_distance(x, keep=None, coincident=0.0):
     size = np.abs(x).max(axis=1, initial=0.0)
     if n < 2 or not size.any():
         return 1.0
-    # The size of most samples, which no outlier changes.
+    # A typical size of samples, independent of outliers.
     unit = np.median(size[size > 0])
     with np.errstate(over="ignore"):
         x = x / unit
@@ -315,7 +315,7 @@ def median_distance(x, keep=None, coincident=0.0):
             inside = inside[inside > 0]
             median = _middle(inside, len(inside)) if len(inside) else 1 / unit
         return float(median * unit)
-    # A bracket from the pairs of some samples: few values are left to sort.
+    # A bracket from the pairs of some samples leaves few values to sort.
     some = x[np.arange(256) * n // 256]
     sample = np.sort(np.concatenate(list(_distance_blocks(some, coincident))))
     low, high = sample[len(sample) * 2 // 5], sample[len(sample) * 3 // 5]
@@ -347,7 +347,7 @@ def _distance_blocks(x, coincident):
         with np.errstate(over="ignore", invalid="ignore"):
             size = norms[start : start + step, None] + norms[start:]
             d = size - 2 * (some @ others.T)
-            # Where products cancel or overflow: by differences.
+            # Where products cancel or overflow, compute by differences.
             near = ~(d > 2.0**-16 * size)
             near[:, : len(some)] &= later
             rows, places = np.nonzero(near)
@@ -356,7 +356,7 @@ def _distance_blocks(x, coincident):
                 again = np.square(some[i] - others[j]).sum(axis=1)
                 again[again <= coincident * size[i, j]] = 0
                 d[i, j] = again
-        # Of the square on the diagonal, the part above it.
+        # Of the square block on the diagonal, take the part above the diagonal.
         yield np.concatenate(
             [d[:, : len(some)][later], d[:, len(some) :].ravel()]
         )
@@ -368,7 +368,7 @@ def _middle(d, pairs):
 
 
 def _bracketed_middle(x, coincident, low, high, pairs, skip=0):
-    """Of all pairs but the `skip` smallest, if it is in (low, high]."""
+    """The median of all pairs but the `skip` smallest, if in (low, high]."""
     below, inside = 0, []
     for d in _distance_blocks(x, coincident):
         below += np.count_nonzero(d <= low)

@@ -1,4 +1,4 @@
-"""HSIC and its kin as numbers."""
+"""HSIC, CKA and normalized HSIC as functions."""
 
 from typing import Any
 
@@ -35,8 +35,8 @@ from blogkeras.ops import full_precision_matmul, map_blocks, safe_sqrt
 from blogkeras.typing import Tensor
 
 ESTIMATORS = ("biased", "blog", "unbiased")
-# Elements of one tile. Compiled: small enough to stay in the processor's cache.
-# Operation by operation: large enough that there are few.
+# Elements of one tile. Compiled tiles are small enough for the processor's
+# cache. In eager execution they are large, so that there are few operations.
 TILE, EAGER_TILE = 2**18, 2**22
 _programs = ProgramCache(size=32)
 
@@ -59,12 +59,11 @@ def hsic(
         "unbiased":  [tr(K̃L̃) + 1ᵀK̃1 1ᵀL̃1 / ((n − 1)(n − 2))
                       − 2 1ᵀK̃L̃1 / (n − 2)] / (n (n − 3))
 
-    The value for independent variables is 0 in the limit; it means little by
-    itself, since the kernels decide its scale (`cka` is a scale-free form,
-    `hsic_test` gives a p-value). The first two are never negative; their
-    expectation for independent variables is of order 1/n. The third has the
-    right expectation for every n, and is negative about half of the time for
-    independent variables.
+    The value for independent variables is 0 in the limit. Its scale depends on
+    the kernels, so compare it by `cka`, which has no scale, or by the p-value
+    of `hsic_test`. The first two are never negative; their expectation for
+    independent variables is of order 1/n. The third is unbiased for every n,
+    and is negative about half of the time for independent variables.
 
     O(n²) element by element, in tiles of rows: memory is O(n), never n × n.
     Two linear kernels are computed in feature space, O(n dim²). Float64 stays
@@ -73,20 +72,20 @@ def hsic(
 
     Args:
         x: `(n,)` or `(..., n, dim_x)`.
-        y: `(n,)` or `(..., n, dim_y)`; may be of quite another kind.
+        y: `(n,)` or `(..., n, dim_y)`; may be of another kind than `x`.
         kernel_x: A kernel, a function or Keras layer `fn(x1, x2)` that returns
             the `(n, m)` matrix, or `None`: the post's Gaussian with the median
             distance of this variable as bandwidth.
         kernel_y: Likewise.
         estimator: `"biased"`, `"blog"` or `"unbiased"`.
         mask: `(..., n)`. Boolean, or weights ≥ 0: the share of each pair in
-            the sample measure, with n then (Σw)²/Σw². `"unbiased"` knows only
-            in (weight > 0) and out. Values under a zero, NaN included, have no
+            the sample measure, with n then (Σw)²/Σw². `"unbiased"` uses every
+            pair of weight > 0 alike. Values of weight 0, NaN included, have no
             influence.
 
     Returns:
-        Tensor `(...)`. 0 if a variable is constant, if the mask leaves nothing
-        and, for `"unbiased"`, if it leaves fewer than 4 pairs.
+        Tensor `(...)`. 0 if a variable is constant, if all is masked and, for
+        `"unbiased"`, if fewer than 4 pairs count.
 
     Raises:
         ValueError: on different n, on fewer than 4 pairs for `"unbiased"`, and
@@ -100,8 +99,8 @@ def hsic(
     >>> value = hsic(x, x + 0.1, kernel, kernel, estimator="blog")
 
     Departs from the post:
-        The post calls the form with 1/(n − 1)² unbiased. It is not; the
-        `"unbiased"` one here is. No n × n matrix product is made.
+        The post calls the form with 1/(n − 1)² unbiased. It is not; the form
+        `"unbiased"` here is. There is no product of n × n matrices.
 
     Reference:
         [Gretton et al., 2005](https://doi.org/10.1007/11564089_7);
@@ -159,7 +158,7 @@ def cka(
     that is cheaper.
 
     Args:
-        x: As in `hsic`, and so are all others.
+        x: As in `hsic`.
         y: As in `hsic`.
         kernel_x: As in `hsic`.
         kernel_y: As in `hsic`.
@@ -228,8 +227,8 @@ class Resolvent:
     """R = K̄ (K̄ + ε n I)⁻¹ of one kernel matrix.
 
     The gradient of tr(R M) with respect to K̄ is λ A⁻¹ M A⁻¹, with
-    A = K̄ + λ I: two more solves with the same factor, instead of going
-    backwards through the factorization.
+    A = K̄ + λ I: two more solves with the same factor, in place of a gradient
+    through the factorization.
     """
 
     def __init__(self, matrix, weight, epsilon):
@@ -245,7 +244,8 @@ class Resolvent:
             matrix = matrix * root[..., :, None] * root[..., None, :]
         self.matrix = matrix
         fixed = ops.stop_gradient(matrix)
-        # Below the rounding of the matrix a ridge would leave it singular.
+        # A ridge below the rounding error of the matrix would leave it
+        # singular.
         unit = 4 * float(
             np.finfo(keras.backend.standardize_dtype(matrix.dtype)).eps
         )
@@ -289,9 +289,9 @@ def block_hsic(
 ) -> Tensor:
     """Mean HSIC of consecutive blocks, O(n · block_size).
 
-    For data in an order that means something, shuffle first. What does not
-    fill a block is left out. The kernels, with their median bandwidths, are the
-    same for all blocks.
+    Shuffle data whose order has a meaning first. Samples that do not fill a
+    block are left out. The kernels, with their median bandwidths, are the same
+    for all blocks.
 
     Args:
         x: `(n,)` or `(n, dim_x)`.
@@ -337,7 +337,7 @@ def hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator):
         shape = [count, block_size, *features.shape[1:]]
         return gram.with_features(ops.reshape(features, shape))
 
-    # A block is small: several at a time, in tiles of about one size.
+    # Blocks are small, so several of them make a tile.
     grams = [blocks(gram) for gram in grams]
     together = max(1, TILE // block_size**2)
 
@@ -432,15 +432,16 @@ def measure(weight, like, dtype):
 def statistics(grams, weight, pairs, estimator):
     """HSIC of each pair of `grams`, as a list of tensors `(...)`.
 
-    A row of K is centered by its own mean, which a tile of whole rows has at
-    hand. With k_i the mean of row i and c_i the covariance of row i of K and
+    A row of K is centered by its own mean, which is known in a tile of whole
+    rows. With k_i the mean of row i and c_i the covariance of row i of K and
     row i of L:
 
         biased:    mean_i c_i − cov(k, l)
         unbiased:  [(n − 1) Σ c_i − n(n − 1)/(n − 2) Σ (k_i − k̄)(l_i − l̄)]
                    / (n(n − 3)),   means over all other columns
 
-    which is the definition, but never subtracts large equal numbers.
+    which equals the definition and does not subtract large, nearly equal
+    numbers.
     """
     unbiased = estimator == "unbiased"
     if all(isinstance(g.kernel, LinearKernel) for g in grams):
@@ -513,7 +514,7 @@ def compilable(tensors):
 
 
 def _compiled_statistics(kernels, pairs, estimator, dtype):
-    """`statistics` under XLA, for samples too many to do at once."""
+    """`statistics` compiled by XLA, for many samples."""
 
     def fn(features, weight):
         grams = [
@@ -536,7 +537,7 @@ def _combine(within, between, n, estimator):
 
 
 def _linear(grams, weight, pairs, estimator):
-    """The same for linear kernels without any n × n number.
+    """`statistics` of linear kernels, without n × n numbers.
 
     Features have mean zero, so Σ_j K_ij = 0 and the sums over all other
     columns are those of the diagonal.
@@ -547,7 +548,7 @@ def _linear(grams, weight, pairs, estimator):
     n, p = measure(weight, like, dtype)
     features = [g.features for g in grams]
     if weight is not None and estimator == "unbiased":
-        # They were centered by the weights, not by in and out.
+        # They were centered by the weights, which count as 0 and 1 here.
         features = [
             f - ops.sum(f * p[..., None], axis=-2, keepdims=True)
             for f in features
