@@ -1,7 +1,6 @@
-"""Errors for input that is no transport problem.
+"""Raises for input that is not a transport problem.
 
-Values are looked at only where there are any: nothing inside of a traced
-function is checked.
+Inside a traced function tensors have no values, so there these are not checked.
 """
 
 import numpy as np
@@ -59,7 +58,7 @@ def check_shape(name, z, x):
 
 
 def check_words(name, x, mask=None):
-    """Raises on NaN and infinities among vectors, where they count."""
+    """Raises on NaN and infinities in vectors that are not masked."""
     if mask is not None and backend.is_concrete(x):
         if backend.is_concrete(mask):
             x = np.where(as_numpy(mask)[..., None], as_numpy(x), 0)
@@ -67,9 +66,9 @@ def check_words(name, x, mask=None):
 
 
 def check_mass(name, p, mask=None, normalized=True):
-    """Raises on weights that are no distribution.
+    """Raises on weights that are not a distribution.
 
-    Weights of words may all be zero: an empty sequence.
+    The weights of an empty sequence may all be zero.
     """
     if not backend.is_concrete(p):
         return

@@ -35,7 +35,7 @@ from blogkeras.transport.entropic import (
 from blogkeras.typing import Tensor
 
 SOLVERS = ("exact", "sinkhorn", "relaxed")
-_BLOCK = 2**17  # numbers of vectors at work at a time in NumPy
+_BLOCK = 2**17  # numbers in a block of vectors in NumPy
 _programs = ProgramCache(size=16)
 
 
@@ -106,7 +106,7 @@ def word_mover_distance(
 
         WMD = min_γ Σ γᵢⱼ ‖wᵢ − w'ⱼ‖   with  Σⱼ γᵢⱼ = 1/n,  Σᵢ γᵢⱼ = 1/n'
 
-    `cost` and `weights` span its relatives: `"cosine"` with `"norm"` is
+    `cost` and `weights` give other distances: `"cosine"` with `"norm"` is
     `word_rotator_distance`, `"cosine"` with `"uniform"` is WMD on normalized
     vectors, `"importance"` weighs words by their rarity, for example.
 
@@ -152,14 +152,15 @@ def word_mover_distance(
     texts = Texts.checked(x, y, mask, cost, weights, importance, method.name)
     if method.name == "exact":
         return _exact_distance(texts)
-    # On TensorFlow a tape may be watching, which cannot look inside.
+    # On TensorFlow a tape may be recording, which cannot differentiate a
+    # compiled program.
     if backend.BACKEND == "jax" and method.name == "sinkhorn":
         return _compiled_distance(texts, method)
     return method.distance(*texts.problem(ops))
 
 
 def _compiled_distance(texts, solver):
-    """From vectors to the distance in one program, for classes of lengths."""
+    """From vectors to the distance in one program for a class of lengths."""
     if not texts.is_concrete():
         return solver.distance(*texts.problem(ops))
     texts = texts.padded()
@@ -176,7 +177,7 @@ def _compiled_distance(texts, solver):
 
 
 def _exact_distance(texts):
-    """Block by block: fresh memory for all of a batch costs more than EMD."""
+    """Solves in blocks: allocating all costs at once takes longer than EMD."""
     lead = texts.x.shape[:-2]
     count = math.prod(lead)
     flat = texts.with_arrays(
@@ -212,9 +213,10 @@ def word_rotator_distance(
         WRD = min_γ Σ γᵢⱼ (1 − cos(wᵢ, w'ⱼ))
         with  Σⱼ γᵢⱼ = ‖wᵢ‖/Z,  Σᵢ γᵢⱼ = ‖w'ⱼ‖/Z'
 
-    The norm of a word is its importance, its direction its meaning. Between 0
-    and 2. It is `word_mover_distance` with other defaults. An empty sequence
-    has distance 1 to a text.
+    The norm of a word vector is taken for the word's importance and its
+    direction for the meaning. WRD is between 0 and 2. It is
+    `word_mover_distance` with other defaults. An empty sequence has distance 1
+    to a text.
 
     Args:
         x, y, mask, cost, weights, importance, solver, regularization,
@@ -302,11 +304,11 @@ def word_rotator_bound(
 
 
 def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
-    """Two lower bounds (RWMD): one of the two marginals is given up.
+    """Two lower bounds (RWMD), each without one of the two marginals.
 
         Σᵢ pᵢ minⱼ Dᵢⱼ   and   Σⱼ qⱼ minᵢ Dᵢⱼ
 
-    over places with mass. `solver="relaxed"` is the larger one.
+    over words with mass. `solver="relaxed"` is the larger one.
 
     Args:
         p, q, D: As for `wasserstein_distance`.
@@ -333,7 +335,7 @@ def transport_plan(
     importance: Tensor | None = None,
     solver: str = "exact",
 ) -> Tensor:
-    """Which word goes where: the plan behind a distance.
+    """The optimal plan of a distance: the mass moved between each two words.
 
     Args:
         x, y, mask, cost, weights, importance: As for `word_rotator_distance`.
@@ -366,7 +368,7 @@ def transport_plan(
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How a transport problem is to be solved; checked.
+    """The checked settings of a solver.
 
     Attributes:
         name: `"exact"`, `"sinkhorn"` or `"relaxed"`.
@@ -383,7 +385,7 @@ class Solver:
         regularization, tolerance, _ = check_settings(
             self.regularization, self.tolerance
         )
-        # As plain floats, so that equal settings are equal keys.
+        # Convert to plain floats, so that equal settings are equal keys.
         object.__setattr__(self, "regularization", regularization)
         object.__setattr__(self, "tolerance", tolerance)
 
@@ -420,8 +422,8 @@ class Solver:
 def envelope(plan, potentials, p, q, D):
     """⟨plan, D⟩, with the gradient of the optimum by `D`, `p` and `q`.
 
-    At the optimum the plan and the potentials may be taken as constant: the
-    derivative by D is the plan, by p and q the potentials.
+    At the optimum the plan and the potentials may be treated as constants: the
+    derivative by D is the plan, the derivatives by p and q are the potentials.
     """
     plan, f, g = (
         ops.stop_gradient(ops.cast(a, D.dtype)) for a in (plan, *potentials)
@@ -435,7 +437,7 @@ def envelope(plan, potentials, p, q, D):
 
 @dataclasses.dataclass(frozen=True)
 class Texts:
-    """Two sequences of word vectors, and how they become a problem.
+    """Two sequences of word vectors, with the options of their problem.
 
     Attributes:
         x: `(..., n, dim)`.
@@ -523,7 +525,7 @@ class Texts:
         return all(a is None or backend.is_concrete(a) for a in self.arrays())
 
     def padded(self):
-        """The same texts, with masked words up to the classes of lengths."""
+        """The same texts, padded with masked words to classes of lengths."""
         n, m = self.x.shape[-2], self.y.shape[-2]
         sizes = length_classes(n, m)
         parts = []

@@ -1,4 +1,4 @@
-"""Entropic transport in batches, with a certificate, in `keras.ops`."""
+"""Entropic transport in batches, with certified bounds, in `keras.ops`."""
 
 from typing import NamedTuple
 
@@ -32,12 +32,12 @@ class SinkhornSolution(NamedTuple):
 
     Attributes:
         distance: `(...,)`. The cost of `plan`.
-        lower: `(...,)`. Below the exact distance, certainly.
-        upper: `(...,)`. Above the exact distance, certainly: `distance` plus
-            what rounding may have cost.
+        lower: `(...,)`. A certified lower bound of the exact distance.
+        upper: `(...,)`. A certified upper bound of the exact distance:
+            `distance` plus a bound of the rounding error.
         plan: `(..., n, m)`, with marginals `p` and `q`.
-        potentials: Pair `(..., n)`, `(..., m)`: what a little more mass of a
-            word costs, up to a constant on each side.
+        potentials: Pair `(..., n)`, `(..., m)`: the derivatives of the distance
+            by the masses, up to a constant on each side.
         iterations: Scalar integer, of the slowest pair.
     """
 
@@ -60,15 +60,15 @@ def sinkhorn(
     """Approximate transport with a lower and an upper bound, in batches.
 
     Minimizes ⟨γ, D⟩ + ε KL(γ ‖ p ⊗ q) over all plans γ from p to q, by
-    Sinkhorn's iteration, over-relaxed as long as that helps. ε falls by steps
-    to its last value; within a step the iteration runs on exp((f + g − D)/ε)
-    with the potentials f and g of the step before, and in the log domain where
-    that leaves the range of floats. It stops on the marginal error
-    Σᵢ|Σⱼγᵢⱼ − pᵢ|. The plan is then made feasible, so that its cost is an upper
-    bound, and the potentials too, so that Σ p f + Σ q g is a lower bound:
-    `lower <= exact <= upper` for these `p`, `q` and `D` as they are in floating
-    point, however early it stops. On a CPU a large batch is solved in blocks
-    that fit into the cache.
+    Sinkhorn's iteration, with over-relaxation as long as that reduces the
+    error. ε falls by steps to its last value; within a step the iteration runs
+    on exp((f + g − D)/ε) with the potentials f and g of the step before, and in
+    the log domain where that leaves the range of floats. It stops on the
+    marginal error Σᵢ|Σⱼγᵢⱼ − pᵢ|. The plan is then made feasible, so that its
+    cost is an upper bound, and the potentials too, so that Σ p f + Σ q g is a
+    lower bound: `lower <= exact <= upper` for these `p`, `q` and `D` as they
+    are in floating point, however early it stops. On a CPU a large batch is
+    solved in blocks that fit into the cache.
 
     Outside of a compiled function the solver is compiled by itself. That takes
     seconds, so lengths are padded to a few classes: 16, 32, 64, then multiples
@@ -123,8 +123,8 @@ def approximate(p, q, D, regularization, tolerance, max_iterations=5000):
         # Stop the gradient outside of the compiled function, into which a
         # tape would follow the tensors.
         p, q, D = map(ops.stop_gradient, (p, q, D))
-    # Inside a graph of TensorFlow a compiled function would force XLA on it,
-    # which tf.distribute does not bear on CPU.
+    # Inside a graph of TensorFlow a compiled function would need XLA, with
+    # which tf.distribute fails on a CPU.
     if not backend.is_concrete(D):
         return _solve_any_rank(p, q, D, *settings)
     *_lead, n, m = D.shape
@@ -160,7 +160,7 @@ def _length_class(n):
 
 
 def pad_axis(x, axis, size):
-    """`x`, filled up with zeros to `size` along an axis."""
+    """`x`, padded with zeros to `size` along an axis."""
     padding = [[0, 0]] * len(x.shape)
     padding[axis] = [0, size - x.shape[axis]]
     return ops.pad(x, padding)
@@ -182,8 +182,8 @@ def _solve_any_rank(p, q, D, *settings):
 def as_tensor(x, dtype=None):
     """A tensor of float32; of float64 only if `x` is a tensor of that."""
     if dtype is None:
-        # Half precision has too few digits for marginals, and NumPy's default
-        # is float64, which Keras users do not mean.
+        # Half precision has too few digits for marginals. NumPy arrays are
+        # float64 by default, usually without intent.
         wide = "float64" in str(getattr(x, "dtype", ""))
         wide = wide and not isinstance(x, np.ndarray | np.generic)
         dtype = "float64" if wide else "float32"
@@ -200,8 +200,8 @@ def solve(p, q, cost, regularization, tolerance, max_iterations):
     if batch <= size:
         return _solve_block(p, q, cost, *settings)
 
-    # One block after the other: what is at work stays in the cache, and a
-    # block has to wait for the slowest of its own pairs only.
+    # Solve one block after the other: a block fits into the cache, and ends
+    # with the slowest of its own pairs.
     def zeros(*sizes):
         return ops.zeros((batch, *sizes), cost.dtype)
 
@@ -230,7 +230,7 @@ def solve(p, q, cost, regularization, tolerance, max_iterations):
 
 
 def _accelerated():
-    """Whether there is a GPU or a TPU, which has no use for small blocks."""
+    """Whether there is a GPU or a TPU, where small blocks are of no use."""
     devices = keras.distribution.list_devices()
     return not all(device.lower().startswith("cpu") for device in devices)
 
@@ -255,18 +255,18 @@ def _solve_block(p, q, cost, regularization, tolerance, max_iterations):
         *again, _, more = _anneal(_log_scale, problem, *settings)
         return *again, iterations + more
 
-    # Where a number left the range of floats, the log domain takes over.
+    # Where numbers overflow or vanish, compute in the log domain.
     kernel, s, t, f, g, iterations = ops.cond(
         ops.all(ops.isfinite(error)),
         lambda: (*state, iterations),
         in_log_domain,
     )
     plan, distance, lower, f_low, g_low = _certify(problem, kernel, s, t, f)
-    # The iteration says nothing on words without mass.
+    # The iteration leaves the potentials of words without mass undefined.
     f, g = ops.where(rows, f, f_low), ops.where(columns, g, g_low)
-    # A sum of k terms of size at most 1/k is off by at most k units in the
-    # last place; masses, and their sums, are off likewise; so are the costs,
-    # and what was too little to be spread.
+    # A sum of k terms of size at most 1/k has an error of at most k units in
+    # the last place. Masses and their sums have errors of the same size, and so
+    # have the costs and the mass that was too small to be spread.
     terms = ops.cast(2 + ops.shape(cost)[1] + ops.shape(cost)[2], cost.dtype)
     slack = 2 * terms * _unit(cost)
     scale = scale[:, :, 0]
@@ -293,7 +293,7 @@ def _certify(problem, kernel, s, t, f):
     """A plan and its cost, a lower bound and the potentials it comes from."""
     p, q, rows, columns, _, c = problem
     plan = _round(problem, kernel, s, t)
-    # One axis after the other: XLA adds up the first one in parallel.
+    # Sum one axis after the other: XLA sums the first one in parallel.
     distance = ops.sum(ops.sum(plan * c, axis=1), axis=1)
     # The largest g with f + g <= c, then the largest f.
     far = _FAR * ops.ones_like(c)
@@ -314,8 +314,8 @@ def _turn(vector):
 def _round(problem, kernel, s, t):
     """The plan p K q / (s t), made feasible (Altschuler et al., algorithm 2).
 
-    No row and no column gets more than its mass; what is then missing is
-    spread over all.
+    Rows and columns are scaled down to at most their mass; then the missing
+    mass is spread over all.
     """
     p, q = problem.p, problem.q
     row = p / (
@@ -348,7 +348,7 @@ def _anneal(step, problem, regularization, tolerance, max_iterations):
     goals = [max(tolerance, _LOOSE)] * (count - 1) + [tolerance]
     refined = 0 if regularization else _REFINEMENTS
     for k in range(1, refined + 1):
-        # What is missing in the marginals costs as much as ε does.
+        # A marginal error costs as much as ε does.
         schedule.append(_DEFAULT / _FACTOR**k)
         goals.append(tolerance / _FACTOR**k)
     # Every row and every column of the first kernel has a 1.
@@ -398,15 +398,15 @@ def _anneal(step, problem, regularization, tolerance, max_iterations):
 
 
 def _iterate(halves, limit, change, s, t, problem, goal, max_iterations):
-    """Repairs rows and columns in turn until all errors are at the goal.
+    """Corrects rows and columns in turn until all errors are at most `goal`.
 
-    Over-relaxed (Thibault et al.): each repair goes on, by a weight that
-    grows, the way it has come. That takes a third of the iterations or less.
+    Over-relaxed (Thibault et al.): each correction is extended by a weight that
+    grows. That takes a third of the iterations or less.
 
     Args:
         halves: Pair of functions, t to s and s to t.
-        limit: `limit(beyond, new)`, how far to go on.
-        change: `change(new, old)`, what a column of mass 1 was off by.
+        limit: `limit(beyond, new)`, the bounded extension.
+        change: `change(new, old)`, the error of a column of mass 1.
 
     Returns:
         `(s, t, error, iterations)`.
@@ -414,13 +414,14 @@ def _iterate(halves, limit, change, s, t, problem, goal, max_iterations):
     rows, columns = halves
 
     def unfinished(iterations, error, *_):
-        # One that failed is left to the log domain.
+        # A problem that failed is solved in the log domain.
         left = ops.logical_and(ops.isfinite(error), error > goal)
         return ops.logical_and(iterations < max_iterations, ops.any(left))
 
     def repeat(iterations, error, best, s, t):
         weight = 1 - 1 / (2 + ops.cast(iterations, s.dtype) / _PATIENCE)
-        # Where the last iterations made it worse, the next are plain ones.
+        # Where the error has grown, the next iterations are without
+        # over-relaxation.
         weight = weight * ops.cast(error <= best, s.dtype)
         for _ in range(_STRIDE - 1):
             new = rows(t)
@@ -429,7 +430,7 @@ def _iterate(halves, limit, change, s, t, problem, goal, max_iterations):
             t = limit(new + weight * (new - t), new)
         s = rows(t)
         new = columns(s)
-        # The rows are off by no more than the columns just were.
+        # The error of the rows is at most that of the columns before.
         off = problem.q * ops.abs(change(new, t))
         best = ops.minimum(best, error)
         error = ops.sum(off, axis=2, keepdims=True)
@@ -452,7 +453,7 @@ def _kernel(problem, f, g, epsilon, largest=None):
 
 
 def _scale(problem, f, g, epsilon, goal, max_iterations):
-    """γ = p K q / (s t), with K fixed: s and t in turn repair rows, columns."""
+    """γ = p K q / (s t) with fixed K; s and t correct rows and columns."""
     p, q = problem.p, problem.q
     kernel = _kernel(problem, f, g, epsilon)
     idle_rows = 1 - ops.cast(problem.rows, p.dtype)
@@ -478,7 +479,7 @@ def _scale(problem, f, g, epsilon, goal, max_iterations):
 
 
 def _log_scale(problem, f, g, epsilon, goal, max_iterations):
-    """The same on f and g themselves: slower, and in range whatever comes."""
+    """The same in the log domain, on f and g: slower, never out of range."""
     p, q, rows, columns, support, c = problem
     floor = -_FAR * ops.ones_like(c)
     log_p = ops.log(ops.where(rows, p, ops.ones_like(p)))
@@ -502,6 +503,6 @@ def _log_scale(problem, f, g, epsilon, goal, max_iterations):
         goal,
         max_iterations,
     )
-    # Whatever f and g are, the plan stays finite.
+    # This keeps the plan finite for any f and g.
     kernel = _kernel(problem, f, g, epsilon, largest=80.0)
     return kernel, ops.ones_like(f), ops.ones_like(g), f, g, error, iterations

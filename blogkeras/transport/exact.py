@@ -13,8 +13,8 @@ def simplex():
     """The solver of one problem: `(p, q, D) -> (plan, value, f, g)`.
 
     `ot.emd2` spends some 60 µs in Python for each pair, several times what a
-    sentence takes to solve. Its compiled core has no public name; where that is
-    gone or answers differently, `ot.emd2` itself is used.
+    sentence takes to solve. Its compiled core has no public name. Where that
+    does not exist or has another result, `ot.emd2` itself is used.
     """
     import ot
 
@@ -50,8 +50,9 @@ def simplex():
 def check_native(p, q, cost):
     """Raises a `ValueError` on arrays that POT's compiled core cannot take.
 
-    The core believes the shape of `cost` and reads `p` and `q` by it, beyond
-    their ends if need be; on NaN it may never return.
+    The core does not check lengths: it reads as many numbers of `p` and `q` as
+    `cost` has rows and columns, beyond their ends. With NaN it may never
+    return.
     """
     arrays = (p, q, cost)
     readable = all(
@@ -102,7 +103,7 @@ def solve(p, q, cost, duals=False):
         p: `(batch, n)`, each row a distribution.
         q: `(batch, m)`, each row a distribution.
         cost: `(batch, n, m)`, finite.
-        duals: Boolean. Whether potentials are wanted too.
+        duals: Boolean. Whether to return the potentials, too.
 
     Returns:
         `(value, plan)` or `(value, plan, f, g)`, float64. `f[i] + g[j] <=
@@ -112,8 +113,8 @@ def solve(p, q, cost, duals=False):
     # The simplex ends only if both sides have the same mass.
     p = p / p.sum(-1, keepdims=True)
     q = q / q.sum(-1, keepdims=True)
-    # The simplex compares with absolute tolerances: costs of size 1, by powers
-    # of two, which lose no digit. It is linear in the costs.
+    # The simplex has absolute tolerances, so costs are scaled to a size of 1,
+    # by powers of two, which costs no digits. The value is linear in the costs.
     largest = np.abs(cost).max(axis=(1, 2), initial=0.0)
     exponent = np.frexp(np.where(largest > 0, largest, 1.0))[1]
     cost = np.ldexp(cost, -exponent[:, None, None])
@@ -121,7 +122,7 @@ def solve(p, q, cost, duals=False):
     value, plan = np.empty(len(p)), np.empty(cost.shape)
     f, g = np.empty(p.shape), np.empty(q.shape)
     if 1 in cost.shape[1:]:
-        # One word on one side: there is only one plan.
+        # With one word on one side there is only one plan.
         np.multiply(p[:, :, None], q[:, None, :], out=plan)
         value = (plan * cost).sum((1, 2))
         f = cost[:, :, 0] if p.shape[1] > 1 else np.zeros_like(p)

@@ -1,4 +1,4 @@
-"""Finds the nearest documents exactly, with few exact distances."""
+"""Finds the exact nearest documents with few exact distances."""
 
 import itertools
 import json
@@ -42,12 +42,12 @@ _BLOCK = 2**20  # numbers of vectors in float64 at a time
 
 
 class SearchResult(NamedTuple):
-    """What `TransportIndex.search` returns.
+    """The result of `TransportIndex.search`.
 
     Attributes:
         indices: `(k,)`, the nearest documents, nearest first.
         distances: `(k,)`, float64, exact.
-        num_exact: Integer. How many exact distances it took.
+        num_exact: Integer. How many exact distances were computed.
     """
 
     indices: object
@@ -58,12 +58,13 @@ class SearchResult(NamedTuple):
 class TransportIndex:
     """Finds the k documents with the least WMD or WRD to a query.
 
-    The answer is that of comparing the query with every document. Lower bounds
-    spare most comparisons: by their centroids (WCD, or the post's bound of WRD)
-    documents are sorted, the first k are solved exactly, and whatever cannot be
-    nearer than these is left; of the rest the relaxed distances (RWMD, the
-    larger of both) are computed, for all at once, and the exact distance in
-    that order, until no bound is below the k-th distance found.
+    The result is that of comparing the query with every document. Lower bounds
+    make most comparisons unnecessary. Documents are sorted by the bound from
+    centroids (WCD, or the post's bound of WRD), and the distances of the first
+    k are computed exactly. Documents whose bound is above these are left out.
+    For the rest the relaxed distances (RWMD, the larger of both) are computed,
+    all at once, and then exact distances in the order of these, until no bound
+    is below the k-th distance found.
 
     Args:
         documents: Sequence of documents: arrays `(length, dim)` of word vectors
@@ -136,13 +137,13 @@ class TransportIndex:
         self._word_weights = self._weights_of(self.vectors, self.idf)
         self._count_words(documents, check_verbose(verbose))
         self._weigh_documents()
-        # POT takes seconds to import: now, not at the first query.
+        # POT takes seconds to import: do it here, not at the first query.
         exact.simplex()
 
     def _count_words(self, documents, verbose):
         """Each document's words with mass, each once, and how often it occurs.
 
-        The zero vector that an empty document is has the id -1.
+        An empty document has the id -1, of a zero vector.
         """
         bar = keras.utils.Progbar(
             len(documents), unit_name="document", verbose=verbose
@@ -164,8 +165,8 @@ class TransportIndex:
         self._starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
 
     def _weights_of(self, x, importance=None):
-        """How much one occurrence of each word weighs; `(n,)`, float64."""
-        # In float64, without a copy of all vectors.
+        """The weight of one occurrence of each word; `(n,)`, float64."""
+        # Compute in float64 without copying all vectors.
         squares = np.einsum("ij,ij->i", x, x, dtype="float64")
         if self.weighting == "norm":
             weights = np.sqrt(squares)
@@ -249,7 +250,7 @@ class TransportIndex:
                 solve([number])
                 num_exact += 1
                 best = np.sort([*best, distances[number]])[:k]
-        # Stable: by distance, then by index.
+        # A stable sort: by distance, then by index.
         indices = np.argsort(distances, kind="stable")[:k]
         return SearchResult(indices, distances[indices], num_exact)
 
@@ -283,7 +284,7 @@ class TransportIndex:
         return exact.solve(p[None], q[None], d[None])[0][0]
 
     def _relaxed(self, p, x, numbers):
-        """RWMD to some documents, each word of theirs compared once."""
+        """RWMD to some documents; each of their words is compared once."""
         starts, lengths = self._starts[numbers], np.diff(self._starts)[numbers]
         first = np.cumsum(lengths) - lengths
         positions = np.repeat(starts - first, lengths) + np.arange(
@@ -297,7 +298,7 @@ class TransportIndex:
         y = np.zeros((len(words), self.vectors.shape[1]), self.vectors.dtype)
         real = words < len(self.vectors)
         y[real] = self.vectors[words[real]]
-        # float32 for speed; what it may be too large by is taken off.
+        # Use float32 for speed, lowered by a bound of the rounding error.
         d = measures.cost_matrix(
             np, x.astype("float32"), y.astype("float32"), self.cost
         )
@@ -337,9 +338,9 @@ class TransportIndex:
     def load(cls, path):
         """Reads an index that `save` wrote.
 
-        Nothing in the file is believed: shapes, types and ranges are checked,
-        and masses, centroids and `idf` are computed from the vectors and the
-        words of the documents and compared with what the file says.
+        Everything in the file is checked: shapes, types and ranges. Masses,
+        centroids and `idf` are computed again from the vectors and the words of
+        the documents and compared with those of the file.
 
         Args:
             path: String or path-like object.
@@ -353,8 +354,8 @@ class TransportIndex:
             try:
                 config, arrays = _read(file)
                 return cls._from_arrays(config, arrays)
-            # What the readers of NumPy and of zip files raise on damaged files
-            # is not documented: at least ten types have been seen.
+            # Readers of NumPy and of zip files raise undocumented types of
+            # errors on damaged files, at least ten.
             except Exception as error:
                 raise ValueError(
                     "Expected a file that `TransportIndex.save` wrote. "
@@ -414,7 +415,7 @@ class TransportIndex:
             rises = np.diff(ids) > 0
             rises[starts[1:-1] - 1] = True  # from one document to the next
         else:
-            # Every word vector is of one document.
+            # Each word vector belongs to one document.
             rises = np.diff(ids[ids >= 0]) > 0
         _require(rises.all(), "`ids` do not increase within a document")
 
@@ -425,8 +426,8 @@ class TransportIndex:
         _require(idf.shape == (len(self.vectors),), "`idf` does not fit")
         occurring = np.bincount(self._ids[self._ids >= 0], minlength=len(idf))
         expected = np.log(len(self) / np.maximum(occurring, 1))
-        # The documents hold no word without mass, so of these nothing is known:
-        # words of all documents and, under "cosine", zero vectors.
+        # Words without mass are not stored, so these cannot be checked: words
+        # that occur in all documents and, under "cosine", zero vectors.
         unknown = (occurring == 0) & (idf == 0)
         if self.cost == "cosine":
             unknown |= ~self.vectors.any(1) & (idf >= 0) & np.isfinite(idf)
@@ -491,7 +492,7 @@ def _config(array):
 
 
 def _counts_of(ratios, starts):
-    """The least counts that are as these ratios are, document by document.
+    """The least integers with these ratios, document by document.
 
     Files of version 1 have no counts. A common factor makes no difference.
     """
@@ -538,7 +539,7 @@ def _vectors(x, name, dim=None):
 
 
 def _below(d, x, y, cost):
-    """Float32 costs lowered by what rounding may have added."""
+    """Float32 costs, lowered by a bound of the rounding error."""
     # A product of two vectors is a sum of dim terms.
     unit = np.float32((x.shape[-1] + 8) * 2.0**-23)
     if cost == "cosine":

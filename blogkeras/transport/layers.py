@@ -11,7 +11,7 @@ from blogkeras.transport.distances import Solver
 
 
 class _TransportLayer(keras.layers.Layer):
-    """What `WordMoverDistance` and `WordRotatorDistance` share."""
+    """The base class of `WordMoverDistance` and `WordRotatorDistance`."""
 
     def __init__(
         self,
@@ -127,8 +127,8 @@ class WordMoverDistance(_TransportLayer):
     finite at equal words and at zero vectors. Everything is computed in float32
     at least.
 
-    Masked words have no mass, and no values under the mask have influence. An
-    empty or fully masked sequence counts as one zero vector.
+    Masked words have no mass, and their values have no influence. An empty or
+    fully masked sequence counts as one zero vector.
 
     Args:
         cost: `"euclidean"`, `"cosine"` or `"rms"`, Euclidean divided by √dim.
@@ -140,7 +140,7 @@ class WordMoverDistance(_TransportLayer):
             calls with values only: not in a compiled step nor, on JAX, under a
             gradient.
         regularization: Float > 0. The ε of Sinkhorn, relative to the largest
-            cost of each pair. Larger is faster, smoother and further off.
+            cost of each pair. Larger is faster, smoother and less accurate.
             `None`: 0.005, and less where that is far off, see `sinkhorn`.
         tolerance: Float > 0. Marginal error at which Sinkhorn stops.
         pairwise: Boolean. Whether every x of the batch is compared with every

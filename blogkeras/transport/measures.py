@@ -1,4 +1,4 @@
-"""From two sequences of vectors to a transport problem: masses and costs.
+"""Masses and costs of the transport problem of two sequences of vectors.
 
 Every function takes the namespace it computes in, `numpy` or `keras.ops`.
 """
@@ -10,7 +10,7 @@ from blogkeras.ops import squared_distances, squared_distances_of_arrays
 
 COSTS = ("euclidean", "cosine", "rms")
 WEIGHTS = ("uniform", "norm", "importance")
-# Weights by importance had the name of one kind of importance.
+# The old name of weights by importance.
 OLD_WEIGHTS = {"idf": "importance"}
 
 
@@ -52,7 +52,7 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
         x = xp.pad(x, [[0, 0]] * (len(x.shape) - 2) + [[0, 1], [0, 0]])
         mask, weights = None, "norm"
     if mask is not None:
-        # Whatever stands under the mask, NaN too, has no influence.
+        # Masked values, NaN included, have no influence.
         x = xp.where(mask[..., None], x, xp.zeros_like(x))
     norm = _norms(xp, x)[..., 0]
     if weights == "norm":
@@ -108,10 +108,10 @@ def _squared_distances(xp, x, y):
 
 
 def _moderate(xp, x, y):
-    """A power of two that brings vectors to sizes whose squares are floats.
+    """A power of two that scales vectors so that their squares stay finite.
 
-    It is 1 unless they are larger than 2⁴⁰ or smaller than 2⁻⁴⁰. A power of
-    two, so that differences of vectors that are nearly equal stay exact.
+    It is 1 unless they are larger than 2⁴⁰ or smaller than 2⁻⁴⁰. Scaling by a
+    power of two keeps differences of nearly equal vectors exact.
     """
     largest = xp.maximum(
         *(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True) for a in (x, y))
@@ -143,7 +143,7 @@ def centroid_bound(xp, a, b, cost):
 
 
 def relaxed(xp, p, q, d):
-    """Both relaxations: every word moves to its nearest with mass."""
+    """Both relaxations: every word moves to the nearest word with mass."""
     far = xp.max(xp.abs(d), axis=(-2, -1), keepdims=True) + 1
     to_y = xp.min(xp.where(q[..., None, :] > 0, d, far), axis=-1)
     to_x = xp.min(xp.where(p[..., :, None] > 0, d, far), axis=-2)

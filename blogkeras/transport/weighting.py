@@ -1,4 +1,4 @@
-"""How much a word counts, and what all words have in common, in NumPy."""
+"""Weights of words, and common components of word vectors, in NumPy."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,8 +26,8 @@ def inverse_document_frequency(
         num_words: Integer. Size of the vocabulary.
 
     Returns:
-        `(num_words,)`, float64, at least 0. A word of no document gets the
-        value of a word of one document.
+        `(num_words,)`, float64, at least 0. A word that is in no document has
+        the value of a word in one document.
 
     Example:
 
@@ -91,8 +91,8 @@ def sif_weights(probabilities: Tensor, a: float = 1e-3) -> Tensor:
         a: Float > 0.
 
     Returns:
-        Array of the same shape. Multiply the word vectors with it, or hand it
-        on as `idf`.
+        Array of the same shape. Multiply the word vectors with it, or pass it
+        as `importance`.
 
     Reference:
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx)
@@ -108,7 +108,8 @@ def usif_weights(probabilities: Tensor, sentence_length: float = 11) -> Tensor:
         α = share of the words with p(w) > 1 − (1 − 1/V)ⁿ
         a = (1 − α) / (α V/2)
 
-    V words, sentences of n words on average: there is no parameter to tune.
+    for V words and sentences of n words on average. There is no parameter to
+        tune.
 
     Args:
         probabilities: `(V,)`, the share of each word in a corpus.
@@ -138,7 +139,7 @@ def usif_weights(probabilities: Tensor, sentence_length: float = 11) -> Tensor:
 
 
 def all_but_the_top(vectors: Tensor, num_components: int = 3) -> Tensor:
-    """Takes from word vectors their mean and their main directions.
+    """Removes from word vectors their mean and their main directions.
 
     Args:
         vectors: `(num_words, dim)`.
@@ -197,7 +198,7 @@ def remove_components(
         vectors: `(..., dim)`, of words or of sentences.
         components: `(num_components, dim)`, orthonormal.
         shares: `(num_components,)`, λ. `None` is 1, all of each component
-            (SIF); the shares of `common_components` are what uSIF takes away.
+            (SIF); uSIF removes the shares of `common_components`.
 
     Returns:
         `(..., dim)`.
