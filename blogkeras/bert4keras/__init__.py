@@ -4,8 +4,8 @@
 >>> from bert4keras.models import build_transformer_model
 
 Importing this package imports bert4keras; from then on bert4keras builds
-genuine Keras 3 models, on the TensorFlow backend. The user's Keras is left as
-it is.
+genuine Keras 3 models, on the TensorFlow backend. The user's `keras` is not
+changed.
 """
 
 from blogkeras.bert4keras.importing import import_bert4keras

@@ -2,7 +2,7 @@
 
     python -m blogkeras.bert4keras old_script.py [arguments]
 
-The script sees as `keras` what bert4keras sees: Keras 3 with the habits of
+The script gets the same `keras` as bert4keras: Keras 3 with the interface of
 Keras 2, as after `import blogkeras.bert4keras.keras2`.
 """
 

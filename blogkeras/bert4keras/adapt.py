@@ -1,4 +1,4 @@
-"""The few things of bert4keras that are replaced after its import, and why."""
+"""The few parts of bert4keras that are replaced after its import, and why."""
 
 import contextlib
 import functools
@@ -17,7 +17,7 @@ def adapt(bert4keras):
     models, optimizers = bert4keras.models, bert4keras.optimizers
     snippets = bert4keras.snippets
     data_generator = snippets.DataGenerator
-    # Matrix products; everything else computes in float32 under mixed
+    # Layers of matrix products. All others compute in float32 under mixed
     # precision: norms, positions, masks with -inf and losses.
     for cls in (
         layers.MultiHeadAttention,
@@ -30,9 +30,9 @@ def adapt(bert4keras):
         cls.half_precision = True
     # It needs the sessions of TensorFlow 1.
     models.Transformer.save_weights_as_checkpoint = save_checkpoint
-    # The nodes of Keras 3 know their parents by another name.
+    # The nodes of Keras 3 have another attribute for their parents.
     backend.search_layer = search_layer
-    # It makes a new variable at each look at its learning rate.
+    # It would create a new variable at each access to its learning rate.
     optimizers.AdaFactorBase.learning_rate = _fixed_learning_rate(
         optimizers.AdaFactorBase.learning_rate
     )
@@ -112,7 +112,7 @@ def _fixed_learning_rate(relative):
 
 
 class _Anywhere:
-    """Stands for a graph that a server's threads must enter."""
+    """Replaces the graph that a server's threads must enter."""
 
     as_default = staticmethod(contextlib.nullcontext)
 

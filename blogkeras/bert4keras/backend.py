@@ -1,4 +1,4 @@
-"""What bert4keras sees as `keras.backend`: Keras's own legacy functions.
+"""`keras.backend` for bert4keras: Keras's own legacy functions.
 
 Only those are replaced that do not know Keras 3's variables and symbolic
 tensors, or that differ from Keras 2.
@@ -26,7 +26,7 @@ from blogkeras.bert4keras.names import register
 
 
 def floatx():
-    """The dtype that the layer at work computes in; else Keras's `floatx`."""
+    """The dtype that the running layer computes in; else Keras's `floatx`."""
     layer = layer_at_work()
     if layer is None:
         return keras.config.floatx()
@@ -54,7 +54,7 @@ def dot(x, y):
 
 
 def variable(value, dtype=None, name=None, constraint=None):
-    """A variable of Keras 3: a layer that it is an attribute of trains it."""
+    """A variable of Keras 3, which a layer trains if it is its attribute."""
     dtype = dtype or keras.config.floatx()
     if hasattr(value, "tocoo"):
         raise ValueError(
@@ -76,7 +76,7 @@ def _variable_or_tensor(tensor, dtype, name):
     """A variable where one can be made; in a layer's `call` the tensor."""
     layer = layer_at_work()
     building = layer is None or not layer.built
-    # In a traced function a variable would be made anew at each trace.
+    # In a traced function each trace would create a new variable.
     if building and tf.executing_eagerly():
         return variable(tensor, dtype, name)
     return tensor
@@ -177,7 +177,7 @@ def normalize_data_format(value):
 
 
 def set_session(session):
-    """Takes over from a session of TensorFlow 1 how GPU memory grows."""
+    """Applies a TensorFlow 1 session's setting of the growth of GPU memory."""
     options = getattr(getattr(session, "_config", None), "gpu_options", None)
     if options is not None and options.allow_growth:
         for device in tf.config.list_physical_devices("GPU"):
@@ -185,7 +185,7 @@ def set_session(session):
 
 
 def set_learning_phase(value):
-    """Accepts 0: `predict` and `evaluate` infer without being told."""
+    """Accepts 0; `predict` and `evaluate` need no such setting."""
     if value not in (0, False):
         raise ValueError(
             "Keras 3 has no learning phase of its own: write "
@@ -241,7 +241,7 @@ class _Phase(keras.layers.Layer):
 
 
 class _LearningPhase(int):
-    """0 or 1; `function` knows it as the phase that a script asks for."""
+    """0 or 1, of a type that `function` recognizes among its inputs."""
 
 
 def learning_phase():
@@ -263,10 +263,9 @@ def in_test_phase(x, alt, training=None):
 
 
 def gradients(loss, variables):
-    """Gradients of `loss` where a model is being compiled, None where 0.
+    """Gradients of `loss` while a model's loss is computed; None for zero.
 
-    While a layer's output is being inferred, nothing depends on anything yet:
-    there the gradients are zeros.
+    While the shape of a layer's output is inferred, the gradients are zeros.
     """
     is_list = isinstance(variables, (list, tuple))
     sources = list(variables) if is_list else [variables]
@@ -380,7 +379,7 @@ register(BackendFunction)
 
 
 def _also_symbolic(function):
-    """Lets `function` take symbolic tensors, as in Keras 2."""
+    """A version of `function` that takes symbolic tensors, as in Keras 2."""
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):

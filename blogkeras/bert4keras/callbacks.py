@@ -1,4 +1,4 @@
-"""Callbacks with the habits of Keras 2."""
+"""Callbacks with the interface of Keras 2."""
 
 import keras
 

@@ -1,7 +1,7 @@
-"""Data as Keras 2 took it, made ready for Keras 3.
+"""Converts data in the forms of Keras 2 to those of Keras 3.
 
-Keras 2 took lists where Keras 3 wants tuples of arrays, `None` for targets that
-are not there, and Python generators whose batches differ in length.
+Keras 2 took lists where Keras 3 needs tuples of arrays, `None` for missing
+targets, and Python generators whose batches differ in length.
 """
 
 import collections.abc
@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-# Not public. Keras takes an object of this class as it is, where it would fix
-# all lengths of a generator whose first two batches happen to be equally long.
+# This class is not public. Keras uses an object of it without changes. In a
+# generator whose first two batches happen to be equally long it would fix the
+# lengths of all batches.
 from keras.src.trainers.data_adapters.data_adapter import DataAdapter
 
 
@@ -24,7 +25,7 @@ def as_arrays(data):
 
     Returns:
         An array, or a tuple or dictionary of several arrays. `None`s are left
-        out, and one array alone stands without its tuple.
+        out, and a single array is returned without a tuple.
     """
     if isinstance(data, dict):
         arrays = {name: _as_array(x) for name, x in data.items()}
@@ -86,7 +87,7 @@ class Batches(DataAdapter):
     def __init__(self, items, inputs_only=False):
         self._items = iter(items)
         self._inputs_only = inputs_only
-        self._pending = []  # looked at, and not yet given out
+        self._pending = []  # read from the iterator, not yet returned
 
     def __iter__(self):
         return self
@@ -123,7 +124,7 @@ class Sequence:
     """Keras 2's `keras.utils.Sequence`: batches by their number.
 
     A subclass defines `__len__` and `__getitem__`, and `on_epoch_end` if it
-    likes. Nothing has to be called of this class.
+    likes. It need not call any method of this class.
     """
 
     def on_epoch_end(self):

@@ -13,7 +13,7 @@ import warnings
 VERSION = "0.11.5"
 INSTALL = f"pip install --no-deps bert4keras=={VERSION}"
 
-# The modules that stand as Keras, once bert4keras has been imported.
+# The modules that replace Keras's, once bert4keras has been imported.
 STAND_INS = {}
 
 _MODULES = (
@@ -76,7 +76,7 @@ def _strtobool(text):
 
 
 def _distutils():
-    """Stands for the part of distutils that bert4keras uses."""
+    """Replaces the part of distutils that bert4keras uses."""
     package = types.ModuleType("distutils")
     package.util = types.ModuleType("distutils.util")
     package.util.strtobool = _strtobool
@@ -119,7 +119,7 @@ def _installed_first():
 
 @contextlib.contextmanager
 def _standing_in(modules, environment):
-    """Puts `modules` into `sys.modules`, and leaves all as it was."""
+    """Puts `modules` into `sys.modules`, and restores it afterwards."""
     names = [*modules, "tensorflow.keras.backend"]  # written by bert4keras
     old_modules = {name: sys.modules.get(name) for name in names}
     old_environment = {name: os.environ.get(name) for name in environment}
@@ -155,7 +155,7 @@ def import_bert4keras():
             _standing_in(stand_ins, {"TF_KERAS": "1"}),
             warnings.catch_warnings(),
         ):
-            # Backslashes in its strings.
+            # Its strings contain invalid escape sequences.
             warnings.simplefilter("ignore", DeprecationWarning)
             warnings.simplefilter("ignore", SyntaxWarning)
             modules = {

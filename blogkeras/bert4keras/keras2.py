@@ -1,4 +1,4 @@
-"""Makes `keras` mean what bert4keras sees, for the rest of the process.
+"""Makes `keras` the module that bert4keras uses, in the whole process.
 
 >>> import blogkeras.bert4keras.keras2
 >>> from keras.models import Model  # takes `save_weights("best.weights")`
@@ -6,11 +6,11 @@
 
 For an old script, or a notebook, that imports `Model`, `Lambda` and the like
 from `keras` or `tensorflow.keras`: from here on `import keras` gives Keras 3
-with the habits of Keras 2. `import tensorflow` gives TensorFlow, whose `keras`
-is the same, and where names of TensorFlow 1 are those of `tf.compat.v1`. Keras
-and TensorFlow are not changed, and code that has imported them before keeps
-them. In a script of your own write `import blogkeras.bert4keras` instead, and
-`keras` is plain Keras 3.
+with the interface of Keras 2. `import tensorflow` gives TensorFlow, whose
+`keras` is the same, and where names of TensorFlow 1 are those of
+`tf.compat.v1`. Keras and TensorFlow are not changed, and code that has imported
+them before keeps them. In a script of your own write `import
+blogkeras.bert4keras` instead, and `keras` is plain Keras 3.
 """
 
 import sys

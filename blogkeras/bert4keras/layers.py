@@ -1,8 +1,8 @@
-"""Keras 2's contract between a layer and Keras, kept on Keras 3.
+"""Keras 2's interface between a layer and Keras, on Keras 3.
 
 The classes of this file are the base classes that bert4keras finds in
-`keras.layers` while it is being imported. Each difference between the two
-Kerases is settled once, here; bert4keras's own code is not edited.
+`keras.layers` while it is being imported. The differences between the two
+versions of Keras are handled here; bert4keras's own code is not edited.
 """
 
 import contextvars
@@ -17,7 +17,7 @@ import tensorflow as tf
 from blogkeras.bert4keras.names import get_initializer
 
 # The bridged layer whose `build` or `call` is running, if any. Layers that
-# bert4keras makes in there (Dense, Dropout, ...) look up their owner.
+# bert4keras creates in these (Dense, Dropout, ...) find their owner by it.
 _at_work = contextvars.ContextVar("bridged layer at work", default=None)
 
 
@@ -77,11 +77,11 @@ def _none_if_no_mask(mask):
 
 
 def _without_mask(inputs, outputs):
-    """Gives the outputs that carry a mask, or are inputs, as new tensors.
+    """Copies the outputs that have a mask or are inputs.
 
-    Keras 3 lets an output keep the mask that it came with, of the layer's input
-    or of a layer inside, and then does not ask `compute_mask`. Keras 2.3.1
-    always asks it, and copies inputs that are returned unchanged:
+    In Keras 3 an output keeps a mask that it already has, from the layer's
+    input or from a layer inside, and `compute_mask` is not called. Keras 2.3.1
+    always calls it, and copies inputs that are returned unchanged:
     https://github.com/keras-team/keras/blob/2.3.1/keras/engine/base_layer.py#L487-L500
     """
     given = {id(x) for x in keras.tree.flatten(inputs)}
@@ -97,7 +97,7 @@ def _without_mask(inputs, outputs):
 
 
 def _working(method):
-    """Marks the layer as the one at work while `build` runs."""
+    """Marks the layer as the running one during `build`."""
 
     @functools.wraps(method)
     def build(self, *args, **kwargs):
@@ -111,7 +111,7 @@ def _working(method):
 
 
 def _calling(method):
-    """Marks the layer as the one at work while `call` runs.
+    """Marks the layer as the running one during `call`.
 
     Under a half-precision policy a layer computes in its variables' dtype,
     unless it is one of the few dominated by matrix products.
@@ -171,7 +171,7 @@ class Variable(keras.Variable):
     multiplied with; a variable of Keras 3 becomes float64 itself.
     """
 
-    # Let `array * variable` come here, and not to NumPy.
+    # `array * variable` calls this class's method, not NumPy's.
     __array_priority__ = 200
 
 
@@ -213,19 +213,21 @@ class Bridged:
         self.autocast = self.half_precision
 
     def __call__(self, *args, **kwargs):
-        # Keras 3 takes a `**kwargs` of Nones for a second tensor argument, and
-        # then does not pass the mask of the first.
+        # Keras 3 would treat `None`s in `**kwargs` as a second tensor argument,
+        # and not pass the mask of the first.
         known = self.call_signature_parameters
         kwargs = {
             k: v for k, v in kwargs.items() if v is not None or k in known
         }
         if "mask" in known:
-            # Else Keras 3 makes the mask it finds an input of the model's node.
+            # Otherwise Keras 3 makes the mask of the tensor an input of the
+            # model's node.
             kwargs.setdefault("mask", None)
         return super().__call__(*args, **kwargs)
 
     def __setattr__(self, name, value):
-        # Keras 3 trains only its own variables, and says nothing of others.
+        # Keras 3 trains only variables of its own class, and silently ignores
+        # others.
         if isinstance(value, tf.Variable):
             value = as_variable(value)
         elif isinstance(value, (list, tuple)) and any(
@@ -243,11 +245,11 @@ class Bridged:
         kwargs.update(zip(names, args, strict=False))
         if kwargs.get("name"):
             kwargs["name"] = kwargs["name"].replace("/", "_")
-        # What is not computed in half precision is not read in it, either.
+        # Weights are read in half precision only by layers that compute in it.
         kwargs.setdefault("autocast", self.half_precision)
         variable = super().add_weight(**kwargs)
         if type(variable) is keras.Variable:
-            # Keras makes the variable itself, of a class of its own.
+            # Keras creates the variable, of another class.
             variable.__class__ = Variable
         return variable
 
@@ -353,9 +355,9 @@ def _shapes(tensors):
 
 
 def as_variable(value):
-    """Makes a variable of TensorFlow one of Keras that shares its value.
+    """A variable of Keras that shares the value of one of TensorFlow.
 
-    Of one variable of TensorFlow there is one of Keras.
+    For the same variable of TensorFlow it is always the same one.
     """
     if not isinstance(value, tf.Variable):
         return value
@@ -395,13 +397,13 @@ class Layer(Bridged, keras.layers.Layer):
     """`keras.layers.Layer` of Keras 2, on Keras 3."""
 
     def build(self, input_shape=None):
-        # For the `Dropout` that `call` will make, see there.
+        # Seeds for the `Dropout` that `call` creates, see `Dropout`.
         if getattr(self, "attention_dropout", None):
             self.seed_generator = keras.random.SeedGenerator()
         self.built = True
 
     def add_loss(self, loss, inputs=None):
-        """Adds a loss; Keras 2's argument `inputs` is of no use any more."""
+        """Adds a loss; Keras 2's argument `inputs` is ignored."""
         super().add_loss(loss)
 
 
@@ -415,7 +417,7 @@ class Embedding(Bridged, keras.layers.Embedding):
             )
         super().__init__(input_dim, output_dim, *args, **kwargs)
 
-    # What `call` has set `embeddings` to, for as long as it runs.
+    # The value that `call` has set `embeddings` to, while it runs.
     _in_place = None
 
     @property
@@ -445,7 +447,7 @@ class GlobalMaxPooling1D(Bridged, keras.layers.GlobalMaxPooling1D):
 
 
 class Lambda(Bridged, keras.layers.Lambda):
-    """`Lambda` that ends a mask silently, as Keras 2's does.
+    """`Lambda` that drops masks without a warning, as Keras 2's does.
 
     A function nested in one of bert4keras's own is saved by its name and is
     found again in the installed package, so that no code is stored in the file.
@@ -493,7 +495,7 @@ def _nested_function(qualname):
 class Dropout(Bridged, keras.layers.Dropout):
     """`Dropout` that may also be made inside of another layer's `call`.
 
-    There it draws from its owner's seeds, for no variable can be made there.
+    There it uses its owner's seeds, since no variable can be created in `call`.
     """
 
     half_precision = True
@@ -514,9 +516,9 @@ class Dropout(Bridged, keras.layers.Dropout):
 
 
 class _Merge(Bridged):
-    """Keras 2's mask rule: the masks that there are must agree.
+    """Keras 2's rule for masks: the logical AND of those that are not `None`.
 
-    Keras 3 drops the mask when any input has none, as a segment embedding.
+    Keras 3 drops the mask if one input has none, such as a segment embedding.
     """
 
     def compute_mask(self, inputs, mask=None):

@@ -1,4 +1,4 @@
-"""The model classes that old scripts see: Keras 3's, with Keras 2's habits."""
+"""The model classes of old scripts: Keras 3's, with Keras 2's interface."""
 
 import contextvars
 
@@ -12,7 +12,7 @@ from blogkeras.bert4keras.optimizers import get_optimizer
 # The model whose loss is being computed, if any.
 _at_work = contextvars.ContextVar("model at work", default=None)
 
-# Arguments of Keras 2's queue of batches, which Keras 3 has no more.
+# Arguments of Keras 2's queue of batches, which Keras 3 does not have.
 _QUEUE = (
     "max_queue_size",
     "max_q_size",
@@ -43,16 +43,16 @@ def _arguments(kwargs):
 
 
 class Habits:
-    """What a model of Keras 2 takes and a model of Keras 3 does not.
+    """The interface of Keras 2's models that Keras 3's models lack.
 
-    Data may be lists, and generators may yield lists and batches of any
-    length; `fit_generator` and its like are there; arguments stand in the
-    order of Keras 2; a file may have any name. With one input, `model.input` is
-    a tensor. `add_loss` and `add_metric` take symbolic tensors of the model; as
-    in Keras 2 they are not saved with it.
+    Data may be lists, and generators may yield lists and batches of any length.
+    `fit_generator`, `evaluate_generator` and `predict_generator` exist,
+    arguments have the order of Keras 2, and a file may have any name. With one
+    input, `model.input` is a tensor. `add_loss` and `add_metric` take symbolic
+    tensors of the model; as in Keras 2 they are not saved with it.
 
-    A mixin: Keras gives a class that derives from its `Model` another base at
-    its first functional model, which no other class may notice.
+    It is a mixin because Keras changes the bases of a subclass of its `Model`
+    when the first functional model of it is created.
     """
 
     def compile(
@@ -117,8 +117,8 @@ class Habits:
             x = _batches(x, shuffle=kwargs.pop("shuffle", True))
             kwargs["shuffle"] = False
             if kwargs.get("class_weight") is not None:
-                # Of batches of a class of ours Keras would not weigh the
-                # classes.
+                # Keras would ignore `class_weight` for batches of our own
+                # class.
                 x = x.get_tf_dataset()
         if kwargs.get("sample_weight") is not None:
             kwargs["sample_weight"] = data.as_arrays(kwargs["sample_weight"])
@@ -175,7 +175,7 @@ class Habits:
 
     def train_on_batch(self, x, y=None, *args, **kwargs):
         x, y = data.as_arrays(x), data.as_arrays(y)
-        kwargs.pop("reset_metrics", None)  # Keras 3 counts each batch anew
+        kwargs.pop("reset_metrics", None)  # Keras 3 resets them
         return super().train_on_batch(x, y, *args, **kwargs)
 
     def test_on_batch(self, x, y=None, *args, **kwargs):
@@ -204,7 +204,7 @@ class Habits:
 
     @property
     def total_loss(self):
-        """What Keras 2's train function minimizes: there is no such tensor."""
+        """Raises: Keras 3 has no train function of symbolic tensors."""
         raise NotImplementedError(
             "Keras 3 has no train function of symbolic tensors to build upon. "
             "For adversarial training, take out the script's own function: "
@@ -218,7 +218,7 @@ class Habits:
         return self.total_loss
 
     def compute_loss(self, *args, **kwargs):
-        # For a loss that looks for layers behind its argument.
+        # For a loss that searches the layers that its argument comes from.
         token = _at_work.set(self)
         try:
             return super().compute_loss(*args, **kwargs)
@@ -249,7 +249,7 @@ class Habits:
         self._add(value, metric.update_state)
 
     def _add(self, tensor, use):
-        """Computes a further tensor in each call, and hands it to `use`."""
+        """Computes a further tensor in each call, and passes it to `use`."""
         tensors, uses = self._with_added() if self._with_added else ([], [])
         tensors, uses = [*tensors, tensor], [*uses, use]
         self._with_added = lambda: (tensors, uses)

@@ -1,9 +1,9 @@
 """The names that bert4keras gives to its functions and classes.
 
 bert4keras puts names such as `gelu` and even `LayerNormalization` into Keras's
-one dictionary of custom objects. Keras 3 prefers that dictionary to its own
-classes when a model is loaded, so bert4keras's names are kept apart, and Keras
-knows them as `bert4keras>name`.
+one dictionary of custom objects. When a model is loaded, Keras 3 looks into
+that dictionary before its own classes. So bert4keras's names are kept in a
+dictionary of their own, and Keras has them as `bert4keras>name`.
 """
 
 import collections
@@ -13,7 +13,7 @@ import keras
 
 
 class CustomObjects(collections.ChainMap):
-    """What `keras.utils.get_custom_objects()` returns to bert4keras.
+    """The result of `keras.utils.get_custom_objects()` in bert4keras.
 
     The first dictionary holds bert4keras's own names; a name that is new after
     the import is the user's, and goes to Keras's dictionary.
@@ -37,7 +37,7 @@ def get_custom_objects():
 
 
 def register(item, name=None):
-    """Makes `item` known to Keras, for loading, as `bert4keras>name`."""
+    """Registers `item` with Keras, for loading, as `bert4keras>name`."""
     return keras.saving.register_keras_serializable("bert4keras", name)(item)
 
 
@@ -74,12 +74,12 @@ def _own(identifier):
 
 
 def get_activation(identifier):
-    """`keras.activations.get` that knows bert4keras's names first."""
+    """`keras.activations.get` that looks up bert4keras's names first."""
     return keras.activations.get(_own(identifier))
 
 
 def get_initializer(identifier):
-    """`keras.initializers.get` that knows bert4keras's names first.
+    """`keras.initializers.get` that looks up bert4keras's names first.
 
     Returns a new object: an initializer of Keras 3 gives the same numbers each
     time it is called, so that layers sharing one would start out equal.

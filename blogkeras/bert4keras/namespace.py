@@ -1,4 +1,4 @@
-"""The modules that bert4keras and old scripts see as `keras`."""
+"""The modules that are `keras` for bert4keras and old scripts."""
 
 import types
 
@@ -24,9 +24,9 @@ from blogkeras.bert4keras.optimizers import (
 
 
 class Door:
-    """Stands for a Keras class where old scripts call, derive from or test it.
+    """Replaces a Keras class that old scripts call, derive from or test for.
 
-    Calling the door makes an object from arguments written for Keras 2.
+    Calling it makes an object from arguments written for Keras 2.
 
     Args:
         cls: The class of Keras that objects are tested for.

@@ -1,4 +1,4 @@
-"""Names of Keras 2.3.1 that Keras 3 has no more, or has elsewhere."""
+"""Names of Keras 2.3.1 that Keras 3 has removed or moved."""
 
 import importlib
 import inspect
@@ -8,7 +8,7 @@ import types
 import keras
 import tensorflow as tf
 
-# Modules of Keras 2.3.1 whose names stand in another module.
+# Modules of Keras 2.3.1 whose names are in another module now.
 MOVED = {
     "engine.base_layer": "engine",
     "engine.input_layer": "engine",
@@ -149,7 +149,7 @@ REFUSED = {
 
 
 class Module(types.ModuleType):
-    """A module that says why a name of Keras 2 is not there."""
+    """A module whose errors say why a name of Keras 2 is missing."""
 
     def __getattr__(self, name):
         if not name.startswith("__"):
@@ -274,7 +274,7 @@ def _accuracy(y_true, y_pred):
 
 
 def _cosine_metric(y_true, y_pred, axis=-1):
-    """The cosine of the angle: as a metric not negated, as the loss is."""
+    """The cosine of the angle; the loss of this name has a minus sign."""
     return -keras.losses.cosine_similarity(y_true, y_pred, axis)
 
 
@@ -295,19 +295,19 @@ def has_arg(fn, name, accept_all=False):
 
 
 def is_all_none(iterable_or_element):
-    """Tells whether there is nothing but `None`."""
+    """Whether all entries are `None`."""
     return all(x is None for x in to_list(iterable_or_element))
 
 
 def to_list(x, allow_tuple=False):
-    """A list of what is not a list."""
+    """`x` if it is a list, else a list of it."""
     if isinstance(x, list):
         return x
     return list(x) if allow_tuple and isinstance(x, tuple) else [x]
 
 
 def unpack_singleton(x):
-    """The entry of a list or tuple of one; else `x`."""
+    """The entry of a list or tuple with one entry; else `x`."""
     return x[0] if len(x) == 1 else x
 
 
@@ -317,7 +317,7 @@ def multi_gpu_model(model, gpus=None, cpu_merge=True, cpu_relocation=False):
     Args:
         model: A model.
         gpus: Integer or list of integers: how many, or which. All if None.
-        cpu_merge, cpu_relocation: Of no use any more.
+        cpu_merge, cpu_relocation: Ignored.
 
     Returns:
         A model that shares the weights of `model`.

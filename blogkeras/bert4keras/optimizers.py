@@ -1,9 +1,9 @@
-"""Keras 2's contract between an optimizer and Keras, kept on Keras 3.
+"""Keras 2's interface between an optimizer and Keras, on Keras 3.
 
 bert4keras's optimizers are written as updates of one variable, with slots and
-hyper-parameters looked up by name. `Optimizer` offers them that, so that all of
-them, and any stack of their extensions, run as they are, while `compile`,
-`fit`, clipping, loss scaling and saving are Keras 3's.
+hyper-parameters looked up by name. `Optimizer` provides these. So all of them,
+with any of their extensions, run unchanged, while `compile`, `fit`, clipping,
+loss scaling and saving are Keras 3's.
 """
 
 import inspect
@@ -93,7 +93,7 @@ def get_optimizer(identifier):
 
 
 class Optimizer(keras.optimizers.Optimizer):
-    """What bert4keras sees as `keras.optimizers.Optimizer`.
+    """`keras.optimizers.Optimizer` for bert4keras.
 
     Takes the arguments of any Keras 3 optimizer, as `clipnorm`.
     """
@@ -159,11 +159,13 @@ class Optimizer(keras.optimizers.Optimizer):
         else:
             shape = variable.shape
         if name == "slow_var":
-            # Lookahead's slow weights start where the fast ones do. bert4keras
-            # starts from zero and halves all weights in the first step.
+            # Lookahead's slow weights start at the values of the fast ones.
+            # bert4keras starts from zero and halves all weights in the first
+            # step.
             with tf.init_scope():
                 initializer = keras.initializers.Constant(variable.numpy())
-        # Names of TensorFlow's variables repeat; an HDF5 file wants others.
+        # Names of TensorFlow's variables may repeat, which an HDF5 file does
+        # not allow.
         path = variable.name.partition(":")[0].replace("/", "_")
         path = f"{self._get_variable_index(variable)}_{path}"
         slot = self.add_variable(

@@ -1,10 +1,10 @@
 """Weights and models in files of any name, as Keras 2 wrote them.
 
-Keras 3 insists on `.weights.h5` and `.keras`. Under any other name weights are
-written here in the HDF5 format of Keras 2, which Keras 3 still reads and
-writes; such a file can be exchanged with a script that runs on Keras 2. It
-holds no state of the optimizer. A model is written in the format of Keras 3
-under the name that was given.
+Keras 3 requires the endings `.weights.h5` and `.keras`. Under any other name
+weights are written here in the HDF5 format of Keras 2, which Keras 3 still
+reads and writes; such a file can be exchanged with a script that runs on Keras
+2. It holds no state of the optimizer. A model is written in the format of Keras
+3 under the name that was given.
 """
 
 import inspect
@@ -18,7 +18,7 @@ import h5py
 import keras
 from keras._tf_keras.keras import losses as legacy_losses
 
-# Not public: `model.save_weights` writes this format no longer.
+# This is not public: `model.save_weights` no longer writes this format.
 from keras.src.legacy.saving import legacy_h5_format
 
 _HDF5 = (".h5", ".hdf5")
@@ -101,7 +101,7 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
     if os.path.isfile(path) and not path.endswith((".keras", *_HDF5)):
         name = "model.keras" if zipfile.is_zipfile(path) else "model.h5"
     if name.endswith(_HDF5):
-        # Keras 3 does not find the functions of its own names in HDF5 files.
+        # In HDF5 files Keras 3 does not find its own functions by their names.
         known = {
             key: keras.saving.get_registered_object(f"bert4keras>{key}")
             for key in ("Model", "Sequential")
@@ -129,7 +129,7 @@ def _restore_optimizer(model, path):
         values = [group[name][()] for name in names]
     config = model.get_compile_config()
     if values and config:
-        # Anew: the loaded optimizer has been built for no variables.
+        # Compile again: the loaded optimizer has been built without variables.
         model.compile_from_config(config)
         variables = model.optimizer.variables
         if [v.shape for v in values] == [tuple(v.shape) for v in variables]:
@@ -181,7 +181,7 @@ class _Named:
 
 
 def _may_write(path, overwrite):
-    """Asks before a file is overwritten that should not be."""
+    """Whether a file may be written; asks the user unless `overwrite`."""
     if overwrite or not os.path.exists(path):
         return True
     answer = input(f"[WARNING] {path} already exists - overwrite? [y/n] ")

@@ -12,9 +12,9 @@ import tensorflow as tf
 def save_checkpoint(self, filename, mapping=None, dtype=None):
     """Writes the weights of a transformer as a TensorFlow checkpoint.
 
-    It stands for `Transformer.save_weights_as_checkpoint`, which needs the
-    sessions of TensorFlow 1. Variables of one name are told apart as there:
-    `name`, `name_1`, ...
+    It replaces `Transformer.save_weights_as_checkpoint`, which needs the
+    sessions of TensorFlow 1. Variables of one name are distinguished in the
+    same way: `name`, `name_1`, ...
 
     Args:
         filename: String. The prefix of the files to write.
@@ -54,10 +54,11 @@ class _Checkpoint(dict):
 def read_safetensors(path):
     """Reads a Hugging Face BERT or ELECTRA for `build_transformer_model`.
 
-    Returns what bert4keras takes for a checkpoint: the arrays by the names of
-    the original TensorFlow checkpoints. All options of bert4keras's loading
-    (`keep_tokens`, `ignore_invalid_weights`, ...) apply. Floating point numbers
-    become float32; integers and booleans stay what they are.
+    The result can be given to bert4keras in place of a checkpoint: arrays by
+    the names of the original TensorFlow checkpoints. All options of
+    bert4keras's loading (`keep_tokens`, `ignore_invalid_weights`, ...) apply.
+    Floating point numbers become float32; integers and booleans keep their
+    dtype.
 
     Needs the library `safetensors`, which checks the file.
 
@@ -68,8 +69,8 @@ def read_safetensors(path):
 
     Raises:
         ValueError: where a file is damaged, a file or a tensor that the index
-            names is missing, or the numbers are of a kind that NumPy has not
-            (as float8).
+            names is missing, or the numbers are of a dtype that NumPy does not
+            have (such as float8).
         FileNotFoundError: where there is no such file.
 
     Example:
@@ -186,7 +187,7 @@ def _import_safetensors():
         ) from None
 
 
-# From Hugging Face to TensorFlow, in this order.
+# Replacements from Hugging Face's to TensorFlow's names, in this order.
 _RENAMED = (
     ("encoder.layer.", "encoder.layer_"),
     ("_embeddings.weight", "_embeddings"),
@@ -208,6 +209,7 @@ def _tensorflow_names(name):
         name = name.removesuffix("weight") + "kernel"
     name = name.replace(".", "/")
     if name.startswith(("embeddings", "encoder/", "pooler/")):
-        # An encoder without a head does not say of which model it is.
+        # The names of an encoder without a head do not contain the model's
+        # kind.
         return [f"bert/{name}", f"electra/{name}"], transposed
     return [name], transposed

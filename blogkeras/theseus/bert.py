@@ -35,11 +35,12 @@ def bert_of_theseus(
 ):
     """A model that compresses a transformer into one of fewer blocks.
 
-    The predecessor's blocks are divided among the successor's; embedding and
-    modules are replaced at random, each by its successor, and the classifier
-    follows. Side inputs of the blocks (relative positions, attention biases,
-    masks) are carried along: BERT, RoBERTa, ALBERT, NEZHA, RoFormer and others
-    of bert4keras, and backbones of KerasHub that are one stack of blocks.
+    The predecessor's blocks are divided among the successor's. The embedding
+    and the blocks are replaced at random, each by its successor; the classifier
+    comes after them. Other inputs of the blocks (relative positions, attention
+    biases, masks) are passed along. It works for BERT, RoBERTa, ALBERT, NEZHA,
+    RoFormer and others of bert4keras, and for backbones of KerasHub that are
+    one stack of blocks.
 
     Args:
         predecessor: The large transformer, trained: an object of bert4keras
@@ -48,15 +49,16 @@ def bert_of_theseus(
         successor: The small transformer, likewise. `keep_blocks(predecessor,
             3)` makes one of the predecessor's first blocks.
         classifier: Model or layer, or a list of them, from the transformer's
-            output to the prediction, trained with the predecessor; `None` where
-            the transformers have their heads: the predecessor's is then shared.
+            output to the prediction, trained with the predecessor. `None` where
+            the transformers include their heads: then the predecessor's head is
+            shared.
         replacement_rate: Float or schedule, the probability of the successor.
         method: `"theseus"`, or a baseline of the same parts, which trains
             copies of successor and classifier: `"direct"`, a plain model for
             direct fine-tuning, or `"distillation"`, which learns the
             predecessor's predictions (and freezes predecessor and classifier,
-            as `"theseus"` does). `replacement_rate`, `mapping` and
-            `replace_embedding` say nothing to them.
+            as `"theseus"` does). They ignore `replacement_rate`, `mapping` and
+            `replace_embedding`.
         mapping: How many of the predecessor's blocks each module has, in order:
             integers, or pairs (predecessor's blocks, successor's blocks).
             Defaults to one block of the successor in each module and an even
@@ -64,7 +66,7 @@ def bert_of_theseus(
         replace_embedding: Boolean. Whether the embedding is a module to be
             replaced, too; else the predecessor's is shared.
         boundaries: Pair of lists: where the blocks of the predecessor and of
-            the successor begin and end, for models in which none are found;
+            the successor begin and end, for models whose blocks are not found;
             each as for `cut_model`, before the first block and after each.
         **kwargs: For `Theseus` (`mode`, `train_shared`, ...) or `Distillation`.
 
@@ -83,8 +85,9 @@ def bert_of_theseus(
         [Xu et al., 2020](https://arxiv.org/abs/2002.02925);
         [blog post](https://kexue.fm/archives/7575)
 
-    Departs from the post: the model comes uncompiled; the depths need not
-    divide; NEZHA and other blocks with side inputs work.
+    Departs from the post: the model is not compiled; the successor's depth need
+    not divide the predecessor's; NEZHA and other blocks with several inputs
+    work.
     """
     check_choice("method", method, METHODS)
     replace_embedding = check_boolean("replace_embedding", replace_embedding)
@@ -122,7 +125,7 @@ def bert_of_theseus(
         places = [tensors[sum(counts[:i])] for i in range(len(counts) + 1)]
         segments.append(cut_model(model, places))
     size = len(steps) + 1
-    # What follows the blocks (a pooler, say) is the predecessor's.
+    # The part after the blocks (a pooler, for example) is the predecessor's.
     head = segments[0][size:] + classifier
     old, new = (s[:size] for s in segments)
     stem = None
@@ -151,13 +154,13 @@ def _boundaries(model, places):
 def _with_head(model, head):
     x = model._outputs_struct
     for layer in head:
-        # Of a segment the layers are called, not the segment itself.
+        # Call the layers of a segment, not the segment itself.
         x = layer.call(x) if isinstance(layer, Segment) else layer(x)
     return keras.Model(model._inputs_struct, x)
 
 
 def _steps(mapping, old, new):
-    """Pairs: how many blocks of either model a module has."""
+    """Pairs of the numbers of blocks that a module has in each model."""
     if mapping is None:
         mapping = [(i + 1) * old // new - i * old // new for i in range(new)]
     steps = mapping if isinstance(mapping, (list, tuple)) else []

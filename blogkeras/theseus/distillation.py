@@ -1,4 +1,4 @@
-"""Distillation, which module replacement is compared with."""
+"""Distillation, a baseline of module replacement."""
 
 import inspect
 from typing import Any
@@ -30,41 +30,42 @@ class Distillation(CompositeModel):
 
         (1 - α) loss(y, s) + α T² D(z, s)
 
-    where D, at temperature T, fits what the output means. The compiled loss
-    tells it (see `blogkeras.outputs.read_outputs`):
+    where D, at temperature T, depends on what the output means, which is read
+    off the compiled loss (see `blogkeras.outputs.read_outputs`):
 
     - classes: KL(softmax(z / T) ‖ softmax(s / T)) of the logits z and s;
     - labels, by a binary cross-entropy: the mean over the labels of the
       divergence of sigmoid(z / T) and sigmoid(s / T);
     - numbers, by `"mse"` and the like: the mean of (z - s)²; T cancels.
 
-    Of probabilities the logits are the logarithms. Masked positions, positions
-    that the loss ignores, sample weights and `loss_weights` count in the
-    divergence as in the loss. Several outputs are learned together; one without
-    a loss is left out. Losses of the layers (regularizers, `add_loss`) are
-    added whole.
+    The logits of probabilities are their logarithms. Masked positions,
+    positions that the loss ignores, sample weights and `loss_weights` count in
+    the divergence as in the loss. Several outputs are learned together; one
+    without a loss is left out. Losses of the layers (regularizers, `add_loss`)
+    are added without a factor.
 
     Without labels (`fit(x)`) the divergence alone is learned: α T² D.
     `evaluate` gives the plain loss; without labels, the divergence.
 
     Args:
         teacher: Trained model. It is frozen (`trainable = False`), here and
-            again by `compile`, and runs as in inference. If it is compiled, its
-            own loss tells whether it returns logits, else that of the
-            distillation does.
+            again by `compile`, and runs as in inference. Whether it returns
+            logits is read off its own loss if it is compiled, else off the loss
+            of the distillation.
         student: Model with outputs of the same shapes.
         temperature: Float > 0, T.
         weight: Float in [0, 1], α.
-        from_logits: Boolean. Whether the models return logits. `None` asks the
-            loss. A list or dict of booleans for several outputs.
+        from_logits: Boolean. Whether the models return logits. `None` reads it
+            off the loss. A list or dict of booleans for several outputs.
         output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`, or a list or dict
-            of these for several outputs: what the outputs are, where the loss
-            does not tell (one of your own) or tells something else.
+            of these for several outputs: what the outputs are, where that
+            cannot be read off the loss (a function of your own) or is to be
+            different.
 
     Raises:
-        ValueError: by `compile`, or at the latest in the first step, where the
-            loss does not tell what an output means and no argument does, and
-            where they contradict each other.
+        ValueError: by `compile`, or at the latest in the first step, where
+            neither the loss nor an argument determines what an output means,
+            and where they contradict each other.
 
     Example:
 
@@ -110,7 +111,7 @@ class Distillation(CompositeModel):
 
     @property
     def output_names(self):
-        """The student's: Keras finds losses in a dict by them."""
+        """The student's names, by which Keras finds losses in a dict."""
         return self.student.output_names
 
     def build(self, input_shape):
@@ -118,14 +119,14 @@ class Distillation(CompositeModel):
             self.student.build(input_shape)
 
     def compile(self, *args, **kwargs):
-        # Others hold the teacher, too, and may have trained it since.
+        # Freeze again: other models may share the teacher and have trained it.
         freeze([self.teacher])
         super().compile(*args, **kwargs)
         given = inspect.signature(keras.Model.compile).bind(
             self, *args, **kwargs
         )
         self._loss_weights = given.arguments.get("loss_weights")
-        # As early as can be: where the outputs are known by now.
+        # Check now, if the outputs are known already.
         outputs, target = map(known_outputs, (self.student, self.teacher))
         if outputs is not None and target is not None:
             self._meanings(target, outputs)
@@ -134,12 +135,12 @@ class Distillation(CompositeModel):
         return self.student(inputs, training=training)
 
     def compute_mask(self, inputs, previous_mask=None):
-        return None  # the student's layers have set it
+        return None  # set by the student's layers
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        # Each is a mean over the part of the batch that a replica has.
+        # Each is a mean over the replica's part of the batch.
         others = sum(ops.sum(loss) for loss in self.losses)
         others = others / backend.num_replicas()
         if y is None:
@@ -182,7 +183,7 @@ class Distillation(CompositeModel):
         return total
 
     def _meanings(self, target, y_pred):
-        """Pairs: what each output means, the teacher's and the student's."""
+        """Pairs of each output's meanings, the teacher's and the student's."""
         theirs, ours = tree.flatten(target), tree.flatten(y_pred)
         shapes = [[tuple(x.shape) for x in side] for side in (theirs, ours)]
         fits = len(theirs) == len(ours) and all(
@@ -224,7 +225,7 @@ class Distillation(CompositeModel):
         return pairs
 
     def _check_student(self, y_pred, meanings):
-        """The student may be compiled, too, with another loss."""
+        """Raises if the student is compiled with a loss of another meaning."""
         own = _read_if_told(self.student, y_pred, self.output_kind, None)
         names = output_names(self, y_pred)
         for name, a, b in zip(names, own, meanings, strict=True):
@@ -237,14 +238,14 @@ class Distillation(CompositeModel):
                 )
 
     def _judge(self):
-        """The model whose loss is asked: this one if it has a loss."""
+        """The model whose loss is read: this one if it has a loss."""
         models = (self, self.student, self.teacher)
         return next(
             (m for m in models if getattr(m, "loss", None) is not None), self
         )
 
     def _reductions(self, y_pred):
-        """How the loss of each output sums up; the divergence does alike."""
+        """The reduction of each output's loss, used for the divergence, too."""
         found = [
             getattr(losses[0], "reduction", None) if losses else None
             for losses in output_losses(self._judge(), y_pred)
@@ -288,7 +289,7 @@ class Distillation(CompositeModel):
 
 
 def _read_if_told(model, outputs, *arguments):
-    """What a model's own loss tells of its outputs, `None` where nothing."""
+    """The meanings of outputs by a model's own loss; `None` where unknown."""
     if getattr(model, "loss", None) is not None:
         try:
             return read_outputs(model, outputs, *arguments)
@@ -300,7 +301,7 @@ def _read_if_told(model, outputs, *arguments):
 class _Divergence(keras.losses.Loss):
     """T² D(z, s) of one output.
 
-    As a loss, so that Keras sees to masks, sample weights and replicas.
+    It is a loss, so that Keras handles masks, sample weights and replicas.
     """
 
     def __init__(self, temperature, of_target, of_output, labels, reduction):

@@ -30,10 +30,10 @@ from blogkeras.theseus.schedules import serialized_rate
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class Theseus(CompositeModel):
-    """Compresses a model by replacing its modules at random while it learns.
+    """Compresses a model by replacing its modules at random in training.
 
     The predecessor, trained and frozen, is given as n modules, the smaller
-    successor likewise. In training each predecessor module gives way to its
+    successor likewise. In training each predecessor module is replaced by its
     successor with the probability `replacement_rate` (see `ModuleReplacement`),
     and the task's own loss trains the successors:
 
@@ -41,9 +41,9 @@ class Theseus(CompositeModel):
 
     In inference (`predict`, `evaluate`, validation) all modules are successors.
     `detach()` then gives the successor as a plain Keras model. The three phases
-    (train the predecessor, replace, train the detached successor on) are
-    ordinary `compile` and `fit` calls; saved with `save`, the replacing goes on
-    where it stopped, schedule and draws included.
+    (train the predecessor, replace, fine-tune the detached successor) are
+    ordinary `compile` and `fit` calls. A saved and loaded model continues at
+    the same step of the schedule and of the random draws.
 
     A module is a layer, a model, or a list of them called one after another. It
     may return a list of tensors, which the next module takes. `cut_model` makes
@@ -58,10 +58,10 @@ class Theseus(CompositeModel):
         head: Layer, model or list of layers after the modules, shared by
             predecessor and successor; `None` for none.
         replacement_rate: Float in [0, 1] or a schedule, the probability that
-            the *successor* runs; see `ModuleReplacement`. It may be set anew,
-            before `compile`: a compiled step keeps a float as a constant.
-        stem: Layers before the modules, likewise shared: an embedding that is
-            not replaced.
+            the *successor* runs; see `ModuleReplacement`. It may be set again
+            before `compile`: a compiled step contains a float as a constant.
+        stem: Layers before the modules, shared too: an embedding that is not
+            replaced.
         mode: String, see `ModuleReplacement`.
         train_shared: Boolean. Whether stem and head learn, too; else they are
             frozen until `detach`.
@@ -146,8 +146,8 @@ class Theseus(CompositeModel):
         for module in self.replacements:
             module.replacement_rate = rate
 
-    # What learns follows from the roles of the modules, not from the flags
-    # `trainable` of the layers: other models hold these layers, too, and
+    # The roles of the modules decide which weights are trained, not the flags
+    # `trainable` of the layers: other models may share these layers, and
     # `detach` changes the flags between two training steps.
     @property
     def trainable_variables(self):
@@ -173,7 +173,7 @@ class Theseus(CompositeModel):
         return [v for v in variables if id(v) in ours]
 
     def build(self, input_shape):
-        # Keras would wrap a list or dict, and make inputs of its wrapping.
+        # Keras would wrap a list or dict, and use the wrapper as inputs.
         self._input_shape = Untracked(input_shape)
         shape = input_shape
         for layer in self._layers_in_order():
@@ -182,7 +182,8 @@ class Theseus(CompositeModel):
             shape = output_shape(layer, shape)
 
     def compile(self, *args, **kwargs):
-        # Other models hold these layers, too, and may have thawed them.
+        # Freeze again: other models may share these layers and have changed
+        # them.
         self._freeze()
         super().compile(*args, **kwargs)
 
@@ -191,18 +192,20 @@ class Theseus(CompositeModel):
         return chain(self._layers_in_order(), inputs, bool(training))
 
     def compute_mask(self, inputs, previous_mask=None):
-        return None  # the layers have set the masks that there are
+        return None  # masks were set by the layers inside
 
     def detach(self, inputs=None, copy=False):
         """The successor as a plain Keras model, ready for its own training.
 
         It consists of stem, successor modules and head. Layers and weights are
         this model's own, not copies; stem and head become as trainable as they
-        were given. This model may be trained on; `compile` it again before if
-        stem or head hold BatchNormalization, whose statistics would move.
+        were when given. This model may be trained further. If stem or head
+        contain BatchNormalization, `compile` it again before that: otherwise
+        their statistics would be updated.
 
-        What changes the layers themselves (`quantize`, `enable_lora`) needs a
-        copy if this model is to be trained on: with other weights it cannot.
+        Take a copy for changes of the layers themselves (`quantize`,
+        `enable_lora`) if this model is to be trained further: it cannot be
+        trained with other weights.
 
         Args:
             inputs: `keras.Input`, or a structure of them, where this model does
@@ -219,8 +222,8 @@ class Theseus(CompositeModel):
             inputs = self._fresh_inputs()
         x = inputs
         for layer in self._successor():
-            # Of a segment the layers that it was cut from are called, so that
-            # they, and not the segment, are the layers of the new model.
+            # Call the layers of a segment, so that they, and not the segment,
+            # are the layers of the new model.
             x = layer.call(x) if isinstance(layer, Segment) else layer(x)
         model = keras.Model(inputs, x)
         if copy:
@@ -276,7 +279,7 @@ class Theseus(CompositeModel):
         return (stem or as_list(self.successor_modules[0]))[0]
 
     def _known_inputs(self):
-        """The first layer's symbolic inputs if it has some of its own."""
+        """The symbolic inputs of the first layer, if it has any."""
         first = self._first()
         if isinstance(first, Segment):
             return first.cut.crossing[first.index]
@@ -308,7 +311,8 @@ class Theseus(CompositeModel):
 
     def get_config(self):
         cuts = []
-        # As they were given: `detach` thaws stem and head of a loaded model.
+        # Save the flags as they were given, so that `detach` of a loaded model
+        # can restore them.
         with thawed([*self._shared(), *self._predecessor()]):
             parts = {
                 name: _packed(getattr(self, name), cuts)
@@ -355,7 +359,7 @@ def _optional(layers):
 
 
 def _packed(layers, cuts):
-    """A configuration, in which segments of one model are known as such."""
+    """A configuration that stores a model with several segments once."""
     if layers is None:
         return None
     if isinstance(layers, (list, tuple)):

@@ -14,7 +14,7 @@ def check_modules(
 
     Args:
         stem, head: Layers before and after the modules, or `None`.
-        shared: Boolean. Whether they learn, too.
+        shared: Boolean. Whether these are trained, too.
     """
     both = predecessor_modules, successor_modules
     old, new = (len(m) if isinstance(m, (list, tuple)) else m for m in both)
@@ -70,7 +70,7 @@ def check_modules(
 
 def chain(layers, x, training):
     """Calls layers one after another."""
-    # `training` is passed explicitly: Keras would hand a value that one layer
+    # `training` is passed explicitly: Keras would pass a value that one layer
     # was called with on to the layers after it.
     for layer in layers:
         x = layer(x, training=training)
@@ -109,9 +109,10 @@ def deserialized(config):
 
 
 def with_masks(inputs, masks):
-    """The inputs with the masks that came as an argument.
+    """The inputs with the masks that were passed as an argument.
 
-    On copies: the tensors are the caller's, who may call again without them.
+    Masks are set on copies of the tensors, since the caller may use the tensors
+    again without masks.
     """
     flat = tree.flatten(inputs)
     given = [None] if masks is None else tree.flatten(masks)

@@ -31,7 +31,7 @@ MODES = ("batch", "sample", "mixing", "annealing")
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class ModuleReplacement(keras.layers.Layer):
-    """Runs a frozen module or, in its place, the successor that is to learn.
+    """Runs a frozen module or, in its place, the successor that is trained.
 
     With the predecessor's output x_p, the successor's x_s, and ε = 1 for the
     predecessor:
@@ -39,7 +39,7 @@ class ModuleReplacement(keras.layers.Layer):
         x = ε x_p + (1 - ε) x_s
 
     The replacement rate r is the probability, or the mean weight, of the
-    successor. In training, `mode` says what ε is:
+    successor. In training, `mode` determines ε:
 
     - `"batch"`: 0 with probability r, else 1; one draw per batch. Only the
       chosen branch is computed, all other modes compute both.
@@ -51,13 +51,12 @@ class ModuleReplacement(keras.layers.Layer):
     In inference the successor runs alone.
 
     Both branches take the same inputs and return the same shapes: one tensor or
-    a list of tensors. Tensors that both hand on untouched are not mixed; those
-    that are not floating are the predecessor's where ε = 1, else the
-    successor's. With `"sample"`, an output whose first axis is not the batch (a
-    table of positions) is the successor's; it is told by its length, which must
-    not be that of the batch, the first output's. Masks go through the branches
-    and are chosen as what is not floating. What a branch's layers give to
-    `add_loss` counts if the branch runs.
+    a list of tensors. Inputs that both branches return unchanged are not mixed.
+    Outputs that are not floating, and masks, are the predecessor's where ε = 1,
+    else the successor's. With `"sample"`, an output without an axis of samples
+    (a table of positions) is the successor's; its length must not be the batch
+    size, by which it is recognized. Losses that a branch's layers give to
+    `add_loss` count if the branch runs.
 
     The predecessor's layers are frozen by this class: `trainable = False`, and
     they run as in inference, without dropout, unless `predecessor_dropout`.
@@ -177,7 +176,7 @@ class ModuleReplacement(keras.layers.Layer):
         return self._mix(rate, seed, inputs, masks)
 
     def _run(self, name, inputs, masks):
-        """What a branch returns in training."""
+        """The outputs of a branch in training."""
         # Keras's attention layers remove the masks from their inputs, which
         # both branches share; put them back before each branch.
         for x, mask in zip(tree.flatten(inputs), masks, strict=True):
@@ -193,7 +192,7 @@ class ModuleReplacement(keras.layers.Layer):
         )
 
     def _choose(self, chosen, inputs, masks):
-        """One branch runs: the successor where `chosen` is true."""
+        """Runs one branch: the successor where `chosen` is true."""
         signature = tuple(
             (len(x.shape), str(x.dtype), mask is None)
             for x, mask in zip(tree.flatten(inputs), masks, strict=True)
@@ -222,9 +221,9 @@ class ModuleReplacement(keras.layers.Layer):
         return self._joined(inputs, made, plan)
 
     def _run_chosen(self, successor, inputs, masks, plan):
-        """Runs the branch that is known to be chosen, and builds no graph.
+        """Runs the chosen branch where the choice is known, without a graph.
 
-        `plan` is that of an earlier call, in which both were compared.
+        `plan` is from an earlier call, which compared both branches.
         """
         names = ["successor", "predecessor"]
         name, other = names if successor else names[::-1]
@@ -246,7 +245,7 @@ class ModuleReplacement(keras.layers.Layer):
         return self._joined(inputs, made, plan)
 
     def _mix(self, rate, seed, inputs, masks):
-        """Both branches run."""
+        """Runs both branches and mixes their outputs."""
         old, new = (
             self._run(name, inputs, masks)
             for name in ("predecessor", "successor")
@@ -271,7 +270,8 @@ class ModuleReplacement(keras.layers.Layer):
         if self.mode == "annealing":
             return rate
         if self.mode == "sample":
-            # All replicas draw alike; each takes its own samples' share.
+            # All replicas draw the same numbers, and each takes those of its
+            # samples.
             shape = backend.num_replicas(), size
             draws = keras.random.uniform(shape, seed=seed)
             return draws[backend.replica()] < rate
@@ -279,7 +279,7 @@ class ModuleReplacement(keras.layers.Layer):
         return keras.random.uniform((), seed=seed) ** power
 
     def _plan(self, predecessor, successor):
-        """What the module returns: what is made, and what is handed on.
+        """Which outputs are computed, and which are unchanged inputs.
 
         Raises a ValueError where the branches do not fit together.
         """
@@ -311,7 +311,7 @@ class ModuleReplacement(keras.layers.Layer):
         return _Plan(structure, made, sources)
 
     def _made_by(self, outputs, plan):
-        """What a branch has made: pairs of a tensor and a list of its mask."""
+        """A branch's computed outputs: pairs of tensor and list of its mask."""
         return [
             (
                 ops.cast(outputs.tensors[i], dtype),
@@ -321,7 +321,7 @@ class ModuleReplacement(keras.layers.Layer):
         ]
 
     def _joined(self, inputs, made, plan):
-        """Puts what was made and what was handed on in order."""
+        """Puts computed outputs and unchanged inputs in order."""
         flat = tree.flatten(inputs)
         outputs = [None if i is None else flat[i] for i in plan.sources]
         for i, (x, masks) in zip(plan.made, made, strict=True):
@@ -350,7 +350,7 @@ class ModuleReplacement(keras.layers.Layer):
             )
 
     def compute_mask(self, inputs, previous_mask=None):
-        # The branches' layers have set the masks that there are.
+        # Masks were set by the layers of the branches.
         return None
 
     def compute_output_shape(self, input_shape):
@@ -360,7 +360,7 @@ class ModuleReplacement(keras.layers.Layer):
         return shape
 
     def compute_output_spec(self, *args, **kwargs):
-        # Shapes alone would not tell the dtypes.
+        # Dtypes cannot be derived from shapes alone.
         return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
     def get_config(self):
@@ -384,21 +384,21 @@ class ModuleReplacement(keras.layers.Layer):
 
 @dataclasses.dataclass
 class _Outputs:
-    """What a branch returned: the flat tensors, and where they come from."""
+    """The flat outputs of a branch, and which of them are inputs."""
 
     structure: Any
     tensors: list
     masks: list
-    sources: list  # the number of the input that was handed on, or None
+    sources: list  # the index of the input that is returned unchanged, or None
 
 
 @dataclasses.dataclass
 class _Plan:
-    """How a module's outputs are put together from those of its branches."""
+    """How a module's outputs are combined from those of its branches."""
 
     structure: Any
-    made: dict  # the numbers of the outputs that are made, with their dtypes
-    sources: list  # of the others, the number of the input that is handed on
+    made: dict  # the indices of computed outputs, with their dtypes
+    sources: list  # for the others, the index of the unchanged input
 
 
 def _position(x, tensors):
@@ -419,7 +419,7 @@ def _mixed(old, new, weight, size):
         return new
     rows = ops.shape(new)[0]
     chosen = ops.take(weight, ops.minimum(ops.arange(rows), size - 1))
-    # What has no axis of samples cannot be chosen by sample.
+    # An output without an axis of samples cannot be chosen by sample.
     chosen = ops.logical_or(chosen, ops.not_equal(rows, size))
     shape = [-1] + [1] * (len(new.shape) - 1)
     return ops.where(ops.reshape(chosen, shape), new, old)

@@ -1,4 +1,4 @@
-"""Replacement rates that grow while the successor learns."""
+"""Replacement rates that grow in training."""
 
 import math
 
