@@ -13,29 +13,23 @@ peers are
   environment of its own (`--torch-python`). Its step follows the sum of the
   clean and the adversarial gradient: two whole passes.
 
-`--group` runs one of the groups and rewrites its section of the table. FLOPs
+`--group` runs one of the groups and rewrites its section of the page. FLOPs
 are XLA's own count, on the JAX backend, for a Keras transformer of that size.
 """
 
-import argparse
 import functools
 import importlib.machinery
 import importlib.util
 import json
-import os
 import pathlib
-import re
-import subprocess
 import sys
 import tempfile
 
 import numpy as np
-from harness.contest import Worker, measure, serve
-from harness.page import environment
-from harness.statistics import ratio
+from harness import command_line, page
+from harness.contest import JAX, LEGACY, ask, compete, serve
 
-TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/adversarial.md"
-LEGACY = {"TF_KERAS": "1", "TF_USE_LEGACY_KERAS": "1"}
+PAGE = page.ROOT / "docs/benchmarks/adversarial.md"
 
 # name: label. The first word of a name is the method.
 CONTENDERS = {
@@ -60,48 +54,45 @@ CONTENDERS = {
     "fgm-mixed": "FGM, XLA, lengths 32-128 in buckets",
     "plain-mixed-legacy": "plain, tf_keras, the same batches",
 }
-# Those of a row run at the same time: memory bounds how many.
+# title: rows of contenders; memory bounds how many run at the same time.
 GROUPS = {
-    "peers": [
-        "plain fgm plain-graph fgm-graph plain-legacy fgm-legacy".split()
-    ],
-    "torch": ["plain fgm plain-torch fgm-torch".split()],
-    "methods": [
-        "plain fgm fgm-output fgsm penalty penalty-norm".split(),
-        "plain pgd freelb vat noise stability".split(),
-    ],
-    "mixed": ["plain-mixed fgm-mixed plain-mixed-legacy".split()],
+    "peers": (
+        "FGM, and tf_keras",
+        ["plain fgm plain-graph fgm-graph plain-legacy fgm-legacy".split()],
+    ),
+    "torch": ("bert4torch", ["plain fgm plain-torch fgm-torch".split()]),
+    "methods": (
+        "The cost of each method, under XLA",
+        [
+            "plain fgm fgm-output fgsm penalty penalty-norm".split(),
+            "plain pgd freelb vat noise stability".split(),
+        ],
+    ),
+    "mixed": (
+        "Mixed lengths",
+        ["plain-mixed fgm-mixed plain-mixed-legacy".split()],
+    ),
 }
-TITLES = {
-    "peers": "FGM, and tf_keras",
-    "torch": "bert4torch",
-    "methods": "The cost of each method, under XLA",
-    "mixed": "Mixed lengths",
-}
-# group: (label, contender, base, target ("<=" or ">=", number) or None)
+# group: (label, contender, base, target)
 RATIOS = {
     "peers": [
-        ("FGM / plain, XLA", "fgm", "plain", ("<=", 1.70)),
-        ("FGM / plain, no XLA", "fgm-graph", "plain-graph", None),
-        ("blog's recipe / plain, tf_keras", "fgm-legacy", "plain-legacy", None),
-        ("blog's recipe / FGM, XLA", "fgm-legacy", "fgm", (">=", 1.3)),
-        ("plain, tf_keras / XLA", "plain-legacy", "plain", (">=", 1.5)),
+        ("FGM / plain, XLA", "fgm", "plain", "<= 1.70"),
+        ("FGM / plain, no XLA", "fgm-graph", "plain-graph", ""),
+        ("blog's recipe / plain, tf_keras", "fgm-legacy", "plain-legacy", ""),
+        ("blog's recipe / FGM, XLA", "fgm-legacy", "fgm", ">= 1.30"),
+        ("plain, tf_keras / XLA", "plain-legacy", "plain", ">= 1.50"),
     ],
     "torch": [
-        ("bert4torch: FGM / plain", "fgm-torch", "plain-torch", None),
-        ("plain, bert4torch / XLA", "plain-torch", "plain", None),
-        ("FGM, bert4torch / XLA", "fgm-torch", "fgm", None),
-    ],
-    "methods": [
-        (CONTENDERS[name], name, "plain", None)
-        for row in GROUPS["methods"]
-        for name in row[1:]
+        ("bert4torch: FGM / plain", "fgm-torch", "plain-torch", ""),
+        ("plain, bert4torch / XLA", "plain-torch", "plain", ""),
+        ("FGM, bert4torch / XLA", "fgm-torch", "fgm", ""),
     ],
     "mixed": [
-        ("FGM / plain, XLA", "fgm-mixed", "plain-mixed", None),
-        ("plain, tf_keras / XLA", "plain-mixed-legacy", "plain-mixed", None),
+        ("FGM / plain, XLA", "fgm-mixed", "plain-mixed", ""),
+        ("plain, tf_keras / XLA", "plain-mixed-legacy", "plain-mixed", ""),
     ],
 }
+COUNTED = [name for row in GROUPS["methods"][1] for name in row[1:]]
 
 
 def batches(name, options):
@@ -308,174 +299,101 @@ def count_flops(options):
         )
     ]
     counts = {}
-    for name in sum(GROUPS["methods"], []):
-        if name not in counts:
-            step = model.train_step
-            if method(name):
-                adversarial_training(model, method=method(name))
-                hook = training.installed(model)
-                step = functools.partial(training._make_step(hook), model)
-            program = jax.jit(step).lower(state, (x, y)).compile()
-            counts[name] = program.cost_analysis()["flops"]
+    for name in ["plain", *COUNTED]:
+        step = model.train_step
+        if method(name):
+            adversarial_training(model, method=method(name))
+            hook = training.installed(model)
+            step = functools.partial(training._make_step(hook), model)
+        program = jax.jit(step).lower(state, (x, y)).compile()
+        counts[name] = program.cost_analysis()["flops"]
     print(json.dumps(counts))
 
 
-def flops(sizes):
+def flops():
     """XLA's operations per step of every method, from a process on JAX."""
-    answer = subprocess.run(
-        [sys.executable, __file__, "--count-flops", *sizes],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={
-            **os.environ,
-            "KERAS_BACKEND": "jax",
-            # The count does not depend on how well the code is compiled.
-            "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-            "--xla_llvm_disable_expensive_passes=true",
-        },
+    # The count does not depend on how well the code is compiled.
+    flags = (
+        "--xla_backend_optimization_level=0 "
+        "--xla_llvm_disable_expensive_passes=true"
     )
-    return json.loads(answer.stdout.splitlines()[-1])
+    arguments = [*sys.argv[1:], "--count-flops"]
+    return ask(__file__, *arguments, environment={**JAX, "XLA_FLAGS": flags})
 
 
-def section(group, contests, sizes, options):
+def section(group, options):
     """The group's part of the page: its clocks and its ratios."""
-    machine = environment(
+    machine = page.environment(
         ["keras", "tensorflow", "tf_keras", "bert4keras", "numpy"]
     )
     if group == "torch":
-        machine += f"; peer: {torch_versions(options.torch_python)}"
-    lines = [f"## {TITLES[group]}", "", machine, ""]
-    lines += [
-        "| contender | seconds per step, median | minimum |",
-        "|---|---|---|",
-    ]
-    for seconds in contests:
-        for name, values in seconds.items():
-            count = 4 if "mixed" in name else 1
-            if seconds is contests[0] or name != "plain":
-                lines.append(
-                    f"| {CONTENDERS[name]} | {np.median(values) / count:.3f} | "
-                    f"{values.min() / count:.3f} |"
-                )
-    counted = flops(sizes) if group == "methods" else None
-    last = "FLOPs / plain" if counted else "target"
-    lines += [
-        "",
-        f"| ratio | median | 95 % interval | {last} |",
-        "|---|---|---|---|",
-    ]
-    for label, name, base, target in RATIOS[group]:
-        (seconds,) = (s for s in contests if name in s)
-        middle, low, high = ratio(seconds, name, base)
-        if counted:
-            end = f"{counted[name] / counted[base]:.2f}"
-        else:
-            end = f"{target[0]} {target[1]:.2f}" if target else ""
-        lines.append(
-            f"| {label} | {middle:.2f} | {low:.2f} to {high:.2f} | {end} |"
+        peers = page.versions(options.torch_python, ["bert4torch", "torch"])
+        machine += f"; peer: {peers}"
+    clocks, ratios = [], []
+    counts = flops() if group == "methods" else {}
+    for row in GROUPS[group][1]:
+        names = [name for name in row if name in options.only]
+        seconds = compete(
+            __file__,
+            names,
+            rounds=options.rounds,
+            environment={n: LEGACY for n in names if "legacy" in n},
+            python={n: options.torch_python for n in names if "torch" in n},
         )
-    return "\n".join([*lines, ""])
-
-
-def write(group, text, options):
-    """Puts the section in its place on the page; the others stay."""
-    path = options.table
-    old = path.read_text(encoding="utf-8") if path.exists() else ""
-    parts = {}
-    for name, title in TITLES.items():
-        found = re.search(rf"^## {title}\n.*?(?=^## |\Z)", old, re.M | re.S)
-        if found:
-            parts[name] = found[0].rstrip() + "\n"
-    parts[group] = text
-    head = (
-        "# Benchmark: adversarial training\n\n"
-        f"bert4keras BERT, {options.layers} layers × {options.hidden}, "
-        f"vocabulary {options.vocabulary}, batch {options.batch} × "
-        f"{options.length}, Adam, dropout 0.1; interleaved steps after "
-        f"warm-up, {options.rounds} rounds. Ratios are medians of the ratios "
-        "within a round.\n\nRegenerate: `make bench-adversarial`.\n"
-    )
-    body = [parts[name] for name in TITLES if name in parts]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([head, *body]), encoding="utf-8")
-
-
-def torch_versions(python):
-    code = (
-        "from importlib.metadata import version as v;"
-        "print('bert4torch', v('bert4torch') + ', torch', v('torch'))"
-    )
-    return subprocess.run(
-        [python, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
-def contest(names, arguments, options):
-    """Seconds per step of contenders that take turns."""
-    workers = []
-    for name in names:
-        print("starting", name, flush=True)
-        legacy, peer = "legacy" in name, "torch" in name
-        python = options.torch_python if peer else sys.executable
-        workers.append(
-            Worker(
-                __file__,
-                name,
-                arguments,
-                LEGACY if legacy else {},
-                python=python,
-            )
-        )
-    seconds = measure(
-        workers,
-        options.rounds,
-        progress=lambda i, n: print(f"round {i} of {n}", flush=True),
-    )
-    for worker in workers:
-        worker.close()
-    return seconds
+        rows = RATIOS.get(group) or [
+            (CONTENDERS[n], n, "plain", f"{counts[n] / counts['plain']:.2f}")
+            for n in row[1:]
+        ]
+        last = "FLOPs / plain" if counts else "target"
+        # Of a second row the base and the titles stand there already.
+        new = {k: v for k, v in seconds.items() if not clocks or k != "plain"}
+        count = 4 if group == "mixed" else 1
+        clocks += page.times(new, CONTENDERS, count)[2 * bool(clocks) :]
+        ratios += page.ratios(seconds, rows, last)[2 * bool(ratios) :]
+    return [machine, "", *clocks, "", *ratios]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--worker", choices=CONTENDERS)
+    parser = command_line.benchmark(
+        __doc__,
+        CONTENDERS,
+        PAGE,
+        layers=6,
+        hidden=384,
+        vocabulary=21128,
+        batch=32,
+        length=64,
+    )
     parser.add_argument("--count-flops", action="store_true")
     parser.add_argument(
         "--group", nargs="*", choices=GROUPS, default=list(GROUPS)
     )
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--hidden", type=int, default=384)
-    parser.add_argument("--vocabulary", type=int, default=21128)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--torch-python", help="a Python that has bert4torch")
-    parser.add_argument("--table", type=pathlib.Path, default=TABLE)
     options = parser.parse_args()
     if options.count_flops:
         return count_flops(options)
-    if options.worker:
-        name = options.worker
-        make = next(
-            (f for word, f in FACTORIES.items() if word in name), keras_3
-        )
+    if name := options.worker:
+        makers = {"legacy": tf_keras, "torch": torch}
+        make = next((f for word, f in makers.items() if word in name), keras_3)
         return serve(lambda: make(name, options))
-    sizes = [
-        f"--{name}={getattr(options, name)}"
-        for name in ("layers", "hidden", "vocabulary", "batch", "length")
+    head = [
+        "# Benchmark: adversarial training",
+        "",
+        f"bert4keras BERT, {options.layers} layers × {options.hidden}, "
+        f"vocabulary {options.vocabulary}, batch {options.batch} × "
+        f"{options.length}, Adam, dropout 0.1; interleaved steps after "
+        f"warm-up, {options.rounds} rounds. Ratios are medians of the ratios "
+        "within a round.",
+        "",
+        "Regenerate: `make bench-adversarial`.",
     ]
     for group in options.group:
         if group == "torch" and not options.torch_python:
             print("no --torch-python: bert4torch is left out")
             continue
-        contests = [contest(row, sizes, options) for row in GROUPS[group]]
-        text = section(group, contests, sizes, options)
-        write(group, text, options)
-        print(text)
+        sections = {GROUPS[group][0]: section(group, options)}
+        page.update(options.page, head, sections)
 
-
-FACTORIES = {"legacy": tf_keras, "torch": torch}
 
 if __name__ == "__main__":
     main()

@@ -11,28 +11,21 @@ size has its own part of the table. Where memory is short for all contenders at
 once, `--only bridge legacy products --record` measures some.
 """
 
-import argparse
-import pathlib
-
 import numpy as np
-from harness.contest import Worker, measure, serve
-from harness.page import environment
-from harness.statistics import ratio
+from harness import command_line, page
+from harness.contest import LEGACY, compete, serve
 
-TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/bert4keras.md"
-LEGACY = {"TF_KERAS": "1", "TF_USE_LEGACY_KERAS": "1"}
-
-# name: (label, environment)
+PAGE = page.ROOT / "docs/benchmarks/bert4keras.md"
 CONTENDERS = {
-    "bridge": ("training, Keras 3, XLA", {}),
-    "bridge-graph": ("training, Keras 3, no XLA", {}),
-    "legacy": ("training, tf_keras", LEGACY),
-    "legacy-xla": ("training, tf_keras, XLA", LEGACY),
-    "hub": ("training, KerasHub, XLA", {}),
-    "bridge-predict": ("prediction, Keras 3, XLA", {}),
-    "legacy-predict": ("prediction, tf_keras", LEGACY),
-    "hub-predict": ("prediction, KerasHub, XLA", {}),
-    "products": ("training's matrix products alone", {}),
+    "bridge": "training, Keras 3, XLA",
+    "bridge-graph": "training, Keras 3, no XLA",
+    "legacy": "training, tf_keras",
+    "legacy-xla": "training, tf_keras, XLA",
+    "hub": "training, KerasHub, XLA",
+    "bridge-predict": "prediction, Keras 3, XLA",
+    "legacy-predict": "prediction, tf_keras",
+    "hub-predict": "prediction, KerasHub, XLA",
+    "products": "training's matrix products alone",
 }
 # label, contender, base
 RATIOS = [
@@ -177,88 +170,52 @@ def prepare(name, options):
     return lambda: model.train_on_batch(x, labels)
 
 
-def title(options):
-    return (
+def main():
+    parser = command_line.benchmark(
+        __doc__,
+        CONTENDERS,
+        PAGE,
+        rounds=20,
+        layers=6,
+        hidden=384,
+        vocabulary=21128,
+        batch=32,
+        length=64,
+    )
+    parser.add_argument(
+        "--record", action="store_true", help="write the page with --only, too"
+    )
+    options = parser.parse_args()
+    if options.worker:
+        return serve(lambda: prepare(options.worker, options))
+    seconds = compete(
+        __file__,
+        options.only,
+        rounds=options.rounds,
+        environment={n: LEGACY for n in CONTENDERS if n.startswith("legacy")},
+    )
+    title = (
         f"{options.layers} layers × {options.hidden}, batch {options.batch} × "
         f"{options.length}"
     )
-
-
-def section(seconds, options):
     lines = [
-        f"## {title(options)}",
-        "",
         f"Vocabulary {options.vocabulary}, Adam, dropout 0.1; {options.rounds} "
         "rounds of interleaved steps.",
         "",
-        environment(["keras", "tensorflow", "tf_keras", "keras-hub"]),
+        page.environment(["keras", "tensorflow", "tf_keras", "keras-hub"]),
         "",
-        "| contender | seconds per step, median | minimum |",
-        "|---|---|---|",
+        *page.times(seconds, CONTENDERS),
+        "",
+        *page.ratios(seconds, RATIOS, None),
     ]
-    for name, values in seconds.items():
-        label = CONTENDERS[name][0]
-        lines.append(
-            f"| {label} | {np.median(values):.3f} | {values.min():.3f} |"
-        )
-    lines += ["", "| ratio | median | 95 % interval |", "|---|---|---|"]
-    for label, name, base in RATIOS:
-        if name in seconds and base in seconds:
-            middle, low, high = ratio(seconds, name, base)
-            lines.append(
-                f"| {label} | {middle:.2f} | {low:.2f} to {high:.2f} |"
-            )
-    return "\n".join([*lines, ""])
-
-
-def write(text, options):
-    """Puts a section in the place of an older one of that title."""
-    old = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
-    parts = ["## " + part.strip() for part in old.split("\n## ")[1:]]
-    parts = [p for p in parts if not p.startswith(f"## {title(options)}\n")]
-    parts = sorted([*parts, text.strip()], key=lambda p: int(p.split()[1]))
-    head = (
-        "# Benchmark: bert4keras on Keras 3\n\nRegenerate: "
-        "`make bench-bert4keras`, for other sizes with `--layers`, `--hidden`, "
-        "`--batch` and `--length`."
-    )
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text("\n\n".join([head, *parts, ""]).rstrip() + "\n", "utf-8")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--worker", choices=CONTENDERS)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
-    parser.add_argument("--record", action="store_true")
-    for name, default in {
-        "rounds": 20,
-        "layers": 6,
-        "hidden": 384,
-        "vocabulary": 21128,
-        "batch": 32,
-        "length": 64,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args()
-    if options.worker:
-        serve(lambda: prepare(options.worker, options))
-        return
-    arguments = [
-        f"--{name}={getattr(options, name)}"
-        for name in ("layers", "hidden", "vocabulary", "batch", "length")
-    ]
-    workers = [
-        Worker(__file__, name, arguments, CONTENDERS[name][1])
-        for name in options.only
-    ]
-    seconds = measure(workers, options.rounds)
-    for worker in workers:
-        worker.close()
-    text = section(seconds, options)
-    print(text)
     if options.record or options.only == list(CONTENDERS):
-        write(text, options)
+        head = [
+            "# Benchmark: bert4keras on Keras 3",
+            "",
+            "Regenerate: `make bench-bert4keras`, for other sizes with "
+            "`--layers`, `--hidden`, `--batch` and `--length`.",
+        ]
+        page.update(options.page, head, {title: lines})
 
 
 if __name__ == "__main__":

@@ -11,68 +11,33 @@ for the others, as they are used. `--only NAME` measures one of the contests.
 import argparse
 import functools
 import json
-import os
 import pathlib
-import resource
-import subprocess
 import sys
+import time
 
 import numpy as np
-from harness.contest import MARK, Worker, measure, serve
-from harness.page import environment
-from harness.statistics import ratio
+from harness import page, statistics
+from harness.contest import ONE_THREAD, ask, compete, peak, serve
+from harness.recording import Measurements
 
-ROOT = pathlib.Path(__file__).parent.parent
-TABLE = ROOT / "docs/benchmarks/hsic.md"
-ROWS = ROOT / "docs/results/hsic_benchmark.csv"
-THREADS = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "NUMBA_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
-}
+PAGE = page.ROOT / "docs/benchmarks/hsic.md"
+ROWS = page.ROOT / "docs/results/hsic_benchmark.csv"
 BANDWIDTH = 4.0
 PERMUTATIONS = {("ours", 1000): 200, ("ours", 4000): 50}
 PERMUTATIONS.update({("hyppo", 1000): 200, ("hyppo", 4000): 5})
 
-# contest: (what, rounds, [(contender, needs hyppo)], targets)
+# contest: (what, how many times as fast as each peer we aim to be)
 CONTESTS = {
     "statistic": (
         "statistic, n = 4000, fixed bandwidth",
-        7,
-        ["ours", "hyppo", "numpy"],
         {"hyppo": 20, "numpy": 3},
     ),
-    "median": (
-        "statistic, n = 4000, median bandwidths",
-        5,
-        ["ours", "hyppo"],
-        {"hyppo": 6},
-    ),
-    "gamma": (
-        "p-value without permutations, n = 4000",
-        5,
-        ["ours", "hyppo"],
-        {"hyppo": 8},
-    ),
-    "permutations-1000": (
-        "200 permutations, n = 1000",
-        3,
-        ["ours", "hyppo"],
-        {"hyppo": 15},
-    ),
-    "permutations-4000": (
-        "one permutation, n = 4000",
-        3,
-        ["ours", "hyppo"],
-        {"hyppo": 20},
-    ),
+    "median": ("statistic, n = 4000, median bandwidths", {"hyppo": 6}),
+    "gamma": ("p-value without permutations, n = 4000", {"hyppo": 8}),
+    "permutations-1000": ("200 permutations, n = 1000", {"hyppo": 15}),
+    "permutations-4000": ("one permutation, n = 4000", {"hyppo": 20}),
     "bottleneck": (
         "bottleneck step, 5 × 256 + 10 units, batch 512",
-        6,
-        ["ours", "script"],
         {"script": 3},
     ),
 }
@@ -246,46 +211,27 @@ def contender(contest, name):
     return functools.partial(makers[name], contest)
 
 
-class Peer(Worker):
-    """A contender that runs in another environment."""
-
-    def __init__(self, python, name, arguments):
-        self.name = name
-        self.process = subprocess.Popen(
-            [python, __file__, "--worker", name, *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, **THREADS},
-        )
-        self._answer()
-
-
-def compete(contest, peer, rounds):
-    _, default, names, _ = CONTESTS[contest]
-    workers = []
-    for name in names:
-        if name == "hyppo" and not peer:
-            continue
-        python = peer if name == "hyppo" else sys.executable
-        workers.append(Peer(python, name, ["--contest", contest]))
-    seconds = measure(workers, rounds or default, warm_up=1)
-    for worker in workers:
-        worker.close()
-    if contest == "permutations-4000":
+def contest(name, options):
+    """Seconds of a statistic, a test or a step, by contender."""
+    names = ["ours", *CONTESTS[name][1]]
+    seconds = compete(
+        __file__,
+        [who for who in names if who != "hyppo" or options.peer],
+        ["--contest", name],
+        rounds=options.rounds,
+        warm_up=1,
+        environment=dict.fromkeys(names, ONE_THREAD),
+        python={"hyppo": options.peer},
+    )
+    if name == "permutations-4000":
         # hyppo evaluates the statistic itself by the same code.
-        for name, values in seconds.items():
-            number = PERMUTATIONS[name, 4000]
-            seconds[name] = values / (number + (name == "hyppo"))
-    return seconds
+        for who, values in seconds.items():
+            number = PERMUTATIONS[who, 4000]
+            seconds[who] = values / (number + (who == "hyppo"))
+    return {who: list(values) for who, values in seconds.items()}
 
 
 # Memory, and many samples
-
-
-def peak():
-    """Peak memory so far, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 LARGE = {
@@ -295,10 +241,8 @@ LARGE = {
 }
 
 
-def large(name, n=100_000):
-    """Seconds and extra memory of one of `LARGE`, in a process of its own."""
-    import time
-
+def large(name, n):
+    """Prints seconds, extra memory, memory and result of one of `LARGE`."""
     import blogkeras as b
 
     # Libraries and their first program are not counted.
@@ -314,11 +258,12 @@ def large(name, n=100_000):
     x, y = (t.astype("float32") for t in data(n))
     before, start = peak(), time.perf_counter()
     result = run(x, y)
-    print(MARK, time.perf_counter() - start, peak() - before, peak(), result)
+    seconds = time.perf_counter() - start
+    print(json.dumps([seconds, peak() - before, peak(), float(result)]))
 
 
-def statistics_memory(name):
-    """Extra memory of one statistic at n = 4000."""
+def memory(name):
+    """Prints the extra memory of one statistic at n = 4000, as `large`."""
     step = contender("statistic", name)
     # What importing, compiling and warming up take is not counted.
     small = data(3000 if name == "ours" else 300)
@@ -334,51 +279,39 @@ def statistics_memory(name):
     before = peak()
     run = step()
     run()
-    print(MARK, 0.0, peak() - before, peak(), 0)
-
-
-def alone(arguments, python=sys.executable):
-    out = subprocess.run(
-        [python, __file__, *arguments],
-        env={**os.environ, **THREADS},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    line = next(t for t in out.splitlines() if t.startswith(MARK))
-    return [float(t) for t in line.split()[1:]]
+    print(json.dumps([0.0, peak() - before, peak(), 0.0]))
 
 
 # Agreement
 
 
-def agreement_of_peers():
-    """The peers' numbers, as JSON."""
-    import dcor
-    from hyppo.independence import Hsic
-
+def agreement(who):
+    """Prints the same numbers by the peers, with their names, or by us."""
     x, y = data(200, 3)
-    gamma = 1 / (2 * BANDWIDTH**2)
-    values = {
-        "(hyppo, biased)²: cka": Hsic(gamma=gamma, bias=True).statistic(x, y)
-        ** 2,
-        "hyppo: debiased cka": Hsic(gamma=gamma).statistic(x, y),
-        "dcor distance covariance²: biased": dcor.distance_covariance_sqr(x, y),
-        "dcor unbiased: unbiased": dcor.u_distance_covariance_sqr(x, y),
-        "hyppo, p of chi²": Hsic().test(x, y)[1],
-    }
-    print(json.dumps({k: float(v) for k, v in values.items()}))
+    if who == "peers":
+        import dcor
+        from hyppo.independence import Hsic
 
-
-def agreement_of_ours():
+        gamma = 1 / (2 * BANDWIDTH**2)
+        biased = Hsic(gamma=gamma, bias=True).statistic(x, y)
+        values = {
+            "(hyppo, biased)²: cka": biased**2,
+            "hyppo: debiased cka": Hsic(gamma=gamma).statistic(x, y),
+            "dcor distance covariance²: biased": (
+                dcor.distance_covariance_sqr(x, y)
+            ),
+            "dcor unbiased: unbiased": dcor.u_distance_covariance_sqr(x, y),
+            "hyppo, p of chi²": Hsic().test(x, y)[1],
+        }
+        return print(json.dumps({k: float(v) for k, v in values.items()}))
     import blogkeras as b
 
-    x, y = data(200, 3)
-    kernel = b.GaussianKernel(BANDWIDTH, form="standard")
-    d_x, d_y = (np.sqrt(np.square(t[:, None] - t).sum(-1)) for t in (x, y))
-    sys.path.insert(0, str(ROOT / "tests"))
+    tests = page.ROOT / "tests"
+    sys.path[:0] = [str(tests), str(tests / "hsic")]
     from test_hsic_independence import hyppos_test
 
+    kernel = b.GaussianKernel(BANDWIDTH, form="standard")
+    d_x, d_y = (np.sqrt(np.square(t[:, None] - t).sum(-1)) for t in (x, y))
     values = [
         b.cka(x, y, kernel, kernel),
         b.cka(x, y, kernel, kernel, "unbiased"),
@@ -386,113 +319,91 @@ def agreement_of_ours():
         b.hsic_from_kernels(d_x, d_y, "unbiased"),
         hyppos_test(x, y),
     ]
-    print(json.dumps([float(v) for v in values]))
-
-
-def agreement(peer):
-    def lines(python, name):
-        out = subprocess.run(
-            [python, __file__, "--agreement", name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        return json.loads(out.splitlines()[-1])
-
-    theirs, own = lines(peer, "peers"), lines(sys.executable, "ours")
-    return [
-        (name, value, mine)
-        for (name, value), mine in zip(theirs.items(), own, strict=True)
-    ]
+    return print(json.dumps([float(v) for v in values]))
 
 
 # Report
 
 
-def save(kind, key, values):
-    """Replaces one line of the recorded measurements."""
-    rows = {}
-    if ROWS.exists():
-        for line in ROWS.read_text("utf-8").splitlines():
-            old_kind, old_key, *rest = line.split(";")
-            rows[old_kind, old_key] = rest
-    rows[kind, key] = [json.dumps(values)]
-    ROWS.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(f"{';'.join([*k, *v])}\n" for k, v in rows.items())
-    ROWS.write_text(text, encoding="utf-8")
+def measure(name, options, state):
+    """Measures one of the contests, or what else stands on the page."""
+
+    def alone(option, which, *more, python=sys.executable):
+        arguments = [f"--{option}", which, *more]
+        return ask(__file__, *arguments, environment=ONE_THREAD, python=python)
+
+    if name in CONTESTS:
+        state.save("seconds", name, contest(name, options))
+    elif name == "memory":
+        state.save(name, "ours", alone(name, "ours"))
+        if options.peer:
+            state.save(name, "hyppo", alone(name, "hyppo", python=options.peer))
+    elif name == "large":
+        for which in LARGE:
+            size = f"--samples={options.samples}"
+            state.save(name, which, alone(name, which, size))
+    elif options.peer:
+        theirs = alone(name, "peers", python=options.peer)
+        both = zip(theirs.items(), alone(name, "ours"), strict=True)
+        state.save(name, "all", [(*pair, own) for pair, own in both])
 
 
-def recorded(kind):
-    found = {}
-    for line in ROWS.read_text("utf-8").splitlines():
-        old_kind, key, values = line.split(";", 2)
-        if old_kind == kind:
-            found[key] = json.loads(values)
-    return found
-
-
-def table():
-    lines = [
+def report(state):
+    rows, measured = [], state.of("seconds")
+    for name, (what, targets) in CONTESTS.items():
+        times = measured.get(name, {})
+        for who in targets:
+            if who in times:
+                ratio = statistics.ratio(times, who, "ours")
+                cells = [what, f"{np.median(times['ours']):.3g}", who]
+                cells.append(f"{np.median(times[who]):.3g}")
+                cells += page.interval_cells(*ratio, digits=1)
+                cells.append(f">= {targets[who]}")
+                rows.append(cells)
+    return [
         "# Benchmark: HSIC",
         "",
         "x and y have 10 features, y = ε + 0.05 x; one thread each; contenders "
         "take turns, each in a process of its own, after a warm-up that "
         "includes compiling. Ours is float32, the others float64.",
         "",
-        *recorded("environment").values(),
+        *state.of("environment").values(),
         "",
-        "| what | ours, s | peer | peer, s | ratio | 95 % interval | target |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    times = recorded("seconds")
-    for contest, (what, _, names, targets) in CONTESTS.items():
-        if contest not in times:
-            continue
-        seconds = {k: np.array(v) for k, v in times[contest].items()}
-        for name in names[1:]:
-            if name not in seconds:
-                continue
-            middle, low, high = ratio(seconds, name, "ours")
-            cells = [
-                what,
-                f"{np.median(seconds['ours']):.3g}",
-                name,
-                f"{np.median(seconds[name]):.3g}",
-                f"{middle:.1f}",
-                f"{low:.1f} to {high:.1f}",
-                f">= {targets[name]}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += [
+        *page.table(
+            [
+                *("what", "ours, s", "peer", "peer, s"),
+                *("ratio", "95 % interval", "target"),
+            ],
+            rows,
+        ),
         "",
         '"script": the scheme of the paper\'s script (a forward pass, gradient '
         "and update for every layer in turn, inverses anew each time), written "
         "for the same framework.",
         "",
-        "| memory of one statistic, n = 4000 | extra, MB |",
-        "|---|---|",
-    ]
-    for name, values in recorded("memory").items():
-        lines.append(f"| {name} | {values[1]:.0f} |")
-    lines += [
+        *page.table(
+            ["memory of one statistic, n = 4000", "extra, MB"],
+            [(who, f"{v[1]:.0f}") for who, v in state.of("memory").items()],
+        ),
         "",
-        "| memory at n = 100,000 | extra, MB | process, MB |",
-        "|---|---|---|",
-    ]
-    for name, (_, extra, whole, _) in recorded("large").items():
-        lines.append(f"| {LARGE[name]} | {extra:.0f} | {whole:.0f} |")
-    lines += [
+        *page.table(
+            ["memory at n = 100,000", "extra, MB", "process, MB"],
+            [
+                (LARGE[name], f"{extra:.0f}", f"{whole:.0f}")
+                for name, (_, extra, whole, _) in state.of("large").items()
+            ],
+        ),
         "",
-        "| the same number (n = 200) | peer | ours |",
-        "|---|---|---|",
+        *page.table(
+            ["the same number (n = 200)", "peer", "ours"],
+            [
+                (name, f"{theirs:.8g}", f"{own:.8g}")
+                for name, theirs, own in state.of("agreement").get("all", [])
+            ],
+        ),
+        "",
+        "Regenerate: `make bench-hsic`.",
     ]
-    for name, theirs, own in recorded("agreement").get("all", []):
-        lines.append(f"| {name} | {theirs:.8g} | {own:.8g} |")
-    lines += ["", "Regenerate: `make bench-hsic`.", ""]
-    text = "\n".join(lines)
-    TABLE.parent.mkdir(parents=True, exist_ok=True)
-    TABLE.write_text(text, encoding="utf-8")
-    print(text)
 
 
 def main():
@@ -500,47 +411,41 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--worker")
-    parser.add_argument("--contest", choices=CONTESTS)
-    parser.add_argument("--large", choices=LARGE)
-    parser.add_argument("--memory", choices=["ours", "hyppo"])
-    parser.add_argument("--agreement", choices=["ours", "peers"])
-    parser.add_argument("--peer", help="Python with hyppo and dcor")
-    parser.add_argument("--rounds", type=int)
-    names = [*CONTESTS, "memory", "large", "agreement"]
-    parser.add_argument("--only", nargs="*", default=names, choices=names)
+    add = parser.add_argument
+    alone = {
+        "memory": memory,
+        "large": lambda name: large(name, options.samples),
+        "agreement": agreement,
+    }
+    add("--worker", help=argparse.SUPPRESS)
+    add("--contest", choices=CONTESTS, help=argparse.SUPPRESS)
+    for name in alone:
+        add(f"--{name}", help=argparse.SUPPRESS)
+    add("--peer", help="a Python with hyppo and dcor")
+    add("--rounds", type=int, default=7)
+    add("--samples", type=int, default=100_000, help="of large")
+    names = [*CONTESTS, *alone]
+    add("--only", nargs="*", default=names, choices=names)
+    add("--page", type=pathlib.Path, default=PAGE)
+    add("--rows", type=pathlib.Path, default=ROWS)
     options = parser.parse_args()
     if options.worker:
         return serve(contender(options.contest, options.worker))
-    if options.large:
-        return large(options.large)
-    if options.memory:
-        return statistics_memory(options.memory)
-    if options.agreement:
-        ours = options.agreement == "ours"
-        return (agreement_of_ours if ours else agreement_of_peers)()
+    for name, function in alone.items():
+        if which := getattr(options, name):
+            return function(which)
+    state = Measurements(options.rows)
     for name in options.only:
         print(name, flush=True)
-        if name in CONTESTS:
-            seconds = compete(name, options.peer, options.rounds)
-            save("seconds", name, {k: list(v) for k, v in seconds.items()})
-        elif name == "memory":
-            for who, python in (
-                ("ours", sys.executable),
-                ("hyppo", options.peer),
-            ):
-                if python:
-                    save(name, who, alone(["--memory", who], python))
-        elif name == "large":
-            for which in LARGE:
-                save(name, which, alone(["--large", which]))
-        elif options.peer:
-            save(name, "all", agreement(options.peer))
-    versions = environment(["keras", "tensorflow", "numpy"])
-    if options.peer:
-        versions += "; peers: hyppo 0.5.2, dcor 0.7"
-    save("environment", "line", versions)
-    table()
+        measure(name, options, state)
+    if options.only:
+        versions = page.environment(["keras", "tensorflow", "numpy"])
+        if options.peer:
+            versions += "; peers: hyppo 0.5.2, dcor 0.7"
+        state.save("environment", "line", versions)
+    lines = report(state)
+    page.write(options.page, lines)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

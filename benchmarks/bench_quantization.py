@@ -16,31 +16,27 @@ again for every code. Priors: training step and sampling of both networks.
 """
 
 import argparse
-import json
 import os
-import pathlib
-import resource
-import sys
 import time
 
 import numpy as np
-from harness.contest import MARK, Worker, measure, serve
-from harness.page import environment
-from harness.statistics import ratio
+from harness import command_line, page, statistics
+from harness.contest import JAX, compete, peak, serve
 
-TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/quantization.md"
-SIZES = {"small": (65_536, 64, 1024), "large": (16_384, 256, 8192)}
-SECTIONS = (*SIZES, "sampling", "priors")
-JAX = {"KERAS_BACKEND": "jax"}
-# name: (label, environment)
+PAGE = page.ROOT / "docs/benchmarks/quantization.md"
+SIZES = {
+    "small": (65_536, 64, 1024),
+    "large": (16_384, 256, 8192),
+    "trial": (1024, 16, 64),  # of the benchmark itself, when asked for
+}
 CONTENDERS = {
-    "bound": ("bound: blocks of the product alone, JAX", JAX),
-    "jax": ("blogkeras, JAX", JAX),
-    "xla": ("blogkeras, TensorFlow, XLA", {}),
-    "graph": ("blogkeras, TensorFlow, no XLA", {}),
-    "sonnet": ("Sonnet 2, tf.function", {}),
-    "sonnet-xla": ("Sonnet 2, XLA", {}),
-    "torch": ("vector-quantize-pytorch", {}),
+    "bound": "bound: blocks of the product alone, JAX",
+    "jax": "blogkeras, JAX",
+    "xla": "blogkeras, TensorFlow, XLA",
+    "graph": "blogkeras, TensorFlow, no XLA",
+    "sonnet": "Sonnet 2, tf.function",
+    "sonnet-xla": "Sonnet 2, XLA",
+    "torch": "vector-quantize-pytorch",
 }
 
 
@@ -166,52 +162,18 @@ def torch(options):
 
 
 def prepare(options):
-    """A step, warmed up; then the memory that it took is known."""
+    """A step, warmed up, and the memory that it took."""
     kind = options.worker.split("-")[0]
     make = {"bound": bound, "sonnet": sonnet, "torch": torch}.get(kind, ours)
     step = make(options)
     before = peak()
     step()
     step()
-    if options.memory:
-        print(MARK, peak() - before, flush=True)
-        sys.exit()
-    return step
-
-
-def peak():
-    """Most memory this process ever held, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def contest(size, options):
-    """`(seconds, MiB)` of the contenders, by name."""
-    peers = {"sonnet": options.sonnet, "torch": options.torch}
-    workers, memory = [], {}
-    for name in options.only:
-        kind = name.split("-")[0]
-        if not peers.get(kind, True):
-            continue
-        python = options.torch if kind == "torch" else sys.executable
-        arguments = ["--size", size]
-        environment_ = dict(CONTENDERS[name][1])
-        if kind == "sonnet":
-            environment_["PYTHONPATH"] = options.sonnet
-        print("starting", size, name, flush=True)
-        start = __file__, name
-        once = Worker(*start, [*arguments, "--memory"], environment_, python)
-        memory[name] = once.answer
-        once.close()
-        workers.append(Worker(*start, arguments, environment_, python))
-    seconds = measure(workers, options.rounds, warm_up=1)
-    for worker in workers:
-        worker.close()
-    return seconds, memory
+    return step, {"MiB": peak() - before}
 
 
 def sampling(num, size, codes):
     """Seconds for code maps with a cache, and by the post's loop."""
-    import keras
     from keras import ops
 
     from blogkeras import CodePrior
@@ -232,7 +194,6 @@ def sampling(num, size, codes):
     for _ in range(steps):
         ops.convert_to_numpy(prior.predict_on_batch(maps))
     uncached = (time.perf_counter() - start) / steps * size * size
-    print(keras.backend.backend(), cached, uncached, flush=True)
     return cached, uncached
 
 
@@ -250,9 +211,9 @@ def priors():
                 "train": lambda p=prior, m=maps: p.train_on_batch(m),
                 "sample": lambda p=prior, b=batch: p.sample(b, seed=0),
             }
-            cells = [architecture, f"{size} × {size}", str(batch)]
             prior.build()
-            cells.append(str(prior.count_params()))
+            cells = [architecture, f"{size} × {size}", batch]
+            cells.append(prior.count_params())
             for step in steps.values():
                 step()
                 seconds = []
@@ -261,124 +222,111 @@ def priors():
                     step()
                     seconds.append(time.perf_counter() - start)
                 cells.append(f"{np.median(seconds):.3f}")
-            print(*cells, flush=True)
-            rows.append(f"| {' | '.join(cells)} |")
+            rows.append(cells)
     return rows
 
 
-def contest_lines(size, options):
-    seconds, memory = contest(size, options)
-    n, dim, k = SIZES[size]
-    lines = [
-        f"## {n} vectors of {dim}, {k} codes",
-        "",
+def contest(size, options):
+    peers = {"sonnet": options.sonnet, "torch": options.torch}
+    names = [n for n in options.only if peers.get(n.split("-")[0], True)]
+    settings = {"bound": JAX, "jax": JAX}
+    for name in ("sonnet", "sonnet-xla"):
+        settings[name] = {"PYTHONPATH": options.sonnet}
+    facts = {}
+    seconds = compete(
+        __file__,
+        names,
+        ["--size", size],
+        rounds=options.rounds,
+        warm_up=1,
+        facts=facts,
+        environment=settings,
+        python={"torch": options.torch},
+    )
+    rows = []
+    for name, values in seconds.items():
+        times = ""
+        if "bound" in seconds and name != "bound":
+            times = page.interval(*statistics.ratio(seconds, name, "bound"))
+        cells = [CONTENDERS[name], f"{np.median(values):.3f}"]
+        cells += [f"{values.min():.3f}", f"{facts[name]['MiB']:.0f}", times]
+        rows.append(cells)
+    return [
         f"{options.rounds} rounds of interleaved steps; threads: "
         f"{os.environ.get('OMP_NUM_THREADS', 'all')}.",
         "",
-        "| contender | seconds, median | minimum | peak memory, MiB | "
-        "times the bound (95 %) |",
-        "|---|---|---|---|---|",
+        *page.table(
+            [
+                *("contender", "seconds, median", "minimum"),
+                *("peak memory, MiB", "times the bound (95 %)"),
+            ],
+            rows,
+        ),
     ]
-    for name, values in seconds.items():
-        cells = [
-            CONTENDERS[name][0],
-            f"{np.median(values):.3f}",
-            f"{values.min():.3f}",
-            f"{memory[name]:.0f}",
-        ]
-        if "bound" in seconds and name != "bound":
-            middle, low, high = ratio(seconds, name, "bound")
-            cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
-        else:
-            cells.append("")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
 
 
-def sampling_lines():
+def sampling_lines(options):
     cached, uncached = sampling(1, 32, 512)
     return [
-        "## Sampling a 32×32 map of 512 codes, dim 256, 4 layers",
-        "",
         f"One map: {cached:.2f} s with cached keys and values in one "
         f"compiled loop; {uncached:.1f} s by a forward pass for each code "
         f"(1024 times the mean of 5): {uncached / cached:.0f} times.",
     ]
 
 
-def prior_lines():
+def prior_lines(options):
     return [
-        "## Priors: PixelAtt (attention) and PixelCNN (convolution)",
-        "",
         "512 codes, dim 128, 4 layers; median of 5, XLA.",
         "",
-        "| prior | maps | batch | parameters | training step, s | "
-        "sampling the batch, s |",
-        "|---|---|---|---|---|---|",
-        *priors(),
+        *page.table(
+            [
+                *("prior", "maps", "batch", "parameters"),
+                *("training step, s", "sampling the batch, s"),
+            ],
+            priors(),
+        ),
     ]
 
 
-def report(options):
-    """The page of all sections measured so far."""
-    path = options.state
-    state = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    measures = {
-        "small": lambda: contest_lines("small", options),
-        "large": lambda: contest_lines("large", options),
-        "sampling": sampling_lines,
-        "priors": prior_lines,
+def main():
+    sections = {
+        size: (
+            f"{n} vectors of {dim}, {k} codes",
+            lambda options, size=size: contest(size, options),
+        )
+        for size, (n, dim, k) in SIZES.items()
     }
-    for section in options.sections:
-        state[section] = measures[section]()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(state), encoding="utf-8")
-    lines = [
+    sections["sampling"] = (
+        "Sampling a 32×32 map of 512 codes, dim 256, 4 layers",
+        sampling_lines,
+    )
+    sections["priors"] = (
+        "Priors: PixelAtt (attention) and PixelCNN (convolution)",
+        prior_lines,
+    )
+    parser = command_line.benchmark(__doc__, CONTENDERS, PAGE)
+    add = parser.add_argument
+    add("--size", choices=SIZES, help=argparse.SUPPRESS)
+    recorded = [name for name in sections if name != "trial"]
+    add("--sections", nargs="*", choices=sections, default=recorded)
+    add("--sonnet", help="a folder that has dm-sonnet")
+    add("--torch", help="a Python that has vector-quantize-pytorch")
+    options = parser.parse_args()
+    if options.worker:
+        return serve(lambda: prepare(options))
+    head = [
         "# Benchmark: vector quantization",
         "",
-        environment(["keras", "tensorflow", "jax", "numpy"]),
+        page.environment(["keras", "tensorflow", "jax", "numpy"]),
         "",
         "A step: nearest codes, averaged codebook, gradient of loss and "
         "output.",
         "",
+        "Regenerate: `make bench-quantization`.",
     ]
-    for section in SECTIONS:
-        if section in state:
-            lines += [*state[section], ""]
-    return "\n".join([*lines, "Regenerate: `make bench-quantization`.", ""])
-
-
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--worker", choices=CONTENDERS)
-    parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--size", choices=SIZES)
-    parser.add_argument(
-        "--sections", nargs="*", choices=SECTIONS, default=list(SECTIONS)
-    )
-    parser.add_argument(
-        "--state",
-        type=pathlib.Path,
-        default="results/bench_quantization.json",
-        help="of sections that were measured; the page shows them all",
-    )
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--sonnet", help="a folder that has dm-sonnet")
-    parser.add_argument(
-        "--torch", help="a Python that has vector-quantize-pytorch"
-    )
-    parser.add_argument("--table", type=pathlib.Path, default=TABLE)
-    options = parser.parse_args()
-    if options.worker:
-        return serve(lambda: prepare(options))
-    text = report(options)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(text, encoding="utf-8")
-    print(text)
+    for name in options.sections:
+        title, measure = sections[name]
+        page.update(options.page, head, {title: measure(options)})
 
 
 if __name__ == "__main__":

@@ -7,19 +7,14 @@ the chosen branches only; the recipe of the blog (post 7575) runs both and
 multiplies one by zero, which is re-expressed here on the same models. Then
 inference with 12, 6 and 3 layers. All compiled with XLA, step by step in turn.
 
-The cost of a step with one branch depends on the draw, so the ratios are those
-of means over all rounds, with 95 % bootstrap intervals.
+The cost of a step with one branch depends on the draw of its round.
 """
 
-import argparse
-import pathlib
-
 import numpy as np
-from harness.contest import Worker, measure, serve
-from harness.page import environment
-from harness.statistics import ratio
+from harness import command_line, page
+from harness.contest import compete, serve
 
-TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/theseus.md"
+PAGE = page.ROOT / "docs/benchmarks/theseus.md"
 
 CONTENDERS = {
     "one": "training step 12 → 3, the chosen branch",
@@ -136,74 +131,43 @@ def prepare(name, options):
 
 
 def report(seconds, options):
-    lines = [
+    return [
         "# Benchmark: BERT-of-Theseus",
         "",
         f"bert4keras BERT × {options.hidden}, vocabulary {options.vocabulary}, "
         f"batch {options.batch} × {options.length}, Adam, dropout 0.1, rate ½, "
         f"XLA; {options.rounds} rounds of interleaved steps after warm-up.",
         "",
-        environment(["keras", "tensorflow", "bert4keras", "numpy"]),
+        page.environment(["keras", "tensorflow", "bert4keras", "numpy"]),
         "",
-        "| contender | seconds per step, mean | minimum |",
-        "|---|---|---|",
-        *(
-            f"| {CONTENDERS[name]} | {values.mean():.3f} | {values.min():.3f} |"
-            for name, values in seconds.items()
-        ),
+        *page.times(seconds, CONTENDERS),
         "",
-        "| median ratio | | 95 % interval | target |",
-        "|---|---|---|---|",
-    ]
-    for label, name, base, target in RATIOS:
-        if name in seconds and base in seconds:
-            middle, low, high = ratio(seconds, name, base)
-            lines.append(
-                f"| {label} | {middle:.2f} | {low:.2f} to {high:.2f} | "
-                f"{target} |"
-            )
-    lines += [
+        *page.ratios(seconds, RATIOS),
         "",
         "In operations the first is 0.5: 7.5 layers of 15 on average.",
         "",
         "Regenerate: `make bench-theseus`.",
-        "",
     ]
-    return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--worker", choices=CONTENDERS)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocabulary", type=int, default=5000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--table", type=pathlib.Path, default=TABLE)
+    parser = command_line.benchmark(
+        __doc__,
+        CONTENDERS,
+        PAGE,
+        rounds=30,
+        hidden=256,
+        vocabulary=5000,
+        batch=32,
+        length=64,
+    )
     options = parser.parse_args()
     if options.worker:
         return serve(lambda: prepare(options.worker, options))
-    sizes = [
-        f"--{name}={getattr(options, name)}"
-        for name in ("hidden", "vocabulary", "batch", "length")
-    ]
-    workers = []
-    for name in options.only:
-        print("starting", name, flush=True)
-        workers.append(Worker(__file__, name, sizes))
-    seconds = measure(
-        workers,
-        options.rounds,
-        progress=lambda i, n: print(f"round {i} of {n}", flush=True),
-    )
-    for worker in workers:
-        worker.close()
-    text = report(seconds, options)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(text, encoding="utf-8")
-    print(text)
+    seconds = compete(__file__, options.only, rounds=options.rounds)
+    lines = report(seconds, options)
+    page.write(options.page, lines)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

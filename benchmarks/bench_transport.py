@@ -22,7 +22,6 @@ without it the documents are drawn at random around 200 topics.
 import argparse
 import csv
 import gzip
-import json
 import math
 import os
 import pathlib
@@ -30,36 +29,24 @@ import sys
 import time
 
 import numpy as np
-from harness.contest import Worker, measure, serve
-from harness.page import environment
-from harness.statistics import ratio
+from harness import command_line, page, statistics
+from harness.contest import JAX, ONE_THREAD, TENSORFLOW, compete, serve
+from harness.recording import Measurements
 
-ROOT = pathlib.Path(__file__).parent.parent
-TABLE = ROOT / "docs/benchmarks/transport.md"
+PAGE = page.ROOT / "docs/benchmarks/transport.md"
 SIZES = (8, 32, 128)
 PARTS = (*map(str, SIZES), "search")
 PAIRS, DIM, DOCUMENTS = 256, 300, 10_000
 TOLERANCE = 1e-3
 STEP = 0.1  # seconds that a step lasts at least
-ONE_THREAD = {
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false "
-    "intra_op_parallelism_threads=1",
-    "JAX_PLATFORMS": "cpu",
-}
-TF, JAX = {"KERAS_BACKEND": "tensorflow"}, {"KERAS_BACKEND": "jax"}
-
 # name: (label, environment, whether it is a peer in PEERS)
 CONTENDERS = {
-    "sinkhorn": ("Sinkhorn 0.02, TensorFlow", TF, False),
+    "sinkhorn": ("Sinkhorn 0.02, TensorFlow", TENSORFLOW, False),
     "sinkhorn-jax": ("Sinkhorn 0.02, JAX", JAX, False),
     "ott": ("ott-jax vmap, 0.02", {}, True),
     "ott-exp": ("ott-jax vmap, 0.02, lse_mode=False", {}, True),
     "pot-batch": ("POT solve_batch, 0.02", {}, False),
-    "fine": ("Sinkhorn 0.005, TensorFlow", TF, False),
+    "fine": ("Sinkhorn 0.005, TensorFlow", TENSORFLOW, False),
     "fine-jax": ("Sinkhorn 0.005, JAX", JAX, False),
     "exact": ("exact", JAX, False),
     "emd2": ("POT emd2 in a loop", {}, False),
@@ -244,7 +231,7 @@ def documents(folder):
             for _ in range(DOCUMENTS)
         ]
         return texts, table.astype("float32")
-    sys.path.append(str(ROOT / "examples"))
+    sys.path.append(str(page.ROOT / "examples"))
     import task_sts_wrd
 
     table, rows = task_sts_wrd.read_glove()
@@ -288,8 +275,8 @@ def prepare_search(name, folder):
     return lambda: index.search(texts[next(turn)], 10), facts
 
 
-def long_enough(run):
-    """A step of as many calls as last `STEP` seconds, and their number.
+def long_enough(run, facts):
+    """A step of as many calls as last `STEP` seconds, with its facts.
 
     Contenders take turns. A single call of a millisecond would measure how
     fast caches fill again after the others.
@@ -303,43 +290,77 @@ def long_enough(run):
         for _ in range(calls):
             run()
 
-    return step, calls
+    return step, {**facts, "pairs": calls * facts["pairs"]}
 
 
-def contest(part, options, state):
+def contest(part, options):
+    """What is known of a part: `{seconds per pair, facts, data}`."""
     contenders = SEARCHERS if part == "search" else CONTENDERS
-    arguments = [f"--part={part}", f"--facts={options.state}.facts"]
-    if options.data:
-        arguments.append(f"--data={options.data}")
-    pathlib.Path(f"{options.state}.facts").unlink(missing_ok=True)
-    workers = []
-    for name, (_, settings, peer) in contenders.items():
-        settings = {**ONE_THREAD, **settings}
+    settings = {}
+    for name, (_, own, peer) in contenders.items():
+        settings[name] = {**ONE_THREAD, "JAX_PLATFORMS": "cpu", **own}
         if peer and options.peers:
             path = [str(options.peers), os.environ.get("PYTHONPATH", "")]
-            settings["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        workers.append(Worker(__file__, name, arguments, settings))
-    seconds = measure(workers, options.rounds, warm_up=1)
-    for worker in workers:
-        worker.close()
+            settings[name]["PYTHONPATH"] = os.pathsep.join(filter(None, path))
     facts = {}
-    for line in pathlib.Path(f"{options.state}.facts").read_text().splitlines():
-        facts.update(json.loads(line))
-    state[part] = {
-        "seconds": {name: list(v) for name, v in seconds.items()},
+    seconds = compete(
+        __file__,
+        [
+            name
+            for name, (_, _, peer) in contenders.items()
+            if name in options.only and (options.peers or not peer)
+        ],
+        ["--part", part],
+        rounds=options.rounds,
+        warm_up=1,
+        facts=facts,
+        environment=settings,
+    )
+    return {
+        "seconds": {n: list(v / facts[n]["pairs"]) for n, v in seconds.items()},
         "facts": facts,
         "data": bool(options.data),
     }
-    pathlib.Path(f"{options.state}.facts").unlink()
-    options.state.write_text(json.dumps(state))
 
 
-def report(state):
-    rounds = min(
-        len(values)
-        for part in state.values()
-        for values in part["seconds"].values()
-    )
+def ratio_cell(seconds, name, base, target):
+    if name not in seconds or base not in seconds:
+        return ""
+    value, low, high = statistics.ratio(seconds, name, base)
+    aim = f" [>= {target:g}]" if target else ""
+    return f"{value:.3g} ({low:.3g} to {high:.3g}){aim}"
+
+
+def report(parts):
+    """The page of the parts measured so far, `{part: contest(part)}`."""
+    rounds = min(len(v) for p in parts.values() for v in p["seconds"].values())
+    sizes = [part for part in map(str, SIZES) if part in parts]
+    headings = [f"N = {part}" for part in sizes]
+    times = []
+    for name, (label, _, _) in CONTENDERS.items():
+        cells = []
+        for part in sizes:
+            facts = parts[part]["facts"].get(name)
+            if facts is None:
+                cells.append("")
+                continue
+            median = 1e6 * np.median(parts[part]["seconds"][name])
+            cells.append(f"{median:.3g} ({100 * facts['error']:.2g} %)")
+            if "gap" in facts:
+                cells[-1] += f", gap {100 * facts['gap']:.2g} %"
+        times.append([label, *cells])
+    ratios = []
+    for label, name, base, targets in RATIOS:
+        aims = dict(zip(map(str, SIZES), targets or [None] * 3, strict=True))
+        ratios.append(
+            [
+                label,
+                *(
+                    ratio_cell(parts[part]["seconds"], name, base, aims[part])
+                    for part in sizes
+                ),
+            ]
+        )
     lines = [
         "# Benchmark: transport",
         "",
@@ -349,126 +370,71 @@ def report(state):
         "relative to the largest cost of each pair, marginal error 1e-3, "
         "float32 (POT: float64).",
         "",
-        environment(["keras", "tensorflow", "jax", "pot", "scipy", "numpy"])
+        page.environment(
+            ["keras", "tensorflow", "jax", "pot", "scipy", "numpy"]
+        )
         + ", gensim 4.4.0, ott-jax 0.6.0",
         "",
         "Microseconds per pair (median), and mean error of the distance:",
         "",
-        "| contender | " + " | ".join(f"N = {n}" for n in SIZES) + " |",
-        "|---|" + "---|" * len(SIZES),
-    ]
-    for name, (label, _, _) in CONTENDERS.items():
-        cells = []
-        for part in map(str, SIZES):
-            if part not in state:
-                cells.append("")
-                continue
-            facts = state[part]["facts"][name]
-            median = np.median(state[part]["seconds"][name]) / facts["pairs"]
-            cells.append(f"{1e6 * median:.3g} ({100 * facts['error']:.2g} %)")
-            if "gap" in facts:
-                cells[-1] += f", gap {100 * facts['gap']:.2g} %"
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    lines += [
+        *page.table(["contender", *headings], times),
         "",
         "Ratios of times, median and 95 % interval, and what was aimed at:",
         "",
-        "| ratio | " + " | ".join(f"N = {n}" for n in SIZES) + " |",
-        "|---|" + "---|" * len(SIZES),
+        *page.table(["ratio", *headings], ratios),
+        "",
     ]
-    for label, name, base, targets in RATIOS:
-        cells = []
-        for k, part in enumerate(map(str, SIZES)):
-            if part not in state:
-                cells.append("")
-                continue
-            facts = state[part]["facts"]
-            seconds = {
-                key: np.array(values) / facts[key]["pairs"]
-                for key, values in state[part]["seconds"].items()
-            }
-            value, low, high = ratio(seconds, name, base)
-            target = targets[k] if targets else None
-            aim = f" [>= {target:g}]" if target else ""
-            cells.append(f"{value:.3g} ({low:.3g} to {high:.3g}){aim}")
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    if "search" in state:
-        part = state["search"]
-        text = (
-            "different sentences of STS-B (English), GloVe 50d"
-            if part["data"]
-            else "random documents"
-        )
-        lines += [
-            "",
-            f"The 10 nearest of {DOCUMENTS} {text}; 30 queries:",
-            "",
-            "| contender | ms per query | exact distances, mean | most |",
-            "|---|---|---|---|",
+    if "search" in parts:
+        lines += search_lines(parts["search"])
+    return [*lines, "Regenerate: `make bench-transport`."]
+
+
+def search_lines(part):
+    texts = "random documents"
+    if part["data"]:
+        texts = "different sentences of STS-B (English), GloVe 50d"
+    rows = [
+        [
+            SEARCHERS[name][0],
+            f"{1e3 * np.median(part['seconds'][name]):.3g}",
+            *(f"{100 * facts.get(k, 1):.2f} %" for k in ("exact", "most")),
         ]
-        for name, (label, _, _) in SEARCHERS.items():
-            facts = part["facts"][name]
-            median = np.median(part["seconds"][name]) / facts["pairs"]
-            cells = [f"{1e3 * median:.3g}"]
-            cells += [
-                f"{100 * facts.get(key, 1):.2f} %" for key in ("exact", "most")
-            ]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        seconds = {
-            key: np.array(values) / part["facts"][key]["pairs"]
-            for key, values in part["seconds"].items()
-        }
-        value, low, high = ratio(seconds, "gensim-search", "index")
-        lines += [
-            "",
-            f"gensim / TransportIndex, WMD: {value:.3g} ({low:.3g} to "
-            f"{high:.3g}) [>= 20].",
-        ]
-    lines += ["", "Regenerate: `make bench-transport`.", ""]
-    return "\n".join(lines)
+        for name, facts in part["facts"].items()
+    ]
+    speed = ratio_cell(part["seconds"], "gensim-search", "index", 20)
+    return [
+        f"The 10 nearest of {DOCUMENTS} {texts}; 30 queries:",
+        "",
+        *page.table(
+            ["contender", "ms per query", "exact distances, mean", "most"], rows
+        ),
+        "",
+        *([f"gensim / TransportIndex, WMD: {speed}.", ""] if speed else []),
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.benchmark(__doc__, CONTENDERS | SEARCHERS, PAGE)
     add = parser.add_argument
-    add("--rounds", type=int, default=10)
     add("--parts", nargs="*", choices=PARTS, default=PARTS)
     add("--peers", type=pathlib.Path, help="folder with gensim and ott-jax")
     add("--data", help="folder of STS-B, for the search")
-    add("--state", type=pathlib.Path, default="results/bench_transport.json")
-    add("--table", type=pathlib.Path, default=TABLE)
-    add("--worker", help=argparse.SUPPRESS)
-    add("--part", help=argparse.SUPPRESS)
-    add("--facts", help=argparse.SUPPRESS)
+    add("--state", type=pathlib.Path, default="results/bench_transport.csv")
+    add("--part", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-
-        def start():
-            if options.part == "search":
-                step, facts = prepare_search(options.worker, options.data)
-            else:
-                step, facts = prepare(options.worker, options.part)
-            step, calls = long_enough(step)
-            facts["pairs"] *= calls
-            with open(options.facts, "a", encoding="utf-8") as file:
-                file.write(json.dumps({options.worker: facts}) + "\n")
-            return step
-
-        return serve(start)
-    state = {}
-    options.state.parent.mkdir(parents=True, exist_ok=True)
-    if options.state.exists():
-        state = json.loads(options.state.read_text())
+        if options.part == "search":
+            make, what = prepare_search, options.data
+        else:
+            make, what = prepare, options.part
+        return serve(lambda: long_enough(*make(options.worker, what)))
+    state = Measurements(options.state)
     for part in options.parts:
-        contest(part, options, state)
-    text = report(state)
-    options.table.parent.mkdir(parents=True, exist_ok=True)
-    options.table.write_text(text, encoding="utf-8")
-    print(text)
+        state.save("part", part, contest(part, options))
+    lines = report(state.of("part"))
+    page.write(options.page, lines)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -21,23 +21,19 @@ Tasks, by the files in DIR (not part of this repository):
 `valid` is the best epoch on the validation set, `test` the test accuracy then.
 """
 
-import argparse
 import gzip
 import json
 import pathlib
-import time
 import zipfile
 
-from harness.recording import Recording
+import numpy as np
+from harness import command_line, page
+from harness.recording import Recording, group
 from harness.statistics import mean_interval
 
-ROWS = pathlib.Path(__file__).parent.parent / "docs/results/adversarial.csv"
-PAGE, FIGURE = ROWS.with_suffix(".md"), ROWS.with_suffix(".png")
-RECORD = Recording(
-    ROWS,
-    ["task", "method", "seed", "valid", "test"],
-    key=["task", "method", "seed"],
-)
+ROWS = page.ROOT / "docs/results/adversarial.csv"
+FIGURE = ROWS.with_suffix(".png")
+COLUMNS = ["task", "method", "seed", "valid", "test"]
 EPOCHS = {"sentiment": 3, "iflytek": 12, "few": 20}
 STEPS = {"few": 30}  # per epoch; all others: the whole training set
 LENGTH = 64
@@ -124,8 +120,6 @@ def read(task, folder):
 
 
 def arrays(pairs, vocabulary):
-    import numpy as np
-
     x = np.zeros((len(pairs), LENGTH), "int32")
     for row, (text, _) in zip(x, pairs, strict=True):
         ids = [vocabulary.get(c, 1) for c in text.lower()[: LENGTH - 1]]
@@ -158,7 +152,6 @@ def classifier(words, classes):
 def run(task, method, seed, splits):
     """One training: the accuracies (valid, test)."""
     import keras
-    import numpy as np
 
     import blogkeras
 
@@ -210,8 +203,6 @@ def run(task, method, seed, splits):
 
 def epoch_rows(rng, weight, steps, task):
     """Whole batches; of the few labels, half of each batch is labelled."""
-    import numpy as np
-
     if task != "few":
         return rng.permutation(len(weight))[: 32 * steps]
     labelled, rest = np.flatnonzero(weight), np.flatnonzero(weight == 0)
@@ -223,8 +214,6 @@ def epoch_rows(rng, weight, steps, task):
 
 
 def inputs(x):
-    import numpy as np
-
     return [x, np.zeros_like(x)]
 
 
@@ -235,59 +224,51 @@ def accuracy(model, part):
     )["accuracy"]
 
 
-def differences():
-    """{task: {method: (scores, differences to plain seed by seed)}}."""
-    import numpy as np
+def scores(rows):
+    """Test accuracies and differences to plain training of the same seed.
 
-    scores = {}
-    for row in RECORD.rows():
-        method = scores.setdefault(row["task"], {}).setdefault(
-            row["method"], {}
-        )
-        method[row["seed"]] = 100 * float(row["test"])
-    return {
-        task: {
+    `{task: {method: (accuracies, differences)}}`, in points.
+    """
+    found = {}
+    for task, of_task in group(rows, "task").items():
+        by_method = {
+            method: {row["seed"]: 100 * float(row["test"]) for row in of_method}
+            for method, of_method in group(of_task, "method").items()
+        }
+        plain = by_method["plain"]
+        found[task] = {
             method: (
-                np.array(list(found.values())),
+                np.array([*by_seed.values()]),
                 np.array(
-                    [
-                        found[seed] - by_method["plain"][seed]
-                        for seed in found
-                        if seed in by_method["plain"]
-                    ]
+                    [by_seed[s] - plain[s] for s in by_seed if s in plain]
                 ),
             )
-            for method, found in by_method.items()
+            for method, by_seed in by_method.items()
         }
-        for task, by_method in scores.items()
-    }
+    return found
 
 
-def report():
+def report(rows, path):
     """Writes the page and the figure."""
+    found = scores(rows)
     lines = ["# What each method is worth", "", INTRODUCTION, ""]
-    found = differences()
     for task, by_method in found.items():
-        lines += [
-            f"## {TITLES[task]}",
-            "",
-            "| method | seeds | test, % | difference to plain | 95 % |",
-            "|---|---|---|---|---|",
-        ]
-        for method, (scores, d) in by_method.items():
-            cells = [method, str(len(scores)), f"{scores.mean():.2f}", "", ""]
+        cells = []
+        for method, (accuracies, d) in by_method.items():
+            more = "", ""
             if method != "plain" and len(d) > 1:
-                mean, low, high = mean_interval(d)
-                cells[3] = f"{mean:+.2f}"
-                cells[4] = f"{low:+.2f} to {high:+.2f}"
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", PUBLISHED[task], ""]
-    lines += [f"![Differences to plain training]({FIGURE.name})", ""]
-    PAGE.write_text("\n".join(lines), encoding="utf-8")
-    figure(found)
+                more = page.interval_cells(*mean_interval(d), sign=True)
+            mean = f"{accuracies.mean():.2f}"
+            cells.append([method, len(accuracies), mean, *more])
+        columns = ["method", "seeds", "test, %", "difference to plain", "95 %"]
+        table = page.table(columns, cells)
+        lines += [f"## {TITLES[task]}", "", *table, "", PUBLISHED[task], ""]
+    lines += [f"![Differences to plain training]({FIGURE.name})"]
+    page.write(path.with_suffix(".md"), lines)
+    figure(found, path.with_suffix(".png"))
 
 
-def figure(found):
+def figure(found, path):
     """Differences to plain training, a panel for each task."""
     from matplotlib.figure import Figure
 
@@ -312,56 +293,35 @@ def figure(found):
         axes.set_xlabel("points of accuracy over plain")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
-    save_figure(drawing, FIGURE)
+    save_figure(drawing, path)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", help="folder of the task's files")
-    parser.add_argument("--task", choices=list(EPOCHS), default="sentiment")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--minutes", type=float, default=1e9, help="start no run after these"
-    )
-    parser.add_argument("--only", nargs="*", help="names of methods")
-    parser.add_argument(
-        "--report", action="store_true", help="write the page and the figure"
-    )
-    args = parser.parse_args()
-    if args.report:
-        return report()
-    import keras
-
+    parser = command_line.recording(__doc__, ROWS, seeds=5)
+    add = parser.add_argument
+    add("--data", help="folder of the task's files")
+    add("--task", choices=list(EPOCHS), default="sentiment")
+    add("--texts", type=int, help="so many of each part, for a trial")
+    options = parser.parse_args()
+    record = Recording(options.rows, COLUMNS, key=COLUMNS[:3])
+    if options.report:
+        return report(record.rows(), options.rows)
     import blogkeras.bert4keras  # noqa: F401
 
-    pairs = read(args.task, args.data)
+    pairs = [part[: options.texts] for part in read(options.task, options.data)]
     letters = sorted({c for text, _ in pairs[0] for c in text.lower()})
     vocabulary = {c: i + 3 for i, c in enumerate(letters)}
     splits = [arrays(part, vocabulary) for part in pairs]
     print("rows:", [len(part[1]) for part in splits])
-    chosen = {
-        name: method
-        for name, method in methods(args.task).items()
-        if not args.only or name in args.only
-    }
-    todo = RECORD.missing(
-        (args.task, name, seed) for seed in range(args.seeds) for name in chosen
-    )
-    if not todo:
-        print("nothing left to record")
-        return
-    progress = keras.utils.Progbar(len(todo), unit_name="run")
-    progress.update(0)
-    start = time.monotonic()
-    for _, name, seed in todo:
-        if time.monotonic() - start > 60 * args.minutes:
-            break
-        valid, test = run(args.task, chosen[name], seed, splits)
-        RECORD.append(args.task, name, seed, f"{valid:.4f}", f"{test:.4f}")
-        progress.add(1)
+    chosen = methods(options.task)
+    runs = [
+        (options.task, name, seed)
+        for seed in range(options.seeds)
+        for name in options.only or chosen
+    ]
+    for task, name, seed in record.todo(runs, options):
+        valid, test = run(task, chosen[name], seed, splits)
+        record.append(task, name, seed, f"{valid:.4f}", f"{test:.4f}")
 
 
 if __name__ == "__main__":

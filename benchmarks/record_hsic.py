@@ -29,25 +29,19 @@ for MNIST, rate 1e-3, σ = 6, λ = 200, are among the six; its network there has
 DIR holds mnist_train*.npz and mnist_test.npz (arrays x and y).
 """
 
-import argparse
 import itertools
 import math
 import pathlib
 import time
 
-from harness.recording import Recording
+import numpy as np
+from harness import command_line, page
+from harness.recording import Recording, group
 
-ROOT = pathlib.Path(__file__).parent.parent
-FIGURE = ROOT / "docs/hsic_bottleneck.png"
+ROWS = page.ROOT / "docs/results/hsic_bottleneck.csv"
+FIGURE = page.ROOT / "docs/hsic_bottleneck.png"
 SETTINGS = ["rate", "bandwidth", "label_weight"]
-RECORD, SEARCH = (
-    Recording(
-        ROOT / f"docs/results/{name}.csv",
-        ["kind", "seed", *SETTINGS, "epoch", "accuracy", "cpu_seconds"],
-        key=["kind", "seed", *SETTINGS, "epoch"],
-    )
-    for name in ("hsic_bottleneck", "hsic_bottleneck_search")
-)
+COLUMNS = ["kind", "seed", *SETTINGS, "epoch", "accuracy", "cpu_seconds"]
 KINDS = ["unformatted", "format", "back-propagation", "script"]
 EPOCHS, BATCH_SIZE, WIDTH, CLASSES = 5, 512, 256, 10
 RATES = [1e-3, 3e-3, 1e-2]
@@ -62,8 +56,6 @@ def grid(kind):
 
 
 def read(folder):
-    import numpy as np
-
     folder = pathlib.Path(folder)
     parts = [np.load(p) for p in sorted(folder.glob("mnist_train*.npz"))]
     x, y = (np.concatenate([part[key] for part in parts]) for key in "xy")
@@ -136,7 +128,6 @@ def run(kind, seed, settings, train, test):
 def run_script(train, test, rate, sigma, label_weight):
     """Layer after layer: forward, both nHSIC, gradient, update; and again."""
     import keras
-    import numpy as np
     import tensorflow as tf
 
     def uniform(fan_in):
@@ -191,10 +182,10 @@ def run_script(train, test, rate, sigma, label_weight):
             step(tf.constant(x), tf.one_hot(y, CLASSES))
         seconds = time.process_time() - start
         last = forward(tf.constant(test[0]), False)[-1].numpy()
-        yield accuracy_of_script(last, test[1], np), seconds
+        yield accuracy_of_script(last, test[1]), seconds
 
 
-def accuracy_of_script(last, labels, np):
+def accuracy_of_script(last, labels):
     """Mean over the classes; each takes the unit of its largest mean."""
     taken, found = [], []
     for label in range(CLASSES):
@@ -210,48 +201,41 @@ def settings_of(row):
     return tuple(float(row[name]) for name in SETTINGS)
 
 
-def judged(kind):
+def judged(search, kind):
     """Accuracy on the pictures held out, by settings."""
     kind = "unformatted" if kind == "format" else kind
     return {
         settings_of(row): float(row["accuracy"])
-        for row in SEARCH.rows()
+        for row in search.rows()
         if row["kind"] == kind and int(row["epoch"]) == EPOCHS
     }
 
 
-def table():
-    """Settings tried; mean accuracy over the seeds; and the figure."""
-    import numpy as np
-
+def report(record, search):
+    """Prints the settings tried and the accuracies; draws the figure."""
     from blogkeras import report
 
-    print("| trained by | rate | σ | λ | held out, % |")
-    print("|---" * 5 + "|")
+    tried = [
+        [kind, *(f"{v:g}" if v else "" for v in settings), f"{100 * score:.2f}"]
+        for kind in KINDS
+        if kind != "format"
+        for settings, score in judged(search, kind).items()
+    ]
+    columns = ["trained by", "rate", "σ", "λ", "held out, %"]
+    print("\n".join([*page.table(columns, tried), ""]))
+    rows, curves, by_kind = [], {}, group(record.rows(), "kind")
     for kind in KINDS:
-        if kind == "format":
-            continue
-        for settings, accuracy in judged(kind).items():
-            cells = [kind, *(f"{v:g}" if v else "" for v in settings)]
-            print("| " + " | ".join([*cells, f"{100 * accuracy:.2f}"]) + " |")
-    curves = {}
+        if kind in by_kind:
+            values = [100 * float(row["accuracy"]) for row in by_kind[kind]]
+            values = np.reshape(values, (-1, EPOCHS))
+            curves[kind] = values.mean(0)
+            seconds = [float(row["cpu_seconds"]) for row in by_kind[kind]]
+            ends = f"{values[:, -1].min():.2f}, {values[:, -1].max():.2f}"
+            cells = [kind, len(values), *(f"{v:.2f}" for v in curves[kind])]
+            rows.append([*cells, ends, f"{np.median(seconds):.1f}"])
     epochs = [f"epoch {e + 1}" for e in range(EPOCHS)]
-    titles = ["trained by", "seeds", *epochs, "lowest, highest"]
-    print("\n| " + " | ".join([*titles, "CPU s per epoch"]) + " |")
-    print("|---" * (len(titles) + 1) + "|")
-    for kind in KINDS:
-        rows = [row for row in RECORD.rows() if row["kind"] == kind]
-        if not rows:
-            continue
-        values = np.array([100 * float(row["accuracy"]) for row in rows])
-        values = values.reshape(-1, EPOCHS)
-        seconds = np.median([float(row["cpu_seconds"]) for row in rows])
-        curves[kind] = values.mean(0)
-        cells = [kind, len(values)]
-        cells += [f"{v:.2f}" for v in values.mean(0)]
-        last = values[:, -1]
-        cells += [f"{last.min():.2f}, {last.max():.2f}", f"{seconds:.1f}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+    columns = ["trained by", "seeds", *epochs, "lowest, highest"]
+    print("\n".join(page.table([*columns, "CPU s per epoch"], rows)))
     report.line_figure(
         FIGURE,
         list(range(1, EPOCHS + 1)),
@@ -263,56 +247,41 @@ def table():
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.recording(__doc__, ROWS, KINDS)
     parser.add_argument("--data", help="folder of the digits")
-    parser.add_argument("--only", nargs="*", choices=KINDS, default=KINDS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--runs", type=int, help="do so many at most")
     parser.add_argument("--search", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    if args.table:
-        return table()
-    train, test = read(args.data)
-    record, runs = RECORD, []
-    if args.search:
-        record = SEARCH
+    options = parser.parse_args()
+    path = options.rows
+    record, search = (
+        Recording(path.with_stem(path.stem + end), COLUMNS, COLUMNS[:5])
+        for end in ("", "_search")
+    )
+    if options.report:
+        return report(record, search)
+    train, test = read(options.data)
+    runs = []
+    for kind in options.only or KINDS:
+        if options.search:
+            tried = [] if kind == "format" else grid(kind)
+            runs += [(kind, 0, settings) for settings in tried]
+            continue
+        found = judged(search, kind)
+        if len(found) < len(grid(kind)):
+            parser.error(f"--search first: {kind} is not finished")
+        best = max(found, key=found.get)
+        runs += [(kind, seed, best) for seed in range(options.seeds)]
+    if options.search:
+        record = search
         test = [part[-HELD_OUT:] for part in train]
         train = [part[:-HELD_OUT] for part in train]
-        runs = [
-            (kind, 0, settings)
-            for kind in args.only
-            for settings in ([] if kind == "format" else grid(kind))
-        ]
-    else:
-        for kind in args.only:
-            found = judged(kind)
-            if len(found) < len(grid(kind)):
-                parser.error(f"--search first: {kind} is not finished")
-            best = max(found, key=found.get)
-            runs += [(kind, seed, best) for seed in range(args.seeds)]
-    done = {
-        (row["kind"], int(row["seed"]), settings_of(row))
-        for row in record.rows()
-    }
-    runs = [one for one in runs if one not in done][: args.runs]
-    for kind, seed, settings in runs:
-        rows = []
-        for epoch, (accuracy, seconds) in enumerate(
-            run(kind, seed, settings, train, test), 1
-        ):
-            numbers = [f"{v:g}" for v in settings]
-            rows.append(
-                [
-                    *(kind, seed, *numbers, epoch),
-                    *(f"{accuracy:.4f}", f"{seconds:.1f}"),
-                ]
-            )
-            print(*rows[-1], flush=True)
-        record.extend(rows)
+    runs = [(*key, *(f"{v:g}" for v in settings)) for *key, settings in runs]
+    for kind, seed, *numbers in record.todo(runs, options):
+        settings = [float(v) for v in numbers]
+        epochs = run(kind, seed, settings, train, test)
+        record.extend(
+            (kind, seed, *numbers, i, f"{accuracy:.4f}", f"{seconds:.1f}")
+            for i, (accuracy, seconds) in enumerate(epochs, 1)
+        )
 
 
 if __name__ == "__main__":

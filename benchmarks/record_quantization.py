@@ -29,16 +29,15 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
 of the last 100 steps; `usage` is the share of codes used in these steps.
 """
 
-import argparse
 import io
 import itertools
 import pathlib
 
 import numpy as np
-from harness.recording import Recording
+from harness import command_line, page
+from harness.recording import Recording, group
 
-ROWS = pathlib.Path(__file__).parent.parent / "docs/results/quantization.csv"
-PAGE = ROWS.with_suffix(".md")
+ROWS = page.ROOT / "docs/results/quantization.csv"
 TITLES = {
     "cifar": "CIFAR-10, Sonnet's example",
     "wide": "CIFAR-10, 4096 codes",
@@ -51,32 +50,14 @@ PUBLISHED = {
     "mnist": "Published for the keras.io example (means of epochs): NMSE .0486 "
     "after 9380 steps, .0444 after 14070.",
 }
-RECORD = Recording(
-    ROWS,
-    ["task", "method", "seed", "steps", "nmse", "perplexity", "usage"],
-    key=["task", "method", "seed", "steps"],
-)
+COLUMNS = ["task", "method", "seed", "steps", "nmse", "perplexity", "usage"]
 LAST = 100  # steps that are averaged
 
 PRIOR_COLUMNS = [
-    "architecture",
-    "dim",
-    "layers",
-    "seed",
-    "steps",
-    "train_nats",
-    "test_nats",
-    "parameters",
-    "step_mib",
-    "step_gflop",
-    "large_mib",
-    "large_gflop",
+    *("architecture", "dim", "layers", "seed", "steps"),
+    *("train_nats", "test_nats", "parameters"),
+    *("step_mib", "step_gflop", "large_mib", "large_gflop"),
 ]
-PRIOR_RECORD = Recording(
-    ROWS.with_name("quantization_prior.csv"),
-    PRIOR_COLUMNS,
-    key=["architecture", "dim", "layers", "seed", "steps"],
-)
 # Both architectures, and a PixelCNN with the parameters of the PixelAtt.
 PRIORS = [
     ("attention", 128, 4),
@@ -260,14 +241,17 @@ def sonnet_step(x, seed):
     return lambda batch: [value.numpy() for value in train(tf.constant(batch))]
 
 
-def run(task, method, seed, milestones, x, progress):
+def run(task, method, seed, milestones, x):
     """One training: `(steps, values of the row)` at each milestone."""
+    import keras
+
     arguments, k_means = methods(task)[method]
     if method == "Sonnet":
         step = sonnet_step(x, seed)
     else:
         step = blogkeras_step(task, arguments, k_means, x, seed)
     stream = batches(x, seed, 128 if task == "mnist" else 32)
+    progress = keras.utils.Progbar(max(milestones))
     last = []
     for count in range(1, max(milestones) + 1):
         last = [*last[1 - LAST :], step(next(stream))]
@@ -373,132 +357,109 @@ def run_prior(architecture, dim, num_layers, seed, steps, maps):
     )
 
 
-def record_priors(args):
-    steps = max(args.steps)
-    todo = PRIOR_RECORD.missing(
-        (architecture, dim, layers, seed, steps)
-        for seed in range(args.seeds)
-        for architecture, dim, layers in PRIORS
-    )[: args.runs]
-    if not todo:
-        return print("Everything asked for is recorded.")
-    maps = prior_maps(read(args.data), args.cache)
-    for *prior, seed, _ in todo:
-        print("prior", *prior, "seed", seed, flush=True)
+def record_priors(record, options):
+    steps = max(options.steps)
+    runs = [
+        (*prior, seed, steps)
+        for seed in range(options.seeds)
+        for prior in PRIORS
+    ]
+    maps = None
+    for *prior, seed, _ in record.todo(runs, options):
+        if maps is None:
+            maps = prior_maps(read(options.data), options.cache)
         values = run_prior(*prior, seed, steps, maps)
-        PRIOR_RECORD.append(*prior, seed, steps, *values)
+        record.append(*prior, seed, steps, *values)
 
 
-def report():
+def record_codebooks(record, options):
+    task, x = options.task, None
+    runs = [
+        (task, method, seed, steps)
+        for seed in range(options.seeds)
+        for method in options.only or methods(task)
+        for steps in sorted(options.steps, reverse=True)
+    ]
+    for _, method, seed, _ in record.todo(runs, options):
+        # A training passes the milestones before it, too.
+        left = record.missing([(task, method, seed, n) for n in options.steps])
+        if x is None:
+            x = read(options.data)
+            print("pictures:", x.shape, "variance:", round(float(x.var()), 5))
+        milestones = [steps for *_, steps in left]
+        for steps, *values in run(task, method, seed, milestones, x):
+            record.append(task, method, seed, steps, *values)
+
+
+def report(record, priors, path):
     """Writes the page: means and standard deviations over seeds."""
-    groups = {}
-    for row in RECORD.rows():
-        runs = groups.setdefault(row["task"], {})
-        runs.setdefault((row["method"], int(row["steps"])), []).append(row)
     lines = ["# What the codebooks are worth", ""]
     lines += [" ".join(__doc__.split("\n\n")[-1].split()), ""]
-    for task, runs in groups.items():
-        lines += [
-            f"## {TITLES[task]}",
-            "",
-            "| codebook | steps | seeds | NMSE | perplexity | codes used |",
-            "|---|---|---|---|---|---|",
+    columns = ["codebook", "steps", "seeds", "NMSE", "perplexity", "codes used"]
+    for task, of_task in group(record.rows(), "task").items():
+        cells = [
+            [
+                *(method, steps, len(rows)),
+                *(
+                    page.deviation([row[name] for row in rows], digits)
+                    for name, digits in zip(COLUMNS[4:], (4, 1, 4), strict=True)
+                ),
+            ]
+            for (method, steps), rows in sorted(
+                group(of_task, "method", "steps").items(),
+                key=lambda item: int(item[0][1]),
+            )
         ]
-        for (method, steps), rows in sorted(
-            runs.items(), key=lambda item: item[0][1]
-        ):
-            cells = [method, str(steps), str(len(rows))]
-            for name in ("nmse", "perplexity", "usage"):
-                values = np.array([float(row[name]) for row in rows])
-                digits = 1 if name == "perplexity" else 4
-                cell = f"{values.mean():.{digits}f}"
-                if len(values) > 1:
-                    cell += f" ± {values.std(ddof=1):.{digits}f}"
-                cells.append(cell)
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += ["", *([PUBLISHED[task], ""] if task in PUBLISHED else [])]
-    lines += prior_lines()
-    PAGE.write_text("\n".join(lines), encoding="utf-8")
-
-
-def prior_lines():
-    groups = {}
-    for row in PRIOR_RECORD.rows():
-        key = row["architecture"], row["dim"], row["layers"], row["steps"]
-        groups.setdefault(key, []).append(row)
-    if not groups:
-        return []
-    lines = [
-        "## Priors: PixelAtt (attention) and PixelCNN (convolution)",
-        "",
-        "Nats per map, 7 × 7 codes of MNIST. Memory and operations are those "
-        "of a compiled gradient: of 128 such maps, and of 16 maps of 32 × 32.",
-        "",
-        "| prior | dim | layers | steps | seeds | train | test | parameters | "
-        "MiB | GFLOP | MiB, 32 × 32 | GFLOP, 32 × 32 |",
-        "|" + "---|" * 12,
-    ]
-    for key, rows in groups.items():
-        cells = [*key, str(len(rows))]
-        for name in ("train_nats", "test_nats"):
-            values = np.array([float(row[name]) for row in rows])
-            cell = f"{values.mean():.2f}"
-            if len(values) > 1:
-                cell += f" ± {values.std(ddof=1):.2f}"
-            cells.append(cell)
-        cells += [rows[0][name] for name in PRIOR_COLUMNS[-5:]]
-        lines.append(f"| {' | '.join(cells)} |")
-    return [*lines, ""]
+        lines += [f"## {TITLES[task]}", "", *page.table(columns, cells), ""]
+        lines += [PUBLISHED[task], ""] if task in PUBLISHED else []
+    groups = group(priors.rows(), "architecture", "dim", "layers", "steps")
+    if groups:
+        lines += [
+            "## Priors: PixelAtt (attention) and PixelCNN (convolution)",
+            "",
+            "Nats per map, 7 × 7 codes of MNIST. Memory and operations are "
+            "those of a compiled gradient: of 128 such maps, and of 16 maps of "
+            "32 × 32.",
+            "",
+            *page.table(
+                [
+                    *("prior", "dim", "layers", "steps", "seeds"),
+                    *("train", "test", "parameters"),
+                    *("MiB", "GFLOP", "MiB, 32 × 32", "GFLOP, 32 × 32"),
+                ],
+                [
+                    [
+                        *key,
+                        len(rows),
+                        page.deviation([r["train_nats"] for r in rows], 2),
+                        page.deviation([r["test_nats"] for r in rows], 2),
+                        *(rows[0][name] for name in PRIOR_COLUMNS[-5:]),
+                    ]
+                    for key, rows in groups.items()
+                ],
+            ),
+        ]
+    page.write(path, lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_line.recording(__doc__, ROWS)
+    add = parser.add_argument
+    add("--data", nargs="*", help=".npz files of the task")
+    add("--task", choices=[*TITLES, "prior"], default="cifar")
+    add("--cache", default="results/quantization", help="for maps of prior")
+    add("--steps", type=int, nargs="+", default=[1000])
+    options = parser.parse_args()
+    path = options.rows
+    record = Recording(path, COLUMNS, key=COLUMNS[:4])
+    priors = Recording(
+        path.with_stem(f"{path.stem}_prior"), PRIOR_COLUMNS, PRIOR_COLUMNS[:5]
     )
-    parser.add_argument("--data", nargs="*", help=".npz files of the task")
-    parser.add_argument(
-        "--task", choices=["cifar", "wide", "mnist", "prior"], default="cifar"
-    )
-    parser.add_argument(
-        "--cache", default="results/quantization", help="for the maps of prior"
-    )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, nargs="+", default=[1000])
-    parser.add_argument(
-        "--runs", type=int, default=10**9, help="stop after so many new runs"
-    )
-    parser.add_argument("--only", nargs="*", help="names of methods")
-    parser.add_argument("--report", action="store_true", help="write the page")
-    args = parser.parse_args()
-    if args.report:
-        return report()
-    if args.task == "prior":
-        return record_priors(args)
-    import keras
-
-    def is_done(method, seed, steps):
-        return not RECORD.missing([(args.task, method, seed, steps)])
-
-    todo = [
-        (method, seed)
-        for seed in range(args.seeds)
-        for method in methods(args.task)
-        if not all(is_done(method, seed, steps) for steps in args.steps)
-        and (not args.only or method in args.only)
-    ][: args.runs]
-    if not todo:
-        return print("Everything asked for is recorded.")
-    x = read(args.data)
-    print("pictures:", x.shape, "variance:", round(float(x.var()), 5))
-    for method, seed in todo:
-        print(args.task, method, "seed", seed, flush=True)
-        progress = keras.utils.Progbar(max(args.steps))
-        for steps, *values in run(
-            args.task, method, seed, args.steps, x, progress
-        ):
-            if not is_done(method, seed, steps):
-                RECORD.append(args.task, method, seed, steps, *values)
+    if options.report:
+        return report(record, priors, path.with_suffix(".md"))
+    if options.task == "prior":
+        return record_priors(priors, options)
+    return record_codebooks(record, options)
 
 
 if __name__ == "__main__":

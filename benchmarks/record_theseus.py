@@ -49,7 +49,6 @@ those of the same seed's `full`, since the seeds may have had other machines.
 (Empty them in the table where a run had another machine than its `full`.)
 """
 
-import argparse
 import csv
 import gzip
 import json
@@ -57,17 +56,18 @@ import pathlib
 import sys
 import time
 
-from harness.recording import Recording
+import numpy as np
+from harness import command_line, page
+from harness.recording import Recording, group
 from harness.statistics import mean_interval, share_interval
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
-PAGE = ROOT / "docs/results/theseus.md"
+sys.path.insert(0, str(page.ROOT / "examples"))
+ROWS = page.ROOT / "docs/results/theseus.csv"
 COLUMNS = ["texts", "route", "seed", "dev", "test", "seconds"]
 BEST = ["best_dev", "best_test"]
 TASKS = {
     "sst2": {
-        "rows": PAGE.with_name("theseus.csv"),
+        "end": "",  # of the name of its rows
         "title": "all-MiniLM-L6-v2 (6 layers) on SST-2",
         "layers": 6,
         "sizes": (872, 1821),  # dev and test: texts that no training has seen
@@ -79,7 +79,7 @@ TASKS = {
         ],
     },
     "waimai": {
-        "rows": PAGE.with_name("theseus_waimai.csv"),
+        "end": "_waimai",
         "title": "multilingual-e5-small (12 layers) on take-away reviews",
         "layers": 12,
         "sizes": (1000, 2987),
@@ -89,7 +89,7 @@ TASKS = {
         ],
     },
     "sst2-long": {
-        "rows": PAGE.with_name("theseus_long.csv"),
+        "end": "_long",
         "title": "all-MiniLM-L6-v2 (6 layers) on SST-2, 32 epochs",
         "layers": 6,
         "sizes": (872, 1821),
@@ -113,8 +113,6 @@ def read_sst2(folder):
 
 
 def read_waimai(folder):
-    import numpy as np
-
     path = pathlib.Path(folder) / "waimai_10k.csv.gz"
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
         rows = [(r["review"], r["label"]) for r in csv.DictReader(file)]
@@ -160,8 +158,6 @@ class Source:
     """Texts as numbers, and the pre-trained transformer."""
 
     def __init__(self, task, data, weights):
-        import numpy as np
-
         self.layers = TASKS[task]["layers"]
         if task.startswith("sst2"):
             parts, source = read_sst2(data), minilm(weights)
@@ -213,8 +209,6 @@ class Runs:
     """All routes of one seed."""
 
     def __init__(self, source, texts, seed, cache, epochs=None):
-        import numpy as np
-
         self.source, self.seed = source, seed
         self.epochs, self.looks_at_dev = epochs or EPOCHS, epochs is not None
         self.best = (0.0, 0.0)  # dev and test after the epoch best on dev
@@ -225,7 +219,6 @@ class Runs:
 
     def fit(self, model, epochs):
         import keras
-        import numpy as np
 
         steps = epochs * (len(self.x) // BATCH)
         model.compile(
@@ -326,30 +319,25 @@ class Runs:
         return keras.Model(bert.model.inputs, dense(mean(bert.output)))
 
     def accuracy(self, model, part):
-        import numpy as np
-
         x, y = self.source.arrays[part]
         found = model.predict([x, np.zeros_like(x)], batch_size=256, verbose=0)
         return float(np.mean(found.argmax(1) == y))
 
     def save(self, model):
-        import numpy as np
-
         self.cache.parent.mkdir(parents=True, exist_ok=True)
         np.savez(self.cache, *model.get_weights())
 
     def load(self, model):
-        import numpy as np
-
         model.set_weights([*np.load(self.cache).values()])
 
 
-def record(task):
+def record(task, path):
     columns = COLUMNS + BEST * ("epochs" in task)
-    return Recording(task["rows"], columns, ["texts", "route", "seed"])
+    path = path.with_stem(path.stem + task["end"])
+    return Recording(path, columns, ["texts", "route", "seed"])
 
 
-def report():
+def report(path):
     """Writes the page: means, differences to direct-k, share of the gap."""
     lines = [
         "# BERT-of-Theseus with pre-trained weights",
@@ -365,129 +353,106 @@ def report():
         "",
     ]
     for task in TASKS.values():
-        rows = record(task).rows()
+        rows, (dev, test) = record(task, path).rows(), task["sizes"]
         if rows:
+            lines += [f"## {task['title']}", ""]
+            lines += [f"{dev + test} texts to test on.", ""]
+            lines += [*table(rows, task["sizes"]), ""]
+        if rows and "epochs" in task:
+            best = [
+                {**row, "dev": row["best_dev"], "test": row["best_test"]}
+                for row in rows
+            ]
             lines += [
-                f"## {task['title']}",
+                "The same after the epoch that is best on the first "
+                f"{dev} of these texts:",
                 "",
-                f"{sum(task['sizes'])} texts to test on.",
-                "",
-                "| texts | route | seeds | accuracy | to direct | 95 % | "
-                "gap closed | 95 % | training, × full |",
-                "|" + "---|" * 9,
-                *table(rows, task["sizes"]),
+                *table(best, task["sizes"]),
                 "",
             ]
-            if "best_dev" in rows[0]:
-                best = [
-                    {**row, "dev": row["best_dev"], "test": row["best_test"]}
-                    for row in rows
-                ]
-                lines += [
-                    "The same after the epoch that is best on the first "
-                    f"{task['sizes'][0]} of these texts:",
-                    "",
-                    "| texts | route | seeds | accuracy | to direct | 95 % | "
-                    "gap closed | 95 % | training, × full |",
-                    "|" + "---|" * 9,
-                    *table(best, task["sizes"]),
-                    "",
-                ]
-    PAGE.write_text("\n".join(lines), encoding="utf-8")
+    page.write(path.with_suffix(".md"), lines)
 
 
 def table(rows, sizes):
-    import numpy as np
-
+    groups = group(rows, "texts", "route")
     scores, seconds = {}, {}
-    for row in rows:
-        key = row["texts"], row["route"]
-        both = sizes[0] * float(row["dev"]) + sizes[1] * float(row["test"])
-        scores.setdefault(key, {})[row["seed"]] = 100 * both / sum(sizes)
-        if row["seconds"]:
-            seconds.setdefault(key, {})[row["seed"]] = float(row["seconds"])
+    for key, runs in groups.items():
+        scores[key] = {
+            row["seed"]: 100
+            * (sizes[0] * float(row["dev"]) + sizes[1] * float(row["test"]))
+            / sum(sizes)
+            for row in runs
+        }
+        seconds[key] = {
+            row["seed"]: float(row["seconds"]) for row in runs if row["seconds"]
+        }
+    cells = []
     for (texts, route), found in scores.items():
         kind, _, layers = route.partition("-")
-        cells = [texts, route, len(found)]
-        cells.append(f"{np.mean(list(found.values())):.2f}")
-        own = seconds.get((texts, route), {})
+        cells.append([texts, route, len(found)])
+        cells[-1].append(f"{np.mean([*found.values()]):.2f}")
+        more = kind not in ("full", "direct")
         base = scores.get((texts, f"direct-{layers}"), {})
         full = scores.get((texts, "full"), {})
         seeds = sorted(set(found) & set(base) & set(full))
-        if kind not in ("full", "direct") and len(seeds) > 1:
+        if more and len(seeds) > 1:
             d = np.array([found[s] - base[s] for s in seeds])
             gap = np.array([full[s] - base[s] for s in seeds])
-            mean, low, high = mean_interval(d)
-            cells.append(f"{mean:+.2f}")
-            cells.append(f"{low:+.2f} to {high:+.2f}")
             share, low, high = share_interval(d, gap)
-            cells.append(f"{share:.0%}")
-            cells.append("∞" if np.isinf(low) else f"{low:.0%} to {high:.0%}")
+            cells[-1] += page.interval_cells(*mean_interval(d), sign=True)
+            bounds = "∞" if np.isinf(low) else f"{low:.0%} to {high:.0%}"
+            cells[-1] += [f"{share:.0%}", bounds]
         else:
-            cells += [""] * 4
+            cells[-1] += [""] * 4
         before = seconds.get((texts, "full"), {})
         # The predecessor's training counts.
-        more = kind not in ("full", "direct")
-        own = [t / before[s] + more for s, t in own.items() if s in before]
-        cells.append(f"{np.mean(own):.1f}" if own else "")
-        yield "| " + " | ".join(map(str, cells)) + " |"
+        times = [
+            t / before[s] + more
+            for s, t in seconds[texts, route].items()
+            if s in before
+        ]
+        cells[-1].append(f"{np.mean(times):.1f}" if times else "")
+    columns = ["texts", "route", "seeds", "accuracy", "to direct", "95 %"]
+    columns += ["gap closed", "95 %", "training, × full"]
+    return page.table(columns, cells)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--task", choices=TASKS, default="sst2")
-    parser.add_argument("--data", help="folder of the texts")
-    parser.add_argument("--weights", help="folder of all-MiniLM-L6-v2")
-    parser.add_argument("--texts", type=int, default=1024, help="to train on")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", nargs="*", metavar="ROUTE")
-    parser.add_argument(
-        "--cache", default="results/theseus", help="for trained predecessors"
-    )
-    parser.add_argument(
-        "--runs", type=int, default=10**9, help="stop after so many"
-    )
-    parser.add_argument("--report", action="store_true", help="write the page")
-    args = parser.parse_args()
-    if args.report:
-        return report()
+    parser = command_line.recording(__doc__, ROWS, seeds=5)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="sst2")
+    add("--data", help="folder of the texts")
+    add("--weights", help="folder of all-MiniLM-L6-v2")
+    add("--texts", type=int, default=1024, help="to train on")
+    add("--cache", default="results/theseus", help="for trained predecessors")
+    options = parser.parse_args()
+    if options.report:
+        return report(options.rows)
     import keras
 
     import blogkeras.bert4keras  # noqa: F401
 
-    task = TASKS[args.task]
-    rows = record(task)
-    todo = rows.missing(
-        (args.texts, route, seed)
-        for group in task["groups"]
-        for seed in range(args.seeds)
-        for route in group
-        if not args.only or route in args.only
-    )[: args.runs]
-    if not todo:
-        return print("Nothing is left to do.")
-    source = Source(args.task, args.data, args.weights)
-    cache = pathlib.Path(args.cache) / args.task
-    progress = keras.utils.Progbar(len(todo), unit_name="run")
-    progress.update(0)
-    for _, route, seed in todo:
+    task, source = TASKS[options.task], None
+    rows = record(task, options.rows)
+    runs = [
+        (options.texts, route, seed)
+        for routes in task["groups"]
+        for seed in range(options.seeds)
+        for route in routes
+        if not options.only or route in options.only
+    ]
+    epochs = task.get("epochs")
+    cache = pathlib.Path(options.cache) / options.task
+    for texts, route, seed in rows.todo(runs, options):
+        source = source or Source(options.task, options.data, options.weights)
         keras.backend.clear_session()
-        epochs = task.get("epochs")
-        runs = Runs(source, args.texts, seed, cache, epochs)
+        runs = Runs(source, texts, seed, cache, epochs)
         dev, test, seconds = runs.run(route)
         rows.append(
-            args.texts,
-            route,
-            seed,
-            f"{dev:.4f}",
-            f"{test:.4f}",
+            *(texts, route, seed, f"{dev:.4f}", f"{test:.4f}"),
             f"{seconds:.0f}",
             *(f"{score:.4f}" for score in runs.best if epochs),
         )
-        progress.add(1)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,6 @@ the sentences' means. "gain" is the difference to "average" in Spearman's
 correlation. Intervals are 95 % bootstrap intervals over pairs.
 """
 
-import argparse
 import csv
 import gzip
 import importlib.util
@@ -34,25 +33,17 @@ import pathlib
 import sys
 
 import numpy as np
+from harness import command_line, page
 from harness.recording import Recording
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.append(str(ROOT / "examples"))  # the readers of vectors stand there
+# The readers of vectors stand there.
+sys.path.append(str(page.ROOT / "examples"))
 
+ROWS = page.ROOT / "docs/results/transport.csv"
 COLUMNS = "language vectors stop_words method pairs".split()
 for name in ("spearman", "pearson", "gain"):
     COLUMNS += [name, f"{name}_low", f"{name}_high"]
-RECORD = Recording(
-    ROOT / "docs/results/transport.csv",
-    COLUMNS,
-    key=["vectors", "stop_words", "method"],
-)
-NORMS = Recording(
-    ROOT / "docs/results/transport_norm.csv",
-    "language vectors words spearman low high".split(),
-    key=["language", "vectors"],
-)
-VECTORS = ("glove", "minilm", "e5", "e5-zh", "e5-words-zh")
+NORM_COLUMNS = "language vectors words spearman low high".split()
 DRAWS = 1000
 # Words of grammar; their list is as good as any for showing what removing
 # them does.
@@ -187,6 +178,15 @@ class E5Words(E5):
         ]
 
 
+VECTORS = {
+    "glove": Glove,
+    "minilm": MiniLM,
+    "e5": E5,
+    "e5-zh": E5,
+    "e5-words-zh": E5Words,
+}
+
+
 def meaningful(token):
     return any(c.isalnum() for c in token)
 
@@ -196,14 +196,7 @@ def prepare(name, folder):
     language = "zh" if name.endswith("zh") else "en"
     rows = read(folder, language, "test")
     sides = [row[side] for row in rows for side in (0, 1)]
-    kinds = {
-        "glove": Glove,
-        "minilm": MiniLM,
-        "e5": E5,
-        "e5-zh": E5,
-        "e5-words-zh": E5Words,
-    }
-    source = kinds[name](sides)
+    source = VECTORS[name](sides)
     train = [t for row in read(folder, language, "train") for t in row[:2]]
     tokens = [source.tokens(text) for text in sides]
     if name == "glove":
@@ -290,22 +283,24 @@ def correlations(a, b):
     return np.corrcoef(rankdata(a), rankdata(b))[0, 1], pearson
 
 
+def bootstrap(measure, size):
+    """`(value, low, high)` of each number that `measure(rows)` returns."""
+    rng = np.random.default_rng(0)
+    draws = [measure(rng.integers(0, size, size)) for _ in range(DRAWS)]
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return np.stack([measure(slice(None)), low, high], axis=-1)
+
+
 def evaluate(found, base, scores):
     """Spearman, Pearson, gain, each with its interval."""
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(DRAWS):
-        pick = rng.integers(0, len(scores), len(scores))
-        spearman, pearson = correlations(-found[pick], scores[pick])
-        gain = spearman - correlations(-base[pick], scores[pick])[0]
-        draws.append((spearman, pearson, gain))
-    spearman, pearson = correlations(-found, scores)
-    gain = spearman - correlations(-base, scores)[0]
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    cells = []
-    for value, a, b in zip((spearman, pearson, gain), low, high, strict=True):
-        cells += [f"{value:.4f}", f"{a:.4f}", f"{b:.4f}"]
-    return cells
+
+    def measure(rows):
+        spearman, pearson = correlations(-found[rows], scores[rows])
+        gain = spearman - correlations(-base[rows], scores[rows])[0]
+        return spearman, pearson, gain
+
+    values = bootstrap(measure, len(scores))
+    return [f"{value:.4f}" for value in values.ravel()]
 
 
 def norm_and_idf(sentences, documents, words):
@@ -320,49 +315,46 @@ def norm_and_idf(sentences, documents, words):
     common = [t for t in norms if t in words]
     a = np.array([np.mean(norms[t]) for t in common])
     b = np.array([idf[words[t]] for t in common])
-    rng = np.random.default_rng(0)
-    draws = []
-    for _ in range(DRAWS):
-        pick = rng.integers(0, len(a), len(a))
-        draws.append(correlations(a[pick], b[pick])[0])
-    low, high = np.quantile(draws, [0.025, 0.975])
-    value = correlations(a, b)[0]
-    return [len(common), f"{value:.4f}", f"{low:.4f}", f"{high:.4f}"]
+    values = bootstrap(lambda rows: correlations(a[rows], b[rows])[:1], len(a))
+    return [len(common), *(f"{value:.4f}" for value in values[0])]
 
 
 METHODS = ("average", "WMD", "WMD cos", "WMD idf", "WRD", "WRD + uSIF")
 
 
-def record(name, folder):
-    import keras
+def without(sentences, stop_words):
+    """The sentences without these words, whatever marks their start."""
+    cleaned = []
+    for tokens, x in sentences:
+        kept = [
+            i for i, t in enumerate(tokens) if t.strip("▁") not in stop_words
+        ]
+        cleaned.append(([tokens[i] for i in kept], x[kept]))
+    return cleaned
 
-    language, sentences, scores, documents, words = prepare(name, folder)
+
+def record(name, record, norms, options):
+    language, sentences, scores, documents, words = prepare(name, options.data)
     lookup = weights_of_words(documents, words)
-    if NORMS.missing([(language, name)]):
-        NORMS.append(language, name, *norm_and_idf(sentences, documents, words))
-    progress = keras.utils.Progbar(2 * len(METHODS), unit_name="row")
-    stop = STOP_WORDS[language]
-    for kind in ("kept", "removed"):
-        chosen = sentences
-        if kind == "removed":
-            chosen = []
-            for tokens, x in sentences:
-                kept = [
-                    i for i, t in enumerate(tokens) if t.strip("▁") not in stop
-                ]
-                chosen.append(([tokens[i] for i in kept], x[kept]))
-        base = distances("average", chosen, lookup)
-        for method in METHODS:
-            if RECORD.missing([(name, kind, method)]):
-                found = distances(method, chosen, lookup)
-                cells = evaluate(found, base, scores)
-                RECORD.append(language, name, kind, method, len(scores), *cells)
-            progress.add(1)
+    if norms.missing([(language, name)]):
+        norms.append(language, name, *norm_and_idf(sentences, documents, words))
+    chosen = {
+        "kept": sentences,
+        "removed": without(sentences, STOP_WORDS[language]),
+    }
+    runs = [(name, kind, method) for kind in chosen for method in METHODS]
+    base = {}
+    for _, kind, method in record.todo(runs, options):
+        if kind not in base:
+            base[kind] = distances("average", chosen[kind], lookup)
+        found = distances(method, chosen[kind], lookup)
+        cells = evaluate(found, base[kind], scores)
+        record.append(language, name, kind, method, len(scores), *cells)
 
 
-def table():
-    """Writes both files as tables to `docs/results/transport.md`."""
-    rows = RECORD.rows()
+def report(record, norms, path):
+    """Writes the page of both files."""
+    rows = record.rows()
     cases = list(dict.fromkeys((r["vectors"], r["stop_words"]) for r in rows))
     found = {(r["vectors"], r["stop_words"], r["method"]): r for r in rows}
     lines = [
@@ -372,6 +364,7 @@ def table():
         "100 with 95 % bootstrap intervals over pairs. What the vectors and "
         "methods are: `benchmarks/record_transport.py`, which writes this page "
         "with `--table`.",
+        "",
     ]
     for name, title in (
         ("spearman", "Spearman"),
@@ -379,59 +372,50 @@ def table():
         ("gain", "Spearman, difference to the cosine of averaged vectors"),
     ):
         methods = METHODS[name == "gain" :]
-        lines += ["", f"## {title}", ""]
-        lines.append("| vectors | stop words | " + " | ".join(methods) + " |")
-        lines.append("|---|---|" + "---|" * len(methods))
-        for case in cases:
-            cells = [
-                _cell(found.get((*case, method)), name) for method in methods
-            ]
-            lines.append("| " + " | ".join([*case, *cells]) + " |")
+        cells = [
+            [*case, *(cell(found.get((*case, m)), name) for m in methods)]
+            for case in cases
+        ]
+        columns = ["vectors", "stop words", *methods]
+        lines += [f"## {title}", "", *page.table(columns, cells), ""]
+    cells = []
+    for row in norms.rows():
+        values = (float(row[k]) for k in ("spearman", "low", "high"))
+        interval = page.interval_cells(*values, digits=3, sign=True)
+        cells.append([row["vectors"], row["words"], *interval])
     lines += [
-        "",
         "## Norm and importance",
         "",
         "Spearman's correlation of a word's (mean) norm and its idf, over the "
         "words of the test split that the training split has too:",
         "",
-        "| vectors | words | correlation | 95 % |",
-        "|---|---|---|---|",
+        *page.table(["vectors", "words", "correlation", "95 %"], cells),
     ]
-    for r in NORMS.rows():
-        value, low, high = (float(r[k]) for k in ("spearman", "low", "high"))
-        lines.append(
-            f"| {r['vectors']} | {r['words']} | {value:+.3f} | "
-            f"{low:+.3f} to {high:+.3f} |"
-        )
-    text = "\n".join([*lines, ""])
-    RECORD.path.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
+    page.write(path, lines)
 
 
-def _cell(row, name):
+def cell(row, name):
     if row is None:
         return ""
-    value, low, high = (
-        100 * float(row[name + end]) for end in ("", "_low", "_high")
-    )
-    sign = "+" if name == "gain" else ""
-    return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"
+    values = (float(row[name + end]) for end in ("", "_low", "_high"))
+    return page.interval(*values, digits=1, sign=name == "gain", scale=100)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_line.recording(__doc__, ROWS, seeds=None)
     parser.add_argument("--data", help="folder of STS-B")
     parser.add_argument("--vectors", choices=VECTORS, nargs="*")
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    if args.table:
-        return table()
-    for name in args.vectors or VECTORS:
+    options = parser.parse_args()
+    path = options.rows
+    rows = Recording(path, COLUMNS, ["vectors", "stop_words", "method"])
+    norms = Recording(
+        path.with_stem(f"{path.stem}_norm"), NORM_COLUMNS, NORM_COLUMNS[:2]
+    )
+    if options.report:
+        return report(rows, norms, path.with_suffix(".md"))
+    for name in options.vectors or VECTORS:
         print(name)
-        record(name, args.data)
+        record(name, rows, norms, options)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What the benchmarks and recordings share.
 
+`command_line`: the options that they have in common.
 `contest`: contenders in processes of their own, timed step by step in turn.
 `recording`: rows of a CSV file, from which an interrupted recording goes on.
 `statistics`: ratios and means with their intervals.
-`page`: Markdown tables, and the line that says what ran on what.
+`page`: Markdown tables and sections, and what ran on what.
 """

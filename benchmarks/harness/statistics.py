@@ -1,10 +1,10 @@
 """Intervals: of medians, of means (Student), of shares (Fieller).
 
-scipy has the first two; all are of 95 %.
+scipy has the first two; all are of 95 %. It is imported where it is used: the
+contenders' environments need not have it.
 """
 
 import numpy as np
-from scipy import stats
 
 LEVEL = 0.95
 
@@ -24,6 +24,8 @@ def ratio(seconds, name, base):
     Returns:
         `(median, low, high)`.
     """
+    from scipy import stats
+
     ratios = np.asarray(seconds[name]) / np.asarray(seconds[base])
     middle = float(np.median(ratios))
     test = stats.quantile_test(ratios, q=middle, p=0.5)
@@ -36,6 +38,8 @@ def mean_interval(values):
 
     One value has no interval: low and high are NaN.
     """
+    from scipy import stats
+
     values = np.asarray(values, "float64")
     mean = float(values.mean())
     if len(values) < 2:
@@ -57,6 +61,8 @@ def share_interval(x, y):
         `(share, low, high)`; the bounds are infinite where y's mean cannot be
         told from zero.
     """
+    from scipy import stats
+
     (s_xx, s_xy), (_, s_yy) = np.cov(x, y)
     c = stats.t.ppf((1 + LEVEL) / 2, len(x) - 1) ** 2 / len(x)
     x, y = np.mean(x), np.mean(y)
