@@ -3,11 +3,12 @@
     python benchmarks/gpu.py [--seconds 480] [--page docs/benchmarks/gpu.md]
 
 JAX backend. Every train step and every heavy function runs once on the CPU and
-once on the card, from the same weights and data, and the two are compared:
-within a few units of float32 where we ask for full precision, within what TF32
-rounds where Keras multiplies at the card's default. Then medians of compiled
-times, in float32 and bfloat16. It ends by itself before `--seconds` are over
-and writes the page in any case: what there was no time for is named there.
+once on the card, from the same seeds and data, at small sizes, and the two are
+compared: where we promise full precision as they are, everything else with
+float32 products asked for (`jax.default_matmul_precision("highest")`). Then
+medians of compiled times at the card's own settings, in float32 and bfloat16.
+It starts nothing that may not end before `--seconds` are over; the page names
+what there was no time for.
 
 The machine needs JAX with CUDA, NumPy, SciPy, h5py, ml-dtypes, rich and
 matplotlib; no network. What else is needed travels as wheels, under 64 MiB:
@@ -17,8 +18,8 @@ matplotlib; no network. What else is needed travels as wheels, under 64 MiB:
     pip install --no-index --find-links wheels --no-deps \
         keras absl-py namex optree pot blogkeras      # on the machine
 
-Without a card the same run is a rehearsal: both sides are then the CPU, the
-sizes are small (`--size small`) and the page is printed, not written.
+Without a card the same run is a rehearsal: two devices of the CPU, small sizes
+throughout, and the page is printed, not written.
 """
 
 import argparse
@@ -26,10 +27,14 @@ import os
 import pathlib
 import statistics
 import time
+from typing import NamedTuple
 
 os.environ["KERAS_BACKEND"] = "jax"
 # Room on the card for both what is compared and what is timed.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+# The two devices of the rehearsal; cards are counted apart.
+os.environ.setdefault("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 
 import jax
 import keras
@@ -40,31 +45,37 @@ from keras import layers, ops
 import blogkeras
 
 PAGE = page.ROOT / "docs/benchmarks/gpu.md"
-# Relative to the largest number of a result. "exact": products that we ask
-# full precision of, some hundred of them added in another order. "default":
-# a card rounds the factors of a float32 product to TF32, 10 bits.
-TOLERANCE = {"exact": 2e-5, "default": 2e-2}
-SIZES = {
-    "small": {
-        "rows": 512,
-        "codes": 64,
-        "dim": 32,
-        "batch": 8,
-        "length": 32,
-        "width": 32,
-        "words": 12,
-        "image": 16,
-    },
-    "large": {
-        "rows": 65536,
-        "codes": 4096,
-        "dim": 64,
-        "batch": 64,
-        "length": 128,
-        "width": 512,
-        "words": 32,
-        "image": 64,
-    },
+# The largest difference, relative to the largest number of an array. "exact":
+# sums of some hundred products, in another order. "float32": a train step or a
+# chain, through which such differences are carried on.
+TOLERANCE = {"exact": 2e-5, "float32": 1e-3}
+SMALL = {
+    "rows": 512,
+    "codes": 64,
+    "dim": 32,
+    "batch": 8,
+    "length": 32,
+    "width": 32,
+    "blocks": 1,
+    "vocabulary": 500,
+    "words": 12,
+    "image": 16,
+    "chains": 64,
+    "nvae": "digits",
+}
+LARGE = {
+    "rows": 65536,
+    "codes": 4096,
+    "dim": 64,
+    "batch": 64,
+    "length": 128,
+    "width": 512,
+    "blocks": 4,
+    "vocabulary": 21128,
+    "words": 32,
+    "image": 64,
+    "chains": 4096,
+    "nvae": "mnist",
 }
 
 
@@ -72,13 +83,18 @@ def normal(shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype("float32")
 
 
-# Models
+def integers(high, shape, low=0):
+    rng = np.random.default_rng(0)
+    return rng.integers(low, high, shape).astype("int32")
+
+
+# Models with the data of a step: functions of the sizes
 
 
 def block(size, name):
-    """A small pre-norm transformer block, built."""
-    shape = (None, size["length"], size["width"])
-    inputs = keras.Input(shape[1:])
+    """A small pre-norm transformer block."""
+    shape = (size["length"], size["width"])
+    inputs = keras.Input(shape)
     h = layers.LayerNormalization(epsilon=1e-5)(inputs)
     h = layers.MultiHeadAttention(4, size["width"] // 4)(h, h)
     x = layers.Add()([inputs, h])
@@ -88,42 +104,47 @@ def block(size, name):
     return keras.Model(inputs, layers.Add()([x, h]), name=name)
 
 
-def texts(size):
-    rng = np.random.default_rng(0)
-    x = rng.integers(1, 5000, (size["batch"], size["length"])).astype("int32")
-    return x, rng.integers(0, 2, size["batch"])
-
-
-def classifier(size, num_blocks=2):
+def encoder(size, name="encoder"):
     tokens = keras.Input((size["length"],), dtype="int32")
-    h = layers.Embedding(5000, size["width"], name="tokens")(tokens)
-    for index in range(num_blocks):
-        h = block(size, f"block_{index}")(h)
-    h = layers.GlobalAveragePooling1D()(h)
-    outputs = layers.Dense(2, activation="softmax", dtype="float32")(h)
-    model = keras.Model(tokens, outputs)
-    model.compile(
-        keras.optimizers.SGD(0.1),
-        "sparse_categorical_crossentropy",
-        jit_compile=True,
-    )
+    h = layers.Embedding(size["vocabulary"], size["width"])(tokens)
+    for index in range(size["blocks"]):
+        h = block(size, f"{name}_{index}")(h)
+    return keras.Model(tokens, h, name=name)
+
+
+def compiled(model, rate=0.1, loss=None):
+    model.compile(keras.optimizers.SGD(rate), loss, jit_compile=True)
     return model
 
 
-def trained_by(method):
+def trained_by(method=None):
     def make(size):
-        model = classifier(size)
-        if method is not None:
+        body = encoder(size)
+        h = layers.GlobalAveragePooling1D()(body.output)
+        outputs = layers.Dense(2, activation="softmax", dtype="float32")(h)
+        model = keras.Model(body.input, outputs)
+        compiled(model, loss="sparse_categorical_crossentropy")
+        if method == "virtual":
+            blogkeras.virtual_adversarial_training(model)
+        elif method is not None:
             blogkeras.adversarial_training(model, method=method)
-        return model, *texts(size)
+        shape = size["batch"], size["length"]
+        tokens = integers(size["vocabulary"], shape, low=1)
+        return model, tokens, integers(2, shape[:1])
 
     return make
 
 
-def virtual(size):
-    model = classifier(size)
-    blogkeras.virtual_adversarial_training(model)
-    return model, *texts(size)
+def electra(size):
+    model = blogkeras.ElectraPretrainer(
+        encoder(size, "generator"),
+        encoder(size, "discriminator"),
+        mask_token=4,
+        special_tokens=[1, 2, 3],
+        seed=0,
+    )
+    shape = size["batch"], size["length"]
+    return compiled(model), integers(size["vocabulary"], shape, low=5), None
 
 
 def theseus(size):
@@ -133,9 +154,9 @@ def theseus(size):
     head = layers.Dense(2, activation="softmax", dtype="float32")
     head.build(shape)
     model = blogkeras.Theseus(old, new, head, replacement_rate=0.5, seed=0)
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
     x = normal((size["batch"], *shape[1:]))
-    return model, x, np.random.default_rng(1).integers(0, 2, x.shape[:2])
+    compiled(model, loss="sparse_categorical_crossentropy")
+    return model, x, integers(2, x.shape[:2])
 
 
 def vqvae(size):
@@ -156,101 +177,214 @@ def vqvae(size):
     )
     quantizer = blogkeras.VectorQuantizer(size["codes"], ema_decay=0.99)
     model = blogkeras.VQVAE(encoder, quantizer, decoder)
-    model.compile(keras.optimizers.SGD(0.1), jit_compile=True)
-    return model, normal((size["batch"], side, side, 3)), None
+    return compiled(model), normal((size["batch"], side, side, 3)), None
 
 
 def bottleneck(size):
     parts = [layers.Dense(64, activation="relu") for _ in range(2)]
     model = blogkeras.HSICBottleneck(parts, 10)
-    model.compile(keras.optimizers.SGD(0.1), jit_compile=True)
     rows = 2 * size["batch"]
-    labels = np.random.default_rng(1).integers(0, 10, rows)
-    return model, normal((rows, size["dim"])), labels
+    return compiled(model), normal((rows, size["dim"])), integers(10, rows)
 
 
 def code_prior(size):
     model = blogkeras.CodePrior(64, (8, 8), dim=64, num_layers=2, num_heads=4)
-    model.compile(keras.optimizers.SGD(0.1), jit_compile=True)
-    rng = np.random.default_rng(0)
-    return model, rng.integers(0, 64, (size["batch"], 8, 8)), None
+    return compiled(model), integers(64, (size["batch"], 8, 8)), None
 
 
-MODELS = {
-    "plain step": trained_by(None),
-    "FGM": trained_by("fgm"),
-    "FGSM": trained_by("fgsm"),
-    "PGD": trained_by("pgd"),
-    "FreeLB": trained_by("freelb"),
-    "gradient penalty": trained_by("gradient_penalty"),
-    "virtual adversarial training": virtual,
-    "Theseus": theseus,
-    "VQVAE": vqvae,
-    "CodePrior": code_prior,
-    "HSICBottleneck": bottleneck,
-}
+def estimator(size):
+    network = blogkeras.mlp_log_density((2,), units=(64, 64, 64, 64))
+    model = blogkeras.DenoisingDensityEstimator(network, 0.1, seed=0)
+    return compiled(model, 1e-2), normal((size["chains"], 2)), None
 
 
-# Functions
+def nvae(size):
+    model = blogkeras.NVAE.from_preset(size["nvae"], seed=0)
+    shape = size["batch"], *model.config.input_shape
+    x = np.random.default_rng(0).random(shape).astype("float32")
+    return compiled(model, 1e-4), x, None
 
 
-def nearest_codes(size):
+# Functions with their arrays: functions of the sizes
+
+
+def nearest(size):
     """Distances to the chosen codes: of two equally near, either is right."""
-    z = normal((size["rows"], size["dim"]))
-    codes = normal((size["codes"], size["dim"]), 1)
-    quantizer = blogkeras.VectorQuantizer(size["codes"])
-    quantizer.build((None, size["dim"]))
-    quantizer.embeddings.assign(codes)
-    chosen = ops.convert_to_numpy(quantizer.encode(z))
-    return ((z - codes[chosen]) ** 2).sum(1)
+    from blogkeras.quantization.nearest import nearest_codes
+
+    def distances(z, codes):
+        z, codes = ops.cast(z, "float32"), ops.cast(codes, "float32")
+        chosen = ops.take(codes, nearest_codes(z, codes), axis=0)
+        return ops.sum(ops.square(z - chosen), axis=1)
+
+    z, codes = normal((size["rows"], size["dim"])), (size["codes"], size["dim"])
+    return distances, z, normal(codes, 1)
+
+
+def product(size):
+    _, z, codes = nearest(size)
+    return (lambda z, codes: ops.matmul(z, ops.transpose(codes))), z, codes
 
 
 def dependence(size):
-    x = normal((size["rows"] // 32, 10))
-    y = np.sin(x) + 0.5 * normal(x.shape, 1)
-    return np.array([float(blogkeras.hsic(x, y)), float(blogkeras.cka(x, y))])
+    x = normal((size["rows"] // 16, 10))
+    y = (np.sin(x) + 0.5 * normal(x.shape, 1)).astype("float32")
+    return (lambda x, y: (blogkeras.hsic(x, y), blogkeras.cka(x, y))), x, y
 
 
-def transport(size):
-    shape = (size["batch"], size["words"], size["dim"])
-    x, y = normal(shape), normal(shape, 1)
-    return ops.convert_to_numpy(
-        blogkeras.word_mover_distance(x, y, solver="sinkhorn")
-    )
+def sinkhorn(size):
+    shape = (size["batch"], size["words"], size["words"])
+    mass = np.full(shape[:2], 1 / shape[1], "float32")
+
+    def distance(p, q, D):
+        return blogkeras.sinkhorn(p, q, D, regularization=0.02).distance
+
+    return distance, mass, mass, np.abs(normal(shape))
 
 
-def rotation(size):
-    shape = (size["batch"], size["words"], size["dim"])
-    x, y = normal(shape), normal(shape, 1)
-    return ops.convert_to_numpy(
-        blogkeras.word_rotator_distance(x, y, solver="sinkhorn")
-    )
+def word_distances(name):
+    def make(size):
+        shape = (size["batch"], size["words"], size["dim"])
+        function = getattr(blogkeras, name)
+        return (
+            lambda x, y: function(x, y, solver="sinkhorn"),
+            normal(shape),
+            normal(shape, 1),
+        )
+
+    return make
 
 
-FUNCTIONS = {
-    "nearest codes": nearest_codes,
-    "HSIC and CKA": dependence,
-    "WMD, Sinkhorn": transport,
-    "WRD, Sinkhorn": rotation,
-}
+def chains(sampler, **options):
+    def make(size):
+        model, _, _ = estimator(size)
+        model.build((None, 2))
+        run = getattr(blogkeras, sampler)
+
+        def sample(x):
+            return run(model, x, 100, 0.01, seed=0, **options).x
+
+        return sample, normal((size["chains"], 2))
+
+    return make
 
 
-# On two devices
+# Cases
 
 
-def weights_after_a_step(make, size, device, start=None):
-    """The weights after one step, and those before it."""
-    with jax.default_device(device):
-        keras.utils.clear_session()
-        keras.utils.set_random_seed(0)
+def step(make):
+    """One train step of a compiled model, and its weights."""
+
+    def program(size):
         model, x, y = make(size)
         if not model.built:
             model.build(x.shape)
-        if start is not None:
-            model.set_weights(start)
-        start = model.get_weights()
-        model.train_on_batch(x, y)
-        return [np.asarray(w, "float64") for w in model.get_weights()], start
+
+        def call():
+            jax.block_until_ready(model.train_on_batch(x, y))
+
+        return call, model.get_weights
+
+    return program
+
+
+def function(make, jit=True):
+    """A function of arrays, which are of the dtype that is set, and its values.
+
+    With `jit=False` the function compiles what it needs by itself.
+    """
+
+    def program(size):
+        fn, *arrays = make(size)
+        dtype = keras.config.dtype_policy().compute_dtype
+        arrays = [ops.cast(a, dtype) for a in arrays]
+        fn = jax.jit(fn) if jit else fn
+        values = []
+
+        def call():
+            values[:] = jax.tree.leaves(jax.block_until_ready(fn(*arrays)))
+
+        return call, lambda: values
+
+    return program
+
+
+class Case(NamedTuple):
+    """What is compared, timed or both.
+
+    Attributes:
+        program: Function of the sizes that returns a call and a function of
+            its results.
+        precision: Key of `TOLERANCE`; None: it is not compared.
+        timed: Whether it is.
+        base: Name of what its time is divided by.
+        patience: Seconds that it may take to compile on a card.
+    """
+
+    program: object
+    precision: str | None = "float32"
+    timed: bool = False
+    base: str | None = None
+    patience: float = 30.0
+
+
+CASES = {
+    "nearest codes": Case(function(nearest), "exact", True, "product"),
+    "product": Case(function(product), None, True),
+    "HSIC and CKA": Case(function(dependence), "exact", True),
+    "Sinkhorn": Case(function(sinkhorn), "exact", True),
+    "WMD, Sinkhorn": Case(
+        function(word_distances("word_mover_distance"), jit=False), "exact"
+    ),
+    "WRD, Sinkhorn": Case(
+        function(word_distances("word_rotator_distance"), jit=False), "exact"
+    ),
+    "plain step": Case(step(trained_by()), timed=True),
+    "FGM": Case(step(trained_by("fgm")), timed=True, base="plain step"),
+    "FGSM": Case(step(trained_by("fgsm"))),
+    "PGD": Case(step(trained_by("pgd"))),
+    "FreeLB": Case(step(trained_by("freelb"))),
+    "gradient penalty": Case(
+        step(trained_by("gradient_penalty")), timed=True, base="plain step"
+    ),
+    "virtual adversarial training": Case(step(trained_by("virtual"))),
+    "Theseus": Case(step(theseus), timed=True),
+    "VQVAE": Case(step(vqvae), timed=True),
+    "CodePrior": Case(step(code_prior)),
+    "HSICBottleneck": Case(step(bottleneck)),
+    "ELECTRA": Case(step(electra), timed=True, patience=60.0),
+    "DenoisingDensityEstimator": Case(step(estimator), timed=True),
+    "Langevin, 100 steps": Case(
+        function(chains("langevin"), jit=False), timed=True
+    ),
+    "MALA, 100 steps": Case(function(chains("mala"), jit=False), timed=True),
+    "HMC, 100 steps": Case(
+        function(chains("hmc", num_leapfrog=3), jit=False), timed=True
+    ),
+    "NVAE": Case(step(nvae), timed=True, patience=120.0),
+}
+
+
+def prepared(case, size, device, policy="float32"):
+    """The call of a case on a device, and its results."""
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(0)
+    keras.config.set_dtype_policy(policy)
+    try:
+        with jax.default_device(device):
+            return case.program(size)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def results(case, device):
+    """The results of one call, at small sizes."""
+    exact = case.precision == "exact"
+    asked = jax.default_matmul_precision("default" if exact else "highest")
+    with jax.default_device(device), asked:
+        call, values = prepared(case, SMALL, device)
+        call()
+        return [np.asarray(v, "float64") for v in values()]
 
 
 def difference(a, b):
@@ -261,120 +395,19 @@ def difference(a, b):
     )
 
 
-def compare(size, card, cpu, has_time):
-    """Rows (name, tolerance, difference) or (name, tolerance, reason)."""
-    for name, function in FUNCTIONS.items():
-        if not has_time():
-            yield name, "exact", "no time left"
-            continue
-        with jax.default_device(cpu):
-            expected = np.asarray(function(size), "float64")
-        with jax.default_device(card):
-            result = np.asarray(function(size), "float64")
-        yield name, "exact", difference([result], [expected])
-    for name, make in MODELS.items():
-        if not has_time():
-            yield f"{name}, one step", "default", "no time left"
-            continue
-        expected, start = weights_after_a_step(make, size, cpu)
-        result, _ = weights_after_a_step(make, size, card, start)
-        yield f"{name}, one step", "default", difference(result, expected)
-
-
-# Times
-
-
-def median_seconds(step, least=5, seconds=2.0):
+def median_seconds(call, least=5, seconds=2.0):
     """The median of repeated calls, after two that compile and warm up."""
-    step()
-    step()
+    call()
+    call()
     taken = []
     begin = time.perf_counter()
     while len(taken) < least or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
-        step()
+        call()
         taken.append(time.perf_counter() - start)
         if len(taken) == 200:
             break
     return statistics.median(taken)
-
-
-def step_of(make, size, policy):
-    keras.utils.clear_session()
-    keras.config.set_dtype_policy(policy)
-    try:
-        model, x, y = make(size)
-        if not model.built:
-            model.build(x.shape)
-    finally:
-        keras.config.set_dtype_policy("float32")
-    return lambda: jax.block_until_ready(model.train_on_batch(x, y))
-
-
-def compiled(function, *arrays):
-    arrays = [jax.device_put(a) for a in arrays]
-    run = jax.jit(function)
-    return lambda: jax.block_until_ready(run(*arrays))
-
-
-def nearest_or_product(size, kind, dtype):
-    from blogkeras.quantization.nearest import nearest_codes
-
-    z = ops.cast(normal((size["rows"], size["dim"])), dtype)
-    codes = ops.cast(normal((size["codes"], size["dim"]), 1), dtype)
-    if kind == "product":
-        return compiled(lambda z, codes: ops.matmul(z, codes.T), z, codes)
-    return compiled(
-        lambda z, codes: nearest_codes(
-            ops.cast(z, "float32"), ops.cast(codes, "float32")
-        ),
-        z,
-        codes,
-    )
-
-
-def times(size):
-    """Functions that make a step, by name and dtype."""
-    for dtype in ("float32", "bfloat16"):
-        policy = "float32" if dtype == "float32" else "mixed_bfloat16"
-        for name in (
-            "plain step",
-            "FGM",
-            "gradient penalty",
-            "Theseus",
-            "VQVAE",
-        ):
-            yield (
-                (name, dtype),
-                lambda name=name, policy=policy: step_of(
-                    MODELS[name], size, policy
-                ),
-            )
-        for kind in ("product", "nearest codes"):
-            yield (
-                (kind, dtype),
-                lambda kind=kind, dtype=dtype: nearest_or_product(
-                    size, kind, dtype
-                ),
-            )
-    rows = size["rows"] // 16
-    x, y = normal((rows, 10)), normal((rows, 10), 1)
-    yield (
-        (f"HSIC, n = {rows}", "float32"),
-        lambda: compiled(blogkeras.hsic, x, y),
-    )
-    shape = (size["batch"], size["words"], size["words"])
-    cost = np.abs(normal(shape))
-    mass = np.full(shape[:2], 1 / shape[1], "float32")
-    yield (
-        ("Sinkhorn", "float32"),
-        lambda: compiled(
-            lambda p, q, D: blogkeras.sinkhorn(p, q, D).distance,
-            mass,
-            mass,
-            cost,
-        ),
-    )
 
 
 def main():
@@ -382,84 +415,98 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seconds", type=float, default=450.0)
-    parser.add_argument("--size", choices=SIZES)
+    parser.add_argument("--seconds", type=float, default=480.0)
+    parser.add_argument("--only", nargs="*", choices=CASES, default=[*CASES])
     parser.add_argument("--page", type=pathlib.Path, default=PAGE)
     options = parser.parse_args()
-    begin = time.perf_counter()
-
-    def has_time(share=1.0):
-        return time.perf_counter() - begin < share * options.seconds
-
-    card, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    end = time.perf_counter() + options.seconds
+    cpu, card = jax.devices("cpu")[0], jax.devices()[0]
     on_card = card.platform == "gpu"
-    size = SIZES[options.size or ("large" if on_card else "small")]
-    compared = []
-    # What is compared is small in any case: the CPU has to do it, too.
-    for row in compare(SIZES["small"], card, cpu, lambda: has_time(0.6)):
-        print(*row, flush=True)
-        compared.append(row)
-    seconds = {}
-    for key, make in times(size):
-        if not has_time(0.9):
-            print("no time left for", *key, flush=True)
-            continue
-        seconds[key] = median_seconds(make())
-        print(*key, f"{1000 * seconds[key]:.3f} ms", flush=True)
-    lines = report(card, size, compared, seconds)
+    if not on_card:
+        card = jax.devices("cpu")[1]
+    size = LARGE if on_card else SMALL
+    cases = {name: CASES[name] for name in options.only}
+    timed = [
+        (name, dtype)
+        for name, case in cases.items()
+        for dtype in ("float32", "bfloat16")
+        if case.timed
+    ]
+
+    def left(share=0.0):
+        """Seconds before the end, or before that share of them is left."""
+        return end - share * options.seconds - time.perf_counter()
+
+    compared, seconds = {}, {}
+    for name, case in cases.items():
+        if case.precision and left(0.4) > min(case.patience, 30):
+            values = [results(case, device) for device in (card, cpu)]
+            compared[name] = difference(*values)
+            print(name, f"{compared[name]:.1e}", f"{left():.0f} s left")
+    for name, dtype in timed:
+        if left() > CASES[name].patience:
+            policy = {"float32": dtype, "bfloat16": "mixed_bfloat16"}[dtype]
+            with jax.default_device(card):
+                call, _ = prepared(cases[name], size, card, policy)
+                seconds[name, dtype] = median_seconds(call)
+            ms = 1000 * seconds[name, dtype]
+            print(name, dtype, f"{ms:.3f} ms", f"{left():.0f} s left")
+    lines = report(card, size, cases, compared, timed, seconds)
+    print("\n".join(lines))
     if on_card:
         page.write(options.page, lines)
-    print("\n".join(lines))
+    else:
+        print("A rehearsal: no card was found, and no page is written.")
     wrong = [
         name
-        for name, kind, value in compared
-        if not isinstance(value, str) and not value <= TOLERANCE[kind]
+        for name, value in compared.items()
+        if not value <= TOLERANCE[CASES[name].precision]
     ]
     if wrong:
         raise SystemExit(f"The card differs from the CPU: {', '.join(wrong)}")
 
 
-def report(card, size, compared, seconds):
-    lines = [
+def report(card, size, cases, compared, timed, seconds):
+    late = "no time left"
+    differences = [
+        (
+            name,
+            case.precision,
+            f"{compared[name]:.1e}" if name in compared else late,
+        )
+        for name, case in cases.items()
+        if case.precision
+    ]
+    rows = []
+    for name, dtype in timed:
+        value, base = seconds.get((name, dtype)), cases[name].base
+        other = seconds.get((base, dtype))
+        ratio = f"{value / other:.2f} × {base}" if value and other else ""
+        shown = f"{1000 * value:.3f}" if value else late
+        rows.append((name, dtype, shown, ratio))
+    return [
         "# On one card",
         "",
         f"{card.device_kind}; {page.environment(['keras', 'jax', 'numpy'])}. "
-        "JAX backend, everything compiled.",
+        "JAX backend, everything compiled. Written by `benchmarks/gpu.py`.",
         "",
         "## The same numbers as on the CPU",
         "",
         "The largest difference of any number, relative to the largest of its "
-        "array. Allowed: "
+        "array, after one call or one step. Allowed: "
         + ", ".join(f"{k} {v:g}" for k, v in TOLERANCE.items())
-        + " (`default`: Keras multiplies float32 at the card's default, TF32).",
+        + ". `exact`: we promise full precision; `float32`: asked for by "
+        "`jax.default_matmul_precision`.",
         "",
-        *page.table(
-            ["what", "precision", "difference"],
-            [
-                (name, kind, v if isinstance(v, str) else f"{v:.1e}")
-                for name, kind, v in compared
-            ],
-        ),
+        *page.table(["what", "precision", "difference"], differences),
         "",
         "## Medians of compiled times",
         "",
-        f"Sizes: {', '.join(f'{k} {v}' for k, v in size.items())}.",
+        f"Sizes: {', '.join(f'{k} {v}' for k, v in size.items())}. Products "
+        "at the card's default precision.",
         "",
+        *page.table(["what", "dtype", "ms", "ratio"], rows),
     ]
-    bases = {"nearest codes": "product"}
-    bases |= {k: "plain step" for k in ("FGM", "gradient penalty")}
-    rows = []
-    for (name, dtype), value in seconds.items():
-        base = seconds.get((bases.get(name), dtype))
-        rows.append(
-            (
-                name,
-                dtype,
-                f"{1000 * value:.3f}",
-                f"{value / base:.2f} × {bases[name]}" if base else "",
-            )
-        )
-    return [*lines, *page.table(["what", "dtype", "ms", "ratio"], rows)]
 
 
 if __name__ == "__main__":

@@ -485,9 +485,14 @@ def run_repository(root, options, folder):
             copy = pathlib.Path(temporary) / "copy"
             home = pathlib.Path(temporary) / "home"
             shutil.copytree(root, copy)
-            for file in copy.rglob("*.py"):
-                text = file.read_text("utf-8", "replace")
-                file.write_text(shrunk(text, home), "utf-8")
+            for file in (*copy.rglob("*.py"), *copy.rglob("*.yaml")):
+                text = shrunk(file.read_text("utf-8", "replace"), home)
+                for script, part, old, new in strangers.SETTINGS:
+                    if re.search(script, label) and file.name == part:
+                        text = text.replace(old, new)
+                file.write_text(text, "utf-8")
+            for made in strangers.FOLDERS.get(name, []):
+                (copy / path.parent / made).mkdir(exist_ok=True)
             deep = "theseus" in label or "univae" in label
             config = {**BERT, "num_hidden_layers": 12 if deep else 2}
             config["vocab_size"] = len(tokens)

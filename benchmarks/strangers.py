@@ -38,7 +38,23 @@ REPOSITORIES = {
     "nishiwen1214/GLUE-bert4keras": {},
     "nishiwen1214/SuperGLUE-bert4keras": {},
     "i4never/bert4keras-CMLM": {},
+    "447428054/JDNER-reproduce": {},
+    "hanggun/bert4keras-seq2seq": {},
+    "MathWordProblem/mwp_bert4keras": {},
+    "Xuanfang1121/bert4keras_relation": {},
+    "liuliuNLP/bert4keras-multi_class": {},
+    "qq1065507891/bert4keras_classifier": {},
 }
+# Where all scripts of a repository take their settings from one file: which
+# lines of it are those of a script, (script, file, line, what stands there).
+SETTINGS = (
+    ("hanggun/.*py$", "config.py", "is_train = False", "is_train = True"),
+    ("for_csl", "config.py", "yamls/multi30k", "yamls/csl10k"),
+    ("gau_.*for_csl", "config.py", "csl10k", "csl10k_with_pretrain"),
+    ("bert_.*multi30k", "config.py", "multi30k", "multi30k_with_pretrain"),
+)
+# Folders that a script writes to and does not make.
+FOLDERS = {"hanggun/bert4keras-seq2seq": ["saved_model"]}
 ROWS = 12
 MORE_ROWS = (r"sentiment\.", 200)  # one row in a hundred is labelled
 # Scripts that end for a reason of their own, which is not Keras's.
@@ -47,6 +63,9 @@ OWN_ERRORS = {
         "writes an array of one number by `%.5f`, which NumPy refuses today"
     ),
     "nishiwen1214/GLUE-bert4keras/RTE.py": "does not import Lambda",
+    "qq1065507891/bert4keras_classifier/main.py": (
+        "reads settings that its config.py does not have"
+    ),
     "bojone/GPLinker/duie_v1.py": "looks up spo_list, which it calls spoes",
     "bojone/CLUE-bert4keras/src/cluener.py": (
         "finds no entity at [CLS], where a random model may see one"
@@ -101,7 +120,8 @@ def count(path):
 def texts(path, characters):
     """Sentences: English where the data set is, else Chinese."""
     rng = np.random.default_rng(0)
-    english = re.search(r"(?i)(?<!chine)glue|senteval/|snli|uncased", path)
+    english = r"(?i)(?<!chine)glue|senteval/|snli|uncased|multi30k"
+    english = re.search(english, path)
     if english and not re.search(r"(?i)clue|cnsd", path):
         words = "the a cat dog sees likes old new house tree big red".split()
         return [" ".join(rng.choice(words, 8)) for _ in range(count(path))]
@@ -165,6 +185,38 @@ def entities(path, characters):
         if "test" in path:
             del d["label"]
         yield d
+
+
+def numbered_entities(path, characters):
+    """Entities whose kinds are numbers."""
+    for d in records(path, characters):
+        label = {"1": {d["text"][2:4]: [[2, 3]]}}
+        yield {"text": d["text"], "label": label}
+
+
+def problems(path, characters):
+    """Sums in words, with their equations (Ape210K)."""
+    for a in texts(path, characters):
+        text = f"{a[:4]}3{a[4]}2"
+        yield {"original_text": text, "equation": "x=3+2", "ans": "5"}
+
+
+def words_of_sentences(path, characters):
+    """A vocabulary of the words of `sentences`, as a script of it makes."""
+    words = dict.fromkeys(" ".join(texts(path, characters)).split())
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
+
+
+def sheet(path, characters):
+    """A spreadsheet of texts and labels."""
+    import io
+
+    import pandas as pd
+
+    columns = {"text": texts(path, characters), "label": labels(path)}
+    file = io.BytesIO()
+    pd.DataFrame(columns).to_excel(file, index=False)
+    return file.getvalue()
 
 
 def answers(path, characters):
@@ -297,12 +349,20 @@ def pairs_of_texts(path, characters):
 
 
 # What a file holds, by its path. A generator makes lines of JSON, a list of
-# strings lines, anything else one JSON value.
+# strings lines, bytes are the file, anything else is one JSON value.
 RULES = (
-    (r"all_50_schemas$", lambda *_: iter([{"predicate": "是"}])),
+    (
+        r"(all_50_schemas(\.txt)?|DuLE\w+/schema\.json)$",
+        lambda *_: iter([{"predicate": "是"}]),
+    ),
     (r"_schema\.json$", event_schema),
     (r"duee.*\.json$", events),
-    (r"kg/datasets/.*\.json$", triples),
+    (r"(kg/datasets|DuLE[^/]*)/.*\.json$", triples),
+    (r"JD\w*\d\.txt$", numbered_entities),
+    (r"ape210k/.*\.json$", problems),
+    (r"multi30k/train\.(en|de)\.txt$", words_of_sentences),
+    (r"multi30k/", sentences),
+    (r"\.xlsx$", sheet),
     (r"cluener/.*\.json$", entities),
     (r"cmrc2018/.*\.json$", squad),
     (r"c3/.*\.json$", dialogues),
@@ -330,13 +390,16 @@ def write_missing(path, characters, writers=()):
     if make is None:
         return
     made = make(posix, characters)
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(made, bytes):
+        pathlib.Path(path).write_bytes(made)
+        return
     if isinstance(made, list) and made and isinstance(made[0], str):
         lines = made
     elif hasattr(made, "__next__"):
         lines = [json.dumps(x, ensure_ascii=False) for x in made]
     else:
         lines = [json.dumps(made, ensure_ascii=False)]
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
     pathlib.Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
