@@ -27,6 +27,7 @@ import tempfile
 
 import numpy as np
 from harness import command_line, page
+from harness.bert import SIZES, batch, bert, labels
 from harness.contest import JAX, LEGACY, ask, compete, serve
 
 PAGE = page.ROOT / "docs/benchmarks/adversarial.md"
@@ -97,38 +98,18 @@ COUNTED = [name for row in GROUPS["methods"][1] for name in row[1:]]
 
 def batches(name, options):
     """Endless batches; of four bucketed lengths for the mixed contenders."""
-    rng = np.random.default_rng(0)
     lengths = [32, 64, 96, 128] if "mixed" in name else [options.length]
-    made = []
-    for length in lengths:
-        tokens = rng.integers(
-            1, options.vocabulary, (options.batch, length)
-        ).astype("int32")
-        tokens[::2, length * 3 // 4 :] = 0
-        labels = rng.integers(0, 2, (options.batch,))
-        made.append(([tokens, np.zeros_like(tokens)], labels))
+    y = labels(options)
+    made = [(batch(options, length), y) for length in lengths]
     while True:
         yield from made
 
 
 def classifier(keras, options):
-    from bert4keras.models import build_transformer_model
-
-    bert = build_transformer_model(
-        model="bert",
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(options.hidden // 32, 1),
-        intermediate_size=4 * options.hidden,
-        hidden_act="gelu",
-        max_position=512,
-        dropout_rate=0.1,
-        segment_vocab_size=2,
-    )
-    pooled = keras.layers.GlobalAveragePooling1D()(bert.output)
+    body = bert(options)
+    pooled = keras.layers.GlobalAveragePooling1D()(body.output)
     outputs = keras.layers.Dense(2, activation="softmax")(pooled)
-    return keras.models.Model(bert.inputs, outputs)
+    return keras.models.Model(body.inputs, outputs)
 
 
 def method(name):
@@ -354,16 +335,7 @@ def section(group, options):
 
 
 def main():
-    parser = command_line.benchmark(
-        __doc__,
-        CONTENDERS,
-        PAGE,
-        layers=6,
-        hidden=384,
-        vocabulary=21128,
-        batch=32,
-        length=64,
-    )
+    parser = command_line.benchmark(__doc__, CONTENDERS, PAGE, **SIZES)
     parser.add_argument("--count-flops", action="store_true")
     parser.add_argument(
         "--group", nargs="*", choices=GROUPS, default=list(GROUPS)

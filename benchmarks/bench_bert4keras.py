@@ -13,6 +13,7 @@ once, `--only bridge legacy products --record` measures some.
 
 import numpy as np
 from harness import command_line, page
+from harness.bert import SIZES, batch, bert, labels
 from harness.contest import LEGACY, compete, serve
 
 PAGE = page.ROOT / "docs/benchmarks/bert4keras.md"
@@ -40,50 +41,28 @@ RATIOS = [
 ]
 
 
-def sizes(options):
-    return {
-        "layers": options.layers,
-        "heads": max(options.hidden // 32, 1),
-        "inner": 4 * options.hidden,
-    }
-
-
 def bert4keras_classifier(keras, options):
-    from bert4keras.models import build_transformer_model
-
-    size = sizes(options)
-    bert = build_transformer_model(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        intermediate_size=size["inner"],
-        hidden_act="gelu",
-        max_position=512,
-        dropout_rate=0.1,
-        attention_dropout_rate=0.1,
-    )
-    first = keras.layers.Lambda(lambda x: x[:, 0])(bert.output)
+    body = bert(options, attention_dropout_rate=0.1)
+    first = keras.layers.Lambda(lambda x: x[:, 0])(body.output)
     outputs = keras.layers.Dense(2, activation="softmax")(first)
-    return keras.models.Model(bert.inputs, outputs)
+    return keras.models.Model(body.inputs, outputs)
 
 
 def hub_classifier(keras, options):
     import keras_hub
 
-    size = sizes(options)
-    bert = keras_hub.models.BertBackbone(
+    body = keras_hub.models.BertBackbone(
         vocabulary_size=options.vocabulary,
-        num_layers=size["layers"],
-        num_heads=size["heads"],
+        num_layers=options.layers,
+        num_heads=max(options.hidden // 32, 1),
         hidden_dim=options.hidden,
-        intermediate_dim=size["inner"],
+        intermediate_dim=4 * options.hidden,
         dropout=0.1,
         max_sequence_length=512,
     )
-    first = bert.output["sequence_output"][:, 0]
+    first = body.output["sequence_output"][:, 0]
     outputs = keras.layers.Dense(2, activation="softmax")(first)
-    return keras.Model(bert.input, outputs)
+    return keras.Model(body.input, outputs)
 
 
 def matrix_products(options):
@@ -94,8 +73,8 @@ def matrix_products(options):
     """
     from keras import ops
 
-    size = sizes(options)
-    heads, inner, hidden = size["heads"], size["inner"], options.hidden
+    hidden, inner = options.hidden, 4 * options.hidden
+    heads = max(hidden // 32, 1)
     rng = np.random.default_rng(0)
 
     def random(*shape):
@@ -115,7 +94,7 @@ def matrix_products(options):
 
     def step():
         # Each product forward has two of its size backward.
-        for _ in range(3 * size["layers"]):
+        for _ in range(3 * options.layers):
             for _ in range(4):  # query, key, value, output
                 ops.matmul(x, square)
             ops.matmul(q, k)
@@ -153,35 +132,20 @@ def prepare(name, options):
         "sparse_categorical_crossentropy",
         jit_compile=xla,
     )
-    rng = np.random.default_rng(0)
-    shape = (options.batch, options.length)
-    tokens = rng.integers(1, options.vocabulary, shape)
-    tokens[::2, options.length * 3 // 4 :] = 0
-    labels = rng.integers(0, 2, options.batch)
-    x = [tokens, 0 * tokens]
+    x, y = batch(options), labels(options)
     if kind == "hub":
         x = {
-            "token_ids": tokens,
-            "segment_ids": 0 * tokens,
-            "padding_mask": tokens > 0,
+            "token_ids": x[0],
+            "segment_ids": x[1],
+            "padding_mask": x[0] > 0,
         }
     if mode == "predict":
         return lambda: model.predict_on_batch(x)
-    return lambda: model.train_on_batch(x, labels)
+    return lambda: model.train_on_batch(x, y)
 
 
 def main():
-    parser = command_line.benchmark(
-        __doc__,
-        CONTENDERS,
-        PAGE,
-        rounds=20,
-        layers=6,
-        hidden=384,
-        vocabulary=21128,
-        batch=32,
-        length=64,
-    )
+    parser = command_line.benchmark(__doc__, CONTENDERS, PAGE, 20, **SIZES)
     parser.add_argument(
         "--record", action="store_true", help="write the page with --only, too"
     )

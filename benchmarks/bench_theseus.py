@@ -12,6 +12,7 @@ The cost of a step with one branch depends on the draw of its round.
 
 import numpy as np
 from harness import command_line, page
+from harness.bert import SIZES, batch, bert
 from harness.contest import compete, serve
 
 PAGE = page.ROOT / "docs/benchmarks/theseus.md"
@@ -31,22 +32,14 @@ RATIOS = [
 ]
 
 
-def transformer(layers, prefix, options):
+def transformer(share, prefix, options):
+    """A BERT of this share of the layers."""
     import blogkeras.bert4keras  # noqa: F401
 
-    # isort: split
-    from bert4keras.models import build_transformer_model
-
-    return build_transformer_model(
-        vocab_size=options.vocabulary,
-        hidden_size=options.hidden,
-        num_hidden_layers=layers,
+    return bert(
+        options,
+        num_hidden_layers=round(share * options.layers),
         num_attention_heads=max(options.hidden // 64, 1),
-        intermediate_size=4 * options.hidden,
-        hidden_act="gelu",
-        max_position=512,
-        segment_vocab_size=2,
-        dropout_rate=0.1,
         prefix=prefix,
         return_keras_model=False,
     )
@@ -94,16 +87,11 @@ def prepare(name, options):
 
     from blogkeras import backend, bert_of_theseus
 
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(
-        1, options.vocabulary, (options.batch, options.length)
-    ).astype("int32")
-    tokens[::2, options.length * 3 // 4 :] = 0
-    x = [tokens, np.zeros_like(tokens)]
-    y = rng.integers(0, 2, tokens.shape)
+    x = batch(options)
+    y = np.random.default_rng(1).integers(0, 2, x[0].shape)
     head = keras.layers.Dense(2, activation="softmax")
     if name.startswith("infer"):
-        model = transformer(int(name[6:]), "", options).model
+        model = transformer(int(name[6:]) / 12, "", options).model
         run = backend.jit(lambda *x: model(list(x), training=False))
         x = [keras.ops.convert_to_tensor(a) for a in x]
 
@@ -111,8 +99,8 @@ def prepare(name, options):
             keras.ops.convert_to_numpy(run(*x))
 
     else:
-        old = transformer(12, "Predecessor-", options)
-        new = transformer(3, "Successor-", options)
+        old = transformer(1, "Predecessor-", options)
+        new = transformer(1 / 4, "Successor-", options)
         if name == "one":
             model = bert_of_theseus(old, new, head)
         else:
@@ -151,16 +139,8 @@ def report(seconds, options):
 
 
 def main():
-    parser = command_line.benchmark(
-        __doc__,
-        CONTENDERS,
-        PAGE,
-        rounds=30,
-        hidden=256,
-        vocabulary=5000,
-        batch=32,
-        length=64,
-    )
+    sizes = {**SIZES, "layers": 12, "hidden": 256, "vocabulary": 5000}
+    parser = command_line.benchmark(__doc__, CONTENDERS, PAGE, 30, **sizes)
     options = parser.parse_args()
     if options.worker:
         return serve(lambda: prepare(options.worker, options))

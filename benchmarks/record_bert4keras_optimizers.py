@@ -6,18 +6,16 @@ Both descend the same noisy quadratic for 60 steps, with the same arguments as
 far as there are any. The table goes into docs/bert4keras.md.
 """
 
-import pathlib
-
 import keras
 import numpy as np
+from harness import page
 
 import blogkeras.bert4keras  # noqa: F401
 
 # isort: split
 from bert4keras import optimizers as o
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs/bert4keras.md"
-START, END = "<!-- optimizers -->", "<!-- end of optimizers -->"
+DOCS = page.ROOT / "docs/bert4keras.md"
 STEPS, RATE = 60, 0.01
 SAME = {"learning_rate": RATE, "epsilon": 1e-6}
 DECAY = {"weight_decay_rate": 0.1}
@@ -139,19 +137,12 @@ def difference(ours, theirs):
 
 
 def main():
-    lines = [
-        "| bert4keras | Keras 3 | difference | |",
-        "|---|---|---|---|",
-    ]
+    rows = []
     for old, new, ours, theirs, why in PAIRS:
         found = difference(ours, theirs)
-        shown = "0" if found == 0 else f"{found:.0e}"
-        lines.append(f"| {old} | {new} | {shown} | {why} |")
-    print("\n".join(lines))
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    lines = [before + START, "", *lines, "", END + rest.partition(END)[2]]
-    DOCS.write_text("\n".join(lines), encoding="utf-8")
+        rows.append([old, new, f"{found:.0e}" if found else "0", why])
+    columns = ["bert4keras", "Keras 3", "difference", ""]
+    page.put(DOCS, "optimizers", page.table(columns, rows))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,9 @@ import traceback
 
 import numpy as np
 import strangers
+from harness import page
 
-DOCS = pathlib.Path(__file__).parent.parent / "docs/bert4keras.md"
+DOCS = page.ROOT / "docs/bert4keras.md"
 HOME = "/root"  # where the original scripts keep their files
 HIDDEN = 16
 # Lengths of texts, and numbers of sampling steps.
@@ -523,17 +524,6 @@ def run_repository(root, options, folder):
     return found
 
 
-def put(mark, lines):
-    """Puts `lines` into the page, between the marks of this name."""
-    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-    text = DOCS.read_text(encoding="utf-8")
-    before, _, rest = text.partition(start)
-    after = rest.partition(end)[2]
-    lines = [before + start, "", *lines, "", end + after]
-    DOCS.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines[2:-2]))
-
-
 def run_examples(options, folder):
     """Runs bert4keras's own examples, and puts the table into the page."""
     scripts = {
@@ -566,7 +556,7 @@ def run_examples(options, folder):
     if left:
         text = f"Not tried: {', '.join(left)}."
         lines += ["", *textwrap.wrap(text, 80, break_on_hyphens=False)]
-    put("examples", lines)
+    page.put(DOCS, "examples", lines)
 
 
 def run_strangers(options, folder):
@@ -579,7 +569,7 @@ def run_strangers(options, folder):
     for path in sorted((folder / "strangers").glob("*.json")):
         results[path.stem.replace("+", "/")] = json.loads(path.read_text())
     if results:
-        put("strangers", strangers.table(results))
+        page.put(DOCS, "strangers", strangers.table(results))
 
 
 def main():

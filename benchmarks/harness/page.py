@@ -96,6 +96,17 @@ def update(path, head, sections):
         print("\n".join([f"## {title}", "", *body]))
 
 
+def put(path, mark, lines):
+    """Puts lines between the marks of this name, which the page has."""
+    path = pathlib.Path(path)
+    start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+    before, _, rest = path.read_text("utf-8").partition(start)
+    after = rest.partition(end)[2]
+    lines = [before + start, "", *lines, "", end + after]
+    write(path, lines)
+    print("\n".join(lines[2:-2]))
+
+
 def times(seconds, labels, count=1):
     """A table of the contenders' seconds per step.
 
