@@ -4,9 +4,9 @@
 
 `--torch` is the Python of an environment with torch and torchebm, which nothing
 else needs (make installs one); without it the contenders that need them are
-left out. All have an energy of four layers of 64 and one thread. Every contest
-is held twice, by the clock and in seconds of the processor. Compiling is not
-counted; its seconds stand in a column of their own.
+left out. All have an energy of four layers of 64 and one thread. Every step is
+measured by the clock and in seconds of the processor. Compiling is not counted;
+its seconds stand in a column of their own.
 
     langevin-64, langevin-1024   1000 steps of that many chains in the plane.
         torchebm: its LangevinDynamics sampler, gradients by autograd.
@@ -26,7 +26,7 @@ import sys
 import time
 
 import numpy as np
-from harness.contest import Worker, serve
+from harness.contest import MARK, Worker, measure
 from harness.page import environment, interval, table, write
 from harness.statistics import ratio
 
@@ -180,37 +180,31 @@ def prepare(options):
     start = time.perf_counter()
     step()
     print("first-seconds", time.perf_counter() - start, flush=True)
-    if options.clock == "wall":
-        return step
-
-    # `serve` measures by the clock; `serve_processor` prints what this returns.
-    def answer():
-        before = time.process_time()
-        step()
-        return time.process_time() - before
-
-    return answer
+    return step
 
 
-def serve_processor(prepare):
-    """As `harness.contest.serve`, with seconds of the processor."""
-    from harness.contest import MARK
-
+def serve(prepare):
+    """As `harness.contest.serve`, with seconds of the processor, too."""
     step = prepare()
     print(MARK, 0.0, flush=True)
     for _ in sys.stdin:
-        print(MARK, step(), flush=True)
+        start = time.perf_counter(), time.process_time()
+        step()
+        wall = time.perf_counter() - start[0]
+        print("processor-seconds", time.process_time() - start[1])
+        print(MARK, wall, flush=True)
 
 
-class FirstSeconds(Worker):
-    """A contender that also says how long its first step took."""
+class Contender(Worker):
+    """A worker that also tells its first step, and seconds of the processor."""
 
     def _answer(self):
-        from harness.contest import MARK
-
         for line in self.process.stdout:
             if line.startswith("first-seconds"):
                 self.first = float(line.split()[1])
+                self.processor = []
+            elif line.startswith("processor-seconds"):
+                self.processor.append(float(line.split()[1]))
             elif line.startswith(MARK):
                 return float(line.split()[1])
         raise RuntimeError(f"The contender {self.name!r} ended early.")
@@ -218,36 +212,34 @@ class FirstSeconds(Worker):
 
 def contest(section, options):
     """`{clock: seconds}` and the seconds of the first steps, by name."""
-    from harness.contest import measure
-
     names = [
         name
         for name in SECTIONS[section][0]
         if name in options.only and (name != "torch" or options.torch)
     ]
-    results, first = {}, {}
-    for clock in ("cpu", "wall"):
-        workers = []
-        try:
-            for name in names:
-                print("starting", section, clock, name, flush=True)
-                worker = FirstSeconds(
+    workers = []
+    try:
+        for name in names:
+            print("starting", section, name, flush=True)
+            workers.append(
+                Contender(
                     __file__,
                     name,
-                    [
-                        *("--section", section, "--clock", clock),
-                        *("--steps", str(options.steps)),
-                    ],
+                    ["--section", section, "--steps", str(options.steps)],
                     CONTENDERS[name][1],
                     options.torch if name == "torch" else sys.executable,
                 )
-                first.setdefault(name, worker.first)
-                workers.append(worker)
-            results[clock] = measure(workers, options.rounds, warm_up=1)
-        finally:
-            for worker in workers:
-                worker.close()
-    return results, first
+            )
+        wall = measure(workers, options.rounds, warm_up=1)
+    finally:
+        for worker in workers:
+            worker.close()
+    processor = {
+        worker.name: np.array(worker.processor[-options.rounds :])
+        for worker in workers
+    }
+    first = {worker.name: worker.first for worker in workers}
+    return {"cpu": processor, "wall": wall}, first
 
 
 def lines(section, options):
@@ -287,7 +279,6 @@ def main():
     )
     parser.add_argument("--worker", choices=CONTENDERS)
     parser.add_argument("--section", choices=SECTIONS)
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--sections", nargs="*", default=list(SECTIONS))
     parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
@@ -302,8 +293,7 @@ def main():
     )
     options = parser.parse_args()
     if options.worker:
-        serving = serve if options.clock == "wall" else serve_processor
-        return serving(lambda: prepare(options))
+        return serve(lambda: prepare(options))
     state = {}
     if options.state.exists():
         state = json.loads(options.state.read_text("utf-8"))

@@ -5,7 +5,8 @@ logarithm of their density: its gradient, the score, points towards the data,
 Langevin dynamics draws new points from it, and with its normalizing constant,
 by quadrature, it can be compared with the truth.
 
-Writes `denoising_density.png` to `--output`: density, score and samples.
+Writes `denoising_density.png` to `--output`: the density beside the truth, the
+score, and samples.
 
 Blog: 从去噪自编码器到生成模型, https://kexue.fm/archives/7038
 
@@ -52,35 +53,48 @@ def train(steps):
     return model
 
 
-def draw(model, samples, path):
+def draw(model, log_z, samples, path):
+    """Density beside the truth, score, samples."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    axis = np.linspace(-4.5, 4.5, 201)
-    grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
-    density = np.exp(model.log_density(grid) - model.log_density(grid).max())
+    line = np.linspace(-4.5, 4.5, 201)
+    grid = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)
+    truth = np.exp(TRUTH.log_density(grid, SIGMA)).reshape(201, 201)
+    learnt = np.exp(model.log_density(grid) - log_z).reshape(201, 201)
     coarse = np.linspace(-4.2, 4.2, 22)
-    arrows = np.stack(np.meshgrid(coarse, coarse), -1).reshape(-1, 2)
-    score = model.score(arrows)
+    points = np.stack(np.meshgrid(coarse, coarse), -1).reshape(-1, 2)
+    score = model.score(points)
     length = np.linalg.norm(score, axis=1, keepdims=True)
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), sharey=True)
-    axes[0].imshow(
-        density.reshape(201, 201),
-        origin="lower",
-        extent=(-4.5, 4.5, -4.5, 4.5),
-        cmap="magma",
+    arrows = score / np.maximum(length, 1e-9)
+    figure, axes = pyplot.subplots(
+        1, 4, figsize=(15, 4), sharey=True, layout="constrained"
     )
-    axes[1].quiver(*arrows.T, *(score / np.maximum(length, 1e-9)).T, length)
-    axes[2].plot(*samples.T, ".", markersize=2)
-    titles = "density", "score (color: length)", "samples"
+    for axis, values in zip(axes, (truth, learnt), strict=False):
+        picture = axis.imshow(
+            values,
+            origin="lower",
+            extent=(-4.5, 4.5, -4.5, 4.5),
+            cmap="magma",
+            vmin=0,
+            vmax=1.2 * truth.max(),
+        )
+    figure.colorbar(picture, ax=axes[:2], shrink=0.8, label="density")
+    axes[2].quiver(*points.T, *arrows.T, length)
+    axes[3].plot(*samples.T, ".", markersize=2)
+    titles = (
+        "density in truth, with noise",
+        "density as learnt",
+        "score as learnt (color: length)",
+        "samples",
+    )
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
         axis.set_aspect("equal")
         axis.set_xlim(-4.5, 4.5)
         axis.set_ylim(-4.5, 4.5)
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
@@ -96,15 +110,15 @@ def main():
     keras.utils.set_random_seed(0)
 
     model = train(options.steps)
+    log_z = log_partition(
+        model, "quadrature", bounds=[(-6, 6)] * 2, num_points=301
+    ).value
     samples = model.sample(1000, seed=0)
-    draw(model, samples, options.output / "denoising_density.png")
+    draw(model, log_z, samples, options.output / "denoising_density.png")
 
     # Both means are of log p̂ over points with noise.
     points = TRUTH.sample(20_000, seed=1)
     noise = np.random.default_rng(2).normal(0, SIGMA, points.shape)
-    log_z = log_partition(
-        model, "quadrature", bounds=[(-6, 6)] * 2, num_points=301
-    ).value
     learnt = model.log_density(points + noise).mean() - log_z
     truth = TRUTH.log_density(points + noise, SIGMA).mean()
     print("mean log-density of noisy points")

@@ -6,12 +6,8 @@ energy from noise of many strengths and draws by annealed Langevin dynamics
 (`AnnealedScoreMatching`); the same energy fills in missing halves, takes noise
 off and says which pictures are odd: a nine, when no nines were trained on.
 
-Written to `--output`:
-
-    generator.png    pictures of the first road
-    langevin.png     pictures of the second road
-    inpainting.png   the lower half missing; four ways to fill it
-    denoising.png    clean, noisy, denoised
+Writes `digits.png` to `--output`: samples of both roads, halves filled in,
+noise taken off, and the anomaly scores of nines and of the rest.
 
 Data: the 1797 handwritten digits (8×8) inside scikit-learn. `--data FILE.npz`
 takes pictures `x` (or `x_train`), (n, height, width) of uint8, and labels `y`
@@ -28,6 +24,7 @@ Run: python examples/task_generate_digits.py
 
 import argparse
 import pathlib
+import time
 
 import keras
 import numpy as np
@@ -67,7 +64,7 @@ def optimizer(rate, steps):
     return keras.optimizers.Adam(schedule, use_ema=True, ema_momentum=0.99)
 
 
-def fit(model, x, steps, jit):
+def fit(model, x, steps):
     """About `steps` steps on the rows of `x`, in one call."""
     data = np.resize(x, (BATCH_SIZE * min(steps, 100), *x.shape[1:]))
     epochs = max(steps // 100, 1)
@@ -83,7 +80,7 @@ def first_road(x, options):
     density.compile(
         optimizer(1e-3, options.steps), jit_compile=options.jit_compile
     )
-    fit(density, x, options.steps, options.jit_compile)
+    fit(density, x, options.steps)
     generator = keras.Sequential(
         [
             keras.Input((16,)),
@@ -119,7 +116,7 @@ def second_road(x, options):
     model.compile(
         optimizer(1e-3, options.steps), jit_compile=options.jit_compile
     )
-    fit(model, x, options.steps, options.jit_compile)
+    fit(model, x, options.steps)
     return model
 
 
@@ -131,18 +128,64 @@ def area(scores, odd):
     return mannwhitneyu(scores[odd], scores[~odd]).statistic / pairs
 
 
-def draw(rows, path):
-    """Rows of pictures as one picture."""
+def show(axis, title, rows, labels=()):
+    """Rows of pictures in one frame, with a label for each row."""
+    height, width = rows[0].shape[1:3]
+    # A line between the pictures.
+    padded = [np.pad(row[..., 0], ((0, 0), (1, 0), (1, 0))) for row in rows]
+    lines = [np.concatenate(row, axis=1) for row in padded]
+    axis.imshow(np.concatenate(lines), cmap="gray", vmin=0, vmax=1)
+    axis.set_title(title, loc="left")
+    axis.set_xticks([])
+    middles = (np.arange(len(rows)) + 0.5) * (height + 1)
+    axis.set_yticks(middles if len(labels) else [], labels)
+    axis.tick_params(length=0)
+
+
+def draw(results, path):
+    """The figure of all results."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [np.concatenate(row[..., 0], axis=1) for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pyplot.imsave(
-        path, np.clip(np.concatenate(rows), 0, 1), cmap="gray", vmin=0, vmax=1
+    figure = pyplot.figure(figsize=(12, 11), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [
+            ["first", "second"],
+            ["inpainting", "denoising"],
+            ["anomaly", "anomaly"],
+        ],
+        height_ratios=[5, 5, 2],
     )
+    for name, title in (
+        ("first", "First road: a generator, one pass"),
+        ("second", "Second road: one energy, annealed Langevin (no nines)"),
+    ):
+        samples = results[name]
+        rows = samples.reshape(6, -1, *samples.shape[1:])
+        show(axes[name], title, list(rows))
+    for name, title in (
+        ("inpainting", "The lower half filled in"),
+        ("denoising", "Noise taken off"),
+    ):
+        rows, labels = zip(*results[name], strict=True)
+        show(axes[name], title, rows, labels)
+    scores, odd = results["scores"], results["odd"]
+    bins = np.linspace(*np.quantile(scores, [0.005, 0.995]), 50)
+    for chosen, label in ((~odd, "0 to 8"), (odd, "9, never trained on")):
+        axes["anomaly"].hist(
+            scores[chosen], bins, density=True, alpha=0.6, label=label
+        )
+    axes["anomaly"].set_title(
+        f"Anomaly score (area under the curve {results['area']:.2f})",
+        loc="left",
+    )
+    axes["anomaly"].set_yticks([])
+    axes["anomaly"].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=80)
+    pyplot.close(figure)
     print("wrote", path)
 
 
@@ -168,33 +211,47 @@ def main():
     train, test, labels = x[held_out:], x[:held_out], y[:held_out]
     print(f"{len(train)} pictures to train on, {len(test)} to test")
 
+    results = {}
+    start = time.perf_counter()
     generator = first_road(train, options)
-    draw(
-        generator.sample(64, seed=0).reshape(4, 16, *x.shape[1:]),
-        options.output / "generator.png",
-    )
+    results["first"] = generator.sample(72, seed=0)
+    print(f"first road: {time.perf_counter() - start:.0f} s")
 
     # No nines: they are to be told from the rest.
+    start = time.perf_counter()
     model = second_road(train[y[held_out:] != 9], options)
+    print(f"second road, training: {time.perf_counter() - start:.0f} s")
     steps = options.sampling_steps
-    samples = model.sample(64, steps, seed=0, verbose=2)
-    draw(samples.reshape(4, 16, *x.shape[1:]), options.output / "langevin.png")
+    results["second"] = model.sample(72, steps, seed=0, verbose=2)
 
+    shown = test[:12]
     mask = np.zeros(x.shape[1:3], "bool")
     mask[: x.shape[1] // 2] = True
-    filled = [model.inpaint(test[:16], mask, steps, seed=i) for i in range(4)]
-    shown = np.where(mask[..., None], test[:16], 0.5)
-    draw([test[:16], shown, *filled], options.output / "inpainting.png")
+    filled = [model.inpaint(shown, mask, steps, seed=i) for i in range(3)]
+    results["inpainting"] = [
+        (shown, "picture"),
+        (np.where(mask[..., None], shown, 0.5), "given"),
+        *((rows, f"filled in {i}") for i, rows in enumerate(filled, start=1)),
+    ]
 
     noise = np.random.default_rng(1).normal(0, 0.3, test.shape)
     noisy = (test + noise).astype("float32")
     clean = model.denoise(noisy)
-    draw([test[:16], noisy[:16], clean[:16]], options.output / "denoising.png")
+    results["denoising"] = [
+        (shown, "picture"),
+        (noisy[:12], "with noise"),
+        (clean[:12], "denoised"),
+    ]
     before, after = (np.square(z - test).mean() ** 0.5 for z in (noisy, clean))
     print(f"root mean square error of noise {before:.3f}, denoised {after:.3f}")
 
-    auc = area(model.anomaly_score(test), labels == 9)
-    print(f"nines, never trained on: area under the curve {auc:.3f}")
+    results["scores"] = model.anomaly_score(test)
+    results["odd"] = labels == 9
+    results["area"] = area(results["scores"], results["odd"])
+    print(
+        f"nines, never trained on: area under the curve {results['area']:.3f}"
+    )
+    draw(results, options.output / "digits.png")
 
 
 if __name__ == "__main__":

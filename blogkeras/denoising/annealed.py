@@ -13,7 +13,11 @@ from blogkeras.arguments import (
     check_integer,
     check_number,
 )
-from blogkeras.denoising.base import DenoisingModel, row_mean
+from blogkeras.denoising.base import (
+    DenoisingModel,
+    row_mean,
+    warn_if_untrained,
+)
 from blogkeras.denoising.energy import (
     as_scalars,
     check_network,
@@ -103,7 +107,7 @@ class AnnealedScoreMatching(DenoisingModel):
             sigmas = list(sigmas)[::-1]
         levels = check_levels("sigmas", sigmas, above=0)
         sigma0 = check_number("sigma0", sigma0, above=0)
-        # Numbers such as those of `np.geomspace` miss their ends by little.
+        # The ends of `np.geomspace` are rounded, so they may miss sigma0.
         if not levels[-1] * (1 - 1e-6) <= sigma0 <= levels[0] * (1 + 1e-6):
             raise ValueError(
                 f"Expected sigma0 between {levels[-1]:g} and {levels[0]:g}, "
@@ -123,7 +127,7 @@ class AnnealedScoreMatching(DenoisingModel):
         self.network(inputs)
 
     def _log_density(self, x, sigma, training=False):
-        """`sigma` of shape `(rows,)`; without meaning unless conditional."""
+        """`sigma` of shape `(rows,)`; not used unless conditional."""
         inputs = [x, ops.reshape(sigma, (-1, 1))] if self.conditional else x
         return as_scalars(self.network(inputs, training=training))
 
@@ -211,8 +215,8 @@ class AnnealedScoreMatching(DenoisingModel):
     def denoise(self, x, sigma=None, batch_size=256, verbose=0):
         """x + σ₀² ∇log_density(x), the denoiser's jump.
 
-        Without `conditional` it takes off whatever noise within `sigmas` there
-        is; a conditional network takes off that of `sigma` (or σ₀).
+        Without `conditional` it removes noise of any strength within `sigmas`;
+        a conditional network removes noise of the strength `sigma` (or σ₀).
 
         Args and returns: as for `score`.
         """
@@ -256,6 +260,7 @@ class AnnealedScoreMatching(DenoisingModel):
         """
         num_steps = check_integer("num_steps", num_steps, minimum=1)
         x = self._start(num, seed)
+        warn_if_untrained(self)
         return self._anneal(
             x, None, num_steps, step_size, denoise, seed, verbose
         )
@@ -285,9 +290,10 @@ class AnnealedScoreMatching(DenoisingModel):
             NumPy array like `x`, equal to it where `mask` is true.
         """
         num_steps = check_integer("num_steps", num_steps, minimum=1)
+        warn_if_untrained(self)
         x = as_numpy(x)
         known = np.broadcast_to(check_mask(mask, x), x.shape)
-        # NaN is a usual mark of what is missing.
+        # NaN often marks what is missing.
         filled = np.where(known, x, 0)
         start = self._start(len(x), seed)
         start = np.where(known, self._check_rows(filled), start)
@@ -329,6 +335,11 @@ class AnnealedScoreMatching(DenoisingModel):
             sigma = self.sigmas[-1] if self.conditional else None
             x = self.denoise(x, sigma)
         return x if known is None else np.where(known, start, x)
+
+    @property
+    def last_sigma(self):
+        """σ₀, the σ at which `log_density` is log p̂."""
+        return self.sigma0
 
     def get_config(self):
         return {

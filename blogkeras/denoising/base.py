@@ -1,4 +1,6 @@
-"""What the models of denoising share: noise by number, σ by step, moments."""
+"""What the denoising models share: numbered noise, moments of the data, calls
+in batches.
+"""
 
 import warnings
 
@@ -18,20 +20,23 @@ from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The noise of `evaluate` has seeds of its own, far from those of `fit`.
 _EVALUATION = 2**20
-# The step that stands for the starting points of a sampler.
+# The step number that the starting points of samplers are drawn with.
 _START = 2**31 - 1
 
 
 class DenoisingModel(CompositeModel):
     """A model that is trained on data with Gaussian noise. Abstract.
 
+    Subclasses have `last_sigma`, the σ of the density that they give.
+
     Args:
         network: Keras layer or model.
         seed: Integer or `None`. Of the noise.
 
     Attributes:
-        denoising_loss: Metric. The loss without regularizers, and with the
-            random ‖ε‖² in it replaced by its mean: less noisy.
+        denoising_loss: Metric. The loss without regularizers and sample
+            weights, and with the random ‖ε‖² in it replaced by its mean: less
+            noisy.
     """
 
     def __init__(self, network, seed=None, **kwargs):
@@ -50,12 +55,7 @@ class DenoisingModel(CompositeModel):
             self.build((None, *shape))
 
     def compile(self, optimizer="adam", **kwargs):
-        if kwargs.get("loss") is not None or kwargs.get("metrics"):
-            raise ValueError(
-                "Expected no loss and no metrics: they are the method's own. "
-                f"Received: loss={kwargs.get('loss')!r}, "
-                f"metrics={kwargs.get('metrics')!r}"
-            )
+        check_no_losses(kwargs)
         super().compile(optimizer, **kwargs)
 
     # Moments of the data
@@ -103,16 +103,22 @@ class DenoisingModel(CompositeModel):
             )
         return self._row_shape
 
+    @property
+    def noisy_scale(self):
+        """√(s² + σ²), a float: the standard deviation of the noisy data."""
+        variance = float(ops.convert_to_numpy(self.variance))
+        return (variance + self.last_sigma**2) ** 0.5
+
     def adapt(self, x, max_batches=64):
         """Takes mean and variance from data: one mean per entry, one variance.
 
-        `fit` does it by itself the first time, except for generators, which can
-        be read only once.
+        The first `fit` calls it, except for generators, which can be read only
+        once.
 
         Args:
             x: Array, `tf.data.Dataset` or `keras.utils.PyDataset` (of rows, or
                 of tuples that begin with rows).
-            max_batches: Integer. So many batches of a data set are read.
+            max_batches: Integer. How many batches of a data set are read.
         """
         total, squares, count = 0.0, 0.0, 0
         for batch in _batches(x, check_integer("max_batches", max_batches, 1)):
@@ -137,7 +143,7 @@ class DenoisingModel(CompositeModel):
     def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
         """As in Keras; `y` has no part in the loss.
 
-        Sample weights, one for each row, need a `y`, since Keras forgets them
+        Sample weights, one for each row, need a `y`, since Keras drops them
         otherwise: `fit(x, x, sample_weight=...)`.
         """
         if isinstance(x, list):
@@ -155,11 +161,7 @@ class DenoisingModel(CompositeModel):
         step = ops.copy(self.draws.iterations.value)
         if training:
             return step, self.draws.next_step()
-        # The number of the batch among those of this evaluation: each
-        # evaluation sees the same noise, and no two of its batches do.
-        number = ops.cast(ops.copy(self.denoising_loss.count), "int32")
-        seed = ops.convert_to_tensor(self.draws.seed.value)
-        return step, StepSeed(seed + _EVALUATION, number)
+        return step, evaluation_seed(self.draws, self.denoising_loss)
 
     def _noise(self, x, seed):
         return draw_rows(keras.random.normal, ops.shape(x), seed)
@@ -180,12 +182,12 @@ class DenoisingModel(CompositeModel):
                 ops.reshape(sample_weight, (-1,)), "float32"
             )
             each = each * sample_weight
-        self.denoising_loss.update_state(ops.mean(error))
+        self.denoising_loss.update_state(error)
         loss = ops.mean(each)
         for value in self.losses:
             loss = loss + ops.cast(ops.sum(value), "float32")
         # The score does not depend on the bias of the last layer. TensorFlow
-        # has no gradient for it then and warns; this makes it zero.
+        # then has no gradient for it and warns. With this term it is zero.
         for variable in self.trainable_variables:
             if len(variable.shape) < 2:
                 loss = loss + 0 * ops.cast(ops.sum(variable.value), "float32")
@@ -195,25 +197,28 @@ class DenoisingModel(CompositeModel):
     # Verbs
 
     def _by_batches(self, name, fn, arrays, batch_size, verbose):
-        """`fn` of rows, compiled once for each shape, as NumPy arrays."""
+        """`fn` of rows as NumPy arrays, compiled for few numbers of rows."""
+        rows = len(arrays[0])
+        # Fewer rows than a batch are filled up to a power of two, so that
+        # calls with ever new numbers of rows do not compile ever anew.
         batch_size = min(
-            check_integer("batch_size", batch_size, minimum=1), len(arrays[0])
+            check_integer("batch_size", batch_size, minimum=1),
+            1 << (rows - 1).bit_length(),
         )
         program = self._programs.get(
             (name, batch_size), lambda: backend.jit_layer(fn, self)
         )
-        return map_batches(program, arrays, batch_size, verbose)
+        if rows < batch_size:
+            arrays = [
+                np.concatenate([x, np.repeat(x[-1:], batch_size - rows, 0)])
+                for x in arrays
+            ]
+        return map_batches(program, arrays, batch_size, verbose)[:rows]
 
     def _start(self, num, seed):
         """Rows drawn from N(μ, s²), the moments of the data."""
         num = check_integer("num", num, minimum=1)
         shape = (num, *self.row_shape)
-        if not int(ops.convert_to_numpy(self.draws.iterations)):
-            warnings.warn(
-                f"{type(self).__name__}.sample was called before `fit`: the "
-                "samples are those of an untrained network.",
-                stacklevel=3,
-            )
         seed = StepSeed(base_seed(seed), _START)
         scale = ops.sqrt(self.variance.value)
         start = self.mean.value + scale * keras.random.normal(shape, seed=seed)
@@ -239,6 +244,41 @@ class DenoisingModel(CompositeModel):
     def from_config(cls, config):
         network = keras.saving.deserialize_keras_object(config["network"])
         return cls(**{**config, "network": network})
+
+
+def check_no_losses(arguments):
+    """Raises a `ValueError` where `compile` is given a loss or metrics."""
+    given = [
+        name
+        for name in ("loss", "loss_weights", "metrics", "weighted_metrics")
+        if arguments.get(name)
+    ]
+    if given:
+        raise ValueError(
+            "Expected no loss and no metrics: they are the method's own. "
+            f"Received: {', '.join(f'{n}={arguments[n]!r}' for n in given)}"
+        )
+
+
+def warn_if_untrained(model):
+    """Warns where a method of the model is called before the first `fit`."""
+    if not int(ops.convert_to_numpy(model.draws.iterations)):
+        warnings.warn(
+            f"{type(model).__name__} has not been trained: the samples are "
+            "those of a random network. Call `fit` first.",
+            stacklevel=3,
+        )
+
+
+def evaluation_seed(draws, metric):
+    """The seeds of a batch of `evaluate`.
+
+    The batch is known by the rows that the metric has seen before it: each
+    evaluation draws the same noise, and each of its batches another.
+    """
+    number = ops.cast(ops.copy(metric.count), "int32")
+    seed = ops.convert_to_tensor(draws.seed.value)
+    return StepSeed(seed + _EVALUATION, number)
 
 
 def row_mean(x):

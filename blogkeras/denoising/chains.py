@@ -1,4 +1,4 @@
-"""Runs the chains of a kernel in one compiled loop, and tells how it went."""
+"""Runs the chains of a kernel in one compiled loop; reports divergence."""
 
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ from blogkeras.denoising.kernels import (
 from blogkeras.loops import ProgramCache, loop_program, run_steps
 from blogkeras.state import StepSeed, base_seed
 
-# A chain this many times farther out than it began has exploded, long before
-# its numbers overflow.
+# A chain whose positions are this many times as large as the largest start has
+# diverged. It is stopped long before its numbers overflow.
 EXPLODED = 1e9
 
 
@@ -43,7 +43,7 @@ class Samples(NamedTuple):
 
 
 def _owner(log_density):
-    """The layer whose variables a log-density reads, if it says so."""
+    """The layer that a log-density is, or is a method of; else `None`."""
     owner = getattr(log_density, "__self__", log_density)
     return owner if isinstance(owner, keras.layers.Layer) else None
 
@@ -160,7 +160,7 @@ def run_chains(
 
     def check(done, state):
         broken = ops.convert_to_numpy(state[2])
-        # A rejected proposal does no harm, unless all are.
+        # A rejected proposal does no harm, unless all are rejected.
         hopeless = broken.all() and float(state[1]) == 0 if adjusted else True
         if broken.any() and hopeless and not allow_non_finite:
             points = ops.convert_to_numpy(state[0][0])
@@ -169,7 +169,7 @@ def run_chains(
                 f"{name} diverged at step {int(state[3])}: "
                 f"{int(broken.sum())} of {len(broken)} chains, the largest "
                 f"‖x‖ before it {norms.max():.3g}. Take a smaller step_size. "
-                + _said(constants)
+                + _received_step_size(constants)
             )
 
     state = run_steps(
@@ -191,6 +191,6 @@ def run_chains(
     )
 
 
-def _said(constants):
+def _received_step_size(constants):
     first = ops.convert_to_numpy(constants[0])
     return f"Received: step_size={float(first.ravel()[0]):.3g}"

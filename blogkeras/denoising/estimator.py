@@ -12,7 +12,11 @@ from blogkeras.arguments import (
     check_layer,
     check_number,
 )
-from blogkeras.denoising.base import DenoisingModel, row_mean
+from blogkeras.denoising.base import (
+    DenoisingModel,
+    row_mean,
+    warn_if_untrained,
+)
 from blogkeras.denoising.energy import (
     as_scalars,
     check_network,
@@ -37,9 +41,9 @@ class _OneNoise(DenoisingModel):
             )
         if scheduled and not (is_auto or annealing_steps == 0):
             raise ValueError(
-                "Expected a number as sigma where it is annealed; a schedule "
-                f"says it all. Received: sigma={sigma!r}, "
-                f"annealing_steps={annealing_steps}"
+                "Expected a number as sigma where annealing_steps are given; a "
+                "schedule sets σ at every step itself. Received: "
+                f"sigma={sigma!r}, annealing_steps={annealing_steps}"
             )
         super().__init__(network, seed, **kwargs)
         self.sigma = sigma
@@ -107,7 +111,7 @@ _Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
 def _steps_per_epoch(x, batch_size, kwargs):
-    """Steps in an epoch of `fit`; an error where nobody knows."""
+    """Steps in an epoch of `fit`; an error where they are unknown."""
     if kwargs.get("steps_per_epoch") is not None:
         return check_integer("steps_per_epoch", kwargs["steps_per_epoch"], 1)
     if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
@@ -145,11 +149,13 @@ class DenoisingDensityEstimator(_OneNoise):
 
         log_density(x) = network(x) − ‖x − μ‖² / 2(s² + σ²)
 
-    The second term, with the mean μ and the variance s² of the data, makes it
-    fall off so that it can be normalized.
+    The second term, with the mean μ and the variance s² of the data, is not
+    trained. It makes the density fall to zero far away, so that it can be
+    normalized.
 
-    At a small σ nothing ties distant modes to each other, and the loss does not
-    show it: by default σ starts at the scale of the data, s, and falls
+    At a small σ the loss hardly depends on how much probability each of several
+    distant modes has, so these shares can be far off at a low loss. Therefore,
+    by default, σ starts at the scale of the data, s, and falls
     geometrically to `sigma` in the first half of the first `fit`. Take a few
     ten thousand steps, a falling learning rate and averaged weights, as in the
     example. `denoising_loss` in the logs is a less noisy estimate of the loss.
@@ -160,12 +166,13 @@ class DenoisingDensityEstimator(_OneNoise):
             `residual_log_density`.
         sigma: Float > 0, or a `keras.optimizers.schedules.LearningRateSchedule`
             of the training step. Standard deviation of the noise.
-        annealing_steps: Integer ≥ 0: so many first steps the noise takes to
-            come down to `sigma`. `"auto"` is half of the steps of the first
-            `fit`; 0 is none.
+        annealing_steps: Integer ≥ 0. In how many first steps σ falls to
+            `sigma`. `"auto"` is half of the steps of the first `fit`; with 0
+            there is no annealing.
         control_variate: Boolean. Subtracts from the loss 2 s(x)·ε, s(x) being
             the score without noise; its mean is 0. It costs a second gradient
-            and pays where σ is much smaller than what the data vary over.
+            of the network, and makes the loss less noisy where σ is much
+            smaller than the distances over which the density varies.
         allow_piecewise: Boolean. Whether ReLU and max-pooling pass.
         seed: Integer or `None`. Of the noise.
 
@@ -182,7 +189,7 @@ class DenoisingDensityEstimator(_OneNoise):
     >>> model.log_density(x), model.score(x), model.denoise(x)
     >>> model.sample(1000)
 
-    Departs from the post: the constant term, the annealing.
+    Departs from the post: the quadratic term and the annealing.
 
     Reference:
         [Bigdeli et al., 2020](https://arxiv.org/abs/2001.02728);
@@ -299,6 +306,7 @@ class DenoisingDensityEstimator(_OneNoise):
         if step_size is None:
             step_size = self.last_sigma**2 / 2
         x = self._start(num, seed)
+        warn_if_untrained(self)
         return langevin(
             self, x, num_steps, step_size, seed=seed, verbose=verbose
         ).x

@@ -8,15 +8,18 @@ from blogkeras import backend
 from blogkeras.arguments import check_integer, check_layer, check_number
 from blogkeras.denoising.base import (
     DenoisingModel,
+    check_no_losses,
+    evaluation_seed,
     input_shape_of,
     row_mean,
+    warn_if_untrained,
 )
 from blogkeras.denoising.energy import check_network, log_density_and_score
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel, map_batches
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
-# The step that stands for the latent vectors of `sample`.
+# The step number that the latent vectors of `sample` are drawn with.
 _SAMPLE = 2**31 - 2
 
 
@@ -47,8 +50,8 @@ class DenoisingGenerator(CompositeModel):
             that the shape of its input is known.
         data_density: A trained `DenoisingDensityEstimator`, or a layer from
             rows to log p̂, `(rows,)` or `(rows, 1)`. It is frozen.
-        model_density: Such a layer for log q̂; it is trained here. Do not give a
-            `DenoisingDensityEstimator` but its kind of network.
+        model_density: A network for log q̂, such as `mlp_log_density`. It is
+            trained here, and cannot be a `DenoisingDensityEstimator`.
         sigma: Float > 0, or `None` for that of `data_density`.
         seed: Integer or `None`. Of latent vectors and noise.
 
@@ -161,12 +164,7 @@ class DenoisingGenerator(CompositeModel):
                 is 1.
             **kwargs: As for Keras's `compile`; no loss and no metrics.
         """
-        if kwargs.get("loss") is not None or kwargs.get("metrics"):
-            raise ValueError(
-                "Expected no loss and no metrics: they are the method's own. "
-                f"Received: loss={kwargs.get('loss')!r}, "
-                f"metrics={kwargs.get('metrics')!r}"
-            )
+        check_no_losses(kwargs)
         energy_steps = check_integer("energy_steps", energy_steps, 1)
         generator_steps = check_integer("generator_steps", generator_steps, 1)
         if min(energy_steps, generator_steps) > 1:
@@ -246,11 +244,10 @@ class DenoisingGenerator(CompositeModel):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        seed = (
-            self.draws.next_step()
-            if training
-            else StepSeed(ops.convert_to_tensor(self.draws.seed.value), 0)
-        )
+        if training:
+            seed = self.draws.next_step()
+        else:
+            seed = evaluation_seed(self.draws, self.density_loss)
         rows = y_pred
         unit = draw_rows(keras.random.normal, ops.shape(rows), seed)
         noisy = ops.stop_gradient(rows) + self.sigma * unit
@@ -294,6 +291,7 @@ class DenoisingGenerator(CompositeModel):
             NumPy array `(num, ...)`.
         """
         num = check_integer("num", num, minimum=1)
+        warn_if_untrained(self)
         batch_size = min(check_integer("batch_size", batch_size, 1), num)
         z = keras.random.normal(
             (num, *self.latent_shape), seed=StepSeed(base_seed(seed), _SAMPLE)

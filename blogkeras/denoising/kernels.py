@@ -68,7 +68,7 @@ def langevin_kernel(log_density):
         new_x = x + 0.5 * step_size * score
         new = init(new_x + ops.sqrt(step_size * temperature) * noise)
         fine = _is_finite(new[2], new[1])
-        # What has broken stays where it was: no NaN reaches a picture.
+        # A chain that became non-finite stays where it was: no NaN is returned.
         accepted = ops.ones_like(new[1])
         return choose(fine, new, state), accepted, ops.logical_not(fine)
 
@@ -150,15 +150,16 @@ def hmc_kernel(log_density, num_leapfrog):
     A fresh momentum r ~ N(0, 1) for every step, whether the last one was
     accepted or not; half a step of momentum first and last, so that the
     dynamics can be run backwards. The step takes `(state, seed, step_size,
-    temperature)`; the target is p^(1/T).
+    temperature, jitter)`; the target is p^(1/T).
     """
 
     def init(x):
         return (x, *log_density_and_score(log_density, x))
 
-    def step(state, seed, step_size, temperature):
+    def step(state, seed, step_size, temperature, jitter):
         x, value, _score = state
         momentum = keras.random.normal(ops.shape(x), seed=seed)
+        step_size = jittered(step_size, jitter, x, seed)
         new, new_momentum = leapfrog(
             init, state, momentum, step_size, num_leapfrog, temperature
         )
@@ -168,6 +169,27 @@ def hmc_kernel(log_density, num_leapfrog):
         return metropolis(state, new, log_ratio, seed)
 
     return Kernel(init, step)
+
+
+def jittered(step_size, jitter, x, seed):
+    """A step size for each chain, uniform in step_size · (1 ± jitter).
+
+    Trajectories of one length can come back to where they began: those of a
+    Gaussian are periodic, and a length near a multiple of half a period only
+    changes the sign of x, with all proposals accepted. The draw does not depend
+    on the position, so the stationary density stays what it is.
+
+    Args:
+        step_size: Float > 0.
+        jitter: Float within [0, 1).
+        x: Positions, `(chains, ...)`.
+        seed: As for `keras.random`.
+
+    Returns:
+        `(chains, 1, ...)`, of the rank of x.
+    """
+    uniform = keras.random.uniform((ops.shape(x)[0],), -1.0, 1.0, seed=seed)
+    return step_size * (1 + jitter * _per_chain(uniform, x))
 
 
 def leapfrog(init, state, momentum, step_size, num_steps, temperature=1.0):

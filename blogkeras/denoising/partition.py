@@ -17,15 +17,22 @@ from blogkeras.arguments import (
     check_number,
     check_seed,
 )
+from blogkeras.denoising.base import DenoisingModel
 from blogkeras.denoising.chains import compiler, programs_of
 from blogkeras.denoising.energy import as_scalars, log_density_and_score
-from blogkeras.denoising.kernels import leapfrog, metropolis, sum_rows
+from blogkeras.denoising.kernels import (
+    jittered,
+    leapfrog,
+    metropolis,
+    sum_rows,
+)
 from blogkeras.loops import loop_program, run_steps
 from blogkeras.models import map_batches
 from blogkeras.state import StepSeed, base_seed
 
 _LOG_2PI = math.log(2 * math.pi)
 _LEAPFROG = 5
+_JITTER = 0.2  # of the step size, see `hmc`
 _PILOT = 64  # chains that find the step sizes
 _ACCEPTANCE = 0.8  # what these step sizes are to reach
 _OPTIONS = {
@@ -268,13 +275,9 @@ def _quadrature(log_density, bounds, num_points, verbose):
 
 def _reference(log_density, mean, scale):
     """Mean and standard deviation of the reference, arrays like a row."""
-    own_mean = getattr(log_density, "mean", None)
-    own_variance = getattr(log_density, "variance", None)
-    if isinstance(own_mean, keras.Variable) and isinstance(
-        own_variance, keras.Variable
-    ):
-        mean = own_mean if mean is None else mean
-        scale = ops.sqrt(own_variance.value) if scale is None else scale
+    if isinstance(log_density, DenoisingModel):
+        mean = log_density.mean.value if mean is None else mean
+        scale = log_density.noisy_scale if scale is None else scale
     if mean is None or scale is None:
         raise ValueError(
             "Expected mean and scale of a Gaussian near the density, since the "
@@ -282,7 +285,7 @@ def _reference(log_density, mean, scale):
         )
     mean, scale = (
         as_numpy(ops.convert_to_numpy(x) if ops.is_tensor(x) else x)
-        for x in (getattr(mean, "value", mean), scale)
+        for x in (mean, scale)
     )
     if mean.ndim < 1 or mean.dtype.kind not in "fiu":
         raise ValueError(
@@ -405,6 +408,7 @@ class _Path:
 
         state = tempered(chain)
         momentum = keras.random.normal(ops.shape(chain[0]), seed=seed)
+        step_size = jittered(step_size, _JITTER, chain[0], seed)
         new, new_momentum = leapfrog(
             lambda u: tempered(self._ends(u, mean, scale)),
             state,

@@ -297,6 +297,7 @@ def hmc(
     num_leapfrog: int = 10,
     temperature: float = 1.0,
     *,
+    step_size_jitter: float = 0.2,
     seed: int | None = None,
     allow_non_finite: bool = False,
     verbose: str | int = 0,
@@ -312,16 +313,29 @@ def hmc(
             Langevin dynamics is a length squared).
         num_leapfrog: Integer ≥ 1. Leapfrog steps in a proposal.
         temperature: Float > 0. T.
+        step_size_jitter: Float within [0, 1), j. Each chain draws its step size
+            for each proposal, uniformly from step_size · (1 ± j). With 0,
+            trajectories may come back to where they began: for N(0, s²) and
+            step_size · num_leapfrog near a multiple of πs, all proposals are
+            accepted and |x| hardly changes.
         allow_non_finite: As for `mala`.
 
     Returns:
         `Samples`.
 
     Departs from the released code of the paper: the last half step of the
-    momentum is made, without which the dynamics cannot be run backwards; and
-    the momentum is drawn anew after a rejection, too.
+    momentum is made, without which the dynamics cannot be run backwards; the
+    momentum is drawn anew after a rejection, too; and the step size varies.
+
+    Reference:
+        [Neal, 2011](https://arxiv.org/abs/1206.1901), also on varying the step
+        size;
+        [blog post 7038](https://kexue.fm/archives/7038)
     """
     num_leapfrog = check_integer("num_leapfrog", num_leapfrog, minimum=1)
+    jitter = check_number(
+        "step_size_jitter", step_size_jitter, minimum=0, below=1
+    )
     return run_chains(
         "hmc",
         num_leapfrog,
@@ -332,6 +346,7 @@ def hmc(
         (
             _positive("step_size", step_size),
             _positive("temperature", temperature),
+            ops.convert_to_tensor(jitter, "float32"),
         ),
         seed=seed,
         allow_non_finite=allow_non_finite,

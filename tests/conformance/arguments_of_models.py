@@ -247,7 +247,15 @@ CHAIN = {
 }
 row(blogkeras.langevin, CHAIN, SAMPLER)
 row(blogkeras.mala, CHAIN, SAMPLER)
-row(blogkeras.hmc, CHAIN, {**SAMPLER, "num_leapfrog": integer(1)})
+row(
+    blogkeras.hmc,
+    CHAIN,
+    {
+        **SAMPLER,
+        "num_leapfrog": integer(1),
+        "step_size_jitter": number(minimum=0, below=1),
+    },
+)
 row(
     blogkeras.annealed_langevin,
     {

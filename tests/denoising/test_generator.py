@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, lower_train_step, replicated, value
+from kit import TENSORFLOW, replicated, value
 
 from blogkeras import backend
 from blogkeras.denoising import (
@@ -13,6 +13,7 @@ from blogkeras.denoising import (
     DenoisingGenerator,
     mlp_log_density,
 )
+from blogkeras.state import StepSeed, draw_rows
 
 needs_two_optimizers = pytest.mark.skipif(
     not hasattr(keras.optimizers, "MultiOptimizer"),
@@ -104,19 +105,13 @@ def test_the_gradient_of_the_generator():
     z = ops.convert_to_tensor(Z)
 
     def loss(w):
-        with keras.StatelessScope([(kernel, w)]) as scope:
-            result = model.compute_loss(z, y_pred=model(z, training=True))
-        del scope
-        return result, ()
+        with keras.StatelessScope([(kernel, w)]):
+            return model.compute_loss(z, y_pred=model(z, training=True)), ()
 
     w = ops.convert_to_tensor(value(kernel))
     _, gradient = backend.value_and_grad(loss, w)
-    # The same noise, then closed-form scores.
-    from blogkeras.state import StepSeed, draw_rows
-
+    # The noise of the first step, then closed-form scores.
     seed = StepSeed(ops.convert_to_tensor(model.draws.seed.value), 0)
-    if int(value(model.draws.iterations)):
-        seed = StepSeed(ops.convert_to_tensor(model.draws.seed.value), 0)
     unit = value(draw_rows(keras.random.normal, (64, 2), seed))
     y = Z @ value(kernel) + 0.5 * unit
     pull = -(y + 0.5) / 0.8 + (y - 1.0) / 2.0
@@ -239,23 +234,18 @@ def test_one_and_two_replicas():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.skipif(TENSORFLOW, reason="JAX exports for a TPU")
-def test_the_train_step_lowers_for_a_tpu():
-    model = compiled(small(), energy_steps=2)
-    lower_train_step(model, Z[:16])
-
-
 def test_samples_and_weights():
     model = compiled(small())
+    with pytest.warns(UserWarning, match="not been trained"):
+        model.sample(5, seed=0)
+    before = [value(w) for w in model.trainable_variables]
+    weight = np.zeros(64, "float32")
+    model.fit(Z, Z, sample_weight=weight, batch_size=64, verbose=0)
+    after = [value(w) for w in model.trainable_variables]
+    assert toy.difference(before, after) == 0
     x = model.sample(5, seed=0)
     assert x.shape == (5, 2)
     np.testing.assert_array_equal(x, model.sample(5, seed=0))
-    weight = np.zeros(64, "float32")
-    before = toy.weights(model)
-    model.fit(Z, Z, sample_weight=weight, batch_size=64, verbose=0)
-    trained = [value(w) for w in model.trainable_variables]
-    assert np.isfinite(np.concatenate([w.ravel() for w in trained])).all()
-    assert before
 
 
 def test_bad_arguments():

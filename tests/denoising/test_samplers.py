@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import toy
-from keras import ops
+from keras import layers, ops
 from kit import value
 
 from blogkeras.denoising import (
@@ -18,14 +18,36 @@ from blogkeras.denoising.chains import Samples
 from blogkeras.denoising.energy import log_density_and_score
 from blogkeras.denoising.kernels import leapfrog
 from blogkeras.denoising.samplers import check_mask
+from blogkeras.loops import ProgramCache
 
 CHAINS = 1000
 SPREAD = np.array([1.0, 0.5], "float32")  # standard deviations
 
 
+class Gaussian(layers.Layer):
+    """The log-density of N(0, scale²); keeps its programs, as our models do."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.scale = self.add_weight((dim,), "ones", name="scale")
+        self.built = True
+        self._programs = ProgramCache(16)
+
+    def call(self, x):
+        square = ops.square(x / self.scale)
+        return -ops.sum(ops.reshape(square, (ops.shape(x)[0], -1)), -1) / 2
+
+
+GAUSSIANS = {}
+
+
 def gaussian(scale):
-    scale = np.asarray(scale, "float32")
-    return lambda x: -ops.sum(ops.square(x / scale), axis=-1) / 2
+    """The one layer for this dimension, now with these standard deviations."""
+    scale = np.atleast_1d(scale)
+    if len(scale) not in GAUSSIANS:
+        GAUSSIANS[len(scale)] = Gaussian(len(scale))
+    GAUSSIANS[len(scale)].scale.assign(scale)
+    return GAUSSIANS[len(scale)]
 
 
 def banana(x):
@@ -93,6 +115,16 @@ def test_hmc_has_the_variance_of_the_target(dim):
     assert 0.5 < result.acceptance_rate < 1
 
 
+def test_trajectories_that_come_back():
+    """Ten leapfrog steps of 2 sin(π/20) turn N(0, 1)'s phase by π: x → −x."""
+    start_at = np.full((CHAINS, 1), 2.0, "float32")
+    args = gaussian(1.0), start_at, 60, 2 * np.sin(np.pi / 20), 10
+    caught = hmc(*args, step_size_jitter=0, seed=0)
+    np.testing.assert_allclose(np.abs(caught.x), 2, rtol=1e-3)
+    assert caught.acceptance_rate > 0.99
+    check_moments(hmc(*args, seed=0).x, [0.0], [1.0])
+
+
 @pytest.mark.parametrize("sampler", ["mala", "hmc"])
 def test_banana(sampler):
     # Exact draws, then chains: a sampler with another target leaves them.
@@ -144,8 +176,7 @@ def test_the_leapfrog_runs_backwards():
 
 
 def test_seeds_and_chunks():
-    x = start(2)[:10]
-    args = gaussian(SPREAD), x, 60, 0.1
+    args = gaussian(SPREAD), start(2), 20, 0.1
     first = langevin(*args, seed=7).x
     np.testing.assert_array_equal(first, langevin(*args, seed=7).x)
     assert (first != langevin(*args, seed=8).x).any()
@@ -156,31 +187,32 @@ def test_seeds_and_chunks():
 
 
 def test_progress_does_not_change_a_bit(capsys):
-    network = mlp_log_density((2,), (4,))
-    x = start(2)[:10]
-    quiet = mala(network, x, 45, 0.1, seed=7)
+    density, x = gaussian(SPREAD), start(2)
+    quiet = mala(density, x, 45, 0.1, seed=7)
     assert not capsys.readouterr().out
-    shown = mala(network, x, 45, 0.1, seed=7, verbose=1)
+    shown = mala(density, x, 45, 0.1, seed=7, verbose=1)
     assert "45/45" in capsys.readouterr().out
     np.testing.assert_array_equal(quiet.x, shown.x)
 
 
 def test_a_model_is_read_at_each_call():
+    """A layer with a cache of programs, and one without."""
     network = mlp_log_density((2,), (4,))
-    x = start(2)[:10]
-    before = langevin(network, x, 5, 0.1, seed=0).x
-    network.set_weights([10 * w for w in network.get_weights()])
-    assert (before != langevin(network, x, 5, 0.1, seed=0).x).any()
+    for density in (network, gaussian(SPREAD)):
+        before = langevin(density, start(2), 5, 0.1, seed=0).x
+        density.set_weights([10 * w for w in density.get_weights()])
+        after = langevin(density, start(2), 5, 0.1, seed=0).x
+        assert (before != after).any()
 
 
 def test_no_steps():
-    x = start(2)[:4]
+    x = start(2)
     result = langevin(gaussian(SPREAD), x, 0, 0.1)
     np.testing.assert_array_equal(result.x, x)
 
 
 def test_a_step_size_that_diverges_is_an_error():
-    x = start(2)[:8]
+    x = start(2)
     # Stable up to 4 times the least variance.
     with pytest.raises(FloatingPointError, match="langevin diverged at step"):
         langevin(gaussian(SPREAD), x, 500, 1.1, seed=0)
@@ -189,7 +221,7 @@ def test_a_step_size_that_diverges_is_an_error():
         gaussian(SPREAD), x, 500, 1.1, seed=0, allow_non_finite=True
     )
     assert np.isfinite(result.x).all()
-    assert result.num_non_finite == 8
+    assert result.num_non_finite == CHAINS
     with pytest.raises(FloatingPointError, match="largest"):
         annealed_langevin(gaussian(SPREAD), x, 1.1, np.ones(500), seed=0)
 
@@ -217,10 +249,11 @@ def test_annealing_by_temperature_ends_at_the_last_one():
     for t in np.repeat(temperatures, 4):
         variance = (1 - step / (2 * s**2)) ** 2 * variance + step * t
     check_moments(result.x, np.zeros(2), variance)
-    cold = annealed_langevin(
-        gaussian(s), start(2), 0.1, [1.0] * 10 + [0.0] * 300, seed=0
+    cold = [1.0] + [0.0] * 39
+    result = annealed_langevin(
+        gaussian(s), start(2), 0.2, cold, steps_per_level=4, seed=0
     )
-    assert np.abs(cold.x).max() < 1e-3
+    assert np.abs(result.x).max() < 1e-3
 
 
 def test_annealing_by_noise():
@@ -257,6 +290,26 @@ def test_what_is_known_stays():
     assert np.corrcoef(result.x.T)[0, 1] > 0.9
 
 
+def test_the_noise_on_what_is_known():
+    """Each step takes x₂ to x₁, which is 3 with noise of the last level."""
+
+    def log_density(x):
+        return -ops.square(x[:, 0] - x[:, 1]) / 2
+
+    x = np.full((CHAINS, 2), 3.0, "float32")
+    result = annealed_langevin(
+        log_density,
+        x,
+        2.0,
+        [0.0] * 5,
+        mask=np.array([True, False]),
+        known_sigmas=[1.0, 1.0, 1.0, 1.0, 0.5],
+        seed=0,
+    )
+    np.testing.assert_array_equal(result.x[:, 0], 3)
+    check_moments(result.x[:, 1:], [3.0], [0.25])
+
+
 def test_masks():
     x = np.zeros((5, 4, 3, 2))
     for shape in ((5, 4, 3, 2), (4, 3, 2), (4, 3), (5, 4, 3)):
@@ -268,11 +321,9 @@ def test_masks():
 
 
 def test_pictures_and_dtypes():
-    def log_density(x):
-        return -ops.sum(ops.square(x), axis=(1, 2, 3))
-
     for dtype in ("uint8", "float64", "int32", "float16"):
-        result = langevin(log_density, np.ones((3, 4, 4, 1), dtype), 2, 0.1)
+        x = np.ones((3, 4, 4, 1), dtype)
+        result = langevin(gaussian(1.0), x, 2, 0.1)
         assert isinstance(result, Samples)
         assert result.x.shape == (3, 4, 4, 1)
         assert result.x.dtype == np.float32

@@ -101,6 +101,34 @@ def word_mover_distance():
     return model, data, np.ones((8, 1), "float32")
 
 
+def denoising(kind):
+    """The estimator on points, on pictures; one energy of many σ; generator."""
+
+    def make():
+        network = blogkeras.mlp_log_density((2,), (4,))
+        pictures = blogkeras.residual_log_density((4, 4, 1), (2, 2))
+        if kind == "generator":
+            generator = keras.Sequential(
+                [keras.Input((3,)), keras.layers.Dense(2)]
+            )
+            estimator = blogkeras.DenoisingDensityEstimator(network, 0.5)
+            density = blogkeras.mlp_log_density((2,), (4,))
+            model = blogkeras.DenoisingGenerator(generator, estimator, density)
+            model.compile("adam", energy_steps=2, jit_compile=True)
+            return model, np.ones((8, 3), "float32")
+        if kind == "annealed":
+            model = blogkeras.AnnealedScoreMatching(pictures, [1.0, 0.1])
+        else:
+            model = blogkeras.DenoisingDensityEstimator(
+                pictures if kind == "pictures" else network, 0.5, 10
+            )
+        model.compile("adam", jit_compile=True)
+        points = kind == "estimator"
+        return model, np.ones((8, 2) if points else (8, 4, 4, 1), "float32")
+
+    return make
+
+
 # Whose promises rest on the digits of their products.
 FULL_PRECISION = ("word mover's distance",)
 STEPS = {
@@ -125,7 +153,12 @@ STEPS = {
     "hsic regularization": hsic_regularization,
     "hsic bottleneck": hsic_bottleneck,
     "word mover's distance": word_mover_distance,
+    "denoising": denoising("estimator"),
+    "denoising pictures": denoising("pictures"),
+    "denoising by many σ": denoising("annealed"),
 }
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    STEPS["denoising generator"] = denoising("generator")
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
