@@ -146,9 +146,9 @@ class DenoisingModel(CompositeModel):
         Sample weights, one for each row, need a `y`, since Keras drops them
         otherwise: `fit(x, x, sample_weight=...)`.
         """
-        if isinstance(x, list):
-            x = np.asarray(x)
-        if isinstance(x, np.ndarray) or ops.is_tensor(x):
+        # Lists, and tables such as those of pandas.
+        if isinstance(x, list) or hasattr(x, "__array__"):
+            x = x if ops.is_tensor(x) else as_numpy(x)
             check_rows(x)
         if not self.built or not int(ops.convert_to_numpy(self.num_adapted)):
             self.adapt(x)

@@ -168,8 +168,9 @@ def run_chains(
             raise FloatingPointError(
                 f"{name} diverged at step {int(state[3])}: "
                 f"{int(broken.sum())} of {len(broken)} chains, the largest "
-                f"‖x‖ before it {norms.max():.3g}. Take a smaller step_size. "
-                + _received_step_size(constants)
+                f"‖x‖ before it {norms.max():.3g}. Take a smaller step_size; "
+                "if none helps, log_density may be an energy, which has the "
+                f"opposite sign. {_received_step_size(constants)}"
             )
 
     state = run_steps(

@@ -3,7 +3,6 @@
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from blogkeras.arguments import (
@@ -114,7 +113,7 @@ def _steps_per_epoch(x, batch_size, kwargs):
     """Steps in an epoch of `fit`; an error where they are unknown."""
     if kwargs.get("steps_per_epoch") is not None:
         return check_integer("steps_per_epoch", kwargs["steps_per_epoch"], 1)
-    if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
+    if isinstance(x, list) or ops.is_tensor(x) or hasattr(x, "__array__"):
         rows = int(len(x) * (1 - kwargs.get("validation_split", 0.0)))
         return -(-rows // (batch_size or 32))
     number = None

@@ -339,16 +339,17 @@ def _annealed(
     def draw(rows):
         return rng.normal(size=(rows, *mean.shape))
 
+    # A step's draws have the seeds seed, seed + 1, ...: keep the runs apart.
     sizes = path.find_step_sizes(draw(_PILOT), seed, verbose)
     forward, accepted = path.run(
-        "forward", draw(number), seed + 1, sizes, verbose
+        "forward", draw(number), seed + 16, sizes, verbose
     )
     value, error, effective = _from_weights(forward)
     diagnostics = {"acceptance_rate": accepted}
     upper = math.nan
     if samples is not None:
         backward, accepted = path.run(
-            "backward", (samples - mean) / scale, seed + 2, sizes, verbose
+            "backward", (samples - mean) / scale, seed + 32, sizes, verbose
         )
         # E log w ≤ log E w = log(1 / Z).
         upper = float(-np.mean(backward))

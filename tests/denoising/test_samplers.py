@@ -222,6 +222,8 @@ def test_a_step_size_that_diverges_is_an_error():
     )
     assert np.isfinite(result.x).all()
     assert result.num_non_finite == CHAINS
+    with pytest.raises(FloatingPointError, match="energy"):
+        langevin(lambda x: ops.sum(ops.square(x), -1), x, 500, 0.5, seed=0)
     with pytest.raises(FloatingPointError, match="largest"):
         annealed_langevin(gaussian(SPREAD), x, 1.1, np.ones(500), seed=0)
 
