@@ -148,11 +148,11 @@ def test_a_gaussian_is_learnt_by_a_linear_generator():
     model = DenoisingGenerator(
         linear_generator(), target, Quadratic(), 0.5, seed=1
     )
-    steps = 3000
+    steps = 1500
     rate = keras.optimizers.schedules.CosineDecay
     model.compile(
         keras.optimizers.Adam(rate(0.05, steps)),
-        keras.optimizers.Adam(rate(0.02, steps), beta_1=0.5),
+        keras.optimizers.Adam(rate(0.01, steps), beta_1=0.5),
         jit_compile=True,
         steps_per_execution=50,
     )
