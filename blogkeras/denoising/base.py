@@ -291,16 +291,21 @@ def check_seed_number(seed):
     return None if seed is None else check_integer("seed", seed)
 
 
+def has_rows(x):
+    """Whether a NumPy array holds rows of numbers, of any numeric dtype."""
+    # bfloat16 and its like have the kind "V" in NumPy.
+    is_numeric = x.dtype.kind in "fiub" or "float" in str(x.dtype)
+    return is_numeric and x.ndim >= 2 and x.size > 0
+
+
 def check_rows(x, dtype="float32"):
     """Rows of finite numbers, of any numeric dtype, as floats."""
     x = as_numpy(x)
-    if x.ndim < 2 or x.dtype.kind not in "fiub" or not len(x):
-        # bfloat16 and its like have kind "V" in NumPy.
-        if x.ndim < 2 or not len(x) or "float" not in str(x.dtype):
-            raise ValueError(
-                "Expected numbers of shape (rows, ...), at least one row. "
-                f"Received: x of shape {x.shape} and dtype {x.dtype}"
-            )
+    if not has_rows(x):
+        raise ValueError(
+            "Expected numbers of shape (rows, ...), at least one row. "
+            f"Received: x of shape {x.shape} and dtype {x.dtype}"
+        )
     check_finite("x", x)
     return x.astype(dtype, copy=False)
 

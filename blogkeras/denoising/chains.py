@@ -13,9 +13,8 @@ from blogkeras.arguments import (
     check_boolean,
     check_finite,
 )
-from blogkeras.denoising.kernels import (
-    choose,
-)
+from blogkeras.denoising.base import has_rows
+from blogkeras.denoising.kernels import choose
 from blogkeras.loops import ProgramCache, loop_program, run_steps
 from blogkeras.state import StepSeed, base_seed
 
@@ -74,7 +73,7 @@ def check_start(log_density, x):
             f"Received: log_density={log_density!r}"
         )
     x = as_numpy(as_numbers(x, "x"))
-    if x.ndim < 2 or x.dtype.kind not in "fiub" or not x.size:
+    if not has_rows(x):
         raise ValueError(
             "Expected starting points of shape (chains, ...), at least one. "
             f"Received: x of shape {x.shape} and dtype {x.dtype}"

@@ -1,6 +1,7 @@
 """Chains against closed forms: moments, reversibility, divergence."""
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 import toy
@@ -323,8 +324,10 @@ def test_masks():
 
 
 def test_pictures_and_dtypes():
-    for dtype in ("uint8", "float64", "int32", "float16"):
-        x = np.ones((3, 4, 4, 1), dtype)
+    for dtype in ("uint8", "float64", "int32", "float16", "bfloat16"):
+        x = np.ones((3, 4, 4, 1), "float32").astype(
+            ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+        )
         result = langevin(gaussian(1.0), x, 2, 0.1)
         assert isinstance(result, Samples)
         assert result.x.shape == (3, 4, 4, 1)
