@@ -20,19 +20,13 @@ from blogkeras.arguments import (
 from blogkeras.denoising.base import DenoisingModel
 from blogkeras.denoising.chains import compiler, programs_of
 from blogkeras.denoising.energy import as_scalars, log_density_and_score
-from blogkeras.denoising.kernels import (
-    jittered,
-    leapfrog,
-    metropolis,
-    sum_rows,
-)
+from blogkeras.denoising.kernels import leapfrog, metropolis, sum_rows
 from blogkeras.loops import loop_program, run_steps
 from blogkeras.models import map_batches
 from blogkeras.state import StepSeed, base_seed
 
 _LOG_2PI = math.log(2 * math.pi)
 _LEAPFROG = 5
-_JITTER = 0.2  # of the step size, see `hmc`
 _PILOT = 64  # chains that find the step sizes
 _ACCEPTANCE = 0.8  # what these step sizes are to reach
 _OPTIONS = {
@@ -409,7 +403,6 @@ class _Path:
 
         state = tempered(chain)
         momentum = keras.random.normal(ops.shape(chain[0]), seed=seed)
-        step_size = jittered(step_size, _JITTER, chain[0], seed)
         new, new_momentum = leapfrog(
             lambda u: tempered(self._ends(u, mean, scale)),
             state,
