@@ -253,7 +253,7 @@ row(
     {
         **SAMPLER,
         "num_leapfrog": integer(1),
-        "step_size_jitter": number(minimum=0, below=1),
+        "step_size_jitter": number(minimum=0, maximum=1),
     },
 )
 row(
