@@ -130,7 +130,7 @@ def area(scores, odd):
 
 def show(axis, title, rows, labels=()):
     """Rows of pictures in one frame, with a label for each row."""
-    height, width = rows[0].shape[1:3]
+    height = rows[0].shape[1]
     # A line between the pictures.
     padded = [np.pad(row[..., 0], ((0, 0), (1, 0), (1, 0))) for row in rows]
     lines = [np.concatenate(row, axis=1) for row in padded]

@@ -1,6 +1,4 @@
-"""What the denoising models share: numbered noise, moments of the data, calls
-in batches.
-"""
+"""What denoising models share: numbered noise, moments, calls in batches."""
 
 import warnings
 
