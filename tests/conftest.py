@@ -4,7 +4,7 @@ import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Small programs: compiling them costs far more than running them.
+# Compiling the small programs of the tests takes longer than running them.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=2 "
@@ -26,7 +26,7 @@ if keras.backend.backend() == "tensorflow":
 
 
 def pytest_collection_finish():
-    """Spares the collector what the imports made: it never goes away."""
+    """Hides imported objects, which are never freed, from the collector."""
     gc.collect()
     gc.freeze()
 

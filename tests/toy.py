@@ -4,11 +4,12 @@ import functools
 
 import keras
 import numpy as np
+import pytest
 from keras import layers, ops
 
 VOCABULARY = 11
 RNG = np.random.default_rng(0)
-ROWS = 64  # whole batches: one shape to compile
+ROWS = 64  # full batches only: one shape to compile
 TOKENS = RNG.integers(1, VOCABULARY, (ROWS, 5)).astype("int32")
 TOKENS[::3, 3:] = 0  # padding
 DENSE = RNG.normal(size=(ROWS, 3)).astype("float32")
@@ -19,7 +20,7 @@ WEIGHTS = RNG.random(ROWS).astype("float32")
 
 def reset():
     """Names and seeds as in a new process."""
-    # Collecting all garbage each time costs more than most tests.
+    # Collecting all garbage each time takes longer than most tests.
     keras.utils.clear_session(free_memory=False)
     keras.utils.set_random_seed(0)
 
@@ -37,7 +38,7 @@ class ActivityLoss(layers.Layer):
 
 
 class OwnLoss(keras.Model):
-    """Overrides `compute_loss` and tracks a metric in it."""
+    """A model that overrides `compute_loss` and tracks a metric in it."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -87,7 +88,7 @@ def classifier(
     mask_zero=True,
     normalization=layers.BatchNormalization,
 ):
-    """Tokens → 3 classes, with all that a training step must carry along."""
+    """Tokens → 3 classes, with everything a training step has to handle."""
     tokens = keras.Input((5,), dtype="int32", name="tokens")
     h = layers.Embedding(
         VOCABULARY,
@@ -106,9 +107,9 @@ def classifier(
 
 
 def compiled(model, optimizer=None, **kwargs):
-    """Traced once, without XLA on TensorFlow: it takes longest to compile.
+    """Compiles a model, without XLA on TensorFlow, which compiles slowest.
 
-    Run eagerly a step of few rows costs the least, on both backends.
+    With few rows, a step is cheapest when it runs eagerly, on both backends.
     """
     kwargs.setdefault(
         "jit_compile",
@@ -151,9 +152,9 @@ def difference(a, b):
 
 @functools.cache
 def mirrored():
-    """TensorFlow's two replicas, one strategy for the process.
+    """TensorFlow's strategy of two replicas, the same one in the whole process.
 
-    Two strategies number their collectives alike and clash.
+    The collective operations of two strategies would have the same numbers.
     """
     import tensorflow as tf
 
@@ -168,3 +169,27 @@ def token_encoder(
     h = layers.Embedding(vocabulary, embedding_dim, name="table")(tokens)
     h = layers.Dense(dim, activation="tanh", name="dense")(h)
     return keras.Model(tokens, h, name=name)
+
+
+def keras_hub_bert(**changes):
+    """A BERT of KerasHub with one small block; skips where there is none."""
+    keras_hub = pytest.importorskip("keras_hub")
+    sizes = {
+        "vocabulary_size": 50,
+        "num_layers": 1,
+        "num_heads": 2,
+        "hidden_dim": 8,
+        "intermediate_dim": 16,
+        "max_sequence_length": 64,
+        "dropout": 0.0,
+    }
+    return keras_hub.models.BertBackbone(**{**sizes, **changes})
+
+
+def keras_hub_classifier():
+    """The same with two classes on top."""
+    backbone = keras_hub_bert()
+    keras_hub = pytest.importorskip("keras_hub")
+    return keras_hub.models.BertTextClassifier(
+        backbone=backbone, num_classes=2, preprocessor=None, dropout=0.0
+    )

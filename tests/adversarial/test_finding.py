@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import toy
 from adversarial_reference import (
     LABELS,
     TOKENS,
@@ -85,20 +86,9 @@ def test_finds_tokens_not_positions_in_a_subclassed_model():
 
 
 def test_finds_the_embedding_of_a_keras_hub_model():
-    keras_hub = pytest.importorskip("keras_hub")
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=64,
-    )
-    model = keras_hub.models.BertTextClassifier(
-        backbone=backbone, num_classes=2, preprocessor=None
-    )
+    model = toy.keras_hub_classifier()
     if TENSORFLOW:  # JAX cannot trace its lengths ahead, and waits for `fit`
-        assert site_of(model).layer is backbone.token_embedding
+        assert site_of(model).layer is model.backbone.token_embedding
     model.compile(
         keras.optimizers.SGD(0.01),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -307,19 +307,7 @@ def test_a_padding_mask_that_is_none(arguments, message):
 
 def test_keras_hub_models_tell_padding():
     """However far a text is padded: the same norm, the same losses."""
-    keras_hub = pytest.importorskip("keras_hub")
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=50,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=8,
-        intermediate_dim=16,
-        max_sequence_length=64,
-        dropout=0.0,
-    )
-    model = keras_hub.models.BertTextClassifier(
-        backbone=backbone, num_classes=2, preprocessor=None, dropout=0.0
-    )
+    model = toy.keras_hub_classifier()
     model.compile(keras.optimizers.SGD(0.0), run_eagerly=TENSORFLOW)
     results = []
     for length in (5, 9):
@@ -333,7 +321,7 @@ def test_keras_hub_models_tell_padding():
         results.append(
             evaluate_robustness(model, x, np.arange(4) % 2, (1.0,), verbose=0)
         )
-    E = backbone.token_embedding.get_weights()[0]
+    E = model.backbone.token_embedding.get_weights()[0]
     norm = np.linalg.norm(E[1:21], axis=1).mean()
     for result in results:
         np.testing.assert_allclose(result.mean_norm, norm, rtol=1e-5)

@@ -83,7 +83,7 @@ MODELS |= {
         "hidden_act": ["gelu", "linear"],
     },
 }
-# What `make test` runs; `make verify` runs all, and all layers of these.
+# Cases of `make test`; `make verify` runs all cases, and all layers of these.
 QUICK = [
     "bert nsp mlm",
     "albert",

@@ -1,8 +1,8 @@
-"""Computes with bert4keras what the tests compare between two Kerases.
+"""Computes with bert4keras what the tests compare between Keras 3 and Keras 2.
 
 The same functions run in two processes: in the tests on Keras 3, through the
 bridge, and here as a script on tf_keras, for which bert4keras was written.
-They use only names that bert4keras and both Kerases have.
+They use only names that bert4keras and both versions of Keras have.
 """
 
 import functools
@@ -114,7 +114,7 @@ def build(name, **kwargs):
 
 @functools.cache
 def built(name):
-    """Returns the model of a case, for tests that leave it as it is."""
+    """Returns the model of a case, for tests that do not change it."""
     return build(name)
 
 
@@ -309,7 +309,7 @@ def run_snippets():
         def predict(self, inputs, output_ids, states):
             ids = np.concatenate([inputs[0], output_ids], axis=1)
             last = self.last_token(model)
-            last.run_eagerly = True  # each length would be traced anew
+            last.run_eagerly = True  # each length would be traced again
             return 4 * last.predict(ids, verbose=0)
 
     decoder = Decoder(start_id=None, end_id=7, maxlen=4)
@@ -382,7 +382,7 @@ def run_optimizer(name, optimizer, steps=7):
 
 
 def run_habits():
-    """What old scripts do with layers and models, apart from bert4keras."""
+    """How old scripts use layers and models, apart from bert4keras."""
     from bert4keras import layers
     from bert4keras.backend import K, keras
 

@@ -8,6 +8,7 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("bert4keras needs TensorFlow", allow_module_level=True)
 
 import bert4keras_oracle as oracle
+import toy
 from kit import close_in_ulps
 
 import blogkeras
@@ -222,14 +223,8 @@ def test_adversarial_training_of_a_bridged_model():
 
 @pytest.mark.verify
 def test_keras_hub_backbone_and_bridged_model_in_one_graph():
-    keras_hub = pytest.importorskip("keras_hub")
-
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=60,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=32,
-        intermediate_dim=48,
+    backbone = toy.keras_hub_bert(
+        vocabulary_size=60, hidden_dim=32, intermediate_dim=48, dropout=0.1
     )
     hub = backbone.output["sequence_output"]
     x = layers.LayerNormalization()(hub)

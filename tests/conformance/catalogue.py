@@ -1,4 +1,4 @@
-"""Public classes by kind, for what is neither layer, loss, metric nor model.
+"""Public classes that are neither layer, loss, metric nor model, by kind.
 
 `test_kinds.py` checks each kind; `test_conformance.py` checks that no public
 class is missing.
@@ -119,7 +119,7 @@ COUNTS = {
     "WordMoverDistance": (0, 0, 0, 0),
     "WordRotatorDistance": (0, 0, 0, 0),
 }
-# Bases that are not used themselves.
+# Base classes that are not used themselves.
 ABSTRACT = [blogkeras.AdversarialMethod]
 
 BY_KIND = [

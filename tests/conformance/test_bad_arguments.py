@@ -1,8 +1,8 @@
-"""Each argument of each public name, fed with what is wrong.
+"""Wrong values for each argument of each public name.
 
-The table says of what kind an argument is; the wrong values follow from the
-kind. Each must give a `ValueError` that says what was expected and received, at
-the call that takes the argument (for layers: by the first call on data).
+The table has the kind of each argument, and the kind its wrong values. Each
+must raise a `ValueError` that says what was expected and received, in the call
+that takes the argument (for layers: at the latest in the first call on data).
 """
 
 import inspect
@@ -17,9 +17,9 @@ from wrong_values import TABLE
 
 import blogkeras
 
-# Arguments are looked at in Python, before any backend: once is enough.
+# Arguments are checked in Python, so one backend is enough.
 pytestmark = pytest.mark.skipif(not TENSORFLOW, reason="the same on JAX")
-# What is fed elsewhere, and why not here.
+# Arguments that are tested elsewhere, and why not here.
 ELSEWHERE = {
     "DenoisingGenerator": "takes trained models: tests/denoising",
     "HSICTest": "made by hsic_test only",

@@ -238,7 +238,7 @@ def numpy(x):
 
 
 def check_config(instance, kwargs):
-    """The config holds every argument, revives, and survives use."""
+    """The config has every argument, can be revived, and use leaves it."""
     config = instance.get_config()
     for name in inspect.signature(type(instance).__init__).parameters:
         # Keras's own losses keep their dtype out of the config.
@@ -287,14 +287,14 @@ def check_compiled(layer, x):
     for ours, eager in zip(results, keras.tree.flatten(layer(x)), strict=True):
         assert ours.shape == eager.shape
         assert ours.dtype == eager.dtype
-        # A layer that draws has other draws in its next call.
+        # A layer with random draws gives other results in its next call.
         if not draws:
-            # An iteration ends within its tolerance, not to the bit.
+            # An iteration ends within its tolerance, not at the same bits.
             close_in_ulps(ours, eager, 64)
 
 
 def check_mask(layer, x):
-    """Where a layer says that it knows masks, one comes through its call."""
+    """A layer that supports masks passes one through its call."""
     if not layer.supports_masking or isinstance(x, list) or x.ndim < 3:
         return
     mask = np.ones(x.shape[:-1], bool)
@@ -314,7 +314,7 @@ def check_mask(layer, x):
 
 
 def check_layer(cls, kwargs, inputs, path):
-    """A layer as Keras users expect it.
+    """Checks a layer for what Keras users expect.
 
     Config round trip, attributes after revival; eager, symbolic, compiled and
     build-only agree; counts of weights, losses and seeds; masks; half
@@ -466,7 +466,7 @@ def test_public_names_exist_and_are_documented():
         assert inspect.getdoc(getattr(blogkeras, name)), name
 
 
-# The suite itself: it must take a good layer and refuse bad ones.
+# Tests of the suite: it must accept a good layer and refuse bad ones.
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")

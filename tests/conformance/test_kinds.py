@@ -51,7 +51,7 @@ def revived(instance):
 
 @rows("KERNELS")
 def test_kernel(cls, kwargs):
-    """Revived and equal; symmetric, positive, the same compiled and in half."""
+    """Revived equal; symmetric, positive; alike compiled and in float16."""
     kernel = check_arguments(cls, kwargs)
     again = revived(kernel)
     assert again == kernel
@@ -90,7 +90,7 @@ def test_method(cls, kwargs):
 
     assert toy.difference(plain(), trained(method, jit_compile=True)) > 0
     if "start_step" in inspect.signature(cls).parameters:
-        # With a start in the future the method does nothing yet.
+        # Before its first step a method changes nothing.
         waiting = cls(**{**kwargs, "start_step": 10**6})
         assert toy.difference(plain(), trained(waiting)) <= 1e-6
 
@@ -126,7 +126,7 @@ def test_schedule(cls, kwargs):
 
 @rows("CALLBACKS")
 def test_callback(cls, kwargs, make):
-    """Its numbers stand in the history, by name, finite, in each epoch."""
+    """Its values are in the history, by name, finite, in each epoch."""
     callback = check_arguments(cls, kwargs)
     model = make()
     history = model.fit(
@@ -144,7 +144,7 @@ def test_callback(cls, kwargs, make):
 
 @rows("OPTIMIZERS")
 def test_optimizer(cls, make, tmp_path):
-    """Equal to the one inside; saved with the model, and goes on alike."""
+    """Equal to the one inside; saved with the model, and continues alike."""
     revived(make(keras.optimizers.Adam(0.01)))
     models = []
     for wrap in (lambda x: x, make):
@@ -190,7 +190,7 @@ def test_record(cls, make):
 
 @pytest.mark.parametrize("cls", catalogue.ABSTRACT, ids=identify)
 def test_abstract(cls):
-    """A base says what is missing."""
+    """A base class raises for methods that are missing."""
     model = toy.compiled(toy.classifier())
     blogkeras.adversarial_training(model, method=cls())
     with pytest.raises(NotImplementedError):

@@ -88,7 +88,7 @@ def verbose():
     return Kind("loud", 3, -1, 1.5, hint="str | int")
 
 
-FREE = None  # Anything goes, or Keras looks at it.
+FREE = None  # Everything is allowed, or Keras checks it.
 # {name: (function that calls it with changes, {argument: kind})}
 TABLE = {}
 
@@ -96,7 +96,7 @@ TABLE = {}
 def row(target, valid, kinds, use=None):
     """Adds a name, with arguments that are right, to the table.
 
-    `use` is what a wrong argument may need to be seen: a call on data.
+    `use` is a call on data, where some wrong arguments are found.
     """
 
     def call(**changes):

@@ -1,4 +1,4 @@
-"""HSIC as the papers have it, in float64: what the tests compare with."""
+"""HSIC by the formulas of the papers, in float64, as the tests' reference."""
 
 import numpy as np
 from keras import ops
@@ -21,12 +21,12 @@ def value(x):
 
 
 def quick(fn):
-    """On JAX one program: eager, it would compile every single operation."""
+    """Compiles on JAX, where eager execution would compile each operation."""
     return backend.jit(fn) if JAX else fn
 
 
 def definition(k, l, estimator):  # noqa: E741
-    """The matrix forms as they stand in the papers, in float64."""
+    """The matrix formulas of the papers, in float64."""
     n = len(k)
     j, one = np.eye(n) - 1 / n, np.ones(n)
     if estimator != "unbiased":

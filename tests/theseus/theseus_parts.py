@@ -14,7 +14,8 @@ ON_TENSORFLOW = backend.BACKEND == "tensorflow"
 MODES = ("batch", "sample", "mixing", "annealing")
 X = toy.DENSE[:16]
 Y = toy.LABELS[:16]
-# TensorFlow misses the gradient of what does not run.
+# TensorFlow warns of weights without a gradient, such as those of a branch that
+# does not run.
 no_gradient = pytest.mark.filterwarnings("ignore:Gradients do not exist")
 
 
@@ -29,14 +30,14 @@ def dense(units=3, **kwargs):
 
 
 def exact():
-    """A layer whose sums of eighths no rounding can change."""
+    """A layer with small multiples of 1/8, whose sums are exact in float32."""
     layer = built(layers.Dense(3, "relu"), 3)
     layer.set_weights([np.round(8 * w) / 8 for w in layer.get_weights()])
     return layer
 
 
 def constants(rate, mode="batch", seed=0):
-    """A module that says 0 for the predecessor, 1 for the successor."""
+    """A module that returns 0 for the predecessor, 1 for the successor."""
     zero, one = (
         built(layers.Dense(1, kernel_initializer=k), 1)
         for k in ("zeros", "ones")
@@ -45,7 +46,7 @@ def constants(rate, mode="batch", seed=0):
 
 
 def several_modules(rate, count, seed):
-    """Modules of one Theseus that say 0 or 1, as `constants`."""
+    """Modules of one Theseus that return 0 or 1, as `constants`."""
     zeros, ones = (
         [built(layers.Dense(1, kernel_initializer=k), 1) for _ in range(count)]
         for k in ("zeros", "ones")
@@ -56,7 +57,7 @@ def several_modules(rate, count, seed):
 
 
 def draws(module, count, size=1):
-    """Outputs for inputs of 1 in `count` training steps, one after another."""
+    """Outputs for inputs of 1 in `count` successive training steps."""
     fixed = [v.value for v in module.trainable_variables]
     state = [v.value for v in module.non_trainable_variables]
 
@@ -75,7 +76,7 @@ def draws(module, count, size=1):
 
 
 def stack(name, **kwargs):
-    """Dropout, moving averages and a loss of its own."""
+    """Layers with dropout, moving averages and a loss of their own."""
     return built(
         keras.Sequential(
             [

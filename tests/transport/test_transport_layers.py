@@ -345,15 +345,8 @@ def test_bert4keras_outputs_bring_their_masks():
 
 
 def test_keras_hub_outputs_with_their_padding_mask():
-    keras_hub = pytest.importorskip("keras_hub")
-    backbone = keras_hub.models.BertBackbone(
-        vocabulary_size=20,
-        num_layers=1,
-        num_heads=2,
-        hidden_dim=16,
-        intermediate_dim=16,
-        dropout=0.0,
-        max_sequence_length=8,
+    backbone = toy.keras_hub_bert(
+        vocabulary_size=20, hidden_dim=16, max_sequence_length=8
     )
     x, y = token_pairs()
     vectors = [
