@@ -20,8 +20,8 @@ its seconds stand in a column of their own.
 import argparse
 import itertools
 import json
-import os
 import pathlib
+import subprocess
 import sys
 import time
 
@@ -242,6 +242,18 @@ def contest(section, options):
     return {"cpu": processor, "wall": wall}, first
 
 
+def peers(python):
+    """`torch 2.13.0, torchebm 0.8.9` of another Python."""
+    code = (
+        "from importlib.metadata import version as v;"
+        "print(*(f'{n} {v(n)}' for n in ('torch', 'torchebm')), sep=', ')"
+    )
+    answer = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, check=True
+    )
+    return answer.stdout.strip()
+
+
 def lines(section, options):
     results, first = contest(section, options)
     base = SECTIONS[section][1]
@@ -299,6 +311,8 @@ def main():
         state = json.loads(options.state.read_text("utf-8"))
     for section in options.sections:
         state[section] = lines(section, options)
+        if options.torch:
+            state["peers"] = peers(options.torch)
         options.state.parent.mkdir(parents=True, exist_ok=True)
         options.state.write_text(json.dumps(state), encoding="utf-8")
     titles = {
@@ -312,10 +326,12 @@ def main():
         "# Benchmark: denoising",
         "",
         environment(["keras", "tensorflow", "jax", "numpy"])
-        + f"; one thread each; {os.cpu_count()} cores in the machine.",
+        + f"; peers: {state.get('peers', 'none')}. One thread each.",
         "",
-        "Interleaved rounds; the peers of Langevin dynamics are torchebm's, "
-        "those of training plain PyTorch.",
+        "Interleaved rounds. The peer of Langevin dynamics is torchebm's "
+        "sampler, that of training a loop of plain PyTorch with double "
+        "backward. In `fit`, Keras prepares batches in a thread of its own: "
+        "so seconds of the processor can exceed those by the clock.",
         "",
     ]
     for section, title in titles.items():
