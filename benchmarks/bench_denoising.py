@@ -4,7 +4,7 @@
 
 `--torch` is the Python of an environment with torch and torchebm, which nothing
 else needs (make installs one); without it the contenders that need them are
-left out. All have an energy of four layers of 64 and one thread. Every step is
+left out. All have an energy of four layers of 64 and one core. Every step is
 measured by the clock and in seconds of the processor. Compiling is not counted;
 its seconds stand in a column of their own.
 
@@ -20,6 +20,7 @@ its seconds stand in a column of their own.
 import argparse
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -305,6 +306,9 @@ def main():
     )
     options = parser.parse_args()
     if options.worker:
+        # JAX takes several threads whatever the variables say.
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         return serve(lambda: prepare(options))
     state = {}
     if options.state.exists():
@@ -326,12 +330,11 @@ def main():
         "# Benchmark: denoising",
         "",
         environment(["keras", "tensorflow", "jax", "numpy"])
-        + f"; peers: {state.get('peers', 'none')}. One thread each.",
+        + f"; peers: {state.get('peers', 'none')}. One core each.",
         "",
         "Interleaved rounds. The peer of Langevin dynamics is torchebm's "
         "sampler, that of training a loop of plain PyTorch with double "
-        "backward. In `fit`, Keras prepares batches in a thread of its own: "
-        "so seconds of the processor can exceed those by the clock.",
+        "backward.",
         "",
     ]
     for section, title in titles.items():
