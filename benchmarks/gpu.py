@@ -277,16 +277,18 @@ def step(make):
 
 
 def function(make, jit=True):
-    """A function of arrays, which are of the dtype that is set, and its values.
+    """A function of arrays, and its values.
 
-    With `jit=False` the function compiles what it needs by itself.
+    It is compiled, and the arrays are of the dtype that is set. With
+    `jit=False` it compiles what it needs by itself, from arrays of float32.
     """
 
     def program(size):
         fn, *arrays = make(size)
-        dtype = keras.config.dtype_policy().compute_dtype
-        arrays = [ops.cast(a, dtype) for a in arrays]
-        fn = jax.jit(fn) if jit else fn
+        if jit:
+            dtype = keras.config.dtype_policy().compute_dtype
+            arrays = [ops.cast(a, dtype) for a in arrays]
+            fn = jax.jit(fn)
         values = []
 
         def call():
