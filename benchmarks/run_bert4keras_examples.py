@@ -10,13 +10,14 @@ Each script runs in a process of its own: untouched, by
 `python -m blogkeras.bert4keras script.py`; with the line
 `import blogkeras.bert4keras` added; and, if that does not do, with the line
 `import blogkeras.bert4keras.keras2`. Checkpoints, vocabularies and data are
-made here: random and tiny. Texts are short, training stops after two steps and
-a web server after one request. A script runs if it comes to its end. The tables
-go into docs/bert4keras.md; with `--folder` they grow from call to call.
+made when a script asks for them, by the rules in `strangers.py`: random and
+tiny. Paths, sizes and epochs are changed: texts are short, training stops after
+two steps and a web server after one request. A script runs if it comes to its
+end. The tables go into docs/bert4keras.md; with `--folder` they grow from call
+to call.
 
 Of the repositories listed in `strangers.py` those are run that are in the
-folder; their scripts run untouched only, with paths, sizes and epochs changed
-by the rules below, and data made by the rules there.
+folder; their scripts run untouched only.
 
 The scripts also need: pip install bottle cchess jieba nltk
 opencv-python-headless pandas rouge scipy sympy
@@ -36,12 +37,10 @@ import tempfile
 import textwrap
 import traceback
 
-import numpy as np
 import strangers
 from harness import page
 
 DOCS = page.ROOT / "docs/bert4keras.md"
-HOME = "/root"  # where the original scripts keep their files
 HIDDEN = 16
 # Lengths of texts, and numbers of sampling steps.
 SIZES = r"^(max\w*len|\w*steps) = (\d+)\b"
@@ -56,13 +55,16 @@ MODEL_SIZES = {
 }
 # Absolute paths in strings.
 ABSOLUTE = r"""(?<=["'])/(?=(?:root|home|data|mnt|Users|search|opt)/)"""
+PIECES = r"""(?<=["'])[^"'\s]+\.model(?=["'])"""  # models of SentencePiece
 LIMIT = """
 import functools, json, os, sys, wsgiref.util
 import keras
 _fit = keras.Model.fit
 def fit(self, *args, **kwargs):
     steps = kwargs.get("steps_per_epoch") or 2
-    kwargs.update(epochs=1, steps_per_epoch=min(steps, 2))
+    # An average of weights over epochs starts after the second.
+    epochs = 3 if "swa" in sys.modules else 1
+    kwargs.update(epochs=epochs, steps_per_epoch=min(steps, 2))
     if kwargs.get("validation_steps"):
         kwargs["validation_steps"] = 1
     return _fit(self, *args, **kwargs)
@@ -97,7 +99,7 @@ try:
 except ImportError:
     pass
 """
-PLAIN = LIMIT + "import runpy; runpy.run_path({0!r}, run_name='__main__')"
+PLAIN = "import runpy; runpy.run_path({0!r}, run_name='__main__')"
 MAIN = "from blogkeras.bert4keras.__main__ import main; main([{0!r}, *{1!r}])"
 # A checkpoint that is not there is made, of the shapes of its model.
 CHECKPOINTS = """
@@ -125,95 +127,10 @@ Transformer.load_weights_from_checkpoint = load
 """
 # name: (program, added line)
 KINDS = {
-    "untouched": (LIMIT + MAIN, ""),
+    "untouched": (MAIN, ""),
     "line": (PLAIN, "import blogkeras.bert4keras\n"),
     "keras2": (PLAIN, "import blogkeras.bert4keras.keras2\n"),
 }
-
-
-def sentences(characters, count=12):
-    rng = np.random.default_rng(0)
-    return ["".join(rng.choice(characters, 12)) + "。" for _ in range(count)]
-
-
-def write(path, lines, encoding="utf-8"):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines), encoding=encoding)
-
-
-def write_data(root, examples, characters):
-    """Writes small data sets in the formats that the scripts read."""
-    texts = sentences(characters)
-    pairs = list(zip(texts, texts[1:] + texts[:1], strict=True))
-    labels = [i % 2 for i in range(len(texts))]
-    rows = list(zip(texts, labels, strict=True))
-    for part in ("train", "valid", "test"):
-        name = f"sentiment/sentiment.{part}.data"
-        write(examples / "datasets" / name, [f"{t}\t{y}" for t, y in rows])
-        name = f"lcqmc/lcqmc.{part}.data"
-        write(
-            examples / "datasets" / name,
-            [f"{a}\t{b}\t{len(a) % 2}" for a, b in pairs],
-        )
-    dumps = lambda items: [json.dumps(x, ensure_ascii=False) for x in items]  # noqa: E731
-    clue = root / "CLUE-master/baselines/CLUEdataset/iflytek"
-    for part in ("train", "dev", "test"):
-        write(
-            clue / f"{part}.json",
-            dumps({"sentence": t, "label": str(y)} for t, y in rows),
-        )
-    answers = [
-        {"question": b, "passages": [{"passage": a, "answer": a[2:5]}]}
-        for a, b in pairs
-    ]
-    for name in ("WebQA", "SogouQA"):
-        write(root / f"qa_datasets/{name}.json", [json.dumps(answers)])
-    triples = [
-        {
-            "text": t,
-            "spo_list": [
-                {"subject": t[:2], "predicate": "是", "object": t[4:7]}
-            ],
-        }
-        for t in texts
-    ]
-    for part in ("train", "dev"):
-        write(root / f"kg/datasets/{part}_data.json", dumps(triples))
-    write(root / "kg/datasets/all_50_schemas", dumps([{"predicate": "是"}]))
-    write(root / "金庸/一/一.txt", ["  ".join(texts)], encoding="gbk")
-    for i, (a, b) in enumerate(pairs):
-        write(root / f"thuctc/THUCNews/体育/{i}.txt", [a, b])
-    for part in ("train", "val", "test"):
-        write(root / f"csl/{part}.tsv", [f"{a}\t{b}" for a, b in pairs])
-    for part in ("train", "valid", "test"):
-        problem = {"original_text": "3加2", "equation": "x=3+2", "ans": "5"}
-        write(root / f"ape210k/{part}.ape.json", dumps([problem] * 12))
-    words = [" ".join([t[:2], t[2:3], t[3:6], t[6:]]) for t in texts]
-    write(root / "icwb2-data/training/pku_training.utf8", words)
-    write(root / "icwb2-data/testing/pku_test.utf8", texts)
-    ner = [
-        "\n".join(
-            f"{c} {'B-PER' if i == 2 else 'I-PER' if i == 3 else 'O'}"
-            for i, c in enumerate(t)
-        )
-        for t in texts
-    ]
-    for part in ("train", "dev", "test"):
-        path = root / f"ner/china-people-daily-ner-corpus/example.{part}"
-        write(path, ["\n\n".join(ner)])
-    game = {"fen": "", "iccs": "h2e2h9g7" * 4, "items": {"棋局结果": 2}}
-    write(root / "qipu.json", dumps([game] * 12))
-    image = {"id": 1, "file_name": "1.jpg", "coco_url": "1.jpg"}
-    caption = {"image_id": 1, "caption": "a train on the tracks"}
-    for part in ("train2014", "val2014"):
-        coco = {"images": [image], "annotations": [caption]}
-        path = root / f"caption/coco/annotations/captions_{part}.json"
-        write(path, [json.dumps(coco)])
-        path = root / f"caption/coco/{part}/1.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"P6 4 4 255 " + bytes(range(48)))
-
-
 BERT = {
     "attention_probs_dropout_prob": 0.1,
     "hidden_act": "gelu",
@@ -236,52 +153,19 @@ def vocabulary(characters):
     return [*tokens, *words, *("##" + word for word in words)]
 
 
-def write_checkpoints(root, source, characters, layers):
-    """Writes a configuration, a vocabulary and random weights per model."""
-    import blogkeras.bert4keras  # noqa: F401
-
-    # isort: split
-    from bert4keras.models import build_transformer_model
-
-    tokens = vocabulary(characters)
-    bert = {
-        **BERT,
-        "num_hidden_layers": layers,
-        "vocab_size": len(tokens),
-    }
-    heads = {"with_mlm": True, "with_nsp": True}
-    models = {
-        "albert": ({"embedding_size": 8}, {"model": "albert", **heads}),
-        "gpt2_ml": ({}, {"model": "gpt2_ml"}),
-        # Its longest prompt is of 680 tokens here.
-        "CPM": ({"max_position_embeddings": 1024}, {"model": "gpt2"}),
-        "nezha_gpt": ({"type_vocab_size": 0}, {"with_mlm": True}),
-        "mt5": ({"hidden_act": ["gelu", "linear"]}, {"model": "mt5.1.1"}),
-        "": ({}, heads),
-    }
-    paths = set(re.findall(rf"_path = '{HOME}/([^']+)'", source))
-    pieces = None  # known before it is needed
-    for path in sorted(paths, key=lambda path: not path.endswith(".model")):
-        folder = (root / path).parent
-        name = next(name for name in models if name in str(folder))
-        extra, arguments = models[name]
-        config = {**bert, **extra}
-        if name == "CPM":
-            config["vocab_size"] = pieces
-        if path.endswith(".model"):
-            pieces = write_pieces(root / path, characters)
-        elif path.endswith("keep_tokens.json"):
-            write(root / path, [json.dumps(list(range(pieces)))])
-        elif path.endswith(".txt"):
-            write(root / path, tokens)
-        elif path.endswith("config.json"):
-            write(root / path, [json.dumps(config)])
-        elif "ckpt" in path:
-            folder.mkdir(parents=True, exist_ok=True)
-            transformer = build_transformer_model(
-                **config, **arguments, return_keras_model=False
-            )
-            transformer.save_weights_as_checkpoint(str(root / path))
+def configuration(path, layers, tokens, pieces):
+    """A configuration for the model that the end of the path names."""
+    path = "/".join(path.split("/")[-3:])
+    config = {**BERT, "num_hidden_layers": layers, "vocab_size": len(tokens)}
+    if "albert" in path:
+        config["embedding_size"] = 8
+    if "t5" in path:
+        config["hidden_act"] = ["gelu", "linear"]
+    if "nezha_gpt" in path:
+        config["type_vocab_size"] = 0
+    if "CPM" in path:  # its longest prompt is of 680 tokens here
+        config |= {"max_position_embeddings": 1024, "vocab_size": pieces}
+    return config
 
 
 def write_pieces(path, characters):
@@ -291,7 +175,7 @@ def write_pieces(path, characters):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences(characters, 200)),
+            sentence_iterator=iter(strangers.texts("", characters, 200)),
             model_writer=file,
             vocab_size=len(characters) + 100,
             hard_vocab_limit=False,
@@ -302,22 +186,6 @@ def write_pieces(path, characters):
             minloglevel=2,
         )
     return sentencepiece.SentencePieceProcessor(str(path)).get_piece_size()
-
-
-def run(code, template, seconds, inside=".", before=None):
-    """Returns `ok`, or the reason why the script does not run.
-
-    Args:
-        code: Program to run.
-        template: Folder, of which a copy is made.
-        seconds: Integer. The program is ended after them.
-        inside: Where in the copy it runs.
-        before: Function that is called in the process first.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        examples = pathlib.Path(folder) / "examples"
-        shutil.copytree(template, examples)
-        return run_in(code, examples / inside, seconds, before)
 
 
 def in_a_process(function, seconds=None, log=None):
@@ -368,32 +236,6 @@ def run_in(code, folder, seconds, before=None):
     errors = [x for x in lines if re.match(r"[\w.]*(Error|Exception)\b", x)]
     last = (errors or lines)[-1]
     return (lines[-2] if "Graph execution error" in last else last)[:160]
-
-
-def prepare(folder, scripts):
-    """Writes all that the scripts need into `folder`."""
-    text = "".join(scripts.values()).encode("gbk", "ignore").decode("gbk")
-    characters = sorted(set(re.findall("[\u4e00-\u9fff]", text)))
-    # Some are written for a fixed number of layers.
-    deep = {
-        name: text
-        for name, text in scripts.items()
-        if "theseus" in name or "bert_layers = 12" in text
-    }
-    for layers, sources in ((2, scripts), (12, deep)):
-        root = folder / f"home{layers}"
-        write_checkpoints(root, "".join(sources.values()), characters, layers)
-        for kind in KINDS:
-            write_data(root, folder / kind / "examples", characters)
-    for name, source in scripts.items():
-        root = folder / f"home{12 if name in deep else 2}"
-        source = source.replace(f"'{HOME}/", f"'{root.as_posix()}/")
-        source = re.sub(SIZES, small, source, flags=re.MULTILINE)
-        for kind, (_, line) in KINDS.items():
-            start = source.rfind("from __future__")
-            start = source.find("\n", start) + 1 if start >= 0 else 0
-            text = source[:start] + line + source[start:]
-            write(folder / kind / "examples" / name, [text])
 
 
 def small(match):
@@ -463,87 +305,105 @@ def shrunk(source, root):
     return re.sub(SIZES, small, source, flags=re.MULTILINE)
 
 
-def run_repository(root, options, folder):
-    """Runs the scripts of one repository; returns what each says."""
-    name = "/".join(root.parts[-2:])
-    scripts = scripts_of(root)
-    text = "".join(
-        path.read_text("utf-8", "replace") for path in root.rglob("*.py")
-    )
+def characters_of(root):
+    """The Chinese characters of all scripts, and of what our data say."""
+    files = root.rglob("*.py")
+    text = "".join(path.read_text("utf-8", "replace") for path in files)
     text = text.encode("gbk", "ignore").decode("gbk") + "是人行动文化娱乐"
-    characters = sorted(set(re.findall("[\u4e00-\u9fff]", text)))
+    return sorted(set(re.findall("[\u4e00-\u9fff]", text)))
+
+
+def run(root, path, characters, seconds, kind="untouched", arguments=()):
+    """Returns `ok`, or the reason why a script does not run.
+
+    Args:
+        root: The repository's folder, of which a copy is made.
+        path: The script's path in it.
+        characters: Those that the vocabulary has.
+        seconds: Integer. The script is ended after them.
+        kind: Key of `KINDS`.
+        arguments: Of its command line.
+    """
+    program, line = KINDS[kind]
+    label = "/".join([*root.parts[-2:], path.as_posix()])
     tokens = vocabulary(characters)
-    given = strangers.REPOSITORIES[name]
-    found = {}
-    for path, source in scripts.items():
+    with tempfile.TemporaryDirectory() as temporary:
+        copy = pathlib.Path(temporary) / "copy"
+        home = pathlib.Path(temporary) / "home"
+        shutil.copytree(root, copy)
+        for file in (*copy.rglob("*.py"), *copy.rglob("*.yaml")):
+            text = shrunk(file.read_text("utf-8", "replace"), home)
+            for script, part, old, new in strangers.SETTINGS:
+                if re.search(script, label) and part in file.name:
+                    text = text.replace(old, new)
+            file.write_text(text, "utf-8")
+        for made in strangers.FOLDERS.get("/".join(root.parts[-2:]), []):
+            (copy / path.parent / made).mkdir(exist_ok=True)
+        source = (copy / path).read_text("utf-8")
+        start = source.rfind("from __future__")
+        start = source.find("\n", start) + 1 if start >= 0 else 0
+        (copy / path).write_text(source[:start] + line + source[start:])
+        # Some are written for a fixed number of layers.
+        deep = (
+            re.search("theseus|univae", label) or "bert_layers = 12" in source
+        )
+
+        def before():
+            pieces = 0
+            for model in set(re.findall(PIECES, source)):
+                pieces = write_pieces(pathlib.Path(model), characters)
+            writers = (
+                (
+                    r"config\w*\.json$",
+                    lambda path, _: configuration(
+                        path, 12 if deep else 2, tokens, pieces
+                    ),
+                ),
+                (r"vocab\.txt$", lambda *_: tokens),
+                (r"keep_tokens\.json$", lambda *_: list(range(pieces or 200))),
+            )
+            strangers.write_on_demand(characters, writers)
+
+        code = (LIMIT + CHECKPOINTS + program).format(path.name, arguments)
+        return run_in(code, (copy / path).parent, seconds, before)
+
+
+def run_repository(root, options, folder):
+    """Runs the scripts of one repository, and keeps what each says."""
+    name = "/".join(root.parts[-2:])
+    characters = characters_of(root)
+    for path in scripts_of(root):
         label = f"{name}/{path.as_posix()}"
         result = folder / "strangers" / f"{label.replace('/', '+')}.json"
         if not any(part in label for part in options.only):
             continue
         if result.exists() and options.only == [""]:
             continue
-        with tempfile.TemporaryDirectory() as temporary:
-            copy = pathlib.Path(temporary) / "copy"
-            home = pathlib.Path(temporary) / "home"
-            shutil.copytree(root, copy)
-            for file in (*copy.rglob("*.py"), *copy.rglob("*.yaml")):
-                text = shrunk(file.read_text("utf-8", "replace"), home)
-                for script, part, old, new in strangers.SETTINGS:
-                    if re.search(script, label) and file.name == part:
-                        text = text.replace(old, new)
-                file.write_text(text, "utf-8")
-            for made in strangers.FOLDERS.get(name, []):
-                (copy / path.parent / made).mkdir(exist_ok=True)
-            deep = "theseus" in label or "univae" in label
-            config = {**BERT, "num_hidden_layers": 12 if deep else 2}
-            config["vocab_size"] = len(tokens)
-            if "mt5" in source:
-                config["hidden_act"] = ["gelu", "linear"]
-
-            found_models = set(
-                re.findall(r"[\w/.-]+\.model", shrunk(source, home))
-            )
-
-            def before(config=config, found_models=found_models):
-                writers = (
-                    (r"config\.json$", lambda *_: config),
-                    (r"vocab\.txt$", lambda *_: tokens),
-                    (r"keep_tokens\.json$", lambda *_: list(range(200))),
-                )
-                for model in found_models:
-                    write_pieces(pathlib.Path(model), characters)
-                strangers.write_on_demand(characters, writers)
-
-            arguments = next(
-                (a for part, a in given.items() if part in str(path)), []
-            )
-            code = (LIMIT + CHECKPOINTS + MAIN).format(path.name, arguments)
-            found[label] = run(code, copy, options.seconds, path.parent, before)
-        print(f"{label:60} {found[label]}", flush=True)
-        write(result, [json.dumps(found[label])])
-    return found
+        given = strangers.REPOSITORIES[name]
+        arguments = next((a for p, a in given.items() if p in str(path)), [])
+        said = run(root, path, characters, options.seconds, arguments=arguments)
+        print(f"{label:60} {said}", flush=True)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps(said), "utf-8")
 
 
 def run_examples(options, folder):
     """Runs bert4keras's own examples, and puts the table into the page."""
-    scripts = {
-        path.name: path.read_text(encoding="utf-8")
-        for path in sorted(options.examples.glob("*.py"))
-    }
-    if not (folder / "home12").exists():
-        in_a_process(lambda: prepare(folder, scripts))
+    scripts = sorted(path.name for path in options.examples.glob("*.py"))
+    characters = characters_of(options.examples)
     for name in scripts:
         if not any(part in name for part in options.only):
             continue
-        found = {}
-        for kind, (template, _) in KINDS.items():
+        found, path = {}, pathlib.Path(name)
+        for kind in KINDS:
             if kind == "keras2" and found["line"] == "ok":
                 continue
-            examples = folder / kind / "examples"
-            code = template.format(name, [])
-            found[kind] = run(code, examples, options.seconds)
+            found[kind] = run(
+                options.examples, path, characters, options.seconds, kind
+            )
             print(f"{name:50} {kind:10} {found[kind]}", flush=True)
-        write(folder / f"{name}.json", [json.dumps(found)])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(found), "utf-8")
     results = {
         name: json.loads((folder / f"{name}.json").read_text())
         for name in scripts
@@ -552,7 +412,7 @@ def run_examples(options, folder):
     if not results:
         return
     lines = table(results)
-    left = sorted(scripts.keys() - results.keys())
+    left = sorted(set(scripts) - results.keys())
     if left:
         text = f"Not tried: {', '.join(left)}."
         lines += ["", *textwrap.wrap(text, 80, break_on_hyphens=False)]
@@ -565,9 +425,13 @@ def run_strangers(options, folder):
         root = options.repositories / name
         if root.exists():
             run_repository(root, options, folder)
-    results = {}
-    for path in sorted((folder / "strangers").glob("*.json")):
-        results[path.stem.replace("+", "/")] = json.loads(path.read_text())
+    results = {
+        path.stem.replace("+", "/"): json.loads(path.read_text("utf-8"))
+        for name in strangers.REPOSITORIES
+        for path in sorted(
+            (folder / "strangers").glob(f"{name.replace('/', '+')}+*.json")
+        )
+    }
     if results:
         page.put(DOCS, "strangers", strangers.table(results))
 
@@ -582,6 +446,9 @@ def main():
         "--folder", type=pathlib.Path, help="keep files and results here"
     )
     options = parser.parse_args()
+    for name in ("examples", "repositories"):
+        if folder := getattr(options, name):
+            setattr(options, name, folder.absolute())
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     importlib.import_module("keras")
     with tempfile.TemporaryDirectory() as temporary:

@@ -45,13 +45,14 @@ REPOSITORIES = {
     "liuliuNLP/bert4keras-multi_class": {},
     "qq1065507891/bert4keras_classifier": {},
 }
-# Where all scripts of a repository take their settings from one file: which
-# lines of it are those of a script, (script, file, line, what stands there).
+# Settings of a script, where several share a file of them, and numbers of
+# epochs: (script, file, what stands there, what is put there).
 SETTINGS = (
-    ("hanggun/.*py$", "config.py", "is_train = False", "is_train = True"),
-    ("for_csl", "config.py", "yamls/multi30k", "yamls/csl10k"),
-    ("gau_.*for_csl", "config.py", "csl10k", "csl10k_with_pretrain"),
-    ("bert_.*multi30k", "config.py", "multi30k", "multi30k_with_pretrain"),
+    ("JDNER", "GP_", "start_epoch=4", "start_epoch=2"),
+    ("hanggun/.*py$", "config", "is_train = False", "is_train = True"),
+    ("for_csl", "config", "yamls/multi30k", "yamls/csl10k"),
+    ("gau_.*for_csl", "config", "csl10k", "csl10k_with_pretrain"),
+    ("bert_.*multi30k", "config", "multi30k", "multi30k_with_pretrain"),
 )
 # Folders that a script writes to and does not make.
 FOLDERS = {"hanggun/bert4keras-seq2seq": ["saved_model"]}
@@ -117,16 +118,17 @@ def count(path):
     return MORE_ROWS[1] if re.search(MORE_ROWS[0], path) else ROWS
 
 
-def texts(path, characters):
+def texts(path, characters, rows=None):
     """Sentences: English where the data set is, else Chinese."""
+    rows = rows or count(path)
     rng = np.random.default_rng(0)
     english = r"(?i)(?<!chine)glue|senteval/|snli|uncased|multi30k"
     english = re.search(english, path)
     if english and not re.search(r"(?i)clue|cnsd", path):
         words = "the a cat dog sees likes old new house tree big red".split()
-        return [" ".join(rng.choice(words, 8)) for _ in range(count(path))]
-    rows = rng.choice(characters, (count(path), 12))
-    return ["".join(row) + "。" for row in rows]
+        return [" ".join(rng.choice(words, 8)) for _ in range(rows)]
+    chosen = rng.choice(characters, (rows, 12))
+    return ["".join(row) + "。" for row in chosen]
 
 
 def labels(path):
@@ -199,6 +201,56 @@ def problems(path, characters):
     for a in texts(path, characters):
         text = f"{a[:4]}3{a[4]}2"
         yield {"original_text": text, "equation": "x=3+2", "ans": "5"}
+
+
+def question_answers(path, characters):
+    """Questions with passages that answer them (WebQA, SogouQA)."""
+    return [
+        {
+            "id": d["id"],
+            "question": d["question"],
+            "passages": [{"passage": d["text"], "answer": d["text"][2:5]}],
+        }
+        for d in records(path, characters)
+    ]
+
+
+def novel(path, characters):
+    return "  ".join(texts(path, characters)).encode("gbk")
+
+
+def segmented(path, characters):
+    """Sentences whose words are separated by spaces (icwb2)."""
+    return [
+        " ".join([t[:2], t[2:3], t[3:6], t[6:]])
+        for t in texts(path, characters)
+    ]
+
+
+def tagged(path, characters):
+    """Characters with BIO tags, an empty line between sentences."""
+    tags = {2: "B-PER", 3: "I-PER"}
+    return [
+        "\n".join(f"{c} {tags.get(i, 'O')}" for i, c in enumerate(t)) + "\n"
+        for t in texts(path, characters)
+    ]
+
+
+def games(path, characters):
+    """Games of Chinese chess."""
+    game = {"fen": "", "iccs": "h2e2h9g7" * 4, "items": {"棋局结果": 2}}
+    return iter([game] * ROWS)
+
+
+def captions(path, characters):
+    """Annotations of COCO; the picture is written beside them."""
+    root, part = path.split("/annotations/captions_")
+    picture = pathlib.Path(root, part.removesuffix(".json"), "1.jpg")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture.write_bytes(b"P6 4 4 255 " + bytes(range(48)))
+    image = {"id": 1, "file_name": "1.jpg", "coco_url": "1.jpg"}
+    caption = {"image_id": 1, "caption": "a train on the tracks"}
+    return {"images": [image], "annotations": [caption]}
 
 
 def words_of_sentences(path, characters):
@@ -363,6 +415,14 @@ RULES = (
     (r"multi30k/train\.(en|de)\.txt$", words_of_sentences),
     (r"multi30k/", sentences),
     (r"\.xlsx$", sheet),
+    (r"(Web|Sogou)QA\.json$", question_answers),
+    (r"金庸/", novel),
+    (r"THUCNews/", sentences),
+    (r"icwb2-data/training", segmented),
+    (r"icwb2-data/testing", sentences),
+    (r"ner/.*/example\.\w+$", tagged),
+    (r"qipu\.json$", games),
+    (r"captions_\w+\.json$", captions),
     (r"cluener/.*\.json$", entities),
     (r"cmrc2018/.*\.json$", squad),
     (r"c3/.*\.json$", dialogues),
@@ -415,13 +475,16 @@ def write_on_demand(characters, writers=()):
         if event not in ("open", "glob.glob") or busy:
             return
         path, mode = arguments[:2]
-        if event == "glob.glob":
-            path, mode = path.replace("*", "1"), "r"
         if not isinstance(path, (str, os.PathLike)):
+            return
+        paths = [path]
+        if event == "glob.glob":
+            paths = [path.replace("*", str(i)) for i in range(ROWS)]
+        elif mode and not mode.startswith("r"):
             return
         busy = True
         try:
-            if not mode or mode.startswith("r"):
+            for path in paths:
                 write_missing(path, characters, writers)
         finally:
             busy = False
