@@ -348,19 +348,17 @@ def report(parts):
             cells.append(f"{median:.3g} ({100 * facts['error']:.2g} %)")
             if "gap" in facts:
                 cells[-1] += f", gap {100 * facts['gap']:.2g} %"
-        times.append([label, *cells])
+        if any(cells):
+            times.append([label, *cells])
     ratios = []
     for label, name, base, targets in RATIOS:
         aims = dict(zip(map(str, SIZES), targets or [None] * 3, strict=True))
-        ratios.append(
-            [
-                label,
-                *(
-                    ratio_cell(parts[part]["seconds"], name, base, aims[part])
-                    for part in sizes
-                ),
-            ]
-        )
+        cells = [
+            ratio_cell(parts[part]["seconds"], name, base, aims[part])
+            for part in sizes
+        ]
+        if any(cells):
+            ratios.append([label, *cells])
     lines = [
         "# Benchmark: transport",
         "",

@@ -446,12 +446,12 @@ def main():
     for texts, route, seed in rows.todo(runs, options):
         source = source or Source(options.task, options.data, options.weights)
         keras.backend.clear_session()
-        runs = Runs(source, texts, seed, cache, epochs)
-        dev, test, seconds = runs.run(route)
+        training = Runs(source, texts, seed, cache, epochs)
+        dev, test, seconds = training.run(route)
         rows.append(
             *(texts, route, seed, f"{dev:.4f}", f"{test:.4f}"),
             f"{seconds:.0f}",
-            *(f"{score:.4f}" for score in runs.best if epochs),
+            *(f"{score:.4f}" for score in training.best if epochs),
         )
 
 
