@@ -32,9 +32,6 @@ from typing import NamedTuple
 os.environ["KERAS_BACKEND"] = "jax"
 # Room on the card for both what is compared and what is timed.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# The two devices of the rehearsal; cards are counted apart.
-os.environ.setdefault("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=2"
 
 import jax
 import keras
@@ -43,6 +40,9 @@ from harness import page
 from keras import layers, ops
 
 import blogkeras
+
+# The two devices of the rehearsal; cards are counted apart.
+jax.config.update("jax_num_cpu_devices", 2)
 
 PAGE = page.ROOT / "docs/benchmarks/gpu.md"
 # The largest difference, relative to the largest number of an array. "exact":
