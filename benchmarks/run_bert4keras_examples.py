@@ -292,7 +292,12 @@ def scripts_of(root):
         works = re.search(r"\.(fit|fit_generator|predict|compile)\(", whole)
         if uses and works and "bert4keras" not in path.parts:
             scripts[path] = source
-    return {p: s for p, s in scripts.items() if p.stem not in imported}
+    # What others import is a script where it has something to do by itself.
+    return [
+        path
+        for path, source in scripts.items()
+        if path.stem not in imported or "__main__" in source
+    ]
 
 
 def shrunk(source, root):

@@ -64,6 +64,9 @@ OWN_ERRORS = {
         "writes an array of one number by `%.5f`, which NumPy refuses today"
     ),
     "nishiwen1214/GLUE-bert4keras/RTE.py": "does not import Lambda",
+    "MathWordProblem/mwp_bert4keras/predict.py": (
+        "says `name` where it means `__name__`"
+    ),
     "qq1065507891/bert4keras_classifier/main.py": (
         "reads settings that its config.py does not have"
     ),
