@@ -187,7 +187,7 @@ def records(path, characters):
 def entities(path, characters):
     for d in records(path, characters):
         d["label"] = {"name": {d["text"][2:4]: [[2, 3]]}}
-        if "test" in path:
+        if "test" in path.rpartition("/")[2]:
             del d["label"]
         yield d
 
