@@ -5,7 +5,9 @@
 `--peer` is the Python of an environment with hyppo 0.5.2 and dcor 0.7, which
 nothing else needs (make installs one); without it the contenders that need
 them are left out. One thread each, set by this script; float32 for us, float64
-for the others, as they are used. `--only NAME` measures one of the contests.
+for the others, as they are used. `--only NAME` measures one of the contests;
+`--only` alone writes the page from the rows that stand in
+`docs/results/hsic_benchmark.csv`. Fewer than six rounds have no interval.
 """
 
 import argparse
