@@ -11,7 +11,7 @@ BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
 	bench-hsic bench-quantization bench-pretraining bench-denoising \
 	bench-nvae
 
-.PHONY: bench-gpu check-python docs help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
+.PHONY: bench-gpu check-python docs release help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
@@ -76,6 +76,9 @@ $(VENV)-docs/.ready: setup.py | check-python
 
 docs: $(VENV)-docs/.ready # the site, in results/site; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
+
+release: | check-python # sdist and wheel in dist, tried in empty environments
+	@PYTHON=$(PYTHON) VENV=$(VENV)-release sh tests/release.sh
 
 bench: $(BENCHMARKS) # every benchmark
 

@@ -115,7 +115,7 @@ from blogkeras.transport import (
     word_rotator_similarity,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CKA",

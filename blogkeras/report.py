@@ -5,10 +5,10 @@ needs neither.
 """
 
 import dataclasses
-import importlib
 import os
 from typing import Any
 
+from blogkeras.extras import require
 from blogkeras.files import replace_file
 
 
@@ -46,7 +46,7 @@ def print_table(columns, rows, title=None):
             else as `str` shows it.
         title: String above the table, if any.
     """
-    console, table = _import("rich.console"), _import("rich.table")
+    console, table = require("rich.console"), require("rich.table")
     rows = [list(row) for row in rows]
     for row in rows:
         if len(row) != len(columns):
@@ -92,7 +92,7 @@ def line_figure(path, x, lines, xlabel, ylabel, title=None):
                 f"{len(x)} and, for {label!r}, {len(ys)}"
             )
     # A bare Figure has no window and no entry in pyplot's list.
-    figure = _import("matplotlib.figure").Figure(
+    figure = require("matplotlib.figure").Figure(
         figsize=(6.4, 4.0), dpi=150, layout="constrained"
     )
     axes = figure.add_subplot()
@@ -134,7 +134,7 @@ def heat_map(path, matrix, rows, columns, xlabel=None, ylabel=None, title=None):
             f"{len(rows)} and {len(columns)} for shape {tuple(matrix.shape)}"
         )
     size = [max(4.0, 1.5 + 0.6 * len(names)) for names in (columns, rows)]
-    figure = _import("matplotlib.figure").Figure(
+    figure = require("matplotlib.figure").Figure(
         figsize=size, dpi=120, layout="constrained"
     )
     axes = figure.add_subplot()
@@ -191,13 +191,3 @@ def _cycle(symbols):
 
 def _cell(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _import(name):
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            "Tables and figures need rich and matplotlib: "
-            f"pip install 'blogkeras[examples]'. Received: {error}"
-        ) from error

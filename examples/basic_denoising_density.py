@@ -27,6 +27,7 @@ from blogkeras import (
     mlp_log_density,
     toy_densities,
 )
+from blogkeras.extras import require
 
 SIGMA, BATCH_SIZE = 0.1, 512
 TRUTH = toy_densities.eight_gaussians
@@ -55,10 +56,8 @@ def train(steps):
 
 def draw(model, log_z, samples, path):
     """Density beside the truth, score, samples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    require("matplotlib").use("Agg")
+    pyplot = require("matplotlib.pyplot")
 
     line = np.linspace(-4.5, 4.5, 201)
     grid = np.stack(np.meshgrid(line, line), -1).reshape(-1, 2)

@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from blogkeras import GaussianKernel, hsic, hsic_test, report
+from blogkeras.extras import require
 
 
 def make_shapes(size, rng):
@@ -41,9 +42,9 @@ def make_shapes(size, rng):
 
 
 def draw(shapes, found, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 5.4), dpi=110, layout="constrained")
+    figure = require("matplotlib.figure").Figure(
+        figsize=(9.6, 5.4), dpi=110, layout="constrained"
+    )
     for axes, (name, (x, y)) in zip(
         figure.subplots(2, 4).flat, shapes.items(), strict=True
     ):

@@ -23,26 +23,27 @@ import numpy as np
 from keras import layers, ops
 
 from blogkeras import NVAE, report
+from blogkeras.extras import require
 
 BATCH_SIZE = 64
 
 
 def load():
-    from sklearn.datasets import load_digits
-
-    x = (load_digits().images[..., None] / 16).astype("float32")
+    x = (
+        require("sklearn.datasets").load_digits().images[..., None] / 16
+    ).astype("float32")
     order = np.random.default_rng(0).permutation(len(x))
     return x[order[:1600]], x[order[1600:]]
 
 
 def grid(path, rows):
     """Rows of pictures, `(rows, columns, height, width, 1)`."""
-    from matplotlib.figure import Figure
-
     rows = np.pad(rows[..., 0], [[0, 0], [0, 0], [1, 1], [1, 1]])
     count, columns, height, _width = rows.shape
     picture = rows.transpose(0, 2, 1, 3).reshape(count * height, -1)
-    figure = Figure(figsize=(columns * 0.6, count * 0.6), dpi=100)
+    figure = require("matplotlib.figure").Figure(
+        figsize=(columns * 0.6, count * 0.6), dpi=100
+    )
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.axis("off")

@@ -15,9 +15,9 @@ import time
 import keras
 import numpy as np
 from keras import layers
-from sklearn.datasets import load_digits
 
 from blogkeras import LinearReplacement, Theseus, compression_report
+from blogkeras.extras import require
 
 WIDTH = 64
 
@@ -34,7 +34,7 @@ def compiled(model):
 
 def main():
     keras.utils.set_random_seed(0)
-    images, labels = load_digits(return_X_y=True)
+    images, labels = require("sklearn.datasets").load_digits(return_X_y=True)
     images = (images / 16).astype("float32")
     train, test = (images[:1200], labels[:1200]), (images[1200:], labels[1200:])
     seconds = {}

@@ -29,6 +29,7 @@ import numpy as np
 from keras import layers, ops
 
 from blogkeras import ElectraPretrainer, TokenMasking, report, token_blocks
+from blogkeras.extras import require
 
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
 EXAMPLES = ("房间很干净，服务态度也很好", "这本书的内容很无聊，看不下去")
@@ -215,9 +216,7 @@ def main():
     print(f"{len(lines)} texts, {len(vocabulary)} tokens")
     cut = None
     if options.words:
-        import jieba
-
-        cut = jieba.lcut
+        cut = require("jieba").lcut
     folder = pathlib.Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.keras"

@@ -37,6 +37,7 @@ from blogkeras import (
     mlp_log_density,
     residual_log_density,
 )
+from blogkeras.extras import require
 
 BATCH_SIZE = 128
 
@@ -44,9 +45,7 @@ BATCH_SIZE = 128
 def load(path, limit):
     """Pictures in [0, 1], (n, height, width, 1), and labels."""
     if path is None:
-        from sklearn.datasets import load_digits
-
-        x, y = load_digits(return_X_y=True)
+        x, y = require("sklearn.datasets").load_digits(return_X_y=True)
         x = x.reshape(-1, 8, 8) / 16
     else:
         file = np.load(path)
@@ -141,10 +140,8 @@ def show(axis, title, rows, labels=()):
 
 def draw(results, path):
     """The figure of all results."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    require("matplotlib").use("Agg")
+    pyplot = require("matplotlib.pyplot")
 
     figure = pyplot.figure(figsize=(12, 11), layout="constrained")
     axes = figure.subplot_mosaic(

@@ -33,6 +33,7 @@ from blogkeras import (
     hsic_test,
     report,
 )
+from blogkeras.extras import require
 
 
 def read(folder, size):
@@ -87,9 +88,9 @@ def probe(features, camera):
 
 
 def draw(views, camera, path):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 4.0), dpi=100, layout="constrained")
+    figure = require("matplotlib.figure").Figure(
+        figsize=(8.4, 4.0), dpi=100, layout="constrained"
+    )
     for axes, (title, features) in zip(
         figure.subplots(1, 2), views.items(), strict=True
     ):

@@ -33,6 +33,7 @@ import keras
 import numpy as np
 
 from blogkeras import NVAE, SkipNonFinite, report
+from blogkeras.extras import require
 
 
 def load(paths):
@@ -124,11 +125,11 @@ def train(args, x):
 
 def grid(path, rows):
     """Rows of pictures, `(rows, columns, height, width, 1)`."""
-    from matplotlib.figure import Figure
-
     count, columns, height = rows.shape[:3]
     picture = rows[..., 0].transpose(0, 2, 1, 3).reshape(count * height, -1)
-    figure = Figure(figsize=(columns * 0.6, count * 0.6), dpi=100)
+    figure = require("matplotlib.figure").Figure(
+        figsize=(columns * 0.6, count * 0.6), dpi=100
+    )
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
     axes.axis("off")

@@ -38,6 +38,7 @@ import keras
 import numpy as np
 
 from blogkeras import VQVAE, CodePrior, VectorQuantizer, report
+from blogkeras.extras import require
 from blogkeras.quantization import sonnet_autoencoder
 
 BATCH_SIZE = 64
@@ -46,9 +47,7 @@ BATCH_SIZE = 64
 def load(data):
     """Pictures in [-½, ½], (n, height, width, channels), and classes."""
     if not data:
-        from sklearn.datasets import load_digits
-
-        x, y = load_digits(return_X_y=True)
+        x, y = require("sklearn.datasets").load_digits(return_X_y=True)
         x = np.kron(x.reshape(-1, 8, 8) / 16, np.ones((2, 2)))
     elif data[0] in ("mnist", "cifar10"):
         x, y = getattr(keras.datasets, data[0]).load_data()[0]
@@ -87,15 +86,15 @@ def make_model(x, args, prevent_collapse=True):
 
 def grid(path, pictures, height=0.7):
     """Rows of pictures: `(rows, columns, height, width, channels)`."""
-    from matplotlib.figure import Figure
-
     rows, columns = pictures.shape[:2]
     h, w, channels = pictures.shape[2:]
     picture = np.pad(pictures, [[0, 0]] * 2 + [[1, 1]] * 2 + [[0, 0]] * 1)
     picture = picture.transpose(0, 2, 1, 3, 4).reshape(
         rows * (h + 2), columns * (w + 2), channels
     )
-    figure = Figure(figsize=(columns * height * w / h, rows * height), dpi=100)
+    figure = require("matplotlib.figure").Figure(
+        figsize=(columns * height * w / h, rows * height), dpi=100
+    )
     axes = figure.add_axes((0, 0, 1, 1))
     axes.imshow(
         np.clip(picture + 0.5, 0, 1).squeeze(),

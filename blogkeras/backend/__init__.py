@@ -16,6 +16,7 @@ from keras import tree
 from keras.src.backend import get_keras_mask, set_keras_mask  # noqa: F401
 
 from blogkeras.backend.scopes import RecordingScope  # noqa: F401
+from blogkeras.extras import require
 
 BACKEND = keras.backend.backend()
 
@@ -260,8 +261,11 @@ def endless_dataset(batch, start=0):
         batch: Function from an integer to a NumPy array, or a dict of them, of
             the same shapes and dtypes each time.
         start: Integer.
+
+    Raises:
+        ImportError: without TensorFlow.
     """
-    import tensorflow as tf
+    tf = require("tensorflow")
 
     def batches():
         number = start

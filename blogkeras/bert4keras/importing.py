@@ -10,8 +10,10 @@ import sys
 import types
 import warnings
 
+from blogkeras.extras import command
+
 VERSION = "0.11.5"
-INSTALL = f"pip install --no-deps bert4keras=={VERSION}"
+INSTALL = command("bert4keras")
 
 # The modules that replace Keras's, once bert4keras has been imported.
 STAND_INS = {}

@@ -1,12 +1,13 @@
 """Weights of bert4keras models in the files of other libraries."""
 
-import importlib
 import json
 import os
 import pathlib
 
 import keras
 import tensorflow as tf
+
+from blogkeras.extras import require
 
 
 def save_checkpoint(self, filename, mapping=None, dtype=None):
@@ -144,7 +145,7 @@ def _read_index(path):
 
 def _read_file(path, expected=None):
     """Yields the names and arrays of one file, after all of it is checked."""
-    safetensors = _import_safetensors()
+    safetensors = require("safetensors")
     try:
         with safetensors.safe_open(path, "numpy") as file:
             names = list(file.keys())
@@ -174,16 +175,6 @@ def _read_file(path, expected=None):
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"Expected a file of safetensors. Received: {path} ({error})"
-        ) from None
-
-
-def _import_safetensors():
-    try:
-        return importlib.import_module("safetensors")
-    except ImportError:
-        raise ImportError(
-            "read_safetensors needs the library safetensors: "
-            "pip install safetensors"
         ) from None
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from blogkeras import report
+from blogkeras.extras import require
 
 # What is drawn on the horizontal axis of a panel, where it is known.
 _COSTS = {
@@ -57,14 +58,12 @@ class CompressionReport(report.Rows):
         Returns:
             `path`.
         """
-        from matplotlib.figure import Figure
-
         if metric is None:
             names = [n for n in self.rows[0] if n != "training seconds"]
             metric = names[-1]
         self.column(metric)  # or a ValueError
         costs = {k: v for k, v in _COSTS.items() if k in self.rows[0]}
-        figure = Figure(
+        figure = require("matplotlib.figure").Figure(
             figsize=(1 + 3.9 * len(costs), 4.4), dpi=150, layout="constrained"
         )
         panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]

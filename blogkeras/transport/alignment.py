@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from blogkeras import report
 from blogkeras.arguments import as_numbers, as_numpy, check_number
+from blogkeras.extras import require
 from blogkeras.typing import Tensor
 
 
@@ -33,6 +35,11 @@ def plot_alignment(
     Returns:
         A `matplotlib.figure.Figure`.
 
+    Raises:
+        ValueError: if the words are not as many as the plan has rows and
+            columns, or the plan has no mass.
+        ImportError: without matplotlib.
+
     Example:
 
     >>> plan = transport_plan(x, y)  # doctest: +SKIP
@@ -52,12 +59,7 @@ def plot_alignment(
             f"plan.shape={plan.shape}, {len(x_words)} and {len(y_words)} words"
         )
     plan = plan / plan.sum()
-    # Imported here: `import blogkeras` needs no matplotlib.
-    from matplotlib.figure import Figure
-
-    from blogkeras import report
-
-    figure = Figure(
+    figure = require("matplotlib.figure").Figure(
         figsize=(max(4.0, 0.9 * max(plan.shape)), 3.2),
         dpi=150,
         layout="constrained",

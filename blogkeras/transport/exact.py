@@ -4,6 +4,8 @@ import functools
 
 import numpy as np
 
+from blogkeras.extras import require
+
 _MAX_ITERATIONS = 10_000_000
 _OPTIMAL = 1  # POT's result code
 
@@ -16,7 +18,7 @@ def simplex():
     sentence takes to solve. Its compiled core has no public name. Where that
     does not exist or has another result, `ot.emd2` itself is used.
     """
-    import ot
+    ot = require("ot")
 
     def public(p, q, cost):
         check_native(p, q, cost)

@@ -9,7 +9,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parent.parent.parent / "blogkeras"
 # Each part of the hall, with what it may import.
-HALL = {"backend": (), "report": ("files",), "files": ("arguments",)}
+HALL = {"extras": (), "backend": ("extras",), "files": ("arguments",)}
+HALL["report"] = ("files", "extras")
 HALL["arguments"] = ("backend",)
 HALL["typing"] = ()
 HALL["ops"] = ("backend", "arguments")
@@ -23,7 +24,7 @@ HALL["training"] = HALL["models"] = HALL["compression"] = (
     "outputs",
     "graph",
 )
-HALL["compression"] += ("training", "report")
+HALL["compression"] += ("training", "report", "extras")
 FRAMEWORKS = ("tensorflow", "jax")
 MAY_IMPORT_FRAMEWORKS = ("backend", "training", "bert4keras")
 HEAVY = ("bert4keras", "ot", "matplotlib", "keras_hub", "rich", "tf_keras")

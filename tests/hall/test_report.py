@@ -1,7 +1,5 @@
 """Tables and figures: what is written, and that nothing else is touched."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -90,24 +88,6 @@ def test_figure_errors(tmp_path):
         report.line_figure(tmp_path / "f.png", [0, 1], {"a": [1]}, "x", "y")
     with pytest.raises(ValueError, match="ends in the format"):
         report.line_figure(tmp_path / "f", [0], {"a": [1]}, "x", "y")
-
-
-@pytest.mark.parametrize(
-    ("module", "call"),
-    [
-        ("rich.console", lambda: report.print_table(["a"], [[1]])),
-        (
-            "matplotlib.figure",
-            lambda: report.line_figure("f.png", [0], {"a": [1]}, "x", "y"),
-        ),
-    ],
-)
-def test_a_missing_package_is_named_with_its_cure(monkeypatch, module, call):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(
-        ImportError, match=r"pip install 'blogkeras\[examples\]'"
-    ):
-        call()
 
 
 def test_heat_map(tmp_path):
