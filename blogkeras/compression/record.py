@@ -27,6 +27,18 @@ class CompressionReport(report.Rows):
         batch_size: Integer, the samples in that batch.
         lower_bounds: Tuple of the names of the models whose `"gflops"` are a
             lower bound, as they have a loop whose length depends on the data.
+
+    Example:
+
+    >>> rows = [
+    ...     {"model": "large", "milliseconds": 9.0, "accuracy": 0.93},
+    ...     {"model": "small", "milliseconds": 3.0, "accuracy": 0.91},
+    ... ]
+    >>> CompressionReport(rows, batch_size=32).column("accuracy")
+    [0.93, 0.91]
+
+    Reference:
+        [blog post](https://kexue.fm/archives/7575)
     """
 
     batch_size: int

@@ -47,9 +47,28 @@ def cut_model(model: keras.layers.Layer, boundaries: Any = None) -> Any:
         A list of `Segment`s, one more than there are cuts; an empty last
         segment is left out.
 
+    Raises:
+        ValueError: for a model that is not functional, a boundary that is not
+            in it, and boundaries out of the order of the computation; for
+            `None`, where no blocks are found.
+
     Example:
 
-    >>> stem, *blocks, head = cut_model(model, ["pool", "add_1", "add_2"])
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), *[layers.Dense(4, name=n) for n in "abcd"]]
+    ... )
+    >>> stem, *blocks, head = cut_model(model, ["a", "b", "c"])
+    >>> len(blocks)
+    2
+    >>> x = np.ones((1, 4))
+    >>> whole = model(x)
+    >>> for segment in (stem, *blocks, head):
+    ...     x = segment(x)
+    >>> np.allclose(x, whole)
+    True
+
+    Reference:
+        [blog post](https://kexue.fm/archives/7575)
     """
     return _cut(model, boundaries).segments
 
@@ -110,14 +129,34 @@ def keep_blocks(
     the first k layers).
 
     Args:
-        model: As for `cut_model`.
+        model: A functional `keras.Model` or a `Sequential` one, built; or an
+            object with such a one as its attribute `model`.
         keep: The blocks' numbers, counted from 0; or an integer k, the first k.
             `spaced_blocks(12, 3)` is `[0, 4, 8]`.
-        boundaries: As for `cut_model`; block i lies between the boundaries i
-            and i + 1. `None` finds the blocks of a transformer.
+        boundaries: Where the blocks begin and end: names of layers, layers or
+            symbolic tensors; block i lies between the boundaries i and i + 1.
+            `None` finds the blocks of a transformer.
 
     Returns:
         A functional `keras.Model` with layers and weights of its own.
+
+    Raises:
+        ValueError: for numbers of blocks that do not exist, where a block that
+            is left out computes something that another one needs, and where
+            `cut_model` raises it.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), *[layers.Dense(4, name=n) for n in "abcd"]]
+    ... )
+    >>> smaller = keep_blocks(model, [0, 2], boundaries=list("abcd"))
+    >>> [layer.name for layer in smaller.layers[1:]]
+    ['a', 'b', 'd']
+
+    Reference:
+        [Xu et al., 2020](https://arxiv.org/abs/2002.02925), whose successor
+        begins with the first three layers
     """
     if not isinstance(keep, (list, tuple, range, np.ndarray)):
         keep = range(check_integer("keep", keep, minimum=1))
@@ -131,10 +170,20 @@ def spaced_blocks(blocks: int, count: int) -> list[int]:
         blocks: Integer ≥ 1.
         count: Integer from 1 to `blocks`.
 
+    Returns:
+        List of `count` integers, the blocks for `keep_blocks`.
+
+    Raises:
+        ValueError: on integers out of range.
+
     Example:
 
     >>> spaced_blocks(12, 3)
     [0, 4, 8]
+
+    Reference:
+        [Sanh et al., 2019](https://arxiv.org/abs/1910.01108), who begin with
+        every second layer
     """
     blocks = check_integer("blocks", blocks, minimum=1)
     count = check_integer("count", count, 1, blocks)

@@ -8,11 +8,32 @@ from blogkeras.graph.calls import calls, calls_of
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class Segment(keras.layers.Layer):
-    """The part of a functional model between two cuts; see `cut_model`.
+    """The part of a functional model between two cuts, a layer.
+
+    `cut_model` makes them. Called one after another they compute what the model
+    computes; they share its layers and weights.
 
     Attributes:
         cut: The cut model.
         index: Its number in it.
+
+    Input shape:  what crosses the cut before it, a tensor or a list of them.
+    Output shape: what crosses the cut after it.
+
+    Raises:
+        ValueError: when it is called with another number of tensors.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((4,)), *[layers.Dense(4, name=n) for n in "ab"]]
+    ... )
+    >>> first, second = cut_model(model, ["a"])
+    >>> [layer.name for layer in second.parts]
+    ['b']
+
+    Reference:
+        [blog post](https://kexue.fm/archives/7575)
     """
 
     def __init__(self, cut, index, **kwargs):

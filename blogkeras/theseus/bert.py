@@ -74,11 +74,27 @@ def bert_of_theseus(
         A model to compile and fit: a `Theseus`, a `Distillation` (both with
         `detach()`), or a plain `keras.Model`.
 
+    Raises:
+        ValueError: where no blocks are found and `boundaries` does not name
+            them, where `mapping` does not add up, and on an unknown `method`.
+
     Example:
 
-    >>> theseus = bert_of_theseus(predecessor, successor, classifier)
+    >>> def transformer(blocks):
+    ...     x = inputs = keras.Input((8,))
+    ...     for i in range(blocks + 1):  # the embedding is the first
+    ...         x = layers.Dense(8, "relu", name=f"end_{i}")(x)
+    ...     return keras.Model(inputs, x)
+    >>> classifier = layers.Dense(3, activation="softmax")
+    >>> boundaries = [[f"end_{i}" for i in range(n + 1)] for n in (4, 2)]
+    >>> theseus = bert_of_theseus(
+    ...     transformer(4), transformer(2), classifier, boundaries=boundaries
+    ... )  # transformers of bert4keras and KerasHub need no boundaries
+    >>> classifier.built
+    False
     >>> theseus.compile("adam", "sparse_categorical_crossentropy")
-    >>> theseus.fit(x, y)
+    >>> x, y = np.random.rand(32, 8), np.random.randint(0, 3, 32)
+    >>> history = theseus.fit(x, y, verbose=0)
     >>> model = theseus.detach()
 
     Reference:

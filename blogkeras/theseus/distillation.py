@@ -69,9 +69,13 @@ class Distillation(CompositeModel):
 
     Example:
 
-    >>> distillation = Distillation(teacher, student)
+    >>> x, y = np.random.rand(32, 8), np.random.randint(0, 3, 32)
+    >>> inputs = keras.Input((8,))
+    >>> teacher = keras.Model(inputs, layers.Dense(3, "softmax")(inputs))
+    >>> student = keras.Model(inputs, layers.Dense(3, "softmax")(inputs))
+    >>> distillation = Distillation(teacher, student, temperature=2)
     >>> distillation.compile("adam", "sparse_categorical_crossentropy")
-    >>> distillation.fit(x, y)
+    >>> history = distillation.fit(x, y, verbose=0)
     >>> student = distillation.detach()
 
     Reference:

@@ -68,6 +68,11 @@ class Theseus(CompositeModel):
         predecessor_dropout: Boolean, see `ModuleReplacement`.
         seed: Integer or `None`.
 
+    Raises:
+        ValueError: if the lists differ in length or are empty, if a module of
+            the predecessor is not built, if modules share layers that only one
+            of them may train, and on arguments out of range.
+
     Example:
 
     >>> big = [[keras.layers.Dense(16, "relu") for _ in range(2)] for _ in "ab"]
@@ -77,7 +82,8 @@ class Theseus(CompositeModel):
     >>> small = [keras.layers.Dense(16, "relu") for _ in "ab"]
     >>> theseus = Theseus(big, small, head=predecessor.layers[-1])
     >>> theseus.compile("adam", "mse")
-    >>> # theseus.fit(x, y)
+    >>> x, y = np.random.rand(32, 8), np.random.rand(32, 3)
+    >>> history = theseus.fit(x, y, verbose=0)
     >>> successor = theseus.detach()
 
     Reference:

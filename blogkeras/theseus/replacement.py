@@ -79,6 +79,11 @@ class ModuleReplacement(keras.layers.Layer):
     Input shape:  what both branches take.
     Output shape: what both branches return.
 
+    Raises:
+        ValueError: on an unknown mode, a rate out of [0, 1], a predecessor that
+            is not built, and, when it is built, on branches whose outputs
+            differ in shape.
+
     Example:
 
     >>> predecessor = keras.layers.Dense(8)

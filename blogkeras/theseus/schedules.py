@@ -18,9 +18,13 @@ class LinearReplacement(keras.optimizers.schedules.LearningRateSchedule):
         slope: Float ≥ 0, the growth per training step.
         start: Float in [0, 1], the rate of the first step.
 
+    Raises:
+        ValueError: on numbers out of range.
+
     Example:
 
-    >>> LinearReplacement(slope=0.0006, start=0.3)(500)  # 0.6
+    >>> round(float(LinearReplacement(slope=0.0006, start=0.3)(500)), 3)
+    0.6
 
     Reference:
         [Xu et al., 2020](https://arxiv.org/abs/2002.02925), curriculum
@@ -50,9 +54,18 @@ class CosineReplacement(keras.optimizers.schedules.LearningRateSchedule):
         steps: Integer ≥ 1, the training steps until the rate is 1.
         start: Float in [0, 1], the rate of the first step.
 
+    Raises:
+        ValueError: on numbers out of range.
+
     Example:
 
-    >>> CosineReplacement(steps=1000, start=0.5)(500)  # 0.75
+    >>> round(float(CosineReplacement(steps=1000, start=0.5)(500)), 3)
+    0.75
+
+    Reference:
+        [Xu et al., 2020](https://arxiv.org/abs/2002.02925), whose curriculum is
+        linear; the wave is that of
+        [Loshchilov and Hutter, 2017](https://arxiv.org/abs/1608.03983)
     """
 
     def __init__(self, steps: int, start: float = 0.0) -> None:

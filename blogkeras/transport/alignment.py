@@ -42,8 +42,14 @@ def plot_alignment(
 
     Example:
 
-    >>> plan = transport_plan(x, y)  # doctest: +SKIP
-    >>> plot_alignment(plan, words, other_words, "alignment.png")
+    >>> x, y = np.eye(3)[:2], np.eye(3)[1:]
+    >>> figure = plot_alignment(
+    ...     transport_plan(x, y), ["a", "cat"], ["cat", "sat"], "alignment.png"
+    ... )
+
+    Reference:
+        [Yokoi et al., 2020](https://arxiv.org/abs/2004.15003), figure 4;
+        [blog post](https://kexue.fm/archives/7388)
     """
     minimum = check_number("minimum", minimum, 0)
     plan = as_numpy(as_numbers(plan, "plan")).astype("float64")

@@ -127,12 +127,20 @@ def word_mover_distance(
             `(..., m)`, nonnegative, each of sum 1 (0 for an empty sequence).
         importance: Pair `(..., n)`, `(..., m)` for `weights="importance"`,
             nonnegative, such as `inverse_document_frequency` of the words.
-        solver: See `wasserstein_distance`.
-        regularization: See there.
-        tolerance: See there.
+        solver: `"exact"`, the network simplex of POT, for use outside of
+            compiled functions; `"sinkhorn"`, an upper bound with a gradient,
+            compiled; `"relaxed"`, a lower bound (RWMD).
+        regularization: Float > 0 of `"sinkhorn"`, relative to the largest cost,
+            or `None` for what `sinkhorn` chooses.
+        tolerance: Float > 0. Marginal error of `"sinkhorn"`.
 
     Returns:
         `(...)`: NumPy float64 from `solver="exact"`, else a float32 tensor.
+
+    Raises:
+        ValueError: on shapes that do not fit, on negative weights, on values
+            that are not finite, and on an unknown `cost`, `weights` or
+            `solver`.
 
     Example:
 
@@ -219,11 +227,30 @@ def word_rotator_distance(
     to a text.
 
     Args:
-        x, y, mask, cost, weights, importance, solver, regularization,
-            tolerance: As for `word_mover_distance`.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        y: `(m, dim)` or `(..., m, dim)`.
+        mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
+            and `(..., m)`, true for words that count.
+        cost: `"cosine"`, `"euclidean"` or `"rms"`, Euclidean divided by √dim.
+        weights: `"norm"`, ‖wᵢ‖/Z; `"uniform"`; `"importance"`, the `importance`
+            of the words, divided by its sum; or a pair of arrays `(..., n)`,
+            `(..., m)`, nonnegative, each of sum 1.
+        importance: Pair `(..., n)`, `(..., m)` for `weights="importance"`,
+            nonnegative.
+        solver: `"exact"`, the network simplex of POT, for use outside of
+            compiled functions; `"sinkhorn"`, an upper bound with a gradient,
+            compiled; `"relaxed"`, a lower bound.
+        regularization: Float > 0 of `"sinkhorn"`, relative to the largest cost,
+            or `None` for what `sinkhorn` chooses.
+        tolerance: Float > 0. Marginal error of `"sinkhorn"`.
 
     Returns:
         `(...)`: NumPy float64 from `solver="exact"`, else a float32 tensor.
+
+    Raises:
+        ValueError: on shapes that do not fit, on negative weights, on values
+            that are not finite, and on an unknown `cost`, `weights` or
+            `solver`.
 
     Example:
 
@@ -243,10 +270,30 @@ def word_rotator_distance(
 def word_rotator_similarity(
     x: Tensor, y: Tensor, mask: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """1 − WRD, between −1 and 1.
+    """1 − WRD, between −1 and 1: how alike two sequences of vectors are.
 
     Args:
-        x, y, mask, **options: As for `word_rotator_distance`.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        y: `(m, dim)` or `(..., m, dim)`.
+        mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
+            and `(..., m)`, true for words that count.
+        **options: `cost`, `weights`, `importance`, `solver`, `regularization`
+            and `tolerance` of `word_rotator_distance`.
+
+    Returns:
+        `(...)`: NumPy float64 from `solver="exact"`, the default, else a
+        float32 tensor.
+
+    Raises:
+        ValueError: on shapes that do not fit, on negative weights, on values
+            that are not finite, and on an unknown `cost`, `weights` or
+            `solver`.
+
+    Example:
+
+    >>> x, y = np.array([[2.0, 0.0]]), np.array([[0.0, 3.0], [3.0, 0.0]])
+    >>> float(word_rotator_similarity(x, y))
+    0.5
 
     Reference:
         [blog post](https://kexue.fm/archives/7388)
@@ -270,10 +317,30 @@ def word_centroid_distance(
     ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖² of WRD, which has the name `word_rotator_bound`.
 
     Args:
-        x, y, mask, cost, weights, importance: As for `word_mover_distance`.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        y: `(m, dim)` or `(..., m, dim)`.
+        mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
+            and `(..., m)`, true for words that count.
+        cost: `"euclidean"`, `"cosine"` or `"rms"`, Euclidean divided by √dim.
+        weights: `"uniform"`; `"norm"`, ‖wᵢ‖/Z; `"importance"`, the `importance`
+            of the words, divided by its sum; or a pair of arrays `(..., n)`,
+            `(..., m)`, nonnegative, each of sum 1.
+        importance: Pair `(..., n)`, `(..., m)` for `weights="importance"`,
+            nonnegative.
 
     Returns:
         `(...)`, NumPy float64.
+
+    Raises:
+        ValueError: on shapes that do not fit, on negative weights, on values
+            that are not finite, and on an unknown `cost` or
+            `weights`.
+
+    Example:
+
+    >>> x, y = np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[0.5, 2.0]])
+    >>> float(word_centroid_distance(x, y))
+    2.0
 
     Reference:
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf);
@@ -292,10 +359,25 @@ def word_centroid_distance(
 def word_rotator_bound(
     x: Tensor, y: Tensor, mask: Tensor | None = None
 ) -> Tensor:
-    """The post's bound WRD ≥ ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖²; NumPy float64.
+    """The post's lower bound of WRD: ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖².
 
     Args:
-        x, y, mask: As for `word_rotator_distance`.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        y: `(m, dim)` or `(..., m, dim)`.
+        mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
+            and `(..., m)`, true for words that count.
+
+    Returns:
+        `(...)`, NumPy float64.
+
+    Raises:
+        ValueError: on shapes that do not fit and on values that are not finite.
+
+    Example:
+
+    >>> x, y = np.array([[2.0, 0.0]]), np.array([[0.0, 3.0], [3.0, 0.0]])
+    >>> float(word_rotator_bound(x, y))  # the distance is 0.5
+    0.25
 
     Reference:
         [blog post](https://kexue.fm/archives/7388)
@@ -311,10 +393,22 @@ def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
     over words with mass. `solver="relaxed"` is the larger one.
 
     Args:
-        p, q, D: As for `wasserstein_distance`.
+        p: `(..., m)`, nonnegative, sum 1.
+        q: `(..., n)`, nonnegative, sum 1.
+        D: `(..., m, n)`, finite costs of any sign.
 
     Returns:
         Pair of `(...)`, NumPy float64.
+
+    Raises:
+        ValueError: on shapes that do not fit, on negative or unnormalized
+            weights and on values that are not finite.
+
+    Example:
+
+    >>> bounds = relaxed_wasserstein_distances([1, 0], [0.5, 0.5], np.eye(2))
+    >>> [float(bound) for bound in bounds]  # the distance is 0.5
+    [0.0, 0.5]
 
     Reference:
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf)
@@ -338,12 +432,27 @@ def transport_plan(
     """The optimal plan of a distance: the mass moved between each two words.
 
     Args:
-        x, y, mask, cost, weights, importance: As for `word_rotator_distance`.
-        solver: `"exact"` or `"sinkhorn"`.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        y: `(m, dim)` or `(..., m, dim)`.
+        mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
+            and `(..., m)`, true for words that count.
+        cost: `"cosine"`, `"euclidean"` or `"rms"`, Euclidean divided by √dim.
+        weights: `"norm"`, ‖wᵢ‖/Z; `"uniform"`; `"importance"`, the `importance`
+            of the words, divided by its sum; or a pair of arrays `(..., n)`,
+            `(..., m)`, nonnegative, each of sum 1.
+        importance: Pair `(..., n)`, `(..., m)` for `weights="importance"`,
+            nonnegative.
+        solver: `"exact"`, the network simplex of POT, or `"sinkhorn"`.
 
     Returns:
         `(..., n, m)`; entry (i, j) is the mass that word i of `x` sends to word
-        j of `y`. Show it with `plot_alignment`.
+        j of `y`. NumPy float64 from `"exact"`, else a tensor. Show it with
+        `plot_alignment`.
+
+    Raises:
+        ValueError: on shapes that do not fit, on negative weights, on values
+            that are not finite, on an unknown `cost` or
+            `weights`, and on `solver="relaxed"`, which has no plan.
 
     Example:
 

@@ -39,6 +39,15 @@ class SinkhornSolution(NamedTuple):
         potentials: Pair `(..., n)`, `(..., m)`: the derivatives of the distance
             by the masses, up to a constant on each side.
         iterations: Scalar integer, of the slowest pair.
+
+    Example:
+
+    >>> solution = sinkhorn([0.5, 0.5], [0.5, 0.5], [[0.0, 1.0], [1.0, 0.0]])
+    >>> np.allclose(ops.sum(solution.plan, axis=-1), [0.5, 0.5])
+    True
+
+    Reference:
+        [Altschuler et al., 2017](https://arxiv.org/abs/1705.09634), the bounds
     """
 
     distance: object
@@ -87,17 +96,19 @@ def sinkhorn(
         tolerance: Float > 0. The marginal error to stop at.
         max_iterations: Integer. Of each ε.
 
-    Raises:
-        ValueError: as `wasserstein_distance`.
-
     Returns:
         `SinkhornSolution`, a named tuple. Nothing in it has a gradient; the
         distance of `wasserstein_distance(p, q, D, solver="sinkhorn")` has.
 
+    Raises:
+        ValueError: on shapes that do not fit and, outside of compiled
+            functions, on negative or unnormalized weights and on values that
+            are not finite.
+
     Example:
 
     >>> solution = sinkhorn([0.5, 0.5], [0.5, 0.5], [[0.0, 1.0], [1.0, 0.0]])
-    >>> solution.lower <= 0 <= solution.upper
+    >>> bool(solution.lower <= 0 <= solution.upper)
     True
 
     Reference:

@@ -48,6 +48,14 @@ class SearchResult(NamedTuple):
         indices: `(k,)`, the nearest documents, nearest first.
         distances: `(k,)`, float64, exact.
         num_exact: Integer. How many exact distances were computed.
+
+    Example:
+
+    >>> documents = [np.eye(3)[:2], np.eye(3)[1:]]
+    >>> index = TransportIndex(documents, verbose=0)
+    >>> result = index.search(np.eye(3)[2:], k=1)
+    >>> result.indices, result.distances  # half of its mass moves to cos = 0
+    (array([1]), array([0.5]))
     """
 
     indices: object
@@ -78,6 +86,11 @@ class TransportIndex:
 
     Attributes:
         idf: `(num_words,)` with `weights="idf"`, else `None`.
+
+    Raises:
+        ValueError: without documents, on word ids outside of `vectors`, on
+            vectors that are not finite or of several dimensions, and on
+            `weights="idf"` without word ids.
 
     Example:
 

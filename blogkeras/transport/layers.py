@@ -153,6 +153,10 @@ class WordMoverDistance(_TransportLayer):
         batches may differ.
     Output shape: `(batch,)`; with `pairwise=True` `(batch_x, batch_y)`.
 
+    Raises:
+        ValueError: on an unknown `cost`, `weighting` or `solver`, on numbers
+            out of range, and on inputs of other shapes.
+
     Example:
 
     >>> tokens = [keras.Input((None,), dtype="int32") for _ in range(2)]
@@ -193,18 +197,31 @@ class WordRotatorDistance(_TransportLayer):
         WRD = min_γ Σ γᵢⱼ (1 − cos(wᵢ, w'ⱼ))
         with  Σⱼ γᵢⱼ = ‖wᵢ‖/Z,  Σᵢ γᵢⱼ = ‖w'ⱼ‖/Z',  γ ≥ 0
 
-    `WordMoverDistance` with other defaults; see there for the arguments, masks
-    and shapes. Between 0 and 2; 1 − WRD is the post's similarity. The gradient
-    passes through the costs and through the norms that weigh the words. A zero
-    vector has no mass.
+    `WordMoverDistance` with other defaults. Between 0 and 2; 1 − WRD is the
+    post's similarity. The gradient passes through the costs and through the
+    norms that weigh the words. A zero vector has no mass, nor has a
+    masked word; an empty or fully masked sequence has the distance 1 to a text.
 
     Args:
-        cost: Defaults to `"cosine"`.
-        weighting: Defaults to `"norm"`.
-        solver: Defaults to `"sinkhorn"`.
-        regularization: Defaults to `None`.
-        tolerance: Defaults to 1e-3.
-        pairwise: Defaults to `False`.
+        cost: `"cosine"`, `"euclidean"` or `"rms"`, Euclidean divided by √dim.
+        weighting: Masses of the words, divided by their sum: `"norm"`, ‖w‖;
+            `"uniform"`, 1; `"importance"`, given as two more inputs.
+        solver: `"sinkhorn"`; `"relaxed"`, a lower bound; `"exact"`, for calls
+            with values only.
+        regularization: Float > 0. The ε of Sinkhorn, relative to the largest
+            cost of each pair, or `None` for what `sinkhorn` chooses.
+        tolerance: Float > 0. Marginal error at which Sinkhorn stops.
+        pairwise: Boolean. Whether every x of the batch is compared with every
+            y, for in-batch negatives.
+
+    Input shape: `[x, y]` of `(batch, n, dim)` and `(batch, m, dim)`; with
+        `weighting="importance"` `[x, y, x_importance, y_importance]`, the
+        latter two `(batch, n)` and `(batch, m)`.
+    Output shape: `(batch,)`; with `pairwise=True` `(batch_x, batch_y)`.
+
+    Raises:
+        ValueError: on an unknown `cost`, `weighting` or `solver`, on numbers
+            out of range, and on inputs of other shapes.
 
     Example:
 

@@ -29,6 +29,10 @@ def inverse_document_frequency(
         `(num_words,)`, float64, at least 0. A word that is in no document has
         the value of a word in one document.
 
+    Raises:
+        ValueError: without documents, and on ids that are not integers from 0
+            to `num_words - 1`.
+
     Example:
 
     >>> inverse_document_frequency([[0, 1, 1], [0, 2]], 3).round(3)
@@ -94,6 +98,15 @@ def sif_weights(probabilities: Tensor, a: float = 1e-3) -> Tensor:
         Array of the same shape. Multiply the word vectors with it, or pass it
         as `importance`.
 
+    Raises:
+        ValueError: if `probabilities` are not numbers in [0, 1], or `a` is not
+            positive.
+
+    Example:
+
+    >>> sif_weights(np.array([0.0, 0.001])).round(3)
+    array([1. , 0.5])
+
     Reference:
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx)
     """
@@ -108,8 +121,8 @@ def usif_weights(probabilities: Tensor, sentence_length: float = 11) -> Tensor:
         α = share of the words with p(w) > 1 − (1 − 1/V)ⁿ
         a = (1 − α) / (α V/2)
 
-    for V words and sentences of n words on average. There is no parameter to
-        tune.
+    for V words and sentences of n words on average. There is no
+    parameter to tune.
 
     Args:
         probabilities: `(V,)`, the share of each word in a corpus.
@@ -117,6 +130,16 @@ def usif_weights(probabilities: Tensor, sentence_length: float = 11) -> Tensor:
 
     Returns:
         `(V,)`.
+
+    Raises:
+        ValueError: if `probabilities` are not numbers in [0, 1], and where all
+            words or none are frequent, as of a part of a vocabulary.
+
+    Example:
+
+    >>> probabilities = np.array([0.5, 0.3, 0.1, 0.1, 0.0, 0.0])
+    >>> usif_weights(probabilities, sentence_length=2).round(2)
+    array([1.25, 1.47, 1.79, 1.79, 2.  , 2.  ])
 
     Reference:
         [Ethayarajh, 2018](https://aclanthology.org/W18-3012), and the
@@ -148,6 +171,17 @@ def all_but_the_top(vectors: Tensor, num_components: int = 3) -> Tensor:
     Returns:
         `(num_words, dim)`.
 
+    Raises:
+        ValueError: on vectors of another shape or that are not finite, and on
+            more components than dimensions.
+
+    Example:
+
+    >>> vectors = np.array([[9.0, 1.0], [5.0, -1.0], [1.0, 0.0]])
+    >>> vectors = all_but_the_top(vectors, num_components=1)
+    >>> int(np.linalg.matrix_rank(vectors, tol=1e-6))
+    1
+
     Reference:
         [Mu and Viswanath, 2018](https://arxiv.org/abs/1702.01417)
     """
@@ -174,6 +208,16 @@ def common_components(
         `(num_components,)`, the share of each in the squared singular values
         of these components.
 
+    Raises:
+        ValueError: on vectors of another shape or that are not finite, and on
+            more components than dimensions.
+
+    Example:
+
+    >>> components, shares = common_components(np.array([[0, 2.0], [0, -1.0]]))
+    >>> np.abs(components)
+    array([[0., 1.]])
+
     Reference:
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx)
     """
@@ -192,7 +236,7 @@ def common_components(
 def remove_components(
     vectors: Tensor, components: Tensor, shares: Tensor | None = None
 ) -> Tensor:
-    """v − Σₖ λₖ (v · cₖ) cₖ.
+    """Removes directions from vectors: v − Σₖ λₖ (v · cₖ) cₖ.
 
     Args:
         vectors: `(..., dim)`, of words or of sentences.
@@ -202,6 +246,14 @@ def remove_components(
 
     Returns:
         `(..., dim)`.
+
+    Raises:
+        ValueError: on shapes that do not fit and on values that are not finite.
+
+    Example:
+
+    >>> remove_components(np.array([3.0, 4.0]), np.array([[0.0, 1.0]]))
+    array([3., 0.])
 
     Reference:
         [Arora et al., 2017](https://openreview.net/forum?id=SyK00v5xx);
