@@ -76,7 +76,13 @@ class HSICBottleneck(keras.Model):
 
     Call arguments:
         x: `(batch, ...)`. Labels for `fit` are integers `(batch,)` or
-            `(batch, 1)`, or one-hot `(batch, num_classes)`.
+            `(batch, 1)`, or one-hot `(batch, num_classes)`. The result is
+            `(batch, num_classes)`.
+
+    Raises:
+        ValueError: without layers, on numbers out of range, on a last layer of
+            fewer than `num_classes` units for `"unformatted"`, and on labels
+            out of range.
 
     Example:
 
@@ -85,6 +91,10 @@ class HSICBottleneck(keras.Model):
     ... ]
     >>> model = HSICBottleneck(layers, num_classes=3)
     >>> model.compile("adam", metrics=["accuracy"])
+    >>> x, y = np.random.rand(32, 8), np.random.randint(0, 3, 32)
+    >>> history = model.fit(x, y, verbose=0)
+    >>> model.predict(x, verbose=0).shape
+    (32, 3)
 
     Departs from the paper's script:
         The script repeats the forward pass for every layer, after the update of

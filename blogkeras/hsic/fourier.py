@@ -47,6 +47,17 @@ def fourier_hsic(
     Returns:
         Scalar tensor.
 
+    Raises:
+        ValueError: on kernels that have no such features, on an odd number of
+            features, on different n, and on NaN or infinity.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=1000)
+    >>> value, exact = fourier_hsic(x, x**2, seed=0), hsic(x, x**2)
+    >>> bool(abs(value / exact - 1) < 0.2)
+    True
+
     Reference:
         [Rahimi and Recht, 2007](https://papers.nips.cc/paper/3182);
         [Zhang et al., 2018](https://arxiv.org/abs/1606.07892)

@@ -38,6 +38,16 @@ class HSICTest(NamedTuple):
         null: The draws of `null="permutation"`, `(num_permutations,)`; the pair
             `(shape, scale)` of the gamma distribution of `null="gamma"`; each
             block's value, `(num_blocks,)`, of `approximation="block"`.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=100)
+    >>> result = hsic_test(x, x**2)
+    >>> result.p_value < 0.05
+    True
+
+    Reference:
+        [Gretton et al., 2007](https://papers.nips.cc/paper/3201)
     """
 
     statistic: float
@@ -83,9 +93,11 @@ def hsic_test(
     Args:
         x: `(n,)` or `(n, dim_x)`.
         y: `(n,)` or `(n, dim_y)`.
-        kernel_x: As in `hsic`. The default has its own median bandwidth for
-            each variable, so that a change of units changes nothing.
-        kernel_y: As in `hsic`.
+        kernel_x: A kernel, a function or Keras layer `fn(x1, x2)` that returns
+            the `(n, m)` matrix, or `None`: the post's Gaussian with the median
+            distance of this variable as bandwidth, so that a change of units
+            changes nothing.
+        kernel_y: Likewise.
         null: `"gamma"` or `"permutation"`.
         num_permutations: Integer ≥ 1.
         approximation: `None`, `"block"` or `"fourier"`.
@@ -99,7 +111,8 @@ def hsic_test(
         and p = 1.
 
     Raises:
-        ValueError: as `hsic`; on less than 6 samples for `"gamma"`.
+        ValueError: on different n, on NaN or infinity, and on less than 6
+            samples for `"gamma"`.
 
     Example:
 

@@ -234,6 +234,19 @@ class GaussianKernel(DistanceKernel):
         per_dimension: Boolean. Divides ‖x₁ − x₂‖² by the number of features,
             so that one σ serves layers of any width (HSIC bottleneck).
 
+    Input shape:  `x1`, `(..., n, dim)`, and `x2`, `(..., m, dim)`.
+    Output shape: `(..., n, m)`.
+
+    Raises:
+        ValueError: on a bandwidth that is not positive and an unknown form.
+
+    Example:
+
+    >>> kernel = GaussianKernel(1.0, form="standard")
+    >>> x = np.array([[0.0], [1.0]])
+    >>> ops.convert_to_numpy(kernel(x, x)).round(3).tolist()[0]
+    [1.0, 0.607...]
+
     Reference:
         [blog post 6910](https://kexue.fm/archives/6910)
     """
@@ -280,6 +293,21 @@ class LaplacianKernel(DistanceKernel):
 
     Args:
         bandwidth: Float > 0, σ. `None` is the median distance.
+
+    Input shape:  `x1`, `(..., n, dim)`, and `x2`, `(..., m, dim)`.
+    Output shape: `(..., n, m)`.
+
+    Raises:
+        ValueError: on a bandwidth that is not positive.
+
+    Example:
+
+    >>> kernel = LaplacianKernel(2.0)
+    >>> float(kernel(np.zeros((1, 2)), np.zeros((1, 2)))[0, 0])
+    1.0
+
+    Reference:
+        [Gretton et al., 2005](https://doi.org/10.1007/11564089_7)
     """
 
     def exponent(self, x1, x2, equal=None):
@@ -288,7 +316,22 @@ class LaplacianKernel(DistanceKernel):
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class LinearKernel(Kernel):
-    """Linear kernel `x₁ · x₂`: HSIC is ‖cov(x, y)‖², of linear dependence."""
+    """Linear kernel `x₁ · x₂`: HSIC is ‖cov(x, y)‖², of linear dependence.
+
+    It has no arguments.
+
+    Input shape:  `x1`, `(..., n, dim)`, and `x2`, `(..., m, dim)`.
+    Output shape: `(..., n, m)`.
+
+    Example:
+
+    >>> x1, x2 = np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]])
+    >>> float(LinearKernel()(x1, x2)[0, 0])
+    11.0
+
+    Reference:
+        [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)
+    """
 
     def of_array(self, name, x, weight, dtype):
         keep = None if weight is None else weight > 0
@@ -322,6 +365,21 @@ class PolynomialKernel(Kernel):
         degree: Integer ≥ 1.
         scale: Float > 0.
         offset: Float ≥ 0.
+
+    Input shape:  `x1`, `(..., n, dim)`, and `x2`, `(..., m, dim)`.
+    Output shape: `(..., n, m)`.
+
+    Raises:
+        ValueError: on numbers out of range.
+
+    Example:
+
+    >>> kernel = PolynomialKernel(degree=2)
+    >>> float(kernel(np.array([[1.0, 2.0]]), np.array([[3.0, 4.0]]))[0, 0])
+    144.0
+
+    Reference:
+        [Gretton et al., 2005](https://doi.org/10.1007/11564089_7)
     """
 
     def __init__(
@@ -350,7 +408,22 @@ class PolynomialKernel(Kernel):
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class CosineKernel(Kernel):
-    """Cosine kernel `x₁ · x₂ / (‖x₁‖ ‖x₂‖)`; 0 where a vector is zero."""
+    """Cosine kernel `x₁ · x₂ / (‖x₁‖ ‖x₂‖)`; 0 where a vector is zero.
+
+    It has no arguments.
+
+    Input shape:  `x1`, `(..., n, dim)`, and `x2`, `(..., m, dim)`.
+    Output shape: `(..., n, m)`.
+
+    Example:
+
+    >>> x1, x2 = np.array([[2.0, 0.0]]), np.array([[5.0, 0.0]])
+    >>> float(CosineKernel()(x1, x2)[0, 0])
+    1.0
+
+    Reference:
+        [Gretton et al., 2005](https://doi.org/10.1007/11564089_7)
+    """
 
     # HSIC is that of the linear kernel on the directions. They are centred, so
     # that small angles keep their digits.
@@ -385,7 +458,24 @@ class DeltaKernel(Kernel):
     """Delta kernel: 1 where all features are equal, else 0. For labels.
 
     Values are compared as they are: large integers, and outside of compiled
-    functions also strings and other objects that have an order.
+    functions also strings and other objects that have an order. It has no
+    arguments.
+
+    Input shape:  `x1`, `(..., n, dim)`, and `x2`, `(..., m, dim)`.
+    Output shape: `(..., n, m)`.
+
+    Raises:
+        ValueError: when it is called with NaN or infinity.
+
+    Example:
+
+    >>> kernel = DeltaKernel()
+    >>> matrix = kernel(np.array(["a", "b"]), np.array(["b", "c", "b"]))
+    >>> ops.convert_to_numpy(matrix).tolist()
+    [[0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
+
+    Reference:
+        [Song et al., 2012](https://jmlr.org/papers/v13/song12a.html)
     """
 
     def of_array(self, name, x, weight, dtype):
@@ -432,7 +522,22 @@ def known_labels(name, x, weight=None):
 class PrecomputedKernel(Kernel):
     """Says that the variable given *is* its kernel matrix, `(..., n, n)`.
 
-    The matrix is taken to be symmetric.
+    The matrix is taken to be symmetric. The kernel has no arguments, and
+    cannot be called.
+
+    Raises:
+        ValueError: when it is called, and on matrices that are not square.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=20)
+    >>> value = hsic(np.outer(x, x), x, PrecomputedKernel(), LinearKernel())
+    >>> np.allclose(value, hsic(x, x, LinearKernel(), LinearKernel()))
+    True
+
+    Reference:
+        [blog post 6910](https://kexue.fm/archives/6910), whose function takes
+        such matrices
     """
 
     def of_array(self, name, x, weight, dtype):

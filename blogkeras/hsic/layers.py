@@ -48,19 +48,32 @@ class HSICLoss(keras.losses.Loss):
     masked time steps count as zeros. Computed in float32.
 
     Args:
-        kernel_true: Kernel of the target, as in `hsic`. For labels:
-            `DeltaKernel()`.
-        kernel_pred: Kernel of the outputs.
+        kernel_true: Kernel of the target, or a function or Keras layer
+            `fn(x1, x2)` that returns the `(n, m)` matrix; `None` is a Gaussian
+            of median bandwidth. For labels: `DeltaKernel()`.
+        kernel_pred: Kernel of the outputs, likewise.
         estimator: `"biased"`, `"blog"` or `"unbiased"`.
         maximize: Boolean. Whether dependence is wanted.
         name: String.
         dtype: Dtype of the result.
+
+    Call arguments:
+        y_true: `(batch, ...)`.
+        y_pred: `(batch, ...)`.
+        sample_weight: `(batch,)`, weights ≥ 0, or `None`. The result is a
+            scalar.
+
+    Raises:
+        ValueError: on an unknown estimator and on what is no kernel.
 
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
     >>> loss = HSICLoss(DeltaKernel(), maximize=True)
     >>> model.compile("adam", loss)
+    >>> x, labels = np.random.rand(16, 4), np.random.randint(0, 2, 16)
+    >>> model.evaluate(x, labels, verbose=0) <= 0
+    True
 
     Reference:
         [blog post 6910](https://kexue.fm/archives/6910)
@@ -135,13 +148,18 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
 
     Args:
         rate: Float. Weight of the term.
-        kernel_x: As in `hsic`. A Keras layer `call(x1, x2)` is trained with the
-            model.
+        kernel_x: A kernel, a function `fn(x1, x2)` that returns the `(n, m)`
+            matrix, or a Keras layer that does, which is trained with the model;
+            `None` is a Gaussian of median bandwidth.
         kernel_y: Likewise.
         estimator: `"biased"`, `"blog"` or `"unbiased"`.
 
     Input shape:  list `[x, y]`, `(batch, ...)` each.
     Output shape: that of `x`.
+
+    Raises:
+        ValueError: on an unknown estimator, a rate that is not finite, and on
+            what is no kernel.
 
     Example:
 
@@ -225,10 +243,27 @@ class CKA(keras.metrics.Metric):
     samples of weight 0 are left out, other weights are ignored.
 
     Args:
-        kernel_true: As in `hsic`; linear by default, as in the papers.
-        kernel_pred: Likewise.
+        kernel_true: Kernel of the targets; linear by default, as in the papers.
+            `None` is a Gaussian of median bandwidth.
+        kernel_pred: Kernel of the outputs, likewise.
         name: String.
         dtype: Dtype of the result.
+
+    Call arguments:
+        y_true: `(batch, ...)`.
+        y_pred: `(batch, ...)`.
+        sample_weight: `(batch,)` or `None`. The result is a scalar.
+
+    Raises:
+        ValueError: on what is no kernel.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(64, 3)).astype("float32")
+    >>> metric = CKA()
+    >>> metric.update_state(x, 2 * x[:, ::-1])
+    >>> round(float(metric.result()), 3)
+    1.0
 
     Reference:
         [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327)
@@ -298,6 +333,16 @@ class LayerSimilarity(NamedTuple):
         matrix: NumPy array `(layers of a, layers of b)` of debiased CKA.
         layers_a: Names, one for each row.
         layers_b: Names, one for each column.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    >>> similarity = compare_layers(model, model, np.random.rand(16, 3))
+    >>> similarity.matrix.shape
+    (1, 1)
+
+    Reference:
+        [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)
     """
 
     matrix: Any
@@ -327,13 +372,28 @@ def compare_layers(
         data: Array, or list or dict of arrays, for the models' inputs; or an
             iterable of batches `x`, `(x, y)` or `(x, y, sample_weight)` such as
             a `tf.data.Dataset`.
-        kernel: Kernel of all layers, as in `hsic`.
+        kernel: Kernel of all layers; linear by default, `None` is a Gaussian of
+            median bandwidth.
         batch_size: Integer ≥ 4, for arrays.
         path: Where to write a heat map, if anywhere; the ending is the format.
         verbose: 1 shows a progress bar.
 
     Returns:
-        Named tuple `(matrix, layers_a, layers_b)`.
+        `LayerSimilarity`, a named tuple `(matrix, layers_a, layers_b)`: the
+        matrix `(layers of a, layers of b)` in NumPy, and the layers' names.
+
+    Raises:
+        ValueError: for models that are not built or not functional, on data of
+            other shapes, and without a batch of 4 samples.
+
+    Example:
+
+    >>> model = keras.Sequential(
+    ...     [keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)]
+    ... )
+    >>> similarity = compare_layers(model, model, np.random.rand(64, 3))
+    >>> similarity.matrix.diagonal().round(3)
+    array([1., 1.])
 
     Reference:
         [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414);

@@ -212,6 +212,17 @@ def median_bandwidth(x: Tensor, mask: Tensor | None = None) -> Tensor:
     Returns:
         A Python float for one sample set with concrete values, else a tensor
         `(...)`.
+
+    Raises:
+        ValueError: on NaN or infinity where the values are known.
+
+    Example:
+
+    >>> median_bandwidth([0.0, 1.0, 5.0])  # of the distances 1, 4, 5
+    4.0
+
+    Reference:
+        [Gretton et al., 2007](https://papers.nips.cc/paper/3201)
     """
     known = is_array(x) or backend.is_concrete(x)
     if not known or not (

@@ -97,6 +97,9 @@ def hsic(
     >>> x = keras.random.normal((1000,), seed=0)
     >>> kernel = GaussianKernel(1.0, form="blog")
     >>> value = hsic(x, x + 0.1, kernel, kernel, estimator="blog")
+    >>> linear = LinearKernel()
+    >>> round(float(hsic([0.0, 1.0], [0.0, 1.0], linear, linear)), 4)
+    0.0625
 
     Departs from the post:
         The post calls the form with 1/(n − 1)² unbiased. It is not; the form
@@ -124,12 +127,26 @@ def hsic_from_kernels(
     Args:
         kernel_x: `(..., n, n)`, symmetric.
         kernel_y: `(..., n, n)`, symmetric.
-        estimator: `"biased"`, `"blog"` (the post's) or `"unbiased"`, see
-            `hsic`.
-        mask: `(..., n)`, see `hsic`.
+        estimator: `"biased"`, tr(K J L J) / n²; `"blog"`, the post's, with
+            (n − 1)²; `"unbiased"`.
+        mask: `(..., n)`. Boolean, or weights ≥ 0, the share of each pair.
+            Values of weight 0, NaN included, have no influence.
 
     Returns:
-        Tensor `(...)`.
+        Tensor `(...)`. 0 if a matrix is constant.
+
+    Raises:
+        ValueError: on different n, and on NaN or infinity where the values are
+            known (outside of compiled functions),
+            on matrices that are not square, and on fewer than 4 pairs for
+            `"unbiased"`.
+
+    Example:
+
+    >>> x, y = np.array([0.0, 1.0]), np.array([0.0, 1.0])
+    >>> value = hsic_from_kernels(np.outer(x, x), np.outer(y, y), "blog")
+    >>> round(float(value), 4)  # the covariance 0.5, squared
+    0.25
 
     Departs from the post:
         The post multiplies the matrices, O(n³); here element by element,
@@ -158,15 +175,31 @@ def cka(
     that is cheaper.
 
     Args:
-        x: As in `hsic`.
-        y: As in `hsic`.
-        kernel_x: As in `hsic`.
-        kernel_y: As in `hsic`.
-        estimator: As in `hsic`.
-        mask: As in `hsic`.
+        x: `(n,)` or `(..., n, dim_x)`.
+        y: `(n,)` or `(..., n, dim_y)`; may be of another kind than `x`.
+        kernel_x: A kernel, a function or Keras layer `fn(x1, x2)` that returns
+            the `(n, m)` matrix, or `None`: the post's Gaussian with the median
+            distance of this variable as bandwidth.
+        kernel_y: Likewise.
+        estimator: `"biased"` or `"blog"`, which are equal here, or
+            `"unbiased"`.
+        mask: `(..., n)`. Boolean, or weights ≥ 0, the share of each pair.
+            Values of weight 0, NaN included, have no influence.
 
     Returns:
         Tensor `(...)`. 0 if a variable is constant.
+
+    Raises:
+        ValueError: on different n, and on NaN or infinity where the values are
+            known (outside of compiled functions), and on
+            fewer than 4 pairs for `"unbiased"`.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(50, 3))
+    >>> linear = LinearKernel()
+    >>> round(float(cka(x, 2 * x[:, ::-1] + 1, linear, linear)), 4)
+    1.0
 
     Reference:
         [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)
@@ -200,14 +233,29 @@ def nhsic(
 
     Args:
         x: `(n,)` or `(..., n, dim_x)`.
-        y: `(n,)` or `(..., n, dim_y)`.
-        kernel_x: As in `hsic`.
-        kernel_y: As in `hsic`.
+        y: `(n,)` or `(..., n, dim_y)`; may be of another kind than `x`.
+        kernel_x: A kernel, a function or Keras layer `fn(x1, x2)` that returns
+            the `(n, m)` matrix, or `None`: the post's Gaussian with the median
+            distance of this variable as bandwidth.
+        kernel_y: Likewise.
         epsilon: Float > 0, ε.
-        mask: As in `hsic`; weights act as the sample measure.
+        mask: `(..., n)`. Boolean, or weights ≥ 0, the share of each pair.
+            Values of weight 0, NaN included, have no influence.
 
     Returns:
         Tensor `(...)`. 0 if a variable is constant.
+
+    Raises:
+        ValueError: on different n, and on NaN or infinity where the values are
+            known (outside of compiled functions), and if ε is
+            not positive.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=(50, 2))
+    >>> linear = LinearKernel()
+    >>> round(float(nhsic(x, x, linear, linear)), 2)  # two directions
+    2.0
 
     Reference:
         [Ma et al., 2020](https://arxiv.org/abs/1908.01580)
@@ -296,13 +344,27 @@ def block_hsic(
     Args:
         x: `(n,)` or `(n, dim_x)`.
         y: `(n,)` or `(n, dim_y)`.
-        kernel_x: As in `hsic`; not precomputed.
-        kernel_y: As in `hsic`; not precomputed.
+        kernel_x: A kernel, a function or Keras layer `fn(x1, x2)` that returns
+            the `(n, m)` matrix, not precomputed, or `None`: the post's Gaussian
+            with the median distance of this variable as bandwidth.
+        kernel_y: Likewise.
         block_size: Integer ≥ 4.
-        estimator: As in `hsic`.
+        estimator: `"biased"`, 1/n²; `"blog"`, 1/(n − 1)²; `"unbiased"`, which
+            is negative half of the time for independent variables.
 
     Returns:
         Scalar tensor.
+
+    Raises:
+        ValueError: on different n, and on NaN or infinity where the values are
+            known (outside of compiled functions), on
+            precomputed kernels, and on fewer samples than `block_size`.
+
+    Example:
+
+    >>> x = np.random.default_rng(0).normal(size=1000)
+    >>> bool(block_hsic(x, x**2) > 0.01)
+    True
 
     Reference:
         [Zhang et al., 2018](https://arxiv.org/abs/1606.07892)
