@@ -421,6 +421,16 @@ def straight_through(forward, backward):
         forward: Floating tensor.
         backward: Floating tensor of the same shape, finite.
 
+    Returns:
+        Tensor of the same shape, equal to `forward` to the bit.
+
+    Example:
+
+    >>> x = ops.convert_to_tensor([0.4, 1.6])
+    >>> rounded = straight_through(ops.round(x), x)  # with the gradient of x
+    >>> ops.convert_to_numpy(rounded).tolist()
+    [0.0, 2.0]
+
     Departs from the post: `backward + stop_gradient(forward - backward)`, as
     the post has it, is `forward` up to rounding; here it is to the bit.
 

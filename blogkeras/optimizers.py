@@ -26,13 +26,21 @@ class SkipNonFinite(keras.optimizers.Optimizer):
     Attributes:
         skipped: Variable, int32: how many steps were dropped. It is saved.
 
+    Raises:
+        ValueError: if `inner_optimizer` is none, and on clipping, weight decay
+            and the like, which are arguments of the optimizer inside.
+
     Example:
 
-    >>> optimizer = SkipNonFinite(keras.optimizers.Adam(1e-3))
-    >>> model.compile(optimizer, "mse")
-    >>> model.fit(x, y)
-    >>> int(optimizer.skipped)
-    0
+    >>> optimizer = SkipNonFinite(keras.optimizers.SGD(1.0))
+    >>> weight = keras.Variable([1.0])
+    >>> optimizer.apply([ops.convert_to_tensor([float("nan")])], [weight])
+    >>> int(optimizer.skipped), float(weight[0])
+    (1, 1.0)
+
+    Reference:
+        [Micikevicius et al., 2018](https://arxiv.org/abs/1710.03740), who skip
+        such steps under loss scaling
     """
 
     def __init__(self, inner_optimizer, name="skip_non_finite", **kwargs):

@@ -95,9 +95,13 @@ def adversarial_training(
 
     Example:
 
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
     >>> model.compile("adam", "sparse_categorical_crossentropy")
-    >>> adversarial_training(model, "Embedding-Token", 0.5)
-    >>> model.fit(x, y)
+    >>> model = adversarial_training(model, epsilon=0.5)  # the one line
+    >>> x = np.random.randint(0, 9, (32, 4))
+    >>> history = model.fit(x, x[:, 0] % 2, verbose=0)
 
     Reference:
         [blog post 7234](https://kexue.fm/archives/7234)
@@ -127,27 +131,33 @@ def virtual_adversarial_training(
     embedding changes the prediction. Give unlabelled rows any label and the
     sample weight 0:
 
-    >>> model.compile(
-    ...     "adam",
-    ...     keras.losses.SparseCategoricalCrossentropy(
-    ...         reduction="mean_with_sample_weight"
-    ...     ),
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(
+    ...     reduction="mean_with_sample_weight"
     ... )
-    >>> virtual_adversarial_training(model, "Embedding-Token")
-    >>> model.fit(x, y, sample_weight=is_labelled)
+    >>> model.compile("adam", loss)
+    >>> model = virtual_adversarial_training(model)
+    >>> x, is_labelled = np.random.randint(0, 9, (32, 4)), np.arange(32) < 8
+    >>> history = model.fit(
+    ...     x, x[:, 0] % 2, sample_weight=is_labelled.astype(float), verbose=0
+    ... )
 
     With this reduction the supervised loss is the mean over the labelled rows
     of the batch. Keras's default divides their sum by the number of all rows:
     the fewer rows are labelled, the smaller the supervised loss would be.
 
-    `plain_training` undoes it. It replaces `adversarial_training`; saving is as
-    described there.
+    `plain_training` undoes it. It replaces `adversarial_training`. A saved,
+    cloned or pickled model trains as in Keras: call this again after loading.
 
     Args:
         model: A `keras.Model`. Its compiled loss determines what its outputs
             are: classes, independent labels (probabilities or logits) or
             numbers.
-        embedding_name: As in `adversarial_training`.
+        embedding_name: The name or path of the layer to perturb. `None` finds
+            the token embedding; a model without embeddings is perturbed at its
+            floating inputs.
         epsilon: Float ≥ 0. Norm of the step, over the batch.
         xi: Float > 0. Norm of the probe that finds its direction.
         iters: Integer ≥ 0. Power iterations; 0 is random noise.
@@ -155,14 +165,17 @@ def virtual_adversarial_training(
             of these for several outputs. `None` reads it off the loss, which is
             not possible for a loss function of your own.
         from_logits: Boolean, or a list or dict. `None` reads it off the loss.
-        padding_mask: As in `adversarial_training`.
+        padding_mask: The name of the input that is 1 at real positions and 0 at
+            padding. `None` finds a mask of the model.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: As `adversarial_training`, and if the loss does not
-            determine what the outputs are.
+        ValueError: If the layer is not found or not unique, if nothing can be
+            perturbed, if a number is out of range, if the model has a train
+            step of its own, and if the loss does not determine what the outputs
+            are.
 
     Reference:
         [blog post 7466](https://kexue.fm/archives/7466)
@@ -183,6 +196,21 @@ def plain_training(model: keras.layers.Layer) -> keras.Model:
 
     Returns:
         The same model.
+
+    Raises:
+        ValueError: if `model` is no `keras.Model`.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> model = adversarial_training(model)
+    >>> model = plain_training(model)  # the last call wins
+
+    Reference:
+        [blog post 7234](https://kexue.fm/archives/7234)
     """
     _check_model(model)
     training.uninstall(model)

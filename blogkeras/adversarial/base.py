@@ -79,6 +79,26 @@ class AdversarialMethod:
         site: `"matrix"` or `"output"`; what is perturbed in a model with an
             embedding. Without one, the floating inputs are perturbed.
         start_step: Integer. Before this many updates the strength is 0.
+
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed.
+
+    Example:
+
+    >>> class Plain(AdversarialMethod):
+    ...     def gradients(self, objective, weights, site):
+    ...         return objective.value_and_grad(objective, weights)
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> model = adversarial_training(model, method=Plain())
+    >>> x = np.random.randint(0, 9, (32, 4))
+    >>> history = model.fit(x, x[:, 0] % 2, verbose=0)
+
+    Reference:
+        [blog post 7234](https://kexue.fm/archives/7234)
     """
 
     def __init__(self, epsilon=1.0, site="matrix", start_step=0):

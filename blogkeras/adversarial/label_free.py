@@ -142,6 +142,20 @@ class VirtualAdversarialTraining(LabelFreeMethod):
             is. `None` reads it off the compiled loss, which is not possible for
             a loss function of your own.
 
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed; when it
+            is installed, where the loss does not say what the output is.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> method = VirtualAdversarialTraining(norm_scope="sample")
+    >>> model = adversarial_training(model, method=method)
+
     Departs from the post:
         The noise is drawn at the positions of the batch, not on the whole
         embedding matrix; there may be any number of inputs; both losses share
@@ -258,6 +272,19 @@ class NoiseStability(LabelFreeMethod):
         output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`: what the output
             is. `None` reads it off the compiled loss, which is not possible for
             a loss function of your own.
+
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed; when it
+            is installed, where the loss does not say what the output is.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> model = adversarial_training(model, method=NoiseStability(0.1))
 
     Reference:
         [blog post 7466](https://kexue.fm/archives/7466)

@@ -48,7 +48,21 @@ class PGD(Attack):
         norm_scope: `"batch"`, `"sample"` or `"token"`.
         site: `"matrix"` or `"output"` of the embedding.
         seed: Integer, for the random start.
-        kwargs: `clean_weight` and `start_step`, as in `FGM`.
+        **kwargs: `clean_weight`, float in [0, 1], the share of the clean loss;
+            `start_step`, integer, before this many updates ε is 0.
+
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed; on
+            `random_start` at the embedding matrix, when it is installed.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> model = adversarial_training(model, method=PGD(0.3, steps=2))
 
     Reference:
         [Madry et al., 2018](https://arxiv.org/abs/1706.06083);
@@ -125,7 +139,20 @@ class FreeLB(Attack):
         site: `"output"` or `"matrix"` (then with `norm_scope="batch"` or
             `"token"`, and `initial_norm=0`).
         seed: Integer, for the start.
-        kwargs: `start_step`, as in `FGM`.
+        **kwargs: `start_step`, integer, before this many updates ε is 0.
+
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed; on a
+            start away from 0 at the embedding matrix, when it is installed.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> model = adversarial_training(model, method=FreeLB(0.1))
 
     Reference:
         [Zhu et al., 2020](https://arxiv.org/abs/1909.11764)

@@ -36,6 +36,18 @@ class FGM(Attack):
         clean_weight: Float in [0, 1]. Share of the clean loss, 0 in the post.
         start_step: Integer. Before this many updates ε is 0.
 
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> model = adversarial_training(model, method=FGM(0.5, "sample", "output"))
+
     Departs from the post:
         The post's script adds Δ to the weights and subtracts it again, so they
         drift by rounding; here they do not. Its two passes draw different
@@ -58,8 +70,10 @@ class FGSM(Attack):
         Δ = ε sign(g)
 
     The strongest first-order attack within a cube; where g is zero (padding,
-    tokens that are not in the batch), Δ is zero. `norm_scope` has no effect
-    here. The rest is as in `FGM`.
+    tokens that are not in the batch), Δ is zero. No norm is taken, so there is
+    no `norm_scope`. The attack and the training pass share their dropout masks;
+    loss, metrics and BatchNormalization statistics are those of the training
+    pass.
 
     Args:
         epsilon: Float ≥ 0, or a schedule. Largest coordinate of the
@@ -67,6 +81,18 @@ class FGSM(Attack):
         site: `"matrix"` or `"output"` of the embedding.
         clean_weight: Float in [0, 1]. Share of the clean loss.
         start_step: Integer. Before this many updates ε is 0.
+
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> model = adversarial_training(model, method=FGSM(0.001))
 
     Reference:
         [Goodfellow et al., 2015](https://arxiv.org/abs/1412.6572);

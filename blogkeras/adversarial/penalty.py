@@ -40,6 +40,19 @@ class GradientPenalty(AdversarialMethod):
         site: `"output"` or `"matrix"` of the embedding.
         start_step: Integer. Before this many updates ε is 0.
 
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> method = GradientPenalty(1.0, form="norm")
+    >>> model = adversarial_training(model, method=method)
+
     Reference:
         [blog post 7234](https://kexue.fm/archives/7234)
     """

@@ -39,6 +39,19 @@ class Robustness(report.Rows):
             gradient is exactly zero or not finite. If it is not small, the rows
             overestimate the robustness. The gradient of a saturated softmax
             vanishes: evaluate a model that returns logits instead.
+
+    Example:
+
+    >>> rows = [
+    ...     {"epsilon": 0.0, "accuracy": 0.9},
+    ...     {"epsilon": 1.0, "accuracy": 0.5},
+    ... ]
+    >>> result = Robustness(rows, attack="fgm", mean_norm=2.0, unmoved=0.0)
+    >>> result.column("accuracy")
+    [0.9, 0.5]
+
+    Reference:
+        [blog post 7234](https://kexue.fm/archives/7234)
     """
 
     attack: str
@@ -124,22 +137,34 @@ def evaluate_robustness(
             comparable whose embeddings differ in scale.
         steps: Integer ≥ 1, the steps of `"pgd"`.
         batch_size: Integer ≥ 1. `None`: 32, or what a dataset has.
-        sample_weight: Weights as for `evaluate`.
+        sample_weight: `(n,)`, weights of the samples in loss and metrics, or
+            `None`.
         verbose: `"auto"`, 0, 1 or 2, as for `evaluate`.
         max_batches: Integer ≥ 1, or `None`: after how many batches to stop
             (`steps` of `evaluate`); needed where a dataset does not end.
         callbacks: List of Keras callbacks, as for `evaluate`.
         padding_mask: The name of the input that is 1 at real positions and 0 at
-            padding. `None` finds one, see `adversarial_training`.
+            padding. `None` finds a mask of the model.
 
     Returns:
         A `Robustness`: `rows`, `table()`, `plot(path)`.
 
+    Raises:
+        ValueError: for a model that is not compiled or has nothing to perturb,
+            and on arguments out of range.
+
     Example:
 
-    >>> result = evaluate_robustness(model, x, y, epsilons=(0, 0.5, 1))
-    >>> result.table()
-    >>> result.column("accuracy")
+    >>> model = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> model.compile(loss=loss, metrics=["accuracy"])
+    >>> x = np.random.default_rng(0).normal(size=(64, 2))
+    >>> result = evaluate_robustness(
+    ...     model, x, x[:, 0] > 0, epsilons=(0, 0.5, 1), verbose=0
+    ... )
+    >>> clean, _, attacked = result.column("loss")
+    >>> clean < attacked
+    True
 
     Reference:
         [Miyato et al., 2017](https://arxiv.org/abs/1605.07725) (fgm);

@@ -103,11 +103,24 @@ class CodebookUsage(keras.callbacks.Callback):
     its own). Adds `{layer}_perplexity` and `{layer}_usage` to the epoch's logs:
     effective number of codes, and share of codes used at all, over all training
     vectors of the epoch; of residual and of finite scalar quantizers the mean
-    over stages or components. Put it before callbacks that read these logs.
+    over stages or components. Put it before callbacks that read these logs. It
+    has no arguments.
 
     Example:
 
-    >>> model.fit(x, y, callbacks=[CodebookUsage()])
+    >>> quantizer = VectorQuantizer(4, name="codes")
+    >>> model = keras.Sequential(
+    ...     [keras.Input((2,)), quantizer, layers.Dense(1)]
+    ... )
+    >>> model.compile("adam", "mse")
+    >>> x = np.random.rand(32, 2)
+    >>> usage = CodebookUsage()
+    >>> history = model.fit(x, x[:, 0], callbacks=[usage], verbose=0)
+    >>> 0 < history.history["codes_usage"][0] <= 1
+    True
+
+    Reference:
+        [blog post 6760](https://kexue.fm/archives/6760), on codes never used
     """
 
     def on_epoch_begin(self, epoch, logs=None):

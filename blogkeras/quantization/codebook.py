@@ -104,12 +104,16 @@ class VectorQuantizer(Quantizer):
     Input shape:  `(..., dim)`.
     Output shape: `(..., dim)`, compute dtype; codes `(...)`, int32.
 
+    Raises:
+        ValueError: on numbers out of range, on `restart_threshold` without
+            `ema_decay`, and on inputs of another dimension.
+
     Example:
 
     >>> layer = VectorQuantizer(num_codes=512)
     >>> z = keras.random.normal((2, 8, 8, 64))
     >>> quantized, codes = layer(z, return_codes=True)
-    >>> quantized.shape, codes.shape
+    >>> tuple(quantized.shape), tuple(codes.shape)
     ((2, 8, 8, 64), (2, 8, 8))
 
     Departs from the post: means over unmasked elements; the moving average,

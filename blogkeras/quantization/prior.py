@@ -61,13 +61,23 @@ class CodePrior(CompositeModel):
         num_layers: Integer.
         num_heads: Integer that divides `dim`; for attention.
 
+    Input shape:  codes `(batch, *code_shape)`, integers; with `num_classes`
+        also labels `(batch,)`.
+    Output shape: logits `(batch, *code_shape, num_codes)`, float32.
+
+    Raises:
+        ValueError: on numbers out of range, on a `dim` that the heads do not
+            divide, and on codes or labels out of range.
+
     Example:
 
-    >>> prior = CodePrior(512, (8, 8), num_classes=10)
+    >>> prior = CodePrior(8, (2, 2), num_classes=3, dim=8, num_layers=1)
     >>> prior.compile("adam")
-    >>> prior.fit([codes, labels])
-    >>> prior.sample(4, temperature=0.9, labels=[0, 1, 2, 3]).shape
-    (4, 8, 8)
+    >>> codes = np.random.randint(0, 8, (32, 2, 2))
+    >>> labels = np.random.randint(0, 3, 32)
+    >>> history = prior.fit([codes, labels], verbose=0)
+    >>> prior.sample(4, temperature=0.9, labels=[0, 1, 2, 0]).shape
+    (4, 2, 2)
 
     Departs from the post: classes, which it does not have, are embedded and
     added at every position.

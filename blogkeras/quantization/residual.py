@@ -25,21 +25,36 @@ class ResidualVectorQuantizer(Quantizer):
 
     Args:
         num_quantizers: Integer ≥ 1. Number of stages.
-        num_codes, codebook_cost, commitment_cost, ema_decay, restart_threshold,
-            embeddings_initializer: As for `VectorQuantizer`, for every stage.
-            (An initializer with a seed starts every stage alike.)
+        num_codes: Integer ≥ 2. Number of codes of every stage.
+        codebook_cost: Float ≥ 0. Weight of ||sg[r] - e||²; without effect under
+            `ema_decay`.
+        commitment_cost: Float ≥ 0. Weight of ||r - sg[e]||².
+        ema_decay: Float in [0, 1), say 0.99, for codebooks that are moving
+            averages, or `None` for trained ones.
+        restart_threshold: Float in [0, 1), say 0.1. A code used less than this
+            fraction of an equal share is restarted; for `ema_decay` only.
+        embeddings_initializer: Initializer of the codebooks. (One with a seed
+            starts every stage alike.)
 
-    Call arguments: As for `VectorQuantizer`.
+    Call arguments:
+        inputs: `(..., dim)`, floating.
+        training: Boolean. Whether to count codes, and to update
+            averaged codebooks.
+        return_codes: Boolean. Whether to return `(quantized, codes)`.
+        mask: Boolean, `(...)`. Which vectors count.
 
     Input shape:  `(..., dim)`, floating.
     Output shape: `(..., dim)`; codes `(..., num_quantizers)`, int32. `decode`
         also takes the codes of the first stages alone, which give a coarser
-            vector.
+        vector.
+
+    Raises:
+        ValueError: on numbers out of range.
 
     Example:
 
     >>> layer = ResidualVectorQuantizer(4, 256, ema_decay=0.99)
-    >>> layer.encode(keras.ops.ones((2, 50, 16))).shape
+    >>> tuple(layer.encode(keras.ops.ones((2, 50, 16))).shape)
     (2, 50, 4)
 
     Reference:

@@ -45,15 +45,23 @@ class FiniteScalarQuantizer(Quantizer):
         levels: Sequence of integers ≥ 2, L_i; ≥ 3 for `"tanh"`.
         activation: `"tanh"` (the paper) or `"sigmoid"` (the post).
 
-    Call arguments: As for `VectorQuantizer`.
+    Call arguments:
+        inputs: `(..., len(levels))`, floating.
+        training: Boolean. Whether to count codes.
+        return_codes: Boolean. Whether to return `(quantized, codes)`.
+        mask: Boolean, `(...)`. Which vectors count.
 
     Input shape:  `(..., len(levels))`, floating.
     Output shape: `(..., len(levels))`, compute dtype; codes `(...)`, int32.
 
+    Raises:
+        ValueError: on levels out of range, on inputs of another dimension, and
+            when codes are asked for and there are more than 2³¹.
+
     Example:
 
     >>> layer = FiniteScalarQuantizer([8, 5, 5, 5])  # 1000 codes
-    >>> layer.encode(keras.ops.zeros((2, 16, 16, 4))).shape
+    >>> tuple(layer.encode(keras.ops.zeros((2, 16, 16, 4))).shape)
     (2, 16, 16)
 
     Reference:

@@ -50,18 +50,29 @@ class VQVAE(CompositeModel):
             `ResidualVectorQuantizer`.
         decoder: `keras.Model`, `(batch, ..., dim)` to the shape of the inputs.
 
+    Input shape:  that of the encoder's inputs.
+    Output shape: that of the decoder's outputs.
+
+    Raises:
+        ValueError: if a part is no model or no quantizer; in `fit`, if targets
+            have not the shape of the decoder's output.
+
     Example:
 
-    >>> encoder, decoder = sonnet_autoencoder((32, 32, 3))
-    >>> quantizer = VectorQuantizer(512, ema_decay=0.99)
+    >>> encoder = keras.Sequential(
+    ...     [keras.Input((8, 8, 1)), layers.Conv2D(4, 4, strides=4)]
+    ... )
+    >>> decoder = keras.Sequential(
+    ...     [keras.Input((2, 2, 4)), layers.Conv2DTranspose(1, 4, strides=4)]
+    ... )
+    >>> quantizer = VectorQuantizer(16, ema_decay=0.99)
     >>> model = VQVAE(encoder, quantizer, decoder)
     >>> model.compile(keras.optimizers.Adam(3e-4))
-    >>> model.fit(images)
-    >>> codes = model.encode(images)  # (n, 8, 8), integers
-    >>> prior = CodePrior(512, (8, 8))
-    >>> prior.compile("adam")
-    >>> prior.fit(codes)
-    >>> new_images = model.decode(prior.sample(16))
+    >>> images = np.random.rand(32, 8, 8, 1).astype("float32")
+    >>> history = model.fit(images, verbose=0)
+    >>> codes = model.encode(images)  # integers, to train a `CodePrior` on
+    >>> codes.shape, model.decode(codes).shape
+    ((32, 2, 2), (32, 8, 8, 1))
 
     Reference:
         [van den Oord et al., 2017](https://arxiv.org/abs/1711.00937);
