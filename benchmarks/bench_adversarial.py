@@ -349,7 +349,7 @@ def main():
         make = next((f for word, f in makers.items() if word in name), keras_3)
         return serve(lambda: make(name, options))
     head = [
-        "# Benchmark: adversarial training",
+        "# Benchmark: adversarial training (posts 7234 and 7466)",
         "",
         f"bert4keras BERT, {options.layers} layers × {options.hidden}, "
         f"vocabulary {options.vocabulary}, batch {options.batch} × "

@@ -327,7 +327,7 @@ def main():
         "pictures": "A train step of an energy of 28 × 28 pictures, 64 rows",
     }
     text = [
-        "# Benchmark: denoising",
+        "# Benchmark: denoising (post 7038)",
         "",
         environment(["keras", "tensorflow", "jax", "numpy"])
         + f"; peers: {state.get('peers', 'none')}. One core each.",

@@ -363,7 +363,7 @@ def report(state):
                 cells.append(f">= {targets[who]}")
                 rows.append(cells)
     return [
-        "# Benchmark: HSIC",
+        "# Benchmark: HSIC (post 6910)",
         "",
         "x and y have 10 features, y = ε + 0.05 x; one thread each; contenders "
         "take turns, each in a process of its own, after a warm-up that "

@@ -258,7 +258,7 @@ def report(options):
     from harness.statistics import ratio
 
     lines = [
-        "# NVAE: steps and samples on a CPU",
+        "# NVAE: steps and samples on a CPU (post 7574)",
         "",
         " ".join(__doc__.split("\n\n")[2].split()),
         "",

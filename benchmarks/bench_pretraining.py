@@ -269,7 +269,7 @@ def report(seconds, options, left_out):
         if name in seconds and base in seconds
     ]
     lines = [
-        "# Benchmark: ELECTRA",
+        "# Benchmark: ELECTRA (post 7846)",
         "",
         f"{options.layers} layers × {options.hidden} and "
         f"{options.hidden // 4}, embeddings of 128, vocabulary "

@@ -315,7 +315,7 @@ def main():
     if options.worker:
         return serve(lambda: prepare(options))
     head = [
-        "# Benchmark: vector quantization",
+        "# Benchmark: vector quantization (posts 6760 and 9826)",
         "",
         page.environment(["keras", "tensorflow", "jax", "numpy"]),
         "",

@@ -120,7 +120,7 @@ def prepare(name, options):
 
 def report(seconds, options):
     return [
-        "# Benchmark: BERT-of-Theseus",
+        "# Benchmark: BERT-of-Theseus (post 7575)",
         "",
         f"bert4keras BERT × {options.hidden}, vocabulary {options.vocabulary}, "
         f"batch {options.batch} × {options.length}, Adam, dropout 0.1, rate ½, "

@@ -360,7 +360,7 @@ def report(parts):
         if any(cells):
             ratios.append([label, *cells])
     lines = [
-        "# Benchmark: transport",
+        "# Benchmark: transport (post 7388)",
         "",
         f"{PAIRS} pairs of N words against N words, dimension {DIM}, Euclidean "
         "costs, equal masses; one core; contenders in turn, each for at least "

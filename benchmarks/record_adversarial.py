@@ -251,7 +251,12 @@ def scores(rows):
 def report(rows, path):
     """Writes the page and the figure."""
     found = scores(rows)
-    lines = ["# What each method is worth", "", INTRODUCTION, ""]
+    lines = [
+        "# What each method is worth (posts 7234 and 7466)",
+        "",
+        INTRODUCTION,
+        "",
+    ]
     for task, by_method in found.items():
         cells = []
         for method, (accuracies, d) in by_method.items():

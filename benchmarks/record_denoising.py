@@ -553,7 +553,7 @@ NOTES = {
 def report(rows, page):
     """Means over seeds with Student's intervals, a table for each task."""
     text = [
-        "# Recorded: denoising",
+        "# Recorded: denoising (post 7038)",
         "",
         "Means over seeds with 95 % intervals (Student); a value without one "
         f"is a single run. {environment(['keras', 'jax', 'numpy'])}; one "

@@ -376,7 +376,7 @@ def step_costs(rows, steps=20):
 def report():
     rows = Recording(ROWS, COLUMNS, ["language", "run", "seed"]).rows()
     lines = [
-        "# What pre-training is worth at a small budget",
+        "# What pre-training is worth at a small budget (post 7846)",
         "",
         f"{BLOCKS} layers × {DIM}, {BATCH} × {LENGTH} characters a step; "
         f"accuracy in points, each run the mean of {FINE_TUNINGS} "

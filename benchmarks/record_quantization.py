@@ -393,7 +393,7 @@ def record_codebooks(record, options):
 
 def report(record, priors, path):
     """Writes the page: means and standard deviations over seeds."""
-    lines = ["# What the codebooks are worth", ""]
+    lines = ["# What the codebooks are worth (post 6760)", ""]
     lines += [" ".join(__doc__.split("\n\n")[-1].split()), ""]
     columns = ["codebook", "steps", "seeds", "NMSE", "perplexity", "codes used"]
     for task, of_task in group(record.rows(), "task").items():

@@ -340,7 +340,7 @@ def record(task, path):
 def report(path):
     """Writes the page: means, differences to direct-k, share of the gap."""
     lines = [
-        "# BERT-of-Theseus with pre-trained weights",
+        "# BERT-of-Theseus with pre-trained weights (post 7575)",
         "",
         "Accuracy on texts that no training has seen, in points. Routes are "
         "described in `benchmarks/record_theseus.py`, which writes this page "

@@ -358,7 +358,7 @@ def report(record, norms, path):
     cases = list(dict.fromkeys((r["vectors"], r["stop_words"]) for r in rows))
     found = {(r["vectors"], r["stop_words"], r["method"]): r for r in rows}
     lines = [
-        "# STS-B: agreement with people",
+        "# STS-B: agreement with people (post 7388)",
         "",
         f"Test split, {rows[0]['pairs']} pairs, no training; correlations × "
         "100 with 95 % bootstrap intervals over pairs. What the vectors and "

@@ -34,6 +34,7 @@ basic() { # runs the copied basic examples, but those named
         basic_nvae.py) options="--steps 2 --samples 2" ;;
         basic_denoising_density.py) options="--steps 200" ;;
         basic_electra.py) options="--steps 50" ;;
+        basic_virtual*.py) options="--epochs 10" ;;
         *) options= ;;
         esac
         # shellcheck disable=SC2086

@@ -1,4 +1,4 @@
-"""FGM and gradient penalty against independent recomputations."""
+"""FGM and gradient penalty against independent recomputations (post 7234)."""
 
 import keras
 import numpy as np

@@ -1,4 +1,7 @@
-"""Virtual adversarial training and the stability penalty, in closed form."""
+"""Virtual adversarial training and the stability penalty, in closed form.
+
+Post 7466.
+"""
 
 import keras
 import numpy as np

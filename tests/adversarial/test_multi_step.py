@@ -1,4 +1,4 @@
-"""FGSM, PGD, FreeLB, norms and schedules, recomputed in NumPy."""
+"""FGSM, PGD, FreeLB, norms and schedules, recomputed in NumPy (post 7234)."""
 
 import keras
 import numpy as np

@@ -1,4 +1,7 @@
-"""One energy for all amounts of noise: loss, temperatures, sampling."""
+"""One energy for all amounts of noise: loss, temperatures, sampling.
+
+Post 7038.
+"""
 
 import keras
 import numpy as np

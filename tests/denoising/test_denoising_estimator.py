@@ -1,4 +1,4 @@
-"""Densities and denoisers at one amount of noise."""
+"""Densities and denoisers at one amount of noise (post 7038)."""
 
 import keras
 import numpy as np

@@ -1,4 +1,7 @@
-"""The generator: the gradient it gets, what is frozen, what it learns."""
+"""The generator: the gradient it gets, what is frozen, what it learns.
+
+Post 7038.
+"""
 
 import keras
 import numpy as np

@@ -27,8 +27,6 @@ def documented():
         value = getattr(blogkeras, name)
         yield name, inspect.getdoc(value)
         members = vars(value) if inspect.isclass(value) else {}
-        if inspect.ismodule(value):
-            members = {n: getattr(value, n) for n in value.__all__}
         for member, function in members.items():
             function = getattr(function, "__func__", function)
             if not member.startswith("_") and inspect.isfunction(function):

@@ -19,6 +19,23 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 3
 
 
+def test_every_post_is_found_in_six_places():
+    """By its number: README, code, example, test, page, benchmark."""
+    text = README.read_text("utf-8")
+    posts = re.findall(r"^\| \[(\d+)\]", text, re.M)
+    assert len(posts) >= 10
+    root = README.parent
+    places = ("blogkeras", "examples", "tests", "docs", "benchmarks")
+    for place in places:
+        sources = [
+            path.read_text("utf-8")
+            for ending in ("*.py", "*.md")
+            for path in (root / place).rglob(ending)
+        ]
+        for post in posts:
+            assert any(post in source for source in sources), (place, post)
+
+
 def test_the_chinese_one_says_the_same():
     """The same code, the same table, the same pages and figures."""
     chinese = README.with_name("README.zh-CN.md").read_text("utf-8")

@@ -1,4 +1,4 @@
-"""HSIC as a number: closed forms, NumPy, gradients, costs."""
+"""HSIC as a number: closed forms, NumPy, gradients, costs (post 6910)."""
 
 import keras
 import numpy as np

@@ -1,4 +1,7 @@
-"""The HSIC bottleneck: its loss, what it trains, and how it is read out."""
+"""The HSIC bottleneck: its loss, what it trains, and how it is read out.
+
+Post 6910.
+"""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""The p-value: null distributions, invariances, level and power."""
+"""The p-value: null distributions, invariances, level and power (post 6910)."""
 
 import numpy as np
 import pytest

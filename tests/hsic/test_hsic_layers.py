@@ -1,4 +1,7 @@
-"""HSIC in Keras: loss, regularization, metric, comparison of layers."""
+"""HSIC in Keras: loss, regularization, metric, comparison of layers.
+
+Post 6910.
+"""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""NVAE: the model, its training and its verbs."""
+"""NVAE: the model, its training and its verbs (post 7574)."""
 
 import dataclasses
 import math

@@ -1,4 +1,7 @@
-"""NVAE: configurations, convolutions, distributions, flows, objective."""
+"""NVAE: configurations, convolutions, distributions, flows, objective.
+
+Post 7574.
+"""
 
 import dataclasses
 import math

@@ -1,4 +1,7 @@
-"""ElectraPretrainer: its losses by NumPy, its gradients, what is shared."""
+"""ElectraPretrainer: its losses by NumPy, its gradients, what is shared.
+
+Post 7846.
+"""
 
 import keras
 import numpy as np

@@ -1,5 +1,7 @@
 """The post's argument on a chain whose best discriminator is known.
 
+Post 7846.
+
 Three tokens of a Markov chain; the middle one is drawn anew, with probability
 m = 0.15, from its exact distribution given its neighbours.
 """

@@ -1,4 +1,7 @@
-"""Shared and un-shared layers, the factorized embedding, layer-wise rates."""
+"""Shared and un-shared layers, the factorized embedding, layer-wise rates.
+
+Post 7846.
+"""
 
 import keras
 import numpy as np

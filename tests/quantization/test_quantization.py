@@ -1,4 +1,4 @@
-"""Quantizers against NumPy, closed forms and finite differences."""
+"""Quantizers against NumPy, closed forms and finite differences (post 6760)."""
 
 import keras
 import numpy as np

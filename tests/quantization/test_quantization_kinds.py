@@ -1,4 +1,4 @@
-"""Finite scalars and residuals: formulas, counts, old files."""
+"""Finite scalars and residuals: formulas, counts, old files (post 9826)."""
 
 import keras
 import numpy as np

@@ -1,4 +1,7 @@
-"""VQ-VAE and priors over codes: verbs, numbers, one compiled loop."""
+"""VQ-VAE and priors over codes: verbs, numbers, one compiled loop.
+
+Post 6760.
+"""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""Module replacement: gates, gradients, state, schedules."""
+"""Module replacement: gates, gradients, state, schedules (post 7575)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Theseus: detaching, freezing, cuts, masks, saving."""
+"""Theseus: detaching, freezing, cuts, masks, saving (post 7575)."""
 
 import keras
 import numpy as np

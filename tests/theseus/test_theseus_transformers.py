@@ -1,4 +1,4 @@
-"""Theseus on the transformers of bert4keras and KerasHub."""
+"""Theseus on the transformers of bert4keras and KerasHub (post 7575)."""
 
 import re
 

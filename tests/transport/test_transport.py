@@ -1,4 +1,7 @@
-"""EMD, WMD, WRD: exact and approximate, against POT, scipy and closed forms."""
+"""EMD, WMD, WRD: exact and approximate, against POT, scipy and closed forms.
+
+Post 7388.
+"""
 
 import itertools
 import warnings

@@ -1,4 +1,4 @@
-"""WMD and WRD in models: gradients, masks, XLA, training."""
+"""WMD and WRD in models: gradients, masks, XLA, training (post 7388)."""
 
 import keras
 import numpy as np

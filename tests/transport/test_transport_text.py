@@ -1,4 +1,4 @@
-"""Weights of words, the index, the figure."""
+"""Weights of words, the index, the figure (post 7388)."""
 
 import numpy as np
 import pytest
