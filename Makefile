@@ -11,7 +11,7 @@ BENCHMARKS := bench-adversarial bench-bert4keras bench-theseus bench-transport \
 	bench-hsic bench-quantization bench-pretraining bench-denoising \
 	bench-nvae
 
-.PHONY: bench-gpu check-python docs release help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
+.PHONY: bench-gpu check-python docs notebooks release help demo demo-e5 test verify matrix lint format bench $(BENCHMARKS)
 help:
 	@sed -nE 's/^([a-z0-9-]+):.*# (.*)/\1: \2/p' Makefile
 
@@ -74,7 +74,11 @@ $(VENV)-docs/.ready: setup.py | check-python
 		'mkdocstrings[python]>=0.29' 'jieba>=0.42'
 	@touch $@
 
-docs: $(VENV)-docs/.ready # the site, in results/site; warnings are errors
+notebooks: | check-python # those of docs/notebooks whose example has changed
+	@$(PYTHON) docs/_notebooks.py > /dev/null || { \
+		$(MAKE) $(VENV)/.examples && $(RUN) docs/_notebooks.py --run; }
+
+docs: $(VENV)-docs/.ready notebooks # the site, in results/site; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
 
 release: | check-python # sdist and wheel in dist, tried in empty environments

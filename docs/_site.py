@@ -4,6 +4,7 @@ mkdocs calls these functions (`hooks` in mkdocs.yml); `make docs` runs it.
 """
 
 import ast
+import importlib.util
 import pathlib
 import posixpath
 import re
@@ -22,6 +23,12 @@ ROOMS = {
     "denoising": "Denoising, energy models",
     "nvae": "NVAE",
 }
+NOTEBOOKS = importlib.util.module_from_spec(
+    importlib.util.spec_from_file_location(
+        "notebooks", ROOT / "docs/_notebooks.py"
+    )
+)
+NOTEBOOKS.__spec__.loader.exec_module(NOTEBOOKS)
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
 
 
@@ -43,10 +50,17 @@ def on_config(config):
         {"Start": "index.md"},
         {"Methods": methods},
         {"bert4keras scripts": "bert4keras.md"},
+        {"Saved models": "saving.md"},
         {"Examples": "gallery.md"},
+        {
+            "Notebooks": [
+                {name.removeprefix("basic_"): f"notebooks/{name}.md"}
+                for name in NOTEBOOKS.examples()
+            ]
+        },
         {"Posts": "posts.md"},
         {"API": [{title: f"api/{room}.md"} for room, title in names_by_room()]},
-        {"Results": groups["results"]},
+        {"Results": [{"Headlines": "results.md"}, *groups["results"]]},
         {"Benchmarks": groups["benchmarks"]},
         {"Changelog": "changelog.md"},
     ]
@@ -73,6 +87,9 @@ def on_files(files, config):
         for name in names:
             lines += [f"::: blogkeras.{name}", ""]
         pages[f"api/{room}.md"] = "\n".join(lines)
+    for name in NOTEBOOKS.examples():
+        pages[f"notebooks/{name}.md"], figures = NOTEBOOKS.page(name)
+        pages |= {f"notebooks/{uri}": image for uri, image in figures.items()}
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
     return files
@@ -92,6 +109,8 @@ def on_page_markdown(markdown, page, config, files):
         path = posixpath.normpath(posixpath.join(base, path))
         if path.startswith("examples/"):
             new, anchor = "gallery.md", pathlib.PurePath(path).stem
+        elif path == "docs/notebooks":
+            new = f"notebooks/{next(iter(NOTEBOOKS.examples()))}.md"
         elif path == "docs/benchmarks":
             new = "benchmarks/adversarial.md"
         elif path == "README.md":
@@ -150,6 +169,9 @@ def gallery():
         source = path.read_text("utf-8")
         text = ast.get_docstring(ast.parse(source))
         lines += [f"## {path.stem}", "", text or "", ""]
+        if path.stem in NOTEBOOKS.examples():
+            page = f"notebooks/{path.stem}.md"
+            lines += [f"[Part by part, with its outputs]({page})", ""]
         lines += [
             f"![{path.stem}]({uri})\n"
             for name, uri in figures.items()
@@ -172,24 +194,50 @@ def belongs(figure, example):
 
 
 def posts():
-    """The blog's posts by number, as README's table has them."""
+    """The blog's posts by number, from README's table, one section each."""
+    readme = (ROOT / "README.md").read_text("utf-8")
     rows = [
-        line.strip("| \n").split(" | ")
-        for line in (ROOT / "README.md").read_text("utf-8").splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in readme.splitlines()
         if line.startswith("| [") and "kexue.fm" in line
     ]
-
-    def number(row):
-        return int(re.search(r"\[(\d+)\]", row[0])[1])
-
     lines = [
         "# The blog's posts by number",
         "",
         "Scientific Spaces (科学空间), by Su Jianlin (苏剑林).",
         "",
-        "| post | method |",
-        "|---|---|",
-        *(f"| {row[0]} | {row[1]} |" for row in sorted(rows, key=number)),
     ]
-    text = "\n".join(lines) + "\n"
-    return text.replace("](docs/", "](")
+    for row in sorted(rows, key=number_of):
+        number, title = number_of(row), row[0].partition(") ")[2]
+        lines += [
+            f"## {number} {title}",
+            "",
+            f"{row[1]}: {row[2]}",
+            "",
+            f"- [the post](https://kexue.fm/archives/{number})",
+            f"- here: {row[4]}",
+            f"- examples: {row[3]}",
+            *(
+                f"- {kind}: {', '.join(f'`{path}`' for path in paths)}"
+                for kind, paths in sources_of(number).items()
+                if paths
+            ),
+            "",
+        ]
+    return "\n".join(lines).replace("](docs/", "](")
+
+
+def number_of(row):
+    return int(re.search(r"\[(\d+)\]", row[0])[1])
+
+
+def sources_of(number):
+    """The files of code, tests and benchmarks that name a post."""
+    return {
+        folder: [
+            path.relative_to(ROOT).as_posix()
+            for path in sorted((ROOT / folder).rglob("*.py"))
+            if str(number) in path.read_text("utf-8")
+        ]
+        for folder in ("blogkeras", "tests", "benchmarks")
+    }

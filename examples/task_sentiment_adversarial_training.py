@@ -221,7 +221,7 @@ def train(transformer, data, args, epsilon=None):
     return model, times.median()
 
 
-def main():
+def arguments(given=None):
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -236,8 +236,11 @@ def main():
     add("--maxlen", type=int, default=64)
     add("--seed", type=int, default=0)
     add("--output", default="results", help="folder for the figure")
-    args = parser.parse_args()
+    return parser.parse_args(given)
 
+
+def compare(args):
+    """Trains both models and attacks them: results and seconds by name."""
     reviews = read_reviews(args.data)
     np.random.default_rng(42).shuffle(reviews)
     test_size = min(TEST_SIZE, len(reviews) // 5)
@@ -276,7 +279,7 @@ def main():
             relative=True,
             batch_size=BATCH_SIZE,
         )
-    show(results, seconds, args)
+    return results, seconds
 
 
 def show(results, seconds, args):
@@ -303,6 +306,11 @@ def show(results, seconds, args):
         "Chinese reviews, attacked at the embedding",
     )
     print(f"Figure: {path}")
+
+
+def main():
+    args = arguments()
+    show(*compare(args), args)
 
 
 if __name__ == "__main__":
