@@ -70,8 +70,8 @@ format: $(LINT)/ruff # ruff, in place
 
 $(VENV)-docs/.ready: setup.py | check-python
 	$(PYTHON) -m venv $(VENV)-docs
-	$(VENV)-docs/bin/pip install -q 'mkdocs-material>=9.5,<10' \
-		'mkdocstrings[python]>=0.29' 'jieba>=0.42'
+	$(VENV)-docs/bin/pip install -q 'jieba>=0.42' \
+		'mkdocs-material>=9.5,<10' 'mkdocstrings[python]>=0.29'
 	@touch $@
 
 notebooks: | check-python # those of docs/notebooks whose example has changed

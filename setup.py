@@ -38,12 +38,9 @@ test = [
 # others, which pin what we do not, an environment of its own.
 bench = [*test, "dcor>=0.7", "gensim>=4.4", "ott-jax>=0.6"]
 docs = [
-    "ipykernel>=6",
     "jieba>=0.42",
     "mkdocs-material>=9.5,<10",
     "mkdocstrings[python]>=0.29",
-    "nbclient>=0.10",
-    "nbformat>=5.10",
 ]
 
 

@@ -73,13 +73,13 @@ class AnnealedScoreMatching(DenoisingModel):
 
     Example:
 
-    >>> network = residual_log_density((28, 28, 1))
+    >>> network = mlp_log_density((2,))  # or residual_log_density((28, 28, 1))
     >>> model = AnnealedScoreMatching(network, np.geomspace(0.1, 1, 10))
     >>> model.compile(keras.optimizers.Adam(1e-4))
-    >>> model.fit(images)
-    >>> new_images = model.sample(16)
-    >>> model.inpaint(images[:4], mask)
-    >>> model.anomaly_score(images)
+    >>> x = toy_densities.eight_gaussians.sample(512, seed=0)
+    >>> history = model.fit(x, verbose=0)
+    >>> model.anomaly_score(x).shape
+    (512,)
 
     Departs from the paper: σ is drawn for each row; there it is a function of
     the row's position in the batch, and so of the batch size.

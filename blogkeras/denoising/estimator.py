@@ -181,12 +181,14 @@ class DenoisingDensityEstimator(_OneNoise):
     Example:
 
     >>> model = DenoisingDensityEstimator(mlp_log_density((2,)), sigma=0.1)
-    >>> steps = 8000
-    >>> rate = keras.optimizers.schedules.CosineDecay(2e-3, steps)
+    >>> rate = keras.optimizers.schedules.CosineDecay(2e-3, 8000)
     >>> model.compile(keras.optimizers.Adam(rate, use_ema=True))
-    >>> model.fit(x, batch_size=512, epochs=steps * 512 // len(x))
-    >>> model.log_density(x), model.score(x), model.denoise(x)
-    >>> model.sample(1000)
+    >>> x = toy_densities.eight_gaussians.sample(512, seed=0)
+    >>> history = model.fit(x, verbose=0)  # take the 8000 steps
+    >>> model.log_density(x).shape, model.score(x).shape
+    ((512,), (512, 2))
+    >>> model.sample(10, num_steps=100).shape
+    (10, 2)
 
     Departs from the post: the quadratic term and the annealing.
 
@@ -341,8 +343,10 @@ class DenoisingAutoencoder(_OneNoise):
     ... )
     >>> model = DenoisingAutoencoder(network, sigma=0.1)
     >>> model.compile("adam")
-    >>> model.fit(x)
-    >>> model.denoise(x), model.score(x)
+    >>> x = toy_densities.eight_gaussians.sample(512, seed=0)
+    >>> history = model.fit(x, verbose=0)
+    >>> model.denoise(x).shape, model.score(x).shape
+    ((512, 2), (512, 2))
 
     Reference:
         [Vincent, 2011](https://doi.org/10.1162/NECO_a_00142);

@@ -61,14 +61,19 @@ class DenoisingGenerator(CompositeModel):
     Example:
 
     >>> p = DenoisingDensityEstimator(mlp_log_density((2,)), 0.1)  # trained
-    >>> g = keras.Sequential([keras.Input((2,)), Dense(64, "swish"), Dense(2)])
+    >>> g = keras.Sequential(
+    ...     [keras.Input((2,)), layers.Dense(64, "swish"), layers.Dense(2)]
+    ... )
     >>> model = DenoisingGenerator(g, p, mlp_log_density((2,)), 0.1)
     >>> model.compile(
     ...     optimizer=keras.optimizers.Adam(1e-3),
     ...     generator_optimizer=keras.optimizers.Adam(1e-4),
     ... )
-    >>> model.fit(batch_size=512, steps_per_epoch=1000, epochs=10)
-    >>> model.sample(1000)
+    >>> history = model.fit(
+    ...     batch_size=64, steps_per_epoch=2, verbose=0
+    ... )  # take thousands of steps
+    >>> model.sample(10).shape
+    (10, 2)
 
     Departs from the post: log p̂ and log q̂ themselves stand for the post's
     E = σ² · log p̂; the gradient of G differs by that factor.

@@ -72,7 +72,9 @@ def langevin(
 
     >>> def log_density(x):
     ...     return -keras.ops.sum(x**2, axis=-1) / 2
-    >>> langevin(log_density, np.zeros((64, 2)), 1000, 0.1, seed=0).x.std()
+    >>> samples = langevin(log_density, np.zeros((64, 2)), 1000, 0.1, seed=0).x
+    >>> bool(0.8 < samples.std() < 1.2)
+    True
 
     Reference:
         [blog post 7038](https://kexue.fm/archives/7038)
@@ -139,8 +141,11 @@ def annealed_langevin(
 
     Example:
 
-    >>> temperatures = np.geomspace(100, 1, 500)
-    >>> annealed_langevin(log_density, x, 1e-3, temperatures, seed=0).x
+    >>> def log_density(x):
+    ...     return -keras.ops.sum(x**2, axis=-1) / 2
+    >>> x, temperatures = np.zeros((64, 2)), np.geomspace(100, 1, 500)
+    >>> annealed_langevin(log_density, x, 1e-2, temperatures, seed=0).x.shape
+    (64, 2)
 
     Reference:
         [Song and Ermon, 2019](https://arxiv.org/abs/1907.05600);

@@ -80,7 +80,8 @@ class NVAE(CompositeModel):
 
     >>> model = NVAE.from_preset("digits", kl_warmup_steps=500)
     >>> model.compile(keras.optimizers.Adamax(1e-3))
-    >>> model.fit(images, epochs=20)
+    >>> images = np.random.rand(32, 8, 8, 1)
+    >>> history = model.fit(images, verbose=0)  # take 20 epochs of real ones
     >>> model.sample(16, temperature=0.8).shape
     (16, 8, 8, 1)
 

@@ -64,8 +64,8 @@ class NVAEConfig:
     Example:
 
     >>> config = NVAEConfig((28, 28, 1), padding=2, groups=(3, 1), channels=8)
-    >>> config.num_latents
-    4160
+    >>> config.num_latents  # 3 · 16 · 16 · 20 + 1 · 8 · 8 · 20
+    16640
     """
 
     input_shape: tuple = (32, 32, 3)

@@ -40,9 +40,11 @@ def token_blocks(
     `model.steps` counts, and saves, how many batches a model has seen. So
     training goes on where it stopped:
 
-    >>> model = keras.saving.load_model("checkpoint.keras")
-    >>> blocks = token_blocks(lines, encode, 64, position=model.steps)
-    >>> model.fit(blocks, steps_per_epoch=1000)
+    ```python
+    model = keras.saving.load_model("checkpoint.keras")
+    blocks = token_blocks(lines, encode, 64, position=model.steps)
+    model.fit(blocks, steps_per_epoch=1000)
+    ```
 
     The tokens of all lines are held in memory, 4 bytes each.
 

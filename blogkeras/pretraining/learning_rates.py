@@ -32,10 +32,15 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
 
     Example:
 
-    >>> model.compile(
-    ...     layerwise_optimizer(model, keras.optimizers.AdamW(1e-4)),
-    ...     "sparse_categorical_crossentropy",
-    ... )
+    >>> def transformer(blocks):
+    ...     inputs = keras.Input((8,), dtype="int32")
+    ...     x = layers.Embedding(20, 8, name="embedding")(inputs)
+    ...     for i in range(blocks):
+    ...         x = layers.Dense(8, name=f"transformer_layer_{i}")(x)
+    ...     return keras.Model(inputs, x)
+    >>> model = transformer(3)
+    >>> optimizer = layerwise_optimizer(model, keras.optimizers.AdamW(1e-4))
+    >>> model.compile(optimizer, "mse")
 
     Reference:
         [Clark et al., 2020](https://arxiv.org/abs/2003.10555), appendix

@@ -55,8 +55,17 @@ def share_layers(
 
     Example:
 
+    >>> def transformer(blocks):
+    ...     inputs = keras.Input((8,), dtype="int32")
+    ...     x = layers.Embedding(20, 8, name="embedding")(inputs)
+    ...     for i in range(blocks):
+    ...         x = layers.Dense(8, name=f"transformer_layer_{i}")(x)
+    ...     return keras.Model(inputs, x)
+    >>> bert = transformer(3)
     >>> albert = share_layers(bert, source="mean")
-    >>> bert = unshare_layers(albert)  # twelve equal layers to fine-tune
+    >>> bert.count_params(), albert.count_params()
+    (376, 232)
+    >>> bert = unshare_layers(albert)  # three equal layers to fine-tune
 
     Reference:
         [Lan et al., 2019](https://arxiv.org/abs/1909.11942);
@@ -123,7 +132,12 @@ def unshare_layers(
 
     Example:
 
+    >>> inputs = keras.Input((8,))
+    >>> block = layers.Dense(8, name="transformer_layer")
+    >>> albert = keras.Model(inputs, block(block(inputs)))
     >>> bert = unshare_layers(albert)
+    >>> albert.count_params(), bert.count_params()
+    (72, 144)
 
     Reference:
         [blog post 7187](https://kexue.fm/archives/7187)
@@ -187,7 +201,11 @@ def factorize_embedding(
 
     Example:
 
-    >>> small, error = factorize_embedding(bert, 128)
+    >>> tokens = keras.Input((8,), dtype="int32")
+    >>> bert = keras.Model(tokens, layers.Embedding(100, 16)(tokens))
+    >>> small, error = factorize_embedding(bert, 4)
+    >>> bert.count_params(), small.count_params()
+    (1600, 464)
 
     Reference:
         [Lan et al., 2019](https://arxiv.org/abs/1909.11942)

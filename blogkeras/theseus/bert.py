@@ -81,17 +81,13 @@ def bert_of_theseus(
     Example:
 
     >>> def transformer(blocks):
-    ...     x = inputs = keras.Input((8,))
-    ...     for i in range(blocks + 1):  # the embedding is the first
-    ...         x = layers.Dense(8, "relu", name=f"end_{i}")(x)
+    ...     inputs = keras.Input((8,))
+    ...     x = layers.Dense(8, name="embedding")(inputs)
+    ...     for i in range(blocks):
+    ...         x = layers.Dense(8, "relu", name=f"transformer_layer_{i}")(x)
     ...     return keras.Model(inputs, x)
     >>> classifier = layers.Dense(3, activation="softmax")
-    >>> boundaries = [[f"end_{i}" for i in range(n + 1)] for n in (4, 2)]
-    >>> theseus = bert_of_theseus(
-    ...     transformer(4), transformer(2), classifier, boundaries=boundaries
-    ... )  # transformers of bert4keras and KerasHub need no boundaries
-    >>> classifier.built
-    False
+    >>> theseus = bert_of_theseus(transformer(4), transformer(2), classifier)
     >>> theseus.compile("adam", "sparse_categorical_crossentropy")
     >>> x, y = np.random.rand(32, 8), np.random.randint(0, 3, 32)
     >>> history = theseus.fit(x, y, verbose=0)
