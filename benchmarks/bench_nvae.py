@@ -6,10 +6,14 @@ The same architecture everywhere, checked by its number of parameters: pictures
 of 32 × 32 with 1 or 3 channels, 1 scale, 2 groups, 8 or 16 channels, 20 latent
 channels, 1 block of 2 cells, 2 cells for each group. A step is what training
 does: forward, KL terms and likelihood, spectral penalty with four power
-iterations, gradients, Adamax. Steps are measured in turn, on the clock and as
-time of the processor. Besides: how long a program takes to trace and compile
-(`--compile mnist` builds the published preset), and the memory that a compiled
-step needs with and without recomputing (JAX).
+iterations, gradients, Adamax. Steps are measured in turn, as time of the
+processor and on the clock.
+
+Each contest adds its rows to `docs/benchmarks/nvae.csv`, and those that stand
+there are not held again, so `--cases`, `--verbs` and `--only` can hold them
+piece by piece; the page is written from all rows. `--compile PRESET` tells how
+long a program takes to trace and compile, by `--worker`; `--memory` what a
+compiled step needs with and without recomputing (JAX).
 
 The published code is under a non-commercial licence and is no part of this
 project: `--official DIR` names a checkout, `--torch PYTHON` a Python that has
@@ -27,9 +31,11 @@ import sys
 import time
 
 import numpy as np
-from harness.contest import MARK, compete, serve
+from harness.contest import MARK, Worker, measure
+from harness.recording import Recording
 
-PAGE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/nvae.md"
+ROWS = pathlib.Path(__file__).parent.parent / "docs/benchmarks/nvae.csv"
+PAGE = ROWS.with_suffix(".md")
 GRAPH = {"KERAS_BACKEND": "tensorflow"}
 JAX = {"KERAS_BACKEND": "jax"}
 CONTENDERS = {
@@ -184,14 +190,26 @@ def prepare(options):
     return step
 
 
-def serve_cpu(options):
-    """As `contest.serve`, with the time of the processor."""
+def serve(options):
+    """Makes a step whenever it is asked for one, and tells both times."""
     step = prepare(options)
-    print(MARK, 0.0, flush=True)
+    print(MARK, 0.0, 0.0, flush=True)
     for _ in sys.stdin:
-        start = time.process_time()
+        cpu, clock = time.process_time(), time.perf_counter()
         step()
-        print(MARK, time.process_time() - start, flush=True)
+        cpu, clock = time.process_time() - cpu, time.perf_counter() - clock
+        print(MARK, cpu, clock, flush=True)
+
+
+class Contender(Worker):
+    """A worker that answers with two times."""
+
+    def _answer(self):
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return [float(x) for x in line.split()[1:]]
+            print(self.name, line, end="", flush=True)
+        raise RuntimeError(f"The contender {self.name!r} ended early.")
 
 
 def compile_times(options):
@@ -230,70 +248,101 @@ def memory(options):
     return lines
 
 
-def contest(case, verb, clock, options):
-    """Seconds of all contenders, in turn."""
-    names = [
-        name
-        for name in options.only
-        if name != "official" or (options.official and options.torch)
-    ]
+def contest(case, verb, names, options):
+    """`{name: (rounds, 2)}`: times of the processor and on the clock."""
     arguments = [
-        *("--case", case, "--verb", verb, "--clock", clock),
-        *("--batch", str(options.batch)),
+        *("--case", case, "--verb", verb, "--batch", str(options.batch)),
         *(["--official", options.official] if options.official else []),
     ]
-    return compete(
-        __file__,
-        names,
-        arguments,
-        rounds=options.rounds,
-        warm_up=2,
-        environment={name: CONTENDERS[name][1] for name in names},
-        python={"official": options.torch} if options.torch else {},
-    )
+    workers = []
+    try:
+        for name in names:
+            python = options.torch if name == "official" else sys.executable
+            environment = CONTENDERS[name][1]
+            workers.append(
+                Contender(__file__, name, arguments, environment, python)
+            )
+        return measure(workers, options.rounds, warm_up=2)
+    finally:
+        for worker in workers:
+            worker.close()
 
 
-def report(options):
-    from harness import page
+def record(options):
     from harness.statistics import ratio
+
+    record = Recording(
+        options.rows,
+        [
+            *("case", "verb", "contender", "batch", "cpu", "clock"),
+            *("cpu_ratio", "cpu_low", "cpu_high"),
+            *("clock_ratio", "clock_low", "clock_high"),
+        ],
+        key=["case", "verb", "contender"],
+    )
+    names = options.only
+    if not (options.official and options.torch):
+        names = [name for name in names if name != "official"]
+    for case in options.cases:
+        for verb in options.verbs:
+            todo = record.missing([(case, verb, name) for name in names])
+            todo = [name for *_, name in todo]
+            if not todo:
+                continue
+            if "official" in names and "official" not in todo:
+                todo.append("official")
+            print(case, verb, *todo, flush=True)
+            seconds = contest(case, verb, todo, options)
+            rows = []
+            for name, values in seconds.items():
+                if not record.missing([(case, verb, name)]):
+                    continue
+                row = [case, verb, name, options.batch]
+                row += [f"{x:.4f}" for x in np.median(values, axis=0)]
+                for i in range(2):
+                    one = {k: v[:, i] for k, v in seconds.items()}
+                    if name == "official" or "official" not in seconds:
+                        row += [""] * 3
+                    else:
+                        found = ratio(one, "official", name)
+                        row += [f"{x:.3f}" for x in found]
+                rows.append(row)
+            record.extend(rows)
+    write_page(record.rows(), options)
+
+
+def write_page(rows, options):
+    from harness import page
+
+    def cell(row, clock):
+        if not row[f"{clock}_ratio"]:
+            return ""
+        names = ("ratio", "low", "high")
+        return page.interval(*(float(row[f"{clock}_{n}"]) for n in names))
 
     lines = [
         "# NVAE: steps and samples on a CPU (post 7574)",
         "",
-        " ".join(__doc__.split("\n\n")[2].split()),
-        "",
+        *(" ".join(text.split()) + "\n" for text in __doc__.split("\n\n")[2:4]),
         page.environment(["keras", "tensorflow", "jax"])
-        + f"; batches of {options.batch}, {options.rounds} rounds, medians.",
+        + f"; batches of {rows[0]['batch']}, medians of {options.rounds} "
+        "rounds. Ratios are above 1 where the published code takes longer.",
         "",
     ]
-    for clock, name in (("cpu", "of the processor"), ("wall", "on the clock")):
-        rows = []
-        for case in options.cases:
-            for verb in ("step", "sample"):
-                seconds = contest(case, verb, clock, options)
-                for contender, values in seconds.items():
-                    cell = ""
-                    if "official" in seconds and contender != "official":
-                        cell = page.interval(
-                            *ratio(seconds, "official", contender)
-                        )
-                    rows.append(
-                        [
-                            case,
-                            verb,
-                            CONTENDERS[contender][0],
-                            f"{np.median(values):.3f}",
-                            cell,
-                        ]
-                    )
-        lines += [
-            f"## Seconds {name}",
-            "",
-            *page.table(
-                ["case", "what", "who", "seconds", "published / this"], rows
-            ),
-            "",
-        ]
+    lines += page.table(
+        [
+            *("case", "what", "who", "CPU, s", "clock, s"),
+            *("published / this, CPU", "published / this, clock"),
+        ],
+        [
+            [
+                *(row["case"], row["verb"], CONTENDERS[row["contender"]][0]),
+                *(f"{float(row[name]):.3f}" for name in ("cpu", "clock")),
+                *(cell(row, name) for name in ("cpu", "clock")),
+            ]
+            for row in sorted(rows, key=lambda row: row["verb"] != "step")
+        ],
+    )
     page.write(options.page, lines)
     print("\n".join(lines))
 
@@ -306,9 +355,11 @@ def main():
     parser.add_argument("--worker", choices=CONTENDERS)
     parser.add_argument("--case", choices=CASES)
     parser.add_argument("--verb", choices=["step", "sample"], default="step")
-    parser.add_argument("--clock", choices=["cpu", "wall"], default="wall")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=[*CASES])
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--verbs", nargs="*", default=["step", "sample"])
+    parser.add_argument(
+        "--only", nargs="*", choices=CONTENDERS, default=list(CONTENDERS)
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--official", help="a checkout of the published code")
@@ -319,6 +370,7 @@ def main():
     parser.add_argument(
         "--memory", action="store_true", help="only that, on JAX"
     )
+    parser.add_argument("--rows", type=pathlib.Path, default=ROWS)
     parser.add_argument("--page", type=pathlib.Path, default=PAGE)
     options = parser.parse_args()
     if options.compile:
@@ -328,10 +380,8 @@ def main():
             print("MiB kept and recomputed:", *row)
         return None
     if options.worker:
-        if options.clock == "cpu":
-            return serve_cpu(options)
-        return serve(lambda: prepare(options))
-    return report(options)
+        return serve(options)
+    return record(options)
 
 
 if __name__ == "__main__":

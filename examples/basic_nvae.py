@@ -37,16 +37,22 @@ def load():
 
 
 def grid(path, rows):
-    """Rows of pictures, `(rows, columns, height, width, 1)`."""
-    rows = np.pad(rows[..., 0], [[0, 0], [0, 0], [1, 1], [1, 1]])
-    count, columns, height, _width = rows.shape
-    picture = rows.transpose(0, 2, 1, 3).reshape(count * height, -1)
+    """Pictures in rows with names, `{name: (columns, height, width, 1)}`."""
+    pictures = np.stack(list(rows.values()))[..., 0]
+    pictures = np.pad(pictures, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    count, columns, height = pictures.shape[:3]
+    picture = pictures.transpose(0, 2, 1, 3).reshape(count * height, -1)
+    margin, size = 1.4, 0.6
+    width = margin + columns * size
     figure = require("matplotlib.figure").Figure(
-        figsize=(columns * 0.6, count * 0.6), dpi=100
+        figsize=(width, count * size), dpi=100
     )
-    axes = figure.add_axes((0, 0, 1, 1))
+    axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
     axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.axis("off")
+    axes.set_xticks([])
+    axes.set_yticks((np.arange(count) + 0.5) * height - 0.5, list(rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     print("wrote", report.save_figure(figure, path))
 
 
@@ -155,15 +161,19 @@ def main():
     def path(name):
         return os.path.join(args.output, f"nvae_{name}.png")
 
-    rows = []
-    for temperature in (0.6, 0.8, 1.0):
-        nvae.recalibrate_batch_norm(20, temperature, seed=args.seed)
-        rows.append(nvae.sample(10, temperature, seed=args.seed))
-    grid(path("samples"), np.stack(rows))
     some = test[:10]
     z = nvae.encode(some, temperature=1.0, seed=args.seed)["z"]
-    rows = [some, *(nvae.decode(z[:n], seed=args.seed) for n in (3, 2, 1))]
-    grid(path("reconstructions"), np.stack(rows))
+    rows = {"test digits": some}
+    for name, count in (("all groups", 3), ("the first two", 2), ("first", 1)):
+        rows[name] = nvae.decode(z[:count], seed=args.seed)
+    grid(path("reconstructions"), rows)
+    # Last: the statistics are then those of samples.
+    rows = {}
+    for temperature in (0.6, 0.8, 1.0):
+        nvae.recalibrate_batch_norm(20, temperature, seed=args.seed)
+        drawn = nvae.sample(10, temperature, seed=args.seed)
+        rows[f"t = {temperature}"] = drawn
+    grid(path("samples"), rows)
 
 
 if __name__ == "__main__":

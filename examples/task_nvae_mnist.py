@@ -124,15 +124,21 @@ def train(args, x):
 
 
 def grid(path, rows):
-    """Rows of pictures, `(rows, columns, height, width, 1)`."""
-    count, columns, height = rows.shape[:3]
-    picture = rows[..., 0].transpose(0, 2, 1, 3).reshape(count * height, -1)
+    """Pictures in rows with names, `{name: (columns, height, width, 1)}`."""
+    pictures = np.stack(list(rows.values()))[..., 0]
+    count, columns, height = pictures.shape[:3]
+    picture = pictures.transpose(0, 2, 1, 3).reshape(count * height, -1)
+    margin, size = 1.4, 0.6
+    width = margin + columns * size
     figure = require("matplotlib.figure").Figure(
-        figsize=(columns * 0.6, count * 0.6), dpi=100
+        figsize=(width, count * size), dpi=100
     )
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1)
-    axes.axis("off")
+    axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks((np.arange(count) + 0.5) * height - 0.5, list(rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     print("wrote", report.save_figure(figure, path))
 
 
@@ -194,13 +200,19 @@ def main():
                 "−ELBO in training (nats)",
             ),
         )
-    grid(path("interpolations"), model.interpolate(test[:4], test[4:8], 10))
-    drawn = []
+    between = model.interpolate(test[:4], test[4:8], 10)
+    grid(
+        path("interpolations"),
+        {f"pair {i}": row for i, row in enumerate(between, start=1)},
+    )
+    rows = {}
     for temperature in (0.6, 0.8, 1.0):
         model.recalibrate_batch_norm(50, temperature, seed=args.seed)
-        drawn.append(model.sample(10, temperature, seed=args.seed))
-    grid(path("samples"), np.stack(drawn))
-    grid(path("nearest"), np.stack([drawn[1], nearest(drawn[1], x)]))
+        drawn = model.sample(10, temperature, seed=args.seed)
+        rows[f"t = {temperature}"] = drawn
+    grid(path("samples"), rows)
+    new = rows["t = 0.8"]
+    grid(path("nearest"), {"new, t = 0.8": new, "nearest": nearest(new, x)})
 
 
 if __name__ == "__main__":

@@ -133,6 +133,41 @@ def is_recorded():
     return _framework.is_recorded()
 
 
+# Layers
+
+
+def batch_normalization(x, scale, offset, epsilon):
+    """scale · (x − mean) / √(variance + ε) + offset, statistics of the batch.
+
+    On a CPU, TensorFlow takes one operation for the gradient, and one for the
+    values where it is the fastest, in place of about a dozen.
+
+    Args:
+        x: `(batch, height, width, channels)`, float32.
+        scale: `(channels,)`, float32.
+        offset: `(channels,)`, float32.
+        epsilon: Number.
+
+    Returns:
+        `(outputs, mean, variance)`. The statistics, `(channels,)`, are
+        constants to the gradient.
+    """
+    return _framework.batch_normalization(x, scale, offset, epsilon)
+
+
+def depthwise_convolution(x, kernel):
+    """`keras.ops.depthwise_conv` with stride 1 and "same" padding.
+
+    On a CPU, TensorFlow's gradients of it are slow; there they are written as
+    convolutions.
+
+    Args:
+        x: `(batch, height, width, channels)`.
+        kernel: `(size, size, channels, 1)` with an odd size.
+    """
+    return _framework.depthwise_convolution(x, kernel)
+
+
 # Compiled programs
 
 

@@ -66,6 +66,18 @@ def is_recorded():
     return False
 
 
+def batch_normalization(x, scale, offset, epsilon):
+    statistics = ops.moments(x, (0, 1, 2))
+    outputs = ops.batch_normalization(
+        x, *statistics, -1, offset, scale, epsilon
+    )
+    return outputs, *map(jax.lax.stop_gradient, statistics)
+
+
+def depthwise_convolution(x, kernel):
+    return ops.depthwise_conv(x, kernel, padding="same")
+
+
 def jit(fn, xla=True):
     return jax.jit(fn) if xla else fn
 

@@ -259,6 +259,84 @@ def dependencies(fn, args):
 # Compiled programs
 
 
+# Layers
+
+
+def batch_normalization(x, scale, offset, epsilon):
+    if not has_accelerator():
+        return _batch_normalization(x, scale, offset, epsilon)
+    statistics = ops.moments(x, (0, 1, 2))
+    outputs = ops.batch_normalization(
+        x, *statistics, -1, offset, scale, epsilon
+    )
+    return outputs, *map(tf.stop_gradient, statistics)
+
+
+def _batch_normalization(x, scale, offset, epsilon):
+    @tf.custom_gradient
+    def normalize(x, scale, offset):
+        if x.shape[-1] % 16:
+            # oneDNN's operation is written for blocks of 16 channels, and slow
+            # for others.
+            mean, variance = tf.nn.moments(x, (0, 1, 2))
+            outputs = tf.nn.batch_normalization(
+                x, mean, variance, offset, scale, epsilon
+            )
+        else:
+            nothing = tf.zeros((0,))
+            # Its variance of the batch, which the gradient takes; the one
+            # before it is of an infinite population.
+            outputs, _, _, mean, variance, _ = tf.raw_ops.FusedBatchNormV3(
+                x=x,
+                scale=scale,
+                offset=offset,
+                mean=nothing,
+                variance=nothing,
+                epsilon=epsilon,
+                is_training=True,
+            )
+
+        def gradient(upstream, *statistics):
+            gradients = tf.raw_ops.FusedBatchNormGradV3(
+                y_backprop=upstream,
+                x=x,
+                scale=scale,
+                reserve_space_1=mean,
+                reserve_space_2=variance,
+                reserve_space_3=tf.zeros((0,)),
+                epsilon=epsilon,
+                is_training=True,
+            )
+            return gradients[:3]
+
+        return (outputs, mean, variance), gradient
+
+    # Of variables the gradient would have to be given in another way.
+    return normalize(*map(tf.convert_to_tensor, (x, scale, offset)))
+
+
+def depthwise_convolution(x, kernel):
+    if has_accelerator():
+        return ops.depthwise_conv(x, kernel, padding="same")
+    return _depthwise_convolution(*map(tf.convert_to_tensor, (x, kernel)))
+
+
+@tf.custom_gradient
+def _depthwise_convolution(x, kernel):
+    ones = [1] * 4
+
+    def gradient(upstream):
+        turned = kernel[::-1, ::-1]
+        return (
+            tf.nn.depthwise_conv2d(upstream, turned, ones, "SAME"),
+            tf.nn.depthwise_conv2d_backprop_filter(
+                x, kernel.shape, upstream, ones, "SAME"
+            ),
+        )
+
+    return tf.nn.depthwise_conv2d(x, kernel, ones, "SAME"), gradient
+
+
 def jit(fn, xla=True):
     # TensorFlow counts traces by code object and warns after a few; a function
     # that is made anew for each use is not traced again.

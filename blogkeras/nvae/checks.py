@@ -1,4 +1,4 @@
-"""What a model of pictures is given: pixels, latent variables, weights."""
+"""Checks of what the user gives: pixels, latent variables, weights."""
 
 import types
 
@@ -21,7 +21,8 @@ def check_data(x, config):
         check_pixels(_pictures(x[0]), config)
     elif x is not None:
         for batch in x:
-            # A batch of `tf.distribute` is in pieces: not looked at.
+            # A distributed data set gives one piece for each replica; these
+            # are not checked.
             if ops.is_tensor(_pictures(batch)):
                 check_pixels(_pictures(batch), config)
             break

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from blogkeras.ops import safe_norm
+from blogkeras import backend
 
 
 def fan_in_uniform(shape, dtype="float32"):
@@ -29,8 +29,8 @@ class Convolution(keras.layers.Layer):
 
         kernel_c = exp(s_c) · v_c / (‖v_c‖ + 10⁻⁵)       for each output c
 
-    With `strides=2` a kernel of size 3 is centred on the even pixels, as one
-    row and column of zeros around the picture have it.
+    With `strides=2` one row and one column of zeros are put on each side of the
+    picture, so that a kernel of size 3 is centred on the even pixels.
 
     Args:
         filters: Integer. Channels of the output.
@@ -72,7 +72,7 @@ class Convolution(keras.layers.Layer):
         shape = (size, size, channels, self.filters)
         if self.depthwise:
             shape = (size, size, channels, 1)
-        # In float32 under any policy: norms are taken of it.
+        # In float32 under any policy, because norms are computed from it.
         self.direction = self.add_weight(
             shape, self._initial_direction, name="direction", autocast=False
         )
@@ -109,35 +109,68 @@ class Convolution(keras.layers.Layer):
         if not self.weight_norm:
             return direction
         axes = (0, 1) if self.depthwise else (0, 1, 2)
-        norm = safe_norm(direction, axis=axes, keepdims=True)
+        squares = ops.sum(ops.square(direction), axis=axes, keepdims=True)
+        # At a kernel of zeros the gradient of the root would be infinite.
+        norm = ops.sqrt(ops.maximum(squares, 1e-24))
         scale = ops.exp(ops.convert_to_tensor(self.log_norm))
         return direction * (ops.reshape(scale, norm.shape) / (norm + 1e-5))
 
     def matrix(self):
-        """The kernel as `(filters, numbers of one kernel)`, float32."""
-        axes = (2, 0, 1, 3) if self.depthwise else (3, 0, 1, 2)
-        kernel = ops.transpose(self.kernel(), axes)
-        return ops.reshape(kernel, (self.filters, -1))
+        """The kernel as `(numbers of one filter, filters)`, float32."""
+        return ops.reshape(self.kernel(), self.matrix_shape)
 
     @property
     def matrix_shape(self):
         """The shape of `matrix()`."""
-        return self.filters, int(np.prod(self.direction.shape)) // self.filters
+        return int(np.prod(self.direction.shape)) // self.filters, self.filters
 
     def call(self, x):
-        convolve = ops.depthwise_conv if self.depthwise else ops.conv
-        padding = "same"
-        if self.strides == 2:
-            around = (self.kernel_size - 1) // 2
-            x = ops.pad(x, [[0, 0], [around] * 2, [around] * 2, [0, 0]])
-            padding = "valid"
-        x = convolve(
-            x,
-            ops.cast(self.kernel(), x.dtype),
-            strides=self.strides,
-            padding=padding,
-        )
+        kernel = ops.cast(self.kernel(), x.dtype)
+        if self.kernel_size == 1:
+            # A product of matrices takes less time to compile and to start
+            # than a convolution of the same numbers.
+            rows = ops.matmul(ops.reshape(x, (-1, x.shape[-1])), kernel[0, 0])
+            x = ops.reshape(rows, (-1, *x.shape[1:3], self.filters))
+        elif self.depthwise:
+            x = backend.depthwise_convolution(x, kernel)
+        else:
+            padding = "same"
+            if self.strides == 2:
+                around = [(self.kernel_size - 1) // 2] * 2
+                x = ops.pad(x, [[0, 0], around, around, [0, 0]])
+                padding = "valid"
+            x = ops.conv(x, kernel, strides=self.strides, padding=padding)
         return x + self.bias if self.use_bias else x
+
+    def doubled(self, x):
+        """A depthwise convolution of a picture with each row and column
+        repeated, without repeating them.
+
+        An output at an even (odd) row sees the copies of three rows only, so
+        a kernel of size 3, in which the weights of copies are added, does the
+        same at the small size. So it is with columns: there are four kernels.
+
+        Args:
+            x: `(batch, height, width, channels)`.
+
+        Returns:
+            `(batch, 4 · height, width, channels)`: the outputs at even rows
+            and even columns, below them those at even rows and odd columns, and
+            so on. `merge` puts them in their places.
+        """
+        sums = ops.convert_to_tensor(_sums_of_copies(self.kernel_size))
+        kernels = ops.einsum(
+            "asi,btj,ijc->abstc", sums, sums, self.kernel()[..., 0]
+        )
+        kernels = ops.cast(kernels, x.dtype)[..., None]
+        return ops.concatenate(
+            [
+                backend.depthwise_convolution(x, kernels[row, column])
+                for row in range(2)
+                for column in range(2)
+            ],
+            axis=1,
+        )
 
     def compute_output_shape(self, input_shape):
         batch, height, width, _ = input_shape
@@ -197,13 +230,17 @@ class SpectralPenalty:
         ):
             matrices = ops.stack([layer.matrix() for layer in layers])
             fixed = ops.stop_gradient(matrices)
-            u = ops.convert_to_tensor(left)[..., None]
+            before = u = ops.convert_to_tensor(left)
+            # Sums of products, which keep float32's digits on every device and
+            # start faster than products of matrices this small.
             for _ in range(num_iterations):
-                v = _normalize(ops.matmul(ops.swapaxes(fixed, 1, 2), u))
-                u = _normalize(ops.matmul(fixed, v))
-            left.assign(u[..., 0])
-            right.assign(v[..., 0])
-            total += ops.sum(ops.matmul(matrices, v) * u)
+                v = _normalize(ops.sum(fixed * u[:, :, None], axis=1))
+                u = _normalize(ops.sum(fixed * v[:, None, :], axis=2))
+            # A kernel of zeros leaves its vector, or it would be zero for ever.
+            zero = ops.all(u == 0, axis=1, keepdims=True)
+            left.assign(ops.where(zero, before, u))
+            right.assign(v)
+            total += ops.sum(matrices * (u[:, :, None] * v[:, None, :]))
         return total
 
     def norms(self):
@@ -224,8 +261,31 @@ class SpectralPenalty:
 
 
 def _normalize(x):
-    # Kernels of zeros have singular vectors of zeros.
-    return x / ops.maximum(safe_norm(x, axis=1, keepdims=True), 1e-12)
+    # The least number keeps a vector of zeros, of a kernel of zeros, at zero.
+    squares = ops.sum(ops.square(x), axis=1, keepdims=True)
+    return x * ops.rsqrt(ops.maximum(squares, 1e-24))
+
+
+def _sums_of_copies(size):
+    """`(2, small size, size)`: which positions of a kernel meet copies of one
+    pixel, for outputs at even and at odd places.
+    """
+    reach = (size // 2 + 1) // 2
+    sums = np.zeros((2, 2 * reach + 1, size), "float32")
+    for parity in range(2):
+        for i in range(size):
+            sums[parity, (parity + i - size // 2) // 2 + reach, i] = 1
+    return sums
+
+
+def merge(x):
+    """What `Convolution.doubled` gives, `(batch, 4 · height, width, channels)`,
+    as a picture of `(batch, 2 · height, 2 · width, channels)`.
+    """
+    _, height, width, channels = x.shape
+    x = ops.reshape(x, (-1, 2, 2, height // 4, width, channels))
+    x = ops.transpose(x, (0, 3, 1, 4, 2, 5))
+    return ops.reshape(x, (-1, height // 2, 2 * width, channels))
 
 
 def _unit_vectors(shape, dtype):

@@ -79,7 +79,8 @@ class Bernoulli:
 
         A temperature of 0 gives the more probable value.
         """
-        # In place of a quotient, which is infinite at 0.
+        # logits / temperature > threshold, multiplied by the temperature, which
+        # may be 0.
         u = keras.random.uniform(ops.shape(self.logits), 1e-7, 1, seed=seed)
         threshold = ops.log(u) - ops.log1p(-u)
         return ops.cast(self.logits > temperature * threshold, "float32")
@@ -168,7 +169,8 @@ class DiscretizedLogisticMixture:
             log_upper, log_lower = -ops.softplus(-above), -ops.softplus(below)
             # log (σ(a) − σ(b))
             #     = log σ(a) + log (1 − σ(b)) + log (1 − e^(b − a))
-            # Not 0, whose logarithm is infinite, for the widest scales.
+            # For very wide scales the width rounds to 0, whose logarithm is
+            # infinite.
             width = ops.maximum(2 * half * inverse, 1e-30)
             inside = log_upper + log_lower + ops.log(-ops.expm1(-width))
             inside = ops.where(value > 1 - half, log_lower, inside)
@@ -193,7 +195,8 @@ class DiscretizedLogisticMixture:
         u = keras.random.uniform(
             ops.shape(self.logits), 1e-7, 1 - 1e-7, seed=seed
         )
-        # In place of logits / temperature + Gumbel noise, infinite at 0.
+        # logits / temperature + Gumbel noise, multiplied by the temperature,
+        # which may be 0.
         gumbel = -ops.log(-ops.log(u))
         component = ops.argmax(self.logits + temperature * gumbel, axis=-1)
         chosen = ops.one_hot(component, self.logits.shape[-1])[..., None, :]
@@ -208,7 +211,7 @@ class DiscretizedLogisticMixture:
         values = []
         for i in range(self.channels):
             x = self._mean(i, values, means, coefficients) + noise[..., i, :]
-            # Rounded before the next channel depends on it: as in `log_prob`.
+            # The next channel depends on the rounded value, as in `log_prob`.
             x = ops.round((ops.clip(x, -1, 1) + 1) / 2 * self.levels)
             values.append(2 * x / self.levels - 1)
         return (ops.concatenate(values, axis=-1) + 1) / 2
@@ -223,6 +226,11 @@ def pixels(config, parameters):
     return DiscretizedLogisticMixture(
         parameters, config.input_shape[-1], config.num_mixtures, config.num_bits
     )
+
+
+def picture_sum(log_prob):
+    """`(batch, height, width)` summed over the pixels."""
+    return ops.sum(log_prob, axis=(1, 2))
 
 
 def noise(seed, rows=False):

@@ -106,9 +106,9 @@ class ShiftFlow(layers.Layer):
     def inverse(self, z, max_iterations=None):
         """The input that gives the output z.
 
-        x ← z + μ(x) from x = z on. After t rounds the first t variables are
-        right, so that the number of variables is a bound on the rounds; as a
-        rule a few do, and the loop ends when nothing changes.
+        x ← z + μ(x), starting with x = z. After t rounds the first t variables
+        are right, so as many rounds as there are variables are always enough.
+        Usually a few are, and the loop ends when nothing changes any more.
 
         Args:
             z: `(batch, height, width, channels)`, float32.

@@ -5,6 +5,62 @@ import math
 import numpy as np
 from keras import ops
 
+from blogkeras.nvae import verbs
+from blogkeras.nvae.distributions import noise, picture_sum, pixels
+from blogkeras.state import StepSeed
+
+
+def evaluate_likelihood(
+    model, x, num_samples, per_image, seed, batch_size, verbose
+):
+    """As `NVAE.evaluate_likelihood`, of arguments that were checked."""
+    config = model.config
+    groups = len(config.latent_shapes)
+
+    def program(x, index, seed):
+        x = model._prepare(x, StepSeed(seed, index[0]))
+        # The encoder runs once for all samples.
+        features = model._encode(x)
+
+        def log_weight(i):
+            # Draw 0 is the binary picture's.
+            draws = StepSeed(seed + 1 + i * groups, index[0])
+            outputs = model.decoder.draw(
+                x.shape[0], noise(draws), features=features, training=False
+            )
+            distribution = pixels(config, outputs["parameters"])
+            log_x = picture_sum(distribution.log_prob(x))
+            log_z = outputs["log_prior"] - outputs["log_posterior"]
+            values = ops.concatenate([log_x[:, None], outputs["kl"]], -1)
+            return log_x + ops.sum(log_z, axis=-1), values
+
+        return importance_bound(log_weight, num_samples, x.shape[0])
+
+    bound, values = verbs.run(
+        model,
+        ("likelihood", num_samples),
+        program,
+        [x],
+        (),
+        seed,
+        batch_size,
+        verbose,
+    )
+    kl = values[:, 1:]
+    elbo = values[:, 0] - kl.sum(-1)
+    if not per_image:
+        bound, elbo, kl = bound.mean(), elbo.mean(), kl.mean(0)
+    dimensions = config.num_dimensions
+    results = {
+        "elbo": elbo,
+        "iwae": bound,
+        "elbo_bits_per_dim": bits_per_dim(elbo, dimensions),
+        "iwae_bits_per_dim": bits_per_dim(bound, dimensions),
+    }
+    if not per_image:
+        results = {name: float(x) for name, x in results.items()}
+    return {**results, "kl": kl}
+
 
 def importance_bound(log_weight, num_samples, rows):
     """log (1/k) Σ w_i, one after another and without overflow.

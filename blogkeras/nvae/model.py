@@ -6,7 +6,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from blogkeras import backend
 from blogkeras.arguments import (
     check_boolean,
     check_choice,
@@ -14,9 +13,9 @@ from blogkeras.arguments import (
     check_number,
     check_seed,
 )
-from blogkeras.loops import ProgramCache, loop_program, run_steps
-from blogkeras.models import CompositeModel, map_batches
-from blogkeras.nvae import objective
+from blogkeras.loops import ProgramCache
+from blogkeras.models import CompositeModel
+from blogkeras.nvae import objective, verbs
 from blogkeras.nvae.checks import (
     check_data,
     check_latents,
@@ -25,18 +24,19 @@ from blogkeras.nvae.checks import (
     row_weight,
 )
 from blogkeras.nvae.convolution import Convolution, SpectralPenalty
-from blogkeras.nvae.distributions import noise, pixels
-from blogkeras.nvae.likelihood import bits_per_dim, importance_bound
+from blogkeras.nvae.distributions import noise, picture_sum, pixels
+from blogkeras.nvae.likelihood import evaluate_likelihood
 from blogkeras.nvae.networks import Decoder, Encoder
 from blogkeras.nvae.presets import PRESETS, NVAEConfig
-from blogkeras.nvae.statistics import averaging_step
-from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
+from blogkeras.nvae.statistics import recalibrate
+from blogkeras.state import NumberedDraws, StepSeed, draw_rows
 
 
 class _RowLoss(keras.losses.Loss):
-    """The mean of values that are there already, one for each row.
+    """The mean of values that were computed before, one for each row.
 
-    Keras's own reduction weighs them, and knows of replicas.
+    A Keras loss, because its reduction applies sample weights and divides by
+    the number of replicas.
     """
 
     def call(self, y_true, y_pred):
@@ -59,8 +59,8 @@ class NVAE(CompositeModel):
     γ_BN of each batch normalization. β, γ_l and λ: see `NVAEConfig`.
 
     `fit(x)` with pictures as floats in [0, 1], `(n, height, width, channels)`;
-    a `y` is not looked at. Metrics, in nats for each picture: `nelbo`, its
-    parts `reconstruction` and `kl`. `loss` has the weights and penalties of
+    `y` is accepted and not used. Metrics, in nats for each picture: `nelbo` and
+    its parts `reconstruction` and `kl`. `loss` has the weights and penalties of
     training besides. `model(x)` gives a dict: the mean picture
     `reconstruction`, `log_likelihood` `(n,)` and `kl` `(n, groups)`. Sample
     weights are one for each picture. Convolutions and cells follow the dtype
@@ -161,8 +161,8 @@ class NVAE(CompositeModel):
             )
         super().compile(optimizer, **kwargs)
         self._programs.clear()
-        # Shapes are known. TensorFlow would trace a step twice if it met the
-        # optimizer's variables only then.
+        # All shapes are known here. If the optimizer made its variables in the
+        # first step, TensorFlow would trace that step twice.
         self.build()
         self.optimizer.build(self.trainable_variables)
 
@@ -209,7 +209,7 @@ class NVAE(CompositeModel):
         distribution = pixels(self.config, outputs["parameters"])
         return {
             "reconstruction": distribution.mean(),
-            "log_likelihood": _picture_sum(distribution.log_prob(x)),
+            "log_likelihood": picture_sum(distribution.log_prob(x)),
             "kl": outputs["kl"],
         }
 
@@ -267,10 +267,15 @@ class NVAE(CompositeModel):
         penalty = ops.reshape(penalty, (1,))
         return loss + self._row_loss(penalty, penalty)
 
-    # Checks of what pictures hold: in a compiled step nothing is known.
+    # The values of pixels are checked here, before they enter a compiled step.
 
     def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         x = check_data(x, self.config)
+        known = kwargs.get("validation_data")
+        if isinstance(known, (tuple, list)):
+            check_data(known[0], self.config)
+        elif known is not None:
+            kwargs["validation_data"] = check_data(known, self.config)
         if sample_weight is not None and y is None:
             # Without any `y`, Keras would forget the weights.
             y = np.zeros(len(x), "float32")
@@ -312,8 +317,8 @@ class NVAE(CompositeModel):
         """
         num = check_integer("num", num, minimum=1)
         none = [None] * len(self.config.latent_shapes)
-        return self._draw(
-            none, num, temperature, output, seed, batch_size, verbose
+        return verbs.draw(
+            self, none, num, temperature, output, seed, batch_size, verbose
         )
 
     def decode(
@@ -341,8 +346,8 @@ class NVAE(CompositeModel):
             NumPy array `(n, height, width, channels)`.
         """
         z, num = check_latents(z, num, self.config)
-        return self._draw(
-            z, num, temperature, output, seed, batch_size, verbose
+        return verbs.draw(
+            self, z, num, temperature, output, seed, batch_size, verbose
         )
 
     def encode(self, x, temperature=0.0, seed=None, batch_size=32, verbose=0):
@@ -363,7 +368,8 @@ class NVAE(CompositeModel):
             drawn, behind flows; `mean` and `scale` of the posterior, before
             them.
         """
-        return self._posterior(
+        return verbs.posterior(
+            self,
             x,
             lambda outputs, seed: {
                 name: outputs[name] for name in ("z", "mean", "scale")
@@ -395,12 +401,13 @@ class NVAE(CompositeModel):
         Returns:
             NumPy array shaped like `x`.
         """
-        output = self._output(output)
+        output = verbs.what_is_shown(self.config, output)
 
         def finish(outputs, seed):
-            return _observe(self.config, outputs, output, seed, 1.0)
+            return verbs.observe(self.config, outputs, output, seed, 1.0)
 
-        return self._posterior(
+        return verbs.posterior(
+            self,
             x,
             finish,
             ("reconstruct", output),
@@ -476,43 +483,9 @@ class NVAE(CompositeModel):
         k = check_integer("num_samples", num_samples, minimum=1)
         check_boolean("per_image", per_image)
         x = check_pixels(x, self.config)
-        groups = len(self.config.latent_shapes)
-
-        def run(x, index, seed):
-            x = self._prepare(x, StepSeed(seed, index[0]))
-            features = self._encode(x)
-
-            def log_weight(i):
-                # Draw 0 is the binary picture's.
-                draws = StepSeed(seed + 1 + i * groups, index[0])
-                outputs = self.decoder.draw(
-                    x.shape[0], noise(draws), features=features, training=False
-                )
-                distribution = pixels(self.config, outputs["parameters"])
-                log_x = _picture_sum(distribution.log_prob(x))
-                log_z = outputs["log_prior"] - outputs["log_posterior"]
-                values = ops.concatenate([log_x[:, None], outputs["kl"]], -1)
-                return log_x + ops.sum(log_z, axis=-1), values
-
-            return importance_bound(log_weight, k, x.shape[0])
-
-        bound, values = self._map(
-            ("likelihood", k), run, [x], (), seed, batch_size, verbose
+        return evaluate_likelihood(
+            self, x, k, per_image, seed, batch_size, verbose
         )
-        kl = values[:, 1:]
-        elbo = values[:, 0] - kl.sum(-1)
-        if not per_image:
-            bound, elbo, kl = bound.mean(), elbo.mean(), kl.mean(0)
-        dimensions = self.config.num_dimensions
-        results = {
-            "elbo": elbo,
-            "iwae": bound,
-            "elbo_bits_per_dim": bits_per_dim(elbo, dimensions),
-            "iwae_bits_per_dim": bits_per_dim(bound, dimensions),
-        }
-        if not per_image:
-            results = {name: float(x) for name, x in results.items()}
-        return {**results, "kl": kl}
 
     def recalibrate_batch_norm(
         self,
@@ -538,131 +511,7 @@ class NVAE(CompositeModel):
         num_batches = check_integer("num_batches", num_batches, minimum=1)
         temperature = check_number("temperature", temperature, minimum=0)
         batch_size = check_integer("batch_size", batch_size, minimum=1)
-        self.build()
-        norms = [
-            layer
-            for layer in self.decoder._flatten_layers()
-            if isinstance(layer, keras.layers.BatchNormalization)
-        ]
-        if not norms:
-            raise ValueError(
-                "Expected a model with batch normalization. Received: "
-                "batch_norm=False"
-            )
-
-        step = averaging_step(self, norms, batch_size)
-        zeros = [ops.zeros(norm.moving_mean.shape) for norm in norms]
-        program = self._programs.get(
-            ("recalibrate", batch_size),
-            lambda: loop_program(step, self._compiled),
-        )
-        count, means, variances = run_steps(
-            program,
-            (ops.zeros(()), zeros, zeros),
-            num_batches,
-            base_seed(seed),
-            ops.convert_to_tensor(temperature, "float32"),
-            verbose=verbose,
-        )
-        if not float(count):
-            raise ValueError(
-                "Expected the decoder to give finite numbers. Received: none "
-                f"in {num_batches} batches; are the weights finite?"
-            )
-        for norm, mean, variance in zip(norms, means, variances, strict=True):
-            norm.moving_mean.assign(mean)
-            norm.moving_variance.assign(ops.maximum(variance, 0))
-
-    # How verbs run
-
-    def _compiled(self, fn):
-        if self.compiled and self.run_eagerly:
-            return fn
-        # XLA's depthwise convolutions are far slower on a CPU; JAX has
-        # nothing else.
-        xla = backend.BACKEND == "jax" or backend.has_accelerator()
-        if self.compiled:
-            xla = self.jit_compile
-        return backend.jit_layer(fn, self, xla=bool(xla))
-
-    def _map(self, key, fn, arrays, constants, seed, batch_size, verbose):
-        """`fn(*arrays, index, *constants, seed)`, compiled, in batches.
-
-        The number of the first row numbers a batch's draws.
-        """
-        if not self.built:
-            self.build()
-        program = self._programs.get(key, lambda: self._compiled(fn))
-        constants = [
-            *(ops.convert_to_tensor(x, "float32") for x in constants),
-            base_seed(seed),
-        ]
-        rows = len(arrays[-1])
-        return map_batches(
-            lambda *arrays: program(*arrays, *constants),
-            [*arrays, np.arange(rows, dtype="int32")],
-            batch_size,
-            verbose,
-        )
-
-    def _draw(self, z, num, temperature, output, seed, batch_size, verbose):
-        temperature = check_number("temperature", temperature, minimum=0)
-        output = self._output(output)
-        given = tuple(x is not None for x in z)
-
-        def run(*args):
-            *arrays, index, temperature, seed = args
-            arrays = iter(arrays)
-            seed = StepSeed(seed, index[0])
-            outputs = self.decoder.draw(
-                index.shape[0],
-                noise(seed),
-                given=[next(arrays) if known else None for known in given],
-                temperature=temperature,
-                training=False,
-            )
-            return _observe(self.config, outputs, output, seed, temperature)
-
-        arrays = [x for x in z if x is not None] or [np.zeros(num, "float32")]
-        if not any(given):
-            inner = run
-
-            def run(rows, *args):
-                return inner(*args)
-
-        return self._map(
-            ("draw", given, output),
-            run,
-            arrays,
-            (temperature,),
-            seed,
-            batch_size,
-            verbose,
-        )
-
-    def _posterior(self, x, finish, key, temperature, seed, *args):
-        temperature = check_number("temperature", temperature, minimum=0)
-        x = check_pixels(x, self.config)
-
-        def run(x, index, temperature, seed):
-            seed = StepSeed(seed, index[0])
-            x = self._prepare(x, seed)
-            outputs = self.decoder.draw(
-                x.shape[0],
-                noise(seed),
-                features=self._encode(x),
-                temperature=temperature,
-                training=False,
-            )
-            return finish(outputs, seed)
-
-        return self._map(key, run, [x], (temperature,), seed, *args)
-
-    def _output(self, output):
-        if output is None:
-            binary = self.config.likelihood == "bernoulli"
-            return "mean" if binary else "sample"
-        return check_choice("output", output, ("mean", "sample"))
+        recalibrate(self, num_batches, temperature, batch_size, seed, verbose)
 
     def spectral_norms(self):
         """`{path of a convolution: its largest singular value}`.
@@ -690,14 +539,3 @@ def _config_of(fields):
             f"Received: {unknown}"
         )
     return NVAEConfig(**fields)
-
-
-def _observe(config, outputs, output, seed, temperature):
-    distribution = pixels(config, outputs["parameters"])
-    if output == "mean":
-        return distribution.mean()
-    return distribution.sample(seed, temperature)
-
-
-def _picture_sum(log_prob):
-    return ops.sum(log_prob, axis=(1, 2))

@@ -101,7 +101,8 @@ class Encoder(Tower):
 
 
 class Group(Tower):
-    """One group of latent variables: its prior, posterior, and way on.
+    """One group of latent variables: cells, prior, posterior, and how the
+    group is combined with the decoder's state.
 
     Args:
         first: Boolean. The group that is drawn first has no cells and a fixed
@@ -127,9 +128,14 @@ class Group(Tower):
                     self._cell(InvertedCell, input_shape, f"cell_{i}")[0]
                 )
             self.prior = self._convolution(input_shape, "prior", 2 * latent, 1)
-            self.meet = self._convolution(input_shape, "meet", channels, 1)
-        self.join = self._convolution(
-            (*input_shape[:3], channels + latent), "join", channels, 1
+            self.combine_features = self._convolution(
+                input_shape, "combine_features", channels, 1
+            )
+        self.combine_latents = self._convolution(
+            (*input_shape[:3], channels + latent),
+            "combine_latents",
+            channels,
+            1,
         )
         self.flows = [
             PairedFlow(dtype=self.dtype_policy, name=f"flow_{i}")
@@ -142,7 +148,8 @@ class Group(Tower):
                 InvertedCell, input_shape, "enlarge", up=True
             )
 
-    def arrive(self, h, training):
+    def run_cells(self, h, training):
+        """The state after the cells in front of the group."""
         for cell in self.cells:
             h = self._run(cell, h, training)
         return h
@@ -159,7 +166,7 @@ class Group(Tower):
             outputs = ops.cast(self.prior(ops.elu(h)), "float32")
             mean, log_scale = ops.split(outputs, 2, axis=-1)
             if features is not None:
-                features = features + self.meet(h)
+                features = features + self.combine_features(h)
         elif features is None:
             mean = ops.zeros(
                 (*ops.shape(h)[:3], self.config.latent_channels), "float32"
@@ -178,8 +185,13 @@ class Group(Tower):
             delta_log_scale = log_scale + delta_log_scale
         return prior, Normal(delta_mean, delta_log_scale)
 
-    def leave(self, h, z, training):
-        h = self.join(ops.concatenate([h, ops.cast(z, h.dtype)], axis=-1))
+    def combine(self, h, z, training):
+        """The state after the latent variables came in, at the next scale's
+        size where the group is the last of its scale.
+        """
+        h = self.combine_latents(
+            ops.concatenate([h, ops.cast(z, h.dtype)], axis=-1)
+        )
         return self._run(self.enlarge, h, training) if self.up else h
 
 
@@ -260,7 +272,7 @@ class Decoder(Tower):
         latents = {name: [] for name in ("z", "mean", "scale")}
         terms = {name: [] for name in ("log_prior", "log_posterior", "kl")}
         for i, group in enumerate(self.groups):
-            h = group.arrive(h, training)
+            h = group.run_cells(h, training)
             if given is not None and given[i] is not None:
                 z = ops.cast(given[i], "float32")
             else:
@@ -286,7 +298,7 @@ class Decoder(Tower):
                     latents["mean"].append(posterior.mean)
                     latents["scale"].append(posterior.scale)
             latents["z"].append(z)
-            h = group.leave(h, z, training)
+            h = group.combine(h, z, training)
         for cell in self.blocks:
             h = self._run(cell, h, training)
         parameters = self.head(ops.elu(h))

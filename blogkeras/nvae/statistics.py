@@ -3,8 +3,47 @@
 import keras
 from keras import ops
 
+from blogkeras.loops import loop_program, run_steps
+from blogkeras.nvae import verbs
 from blogkeras.nvae.distributions import noise
-from blogkeras.state import StepSeed
+from blogkeras.state import StepSeed, base_seed
+
+
+def recalibrate(model, num_batches, temperature, batch_size, seed, verbose):
+    """As `NVAE.recalibrate_batch_norm`, of arguments that were checked."""
+    model.build()
+    norms = [
+        layer
+        for layer in model.decoder._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    if not norms:
+        raise ValueError(
+            "Expected a model with batch normalization. Received: "
+            "batch_norm=False"
+        )
+    step = averaging_step(model, norms, batch_size)
+    zeros = [ops.zeros(norm.moving_mean.shape) for norm in norms]
+    program = model._programs.get(
+        ("recalibrate", batch_size),
+        lambda: loop_program(step, lambda fn: verbs.compiled(model, fn)),
+    )
+    count, means, variances = run_steps(
+        program,
+        (ops.zeros(()), zeros, zeros),
+        num_batches,
+        base_seed(seed),
+        ops.convert_to_tensor(temperature, "float32"),
+        verbose=verbose,
+    )
+    if not float(count):
+        raise ValueError(
+            "Expected the decoder to give finite numbers. Received: none "
+            f"in {num_batches} batches; are the weights finite?"
+        )
+    for norm, mean, variance in zip(norms, means, variances, strict=True):
+        norm.moving_mean.assign(mean)
+        norm.moving_variance.assign(ops.maximum(variance, 0))
 
 
 def averaging_step(model, norms, rows):

@@ -13,8 +13,9 @@ import scipy.stats
 from keras import ops
 from kit import value
 
+from blogkeras import backend
 from blogkeras.nvae import objective
-from blogkeras.nvae.cells import Enlargement, InvertedCell, double
+from blogkeras.nvae.cells import BatchNorm, Enlargement, InvertedCell
 from blogkeras.nvae.convolution import Convolution, SpectralPenalty
 from blogkeras.nvae.distributions import (
     Bernoulli,
@@ -24,6 +25,7 @@ from blogkeras.nvae.distributions import (
 )
 from blogkeras.nvae.flows import PairedFlow, ShiftFlow
 from blogkeras.nvae.likelihood import importance_bound
+from blogkeras.nvae.networks import Group
 from blogkeras.nvae.presets import PRESETS, NVAEConfig
 
 # Of the published modules, built and counted.
@@ -140,6 +142,22 @@ def test_spectral_penalty_against_svd():
     assert float(value(total)) == pytest.approx(sum(expected), rel=0.01)
 
 
+def test_spectral_penalty_of_zeros_recovers():
+    """A kernel of zeros has no singular vectors; later it has them again."""
+    keras.utils.set_random_seed(0)
+    layer = Convolution(4, 3)
+    layer.build((None, 8, 8, 2))
+    penalty = SpectralPenalty(keras.layers.Layer(), [layer])
+    direction = value(layer.direction)
+    layer.direction.assign(np.zeros_like(direction))
+    assert float(value(penalty())) == 0
+    layer.direction.assign(direction)
+    for _ in range(10):
+        total = penalty()
+    expected = np.linalg.svd(value(layer.matrix()), compute_uv=False)[0]
+    assert float(value(total)) == pytest.approx(expected, rel=0.01)
+
+
 def sorted_like(penalty, values, layers):
     order = [layers.index(la) for stack in penalty.stacks for la in stack]
     return [values[i] for i in order]
@@ -163,19 +181,84 @@ def test_enlargement_interpolates_from_corner_to_corner():
     )
 
 
-def test_doubling_late_is_doubling_first():
-    """The decoder's cell doubles rows and columns after its first layers."""
+def test_a_cell_doubles_as_if_it_doubled_first():
+    """Published: rows and columns are repeated before everything else."""
     keras.utils.set_random_seed(0)
     cell = InvertedCell(expansion=3, up=True)
-    cell.build((None, 4, 4, 8))
-    x = np.random.default_rng(0).normal(size=(5, 4, 4, 8)).astype("float32")
+    cell.build((None, 4, 6, 8))
+    x = np.random.default_rng(0).normal(size=(5, 4, 6, 8)).astype("float32")
     outputs = value(cell(x, training=True))
-    h = cell.widen(cell.norm_1(double(x), training=True))
+    statistics = [value(w) for w in cell.non_trainable_variables]
+    h = x.repeat(2, axis=1).repeat(2, axis=2)
+    h = cell.widen(cell.norm_1(h, training=True))
     h = ops.silu(cell.norm_2(h, training=True))
     h = ops.silu(cell.norm_3(cell.depthwise(h), training=True))
-    h = cell.scale(cell.norm_4(cell.narrow(h), training=True))
-    expected = value(cell.skip(x) + 0.1 * h)
+    h = cell.norm_4(cell.narrow(h), training=True)
+    expected = value(cell.skip(x) + 0.1 * cell.scale(h) * h)
     np.testing.assert_allclose(outputs, expected, rtol=1e-4, atol=1e-5)
+    # The same step again: what moved then by d from the start is 1.95 d away.
+    for w, once in zip(cell.non_trainable_variables, statistics, strict=True):
+        start = 1.0 if "variance" in w.path else 0.0
+        np.testing.assert_allclose(
+            value(w) - start, 1.95 * (once - start), rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("channels", [16, 5])
+def test_batch_norm_is_kerass(channels):
+    """Values, gradients, state and its use; two ways by channels on a CPU."""
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(1, 2, size=(2, 3, 4, 4, channels)).astype("float32")
+    found = []
+    for cls in (BatchNorm, keras.layers.BatchNormalization):
+        norm = cls(momentum=0.9)
+        norm.build(x.shape)
+        norm.gamma.assign(np.linspace(-1, 2, channels))
+        norm.beta.assign(np.linspace(1, 0, channels))
+        arguments = [x, value(norm.gamma), value(norm.beta)]
+
+        def loss(arguments, norm=norm):
+            x, *values = arguments
+            mapping = zip((norm.gamma, norm.beta), values, strict=True)
+            with keras.StatelessScope(list(mapping)):
+                return ops.sum(norm(x, training=True) * weight), None
+
+        _, gradients = backend.value_and_grad(loss, arguments)
+        found.append(
+            [
+                norm(x, training=True),
+                *gradients,
+                norm.moving_mean,
+                norm.moving_variance,
+                norm(x, training=False),
+            ]
+        )
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(
+            value(ours), value(theirs), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_depthwise_gradients_are_kerass():
+    rng = np.random.default_rng(0)
+    x, weight = rng.normal(size=(2, 3, 4, 5, 6)).astype("float32")
+    kernel = rng.normal(size=(5, 5, 6, 1)).astype("float32")
+    found = []
+    for convolve in (
+        backend.depthwise_convolution,
+        lambda x, k: ops.depthwise_conv(x, k, padding="same"),
+    ):
+
+        def loss(arguments, convolve=convolve):
+            y = convolve(*arguments)
+            return ops.sum(y * weight), y
+
+        (_, y), gradients = backend.value_and_grad(loss, [x, kernel])
+        found.append([y, *gradients])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(
+            value(ours), value(theirs), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_kl_against_monte_carlo_and_the_post():
@@ -206,6 +289,41 @@ def test_no_change_no_kl():
     rng = np.random.default_rng(0)
     p = Normal(*rng.normal(size=(2, 30)))
     assert (abs(value(p.kl(p))) < 1e-6).all()
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_the_posterior_is_relative_to_the_prior(residual):
+    """N(μ + Δμ, σ² Δσ²) before the clamp; equal to the prior at Δ = 0."""
+    keras.utils.set_random_seed(0)
+    config = dataclasses.replace(CONFIG, residual_posterior=residual)
+    group = Group(config)
+    group.build((None, 4, 4, 6))
+    h, features = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 6))
+    h, features = h.astype("float32"), features.astype("float32")
+    prior, posterior = group.distributions(h, features)
+    mean, log_scale = np.split(value(group.prior(ops.elu(h))), 2, -1)
+    met = features + value(group.combine_features(h))
+    change, log_change = np.split(value(group.posterior(met)), 2, -1)
+    for distribution, m, s in (
+        (prior, mean, log_scale),
+        (
+            posterior,
+            residual * mean + change,
+            residual * log_scale + log_change,
+        ),
+    ):
+        np.testing.assert_allclose(
+            value(distribution.mean), 5 * np.tanh(m / 5), rtol=1e-4, atol=1e-5
+        )
+        np.testing.assert_allclose(
+            value(distribution.scale),
+            np.exp(5 * np.tanh(s / 5)) + 0.01,
+            rtol=1e-4,
+        )
+    group.posterior.direction.assign(np.zeros(group.posterior.direction.shape))
+    prior, posterior = group.distributions(h, features)
+    kl = abs(value(posterior.kl(prior))).max()
+    assert kl < 1e-6 if residual else kl > 0.01
 
 
 def test_normal_stays_finite():
