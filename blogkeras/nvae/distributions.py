@@ -138,19 +138,21 @@ class DiscretizedLogisticMixture:
         parameters = ops.reshape(
             parameters, (*ops.shape(parameters)[:-1], -1, num_mixtures)
         )
-        self.logits = parameters[..., 0, :]
-        # (..., C, mixtures)
-        self.means = parameters[..., 1 : 1 + channels, :]
-        log_scales = parameters[..., 1 + channels : 1 + 2 * channels, :]
-        self.log_scales = ops.maximum(log_scales, -7.0)
-        self.coefficients = ops.tanh(parameters[..., 1 + 2 * channels :, :])
+        # Lists of `(..., mixtures)` for the channels: taking them out of one
+        # tensor one by one would cost a tensor of zeros each in the gradient.
+        self.logits, *rows = ops.unstack(parameters, axis=-2)
+        self.means = rows[:channels]
+        self.log_scales = [
+            ops.maximum(x, -7.0) for x in rows[channels : 2 * channels]
+        ]
+        self.coefficients = [ops.tanh(x) for x in rows[2 * channels :]]
 
     def _mean(self, channel, before, means, coefficients):
         """Mean of a channel, given the list of the channels before it."""
-        mean = means[..., channel, :]
+        mean = means[channel]
         first = channel * (channel - 1) // 2
         for i, x in enumerate(before):
-            mean = mean + coefficients[..., first + i, :] * x
+            mean = mean + coefficients[first + i] * x
         return mean
 
     def log_prob(self, x):
@@ -161,8 +163,7 @@ class DiscretizedLogisticMixture:
         total = ops.log_softmax(self.logits, axis=-1)
         for i, value in enumerate(channels):
             mean = self._mean(i, channels[:i], self.means, self.coefficients)
-            log_scale = self.log_scales[..., i, :]
-            inverse = ops.exp(-log_scale)
+            inverse = ops.exp(-self.log_scales[i])
             above = (value + half - mean) * inverse
             below = (value - half - mean) * inverse
             # log σ(above) and log (1 − σ(below))
@@ -192,29 +193,28 @@ class DiscretizedLogisticMixture:
         The temperature multiplies scales, and divides the mixture's logits: 0
         is the most probable component at its mean.
         """
-        u = keras.random.uniform(
-            ops.shape(self.logits), 1e-7, 1 - 1e-7, seed=seed
-        )
+        shape = ops.shape(self.logits)
+        u = keras.random.uniform(shape, 1e-7, 1 - 1e-7, seed=seed)
         # logits / temperature + Gumbel noise, multiplied by the temperature,
         # which may be 0.
         gumbel = -ops.log(-ops.log(u))
         component = ops.argmax(self.logits + temperature * gumbel, axis=-1)
-        chosen = ops.one_hot(component, self.logits.shape[-1])[..., None, :]
-
-        def choose(x):
-            return ops.sum(x * chosen, axis=-1, keepdims=True)
-
-        means, log_scales = choose(self.means), choose(self.log_scales)
-        coefficients = choose(self.coefficients)
-        u = keras.random.uniform(ops.shape(means), 1e-7, 1 - 1e-7, seed=seed)
-        noise = temperature * ops.exp(log_scales) * (ops.log(u) - ops.log1p(-u))
+        chosen = ops.one_hot(component, self.logits.shape[-1])
+        means, log_scales, coefficients = (
+            [ops.sum(x * chosen, axis=-1) for x in rows]
+            for rows in (self.means, self.log_scales, self.coefficients)
+        )
+        shape = (*shape[:-1], self.channels)
+        u = keras.random.uniform(shape, 1e-7, 1 - 1e-7, seed=seed)
+        noise = temperature * (ops.log(u) - ops.log1p(-u))
         values = []
         for i in range(self.channels):
-            x = self._mean(i, values, means, coefficients) + noise[..., i, :]
+            x = self._mean(i, values, means, coefficients)
+            x = x + ops.exp(log_scales[i]) * noise[..., i]
             # The next channel depends on the rounded value, as in `log_prob`.
             x = ops.round((ops.clip(x, -1, 1) + 1) / 2 * self.levels)
             values.append(2 * x / self.levels - 1)
-        return (ops.concatenate(values, axis=-1) + 1) / 2
+        return (ops.stack(values, axis=-1) + 1) / 2
 
 
 def pixels(config, parameters):
