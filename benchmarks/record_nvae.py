@@ -211,6 +211,22 @@ def rows_of_step(step, seed, count, batch_size):
     return order[step * batch_size : (step + 1) * batch_size]
 
 
+def planned_steps(run, name, seed, x, clock, args):
+    """How many steps `--seconds` are, by the speed of a few."""
+    model = make(run, name, seed, 1000, args)
+    index = rows_of_step(0, seed, len(x), args.batch_size)
+    # The first step is traced and compiled, which does not count.
+    for count in (1, args.measured):
+        start = clock.now()
+        model.fit(
+            np.tile(x[index], (count, 1, 1, 1)),
+            batch_size=args.batch_size,
+            verbose=0,
+        )
+        seconds = clock.now() - start
+    return max(int(args.seconds * args.measured / seconds), 1)
+
+
 def train(run, name, seed, x, steps, folder, clock, args):
     """The trained model, and the seconds that training took.
 
@@ -220,20 +236,7 @@ def train(run, name, seed, x, steps, folder, clock, args):
     path = folder / "state.json"
     if not path.exists():
         if steps is None:
-            model = make(run, name, seed, 1000, args)
-            # Not counted: it is traced and compiled.
-            steps = {"seconds": args.seconds}
-            for key in ("compile", "measure"):
-                first = rows_of_step(0, seed, len(x), args.batch_size)
-                count = 1 if key == "compile" else args.measured
-                start = clock.now()
-                model.fit(
-                    np.tile(x[first], (count, 1, 1, 1)),
-                    batch_size=args.batch_size,
-                    verbose=0,
-                )
-                steps[key] = (clock.now() - start) / count
-            steps = max(int(args.seconds / steps["measure"]), 1)
+            steps = planned_steps(run, name, seed, x, clock, args)
         save_json(path, {"steps": steps, "done": 0, "spent": 0, "curve": []})
     state = json.loads(path.read_text("utf-8"))
     steps, done = state["steps"], state["done"]
