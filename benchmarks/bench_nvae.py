@@ -100,6 +100,9 @@ def official(options):
     from torch import nn
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    # As TensorFlow does. Without it, steps with many tiny numbers take up to
+    # twelve times as long.
+    torch.set_flush_denormal(True)
     # The three shims.
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
     nn.Module.cuda = lambda self, *args, **kwargs: self
@@ -237,7 +240,8 @@ def memory(options):
     from blogkeras import training
 
     lines = []
-    for case, (depth, channels) in CASES.items():
+    for case in options.cases:
+        depth, channels = CASES[case]
         sizes = []
         for recompute in (False, True):
             model = make_model(depth, channels, recompute)
