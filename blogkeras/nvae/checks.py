@@ -11,6 +11,11 @@ from blogkeras.arguments import as_numpy, check_finite, check_integer
 
 def check_data(x, config):
     """`x`, after arrays or the first batch of a data set were checked."""
+    if x is None or isinstance(x, (dict, str)):
+        raise ValueError(
+            "Expected pictures: an array, a tensor or a data set of them. "
+            f"Received: x of type {type(x).__name__}"
+        )
     if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
         return check_pixels(x, config)
     if isinstance(x, types.GeneratorType):
@@ -19,7 +24,7 @@ def check_data(x, config):
         return _chain(first, x)
     if isinstance(x, keras.utils.PyDataset):
         check_pixels(_pictures(x[0]), config)
-    elif x is not None:
+    else:
         for batch in x:
             # A distributed data set gives one piece for each replica; these
             # are not checked.
@@ -33,7 +38,11 @@ def check_pixels(x, config):
     """Pictures as a NumPy array; a ValueError unless the model takes them."""
     x = as_numpy(x)
     check_shape(x.shape, config)
-    low, high = (x.min(), x.max()) if x.size else (0, 0)
+    if not len(x):
+        raise ValueError(
+            f"Expected at least one picture. Received: shape {x.shape}"
+        )
+    low, high = x.min(), x.max()
     check_finite("x", x)
     if low < 0 or high > 1:
         raise ValueError(
@@ -102,6 +111,20 @@ def check_latents(z, num, config):
             )
         return z, rows.pop()
     return z, check_integer("num", 1 if num is None else num, 1)
+
+
+def check_weights(weight, x):
+    """`weight`, after an array was checked: one number for each picture."""
+    if weight is None or not hasattr(x, "shape"):
+        return weight
+    weight = as_numpy(weight)
+    if weight.shape not in ((len(x),), (len(x), 1)):
+        raise ValueError(
+            "Expected one weight for each picture. Received: "
+            f"sample_weight.shape={weight.shape} and {len(x)} pictures"
+        )
+    check_finite("sample_weight", weight)
+    return weight
 
 
 def row_weight(weight):

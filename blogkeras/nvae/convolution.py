@@ -143,12 +143,12 @@ class Convolution(keras.layers.Layer):
         return x + self.bias if self.use_bias else x
 
     def doubled(self, x):
-        """A depthwise convolution of a picture with each row and column
-        repeated, without repeating them.
+        """The depthwise convolution of a picture that is doubled first.
 
-        An output at an even (odd) row sees the copies of three rows only, so
-        a kernel of size 3, in which the weights of copies are added, does the
-        same at the small size. So it is with columns: there are four kernels.
+        Its rows and columns count twice, but nothing is repeated: an output at
+        an even (odd) row sees the copies of three rows only, so a kernel of
+        size 3, in which the weights of copies are added, does the same at the
+        small size. So it is with columns: there are four kernels.
 
         Args:
             x: `(batch, height, width, channels)`.
@@ -267,8 +267,9 @@ def _normalize(x):
 
 
 def _sums_of_copies(size):
-    """`(2, small size, size)`: which positions of a kernel meet copies of one
-    pixel, for outputs at even and at odd places.
+    """Which positions of a kernel meet copies of one pixel.
+
+    `(2, small size, size)`, for outputs at even and at odd places.
     """
     reach = (size // 2 + 1) // 2
     sums = np.zeros((2, 2 * reach + 1, size), "float32")
@@ -279,8 +280,10 @@ def _sums_of_copies(size):
 
 
 def merge(x):
-    """What `Convolution.doubled` gives, `(batch, 4 · height, width, channels)`,
-    as a picture of `(batch, 2 · height, 2 · width, channels)`.
+    """The outputs of `Convolution.doubled`, each in its place.
+
+    From `(batch, 4 · height, width, channels)` to
+    `(batch, 2 · height, 2 · width, channels)`.
     """
     _, height, width, channels = x.shape
     x = ops.reshape(x, (-1, 2, 2, height // 4, width, channels))

@@ -21,6 +21,7 @@ from blogkeras.nvae.checks import (
     check_latents,
     check_pixels,
     check_shape,
+    check_weights,
     row_weight,
 )
 from blogkeras.nvae.convolution import Convolution, SpectralPenalty
@@ -191,6 +192,11 @@ class NVAE(CompositeModel):
     # The loss
 
     def call(self, inputs, training=None):
+        if isinstance(inputs, (dict, list, tuple)):
+            raise ValueError(
+                "Expected pictures as one tensor. Received: "
+                f"{type(inputs).__name__}"
+            )
         check_shape(inputs.shape, self.config)
         if training:
             seed = self.draws.next_step()
@@ -271,6 +277,13 @@ class NVAE(CompositeModel):
 
     def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         x = check_data(x, self.config)
+        sample_weight = check_weights(sample_weight, x)
+        if kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "Expected no class_weight: pictures have no classes here. Give "
+                "sample_weight. Received: class_weight="
+                f"{kwargs['class_weight']!r}"
+            )
         known = kwargs.get("validation_data")
         if isinstance(known, (tuple, list)):
             check_data(known[0], self.config)
@@ -283,6 +296,7 @@ class NVAE(CompositeModel):
 
     def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         x = check_data(x, self.config)
+        sample_weight = check_weights(sample_weight, x)
         if sample_weight is not None and y is None:
             y = np.zeros(len(x), "float32")
         return super().evaluate(

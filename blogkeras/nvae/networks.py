@@ -101,8 +101,10 @@ class Encoder(Tower):
 
 
 class Group(Tower):
-    """One group of latent variables: cells, prior, posterior, and how the
-    group is combined with the decoder's state.
+    """One group of latent variables.
+
+    The cells in front of it, its prior and posterior, and how it is combined
+    with the decoder's state.
 
     Args:
         first: Boolean. The group that is drawn first has no cells and a fixed
@@ -186,8 +188,9 @@ class Group(Tower):
         return prior, Normal(delta_mean, delta_log_scale)
 
     def combine(self, h, z, training):
-        """The state after the latent variables came in, at the next scale's
-        size where the group is the last of its scale.
+        """The state with the latent variables.
+
+        Where the group is the last of its scale, at the next scale's size.
         """
         h = self.combine_latents(
             ops.concatenate([h, ops.cast(z, h.dtype)], axis=-1)

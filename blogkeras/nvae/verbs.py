@@ -55,8 +55,9 @@ def run(model, key, fn, arrays, constants, seed, batch_size, verbose):
 
 
 def draw(model, z, num, temperature, output, seed, batch_size, verbose):
-    """Pictures with the groups of the list `z`; those that are `None`, from
-    the prior.
+    """Pictures with the groups of the list `z`.
+
+    Groups that are `None` are drawn from the prior.
     """
     temperature = check_number("temperature", temperature, minimum=0)
     output = what_is_shown(model.config, output)
