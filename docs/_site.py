@@ -85,7 +85,7 @@ def on_files(files, config):
     for room, names in public_names().items():
         lines = [f"# {title_of(room)}: every public name", ""]
         for name in names:
-            lines += [f"::: blogkeras.{name}", ""]
+            lines += [f"::: {name}", ""]
         pages[f"api/{room}.md"] = "\n".join(lines)
     for name in NOTEBOOKS.examples():
         pages[f"notebooks/{name}.md"], figures = NOTEBOOKS.page(name)
@@ -138,7 +138,9 @@ def public_names():
             room = node.module.split(".")[1]
             room = room if room in ROOMS else "hall"
             names = rooms.setdefault(room, [])
-            names += [alias.name for alias in node.names]
+            # By the room: `blogkeras.hsic` is the function for Python, and the
+            # room for who reads the files.
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
     order = [*ROOMS, "hall"]
     return {room: rooms[room] for room in order if room in rooms}
 

@@ -34,6 +34,17 @@ class Samples(NamedTuple):
         num_non_finite: Integer. How many chains met numbers that are not
             finite. Those of Langevin dynamics have stopped where they were
             before; those of MALA and HMC have rejected the proposal.
+
+    Example:
+
+    >>> def log_density(x):
+    ...     return -keras.ops.sum(x**2, axis=-1) / 2
+    >>> samples = langevin(log_density, np.zeros((4, 2)), 10, 0.1, seed=0)
+    >>> samples.x.shape, samples.acceptance_rate, samples.num_non_finite
+    ((4, 2), 1.0, 0)
+
+    Reference:
+        [blog post 7038](https://kexue.fm/archives/7038)
     """
 
     x: np.ndarray

@@ -133,7 +133,7 @@ class QuadraticHead(layers.Layer):
 
     Example:
 
-    >>> QuadraticHead()(keras.ops.ones((2, 8))).shape
+    >>> tuple(QuadraticHead()(keras.ops.ones((2, 8))).shape)
     (2, 1)
 
     Reference:
@@ -190,6 +190,9 @@ def mlp_log_density(
 
     >>> mlp_log_density((2,)).count_params()
     12737
+
+    Reference:
+        [Bigdeli et al., 2020](https://arxiv.org/abs/2001.02728), smaller
     """
     inputs = keras.Input(_shape(input_shape))
     h = layers.Flatten()(inputs) if len(inputs.shape) > 2 else inputs
@@ -227,6 +230,11 @@ def residual_log_density(
 
     Returns:
         `keras.Model`, `(rows, height, width, channels)` to `(rows, 1)`.
+
+    Example:
+
+    >>> residual_log_density((8, 8, 1), filters=(4, 4)).output_shape
+    (None, 1)
 
     Reference:
         [Li, Chen and Sommer, 2019](https://arxiv.org/abs/1910.07762), smaller

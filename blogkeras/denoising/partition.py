@@ -49,6 +49,17 @@ class LogPartition(NamedTuple):
         effective_sample_size: Float. (Σw)² / Σw² of the weights; the number of
             points for quadrature.
         diagnostics: Dict. Further numbers of the method.
+
+    Example:
+
+    >>> def log_density(x):
+    ...     return -keras.ops.sum(x**2, axis=-1) / 2
+    >>> result = log_partition(log_density, "quadrature", bounds=[(-9, 9)])
+    >>> round(result.value, 4)  # log √(2π)
+    0.9189
+
+    Reference:
+        [Grosse et al., 2015](https://arxiv.org/abs/1511.02543), the bounds
     """
 
     value: float

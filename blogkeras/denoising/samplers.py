@@ -276,6 +276,17 @@ def mala(
 
     Returns:
         `Samples`.
+
+    Example:
+
+    >>> def log_density(x):
+    ...     return -keras.ops.sum(x**2, axis=-1) / 2
+    >>> samples = mala(log_density, np.zeros((64, 2)), 100, 0.5, seed=0)
+    >>> 0.5 < samples.acceptance_rate < 1
+    True
+
+    Reference:
+        [Roberts and Tweedie, 1996](https://doi.org/10.2307/3318418)
     """
     return run_chains(
         "mala",
@@ -327,6 +338,14 @@ def hmc(
 
     Returns:
         `Samples`.
+
+    Example:
+
+    >>> def log_density(x):
+    ...     return -keras.ops.sum(x**2, axis=-1) / 2
+    >>> samples = hmc(log_density, np.zeros((64, 2)), 50, 0.3, seed=0)
+    >>> 0.5 < samples.acceptance_rate <= 1
+    True
 
     Departs from the released code of the paper: the last half step of the
     momentum is made, without which the dynamics cannot be run backwards; the

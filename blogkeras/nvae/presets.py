@@ -66,6 +66,9 @@ class NVAEConfig:
     >>> config = NVAEConfig((28, 28, 1), padding=2, groups=(3, 1), channels=8)
     >>> config.num_latents  # 3 · 16 · 16 · 20 + 1 · 8 · 8 · 20
     16640
+
+    Reference:
+        [Vahdat & Kautz, 2020](https://arxiv.org/abs/2007.03898)
     """
 
     input_shape: tuple = (32, 32, 3)

@@ -81,6 +81,10 @@ def token_blocks(
     ... )
     >>> next(iter(blocks)).shape
     TensorShape([1, 4])
+
+    Reference:
+        [Devlin et al., 2018](https://arxiv.org/abs/1810.04805), pairs;
+        [blog post 7846](https://kexue.fm/archives/7846)
     """
     if not isinstance(lines, Iterable):
         raise ValueError(

@@ -56,6 +56,9 @@ class SearchResult(NamedTuple):
     >>> result = index.search(np.eye(3)[2:], k=1)
     >>> result.indices, result.distances  # half of its mass moves to cos = 0
     (array([1]), array([0.5]))
+
+    Reference:
+        [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf)
     """
 
     indices: object

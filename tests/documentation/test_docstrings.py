@@ -91,6 +91,21 @@ def test_arguments(name):
         assert unnamed(text, names_of(value)) == []
 
 
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_name_is_documented_by_itself(name):
+    """An example, what it returns, and where it comes from."""
+    value = PUBLIC[name]
+    text = inspect.getdoc(value)
+    if inspect.ismodule(value):
+        return
+    assert "\n>>> " in text
+    assert re.search(r"^Reference:\n +\[", text, re.M)
+    assert re.search(r"\]\(https?://", text)
+    if inspect.isfunction(value):
+        assert "\nReturns:\n" in text
+    assert not re.search(r"\b[Ss]ee there\b|\b[Aa]s there\b", text)
+
+
 def test_the_check_itself():
     text = "One.\n\nArgs:\n    a, b: Two.\n    **kwargs: Rest.\n"
     assert unnamed(text, ["a", "b", "kwargs", "c"]) == ["c"]
