@@ -35,8 +35,14 @@ def check_data(x, config):
 
 
 def check_pixels(x, config):
-    """Pictures as a NumPy array; a ValueError unless the model takes them."""
-    x = as_numpy(x)
+    """Pictures as a NumPy array, after they were checked.
+
+    Args:
+        x: Array or tensor; a `tf.data.Dataset` or `keras.utils.PyDataset` of
+            batches, of which pictures are taken if they are tuples.
+        config: `NVAEConfig`.
+    """
+    x = _gathered(x)
     check_shape(x.shape, config)
     if not len(x):
         raise ValueError(
@@ -135,6 +141,26 @@ def row_weight(weight):
             f"sample_weight.shape={tuple(weight.shape)}"
         )
     return ops.reshape(weight, (-1,))
+
+
+def _gathered(x):
+    if isinstance(x, keras.utils.PyDataset):
+        batches = (x[i] for i in range(len(x)))
+    elif hasattr(x, "element_spec"):
+        if int(x.cardinality()) == -1:
+            raise ValueError(
+                "Expected a data set that ends; take(n) gives its first "
+                f"batches. Received: {x}"
+            )
+        batches = x
+    else:
+        return as_numpy(x)
+    parts = [as_numpy(_pictures(batch)) for batch in batches]
+    if not parts:
+        raise ValueError(
+            f"Expected at least one batch of pictures. Received: {x}"
+        )
+    return np.concatenate(parts)
 
 
 def _pictures(batch):

@@ -371,7 +371,8 @@ class NVAE(CompositeModel):
         before.
 
         Args:
-            x: `(n, height, width, channels)`.
+            x: `(n, height, width, channels)`, or a data set of batches, which
+                is read into memory.
             temperature: Number ≥ 0 that multiplies the posteriors' scales. 0:
                 each group takes its mean.
             seed, batch_size, verbose: As for `sample`. With
@@ -407,13 +408,14 @@ class NVAE(CompositeModel):
         """Pictures through the posterior and back.
 
         Args:
-            x: `(n, height, width, channels)`.
+            x: `(n, height, width, channels)`, or a data set of batches, which
+                is read into memory.
             temperature: Number ≥ 0 that multiplies the posteriors' scales.
             output: `"mean"` or `"sample"` of the pixels.
             seed, batch_size, verbose: As for `encode`.
 
         Returns:
-            NumPy array shaped like `x`.
+            NumPy array `(n, height, width, channels)`.
         """
         output = verbs.what_is_shown(self.config, output)
 
@@ -485,7 +487,8 @@ class NVAE(CompositeModel):
         With `likelihood="normal"` p is a density.
 
         Args:
-            x: `(n, height, width, channels)`.
+            x: `(n, height, width, channels)`, or a data set of batches, which
+                is read into memory.
             num_samples: Integer k.
             per_image: Boolean. Arrays `(n,)` in place of means.
             seed, batch_size, verbose: As for `sample`.

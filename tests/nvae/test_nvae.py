@@ -581,10 +581,19 @@ def test_data_sets_are_looked_at():
     model.fit(Batches(X), validation_data=(X[:4],), verbose=0)
     model.fit(iter_batches(X[:8]), steps_per_epoch=1, shuffle=False, verbose=0)
     assert int(model.draws.iterations) == 2
+    codes = model.encode(X[:8])["z"]
+    for z, same in zip(codes, model.encode(Batches(X))["z"], strict=True):
+        np.testing.assert_array_equal(z, same)
     if TENSORFLOW:
         import tensorflow as tf
 
         labelled = tf.data.Dataset.from_tensor_slices((X, np.zeros(16)))
+        some = labelled.batch(3).take(2)
+        np.testing.assert_allclose(
+            model.reconstruct(some, 0.0), model.reconstruct(X[:6], 0.0)
+        )
+        with pytest.raises(ValueError, match="ends"):
+            model.evaluate_likelihood(labelled.batch(8).repeat())
         model.fit(labelled.batch(16), shuffle=False, verbose=0)
         with pytest.raises(ValueError, match="binarize"):
             model.fit(labelled.map(lambda x, y: (x / 2, y)).batch(8), verbose=0)
