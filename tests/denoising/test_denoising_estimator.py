@@ -105,7 +105,7 @@ def test_the_control_variate_makes_the_loss_less_noisy():
         model.build((None, 2))
         compiled(without_base(model))
         losses = []
-        for seed in range(20):
+        for seed in range(8):
             model.draws.seed.assign(seed)
             logs = model.evaluate(x, batch_size=256, verbose=0)
             losses.append(logs[1])

@@ -80,7 +80,7 @@ def check_annealed(case, dim, chains, steps, tolerance=0.05):
 
 
 def test_annealed_on_a_gaussian():
-    check_annealed(gaussian, 6, 512, 200, 0.1)
+    check_annealed(gaussian, 2, 256, 100, 0.1)
 
 
 @pytest.mark.verify
