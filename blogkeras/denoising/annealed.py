@@ -35,8 +35,9 @@ class AnnealedScoreMatching(DenoisingModel):
     """Learns a log-density from noise of many strengths, and samples from it.
 
     In many dimensions noisy data lie on a shell of radius σ√d around the data,
-    so one σ teaches nothing of all other distances. Here each row of a batch
-    has its own σ, drawn from `sigmas`. With ε ~ N(0, σ²) the loss is
+    so training with one σ gives no information on other distances. Here each
+    row of a batch has its own σ, drawn from `sigmas`. With ε ~ N(0, σ²) the
+    loss is
 
         σ₀⁴ ‖∇log_density(x + ε) + ε/σ₀²‖² / dσ²
 
@@ -58,7 +59,7 @@ class AnnealedScoreMatching(DenoisingModel):
     Args:
         network: Keras layer or model from rows (and σ) to one number,
             `(rows,)` or `(rows, 1)`; twice differentiable. A quadratic head
-            keeps chains from running away: `residual_log_density`,
+            keeps chains from diverging: `residual_log_density`,
             `mlp_log_density(..., head="quadratic")`.
         sigmas: Sequence of floats > 0, rising or falling: from well below the
             details of the data to their scale, such as
@@ -101,7 +102,7 @@ class AnnealedScoreMatching(DenoisingModel):
         **kwargs: Any,
     ) -> None:
         check_network(network, allow_piecewise)
-        # The largest first, as the samplers want them.
+        # The largest first, as the samplers take them.
         falling = np.ndim(sigmas) == 1 and np.size(sigmas) > 1
         if falling and np.asarray(sigmas)[0] < np.asarray(sigmas)[-1]:
             sigmas = list(sigmas)[::-1]
@@ -277,11 +278,11 @@ class AnnealedScoreMatching(DenoisingModel):
     ):
         """Draws what is missing in rows, given the rest.
 
-        As `sample`, but before each step what is known is put back, with the
-        noise of the level.
+        As `sample`, but before each step the known values are put back, with
+        the noise of the level.
 
         Args:
-            x: `(rows, ...)`. What stands where `mask` is false has no part.
+            x: `(rows, ...)`. Values where `mask` is false are ignored.
             mask: Boolean array, true where `x` is known: shaped like `x` or
                 like one row; of pictures, the axis of channels may be missing.
             num_steps, step_size, denoise, seed, verbose: As for `sample`.

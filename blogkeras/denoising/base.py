@@ -139,7 +139,7 @@ class DenoisingModel(CompositeModel):
         self.num_adapted.assign(count)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
-        """As in Keras; `y` has no part in the loss.
+        """As in Keras; `y` is not used in the loss.
 
         Sample weights, one for each row, need a `y`, since Keras drops them
         otherwise: `fit(x, x, sample_weight=...)`.
@@ -197,8 +197,8 @@ class DenoisingModel(CompositeModel):
     def _by_batches(self, name, fn, arrays, batch_size, verbose):
         """`fn` of rows as NumPy arrays, compiled for few numbers of rows."""
         rows = len(arrays[0])
-        # Fewer rows than a batch are filled up to a power of two, so that
-        # calls with ever new numbers of rows do not compile ever anew.
+        # Fewer rows than a batch are filled up to a power of two, so that calls
+        # with many different numbers of rows compile few programs.
         batch_size = min(
             check_integer("batch_size", batch_size, minimum=1),
             1 << (rows - 1).bit_length(),
@@ -285,7 +285,7 @@ def row_mean(x):
 
 
 def check_seed_number(seed):
-    """An integer or `None`: what can stand in a config."""
+    """An integer or `None`, which a config can store."""
     return None if seed is None else check_integer("seed", seed)
 
 

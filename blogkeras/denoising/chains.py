@@ -61,8 +61,8 @@ def _owner(log_density):
 def compiler(log_density):
     """Compiles functions that call `log_density`: `backend.jit` or the like.
 
-    Of a layer, and of a layer's method, the variables are read at each call; a
-    plain function is compiled with the values that they have now.
+    The variables of a layer, or of a layer whose method it is, are read at each
+    call. A plain function is compiled with the present values of variables.
     """
     owner = _owner(log_density)
     if owner is None:

@@ -263,7 +263,7 @@ class DenoisingGenerator(CompositeModel):
             self.data_density, noisy, training=False
         )
         density_loss = row_mean(ops.square(self.sigma * score_q + unit))
-        # Its gradient is that of the divergence; its value means nothing.
+        # Its gradient is that of the divergence; its value has no meaning.
         pull = ops.stop_gradient(score_q - score_p)
         generator_loss = ops.sum(
             ops.reshape(rows * pull, (ops.shape(rows)[0], -1)), axis=-1

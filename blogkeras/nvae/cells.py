@@ -1,4 +1,4 @@
-"""Residual cells of the two sides, and what they are made of."""
+"""Residual cells of encoder and decoder, and their parts."""
 
 import numpy as np
 from keras import layers, ops
@@ -8,10 +8,10 @@ from blogkeras.nvae.convolution import Convolution, fan_in_uniform, merge
 
 
 class BatchNorm(layers.BatchNormalization):
-    """Batch normalization whose training step is as few operations as may be.
+    """Batch normalization with few operations in a training step.
 
-    Keras's numbers, state and configuration; on a CPU, TensorFlow takes about a
-    third of the time for it and its gradient.
+    Results, state and configuration are those of Keras. On a CPU, TensorFlow
+    needs about a third of the time for it and its gradient.
     """
 
     def call(self, x, training=None):
@@ -71,10 +71,10 @@ class SqueezeExcite(layers.Layer):
 
 
 class Reduction(layers.Layer):
-    """Half the sides, twice the channels: the way around a cell.
+    """The shortcut around a cell: half the sides, twice the channels.
 
-    Four convolutions of size 1 look at the even and odd rows and columns; each
-    gives a quarter of the output.
+    Four convolutions of size 1 take the even and odd rows and columns; each
+    gives a quarter of the output's channels.
 
     Input shape: `(batch, height, width, channels)`.
     Output shape: `(batch, height / 2, width / 2, 2 · channels)`.
@@ -118,7 +118,7 @@ class Reduction(layers.Layer):
 
 
 class Enlargement(layers.Layer):
-    """Twice the sides, half the channels: the way around a cell.
+    """The shortcut around a cell: twice the sides, half the channels.
 
     Bilinear, corners on corners. The convolution of size 1 comes first, which
     gives the same numbers at a quarter of the cost.
@@ -161,7 +161,7 @@ def _interpolation(size):
 
 
 class Cell(layers.Layer):
-    """x + 0.1 · residual(x): what cells of both sides have in common.
+    """x + 0.1 · residual(x): the base class of the cells.
 
     Args:
         squeeze_excite: Boolean.
@@ -247,7 +247,7 @@ class ResidualCell(Cell):
 
 
 class InvertedCell(Cell):
-    """The decoder's cell: many channels, each convolved for itself.
+    """The decoder's cell: many channels, with depthwise convolutions.
 
     Batch norm; 1 × 1 to `expansion` times as many channels, batch norm, swish;
     5 × 5 of each channel, batch norm, swish; 1 × 1 back, batch norm. These
@@ -289,10 +289,10 @@ class InvertedCell(Cell):
     def call(self, x, training=None):
         h = self.widen(self.norm_1(x, training=training))
         h = ops.silu(self.norm_2(h, training=training))
-        # Published: rows and columns are repeated first of all. What is done to
-        # each position alone, and the statistics of a batch, are the same
-        # before and after, wherever the positions stand: so only the outputs,
-        # which have the fewest channels, are put in their places.
+        # Published: rows and columns are repeated first of all. Operations on
+        # single positions, and the statistics of a batch, do not depend on
+        # where the positions are. So only the outputs, which have the fewest
+        # channels, are put in their places.
         h = self.depthwise.doubled(h) if self.up else self.depthwise(h)
         h = ops.silu(self.norm_3(h, training=training))
         h = self.norm_4(self.narrow(h), training=training)

@@ -12,8 +12,8 @@ from blogkeras import backend
 def fan_in_uniform(shape, dtype="float32"):
     """Uniform in ±1/√(numbers that one output sums): the published start.
 
-    In NumPy: on JAX, an operation takes a moment to compile for each new shape,
-    and a model has hundreds of them.
+    In NumPy, because JAX compiles an operation for each new shape, and a model
+    has hundreds of shapes.
     """
     limit = 1 / np.sqrt(np.prod(shape[:-1]))
     return _generator().uniform(-limit, limit, shape).astype(dtype)
@@ -89,7 +89,7 @@ class Convolution(keras.layers.Layer):
     def _initial_direction(self, shape, dtype):
         if not self.depthwise:
             return fan_in_uniform(shape, dtype)
-        # One channel is all that an output sums.
+        # An output sums over one channel only.
         size, _, channels, _ = shape
         return fan_in_uniform((size, size, channels), dtype)[..., None]
 
@@ -145,10 +145,10 @@ class Convolution(keras.layers.Layer):
     def doubled(self, x):
         """The depthwise convolution of a picture that is doubled first.
 
-        Its rows and columns count twice, but nothing is repeated: an output at
-        an even (odd) row sees the copies of three rows only, so a kernel of
-        size 3, in which the weights of copies are added, does the same at the
-        small size. So it is with columns: there are four kernels.
+        The picture is not actually doubled. An output at an even (odd) row
+        depends on copies of three rows only, so a kernel of size 3, in which
+        the weights of copies are added, gives the same at the small size. The
+        same holds for columns, so there are four kernels.
 
         Args:
             x: `(batch, height, width, channels)`.
@@ -186,8 +186,8 @@ class SpectralPenalty:
     """The sum of the largest singular values of convolutions.
 
     Kernels of one shape are stacked and share each power iteration. The
-    singular vectors are weights of the owner, so that a resumed run goes on
-    with them.
+    singular vectors are weights of the owner, so that they are saved and a
+    resumed run continues with them.
 
     Args:
         owner: Layer or model that gets the weights, two for each shape.
@@ -219,7 +219,7 @@ class SpectralPenalty:
             )
 
     def __call__(self, num_iterations=4):
-        """The sum, a float32 scalar; moves the singular vectors.
+        """The sum, a float32 scalar; updates the singular vectors.
 
         For the gradient the vectors are constants: that of a singular value
         σ = uᵀ W v is u vᵀ.
@@ -236,7 +236,8 @@ class SpectralPenalty:
             for _ in range(num_iterations):
                 v = _normalize(ops.sum(fixed * u[:, :, None], axis=1))
                 u = _normalize(ops.sum(fixed * v[:, None, :], axis=2))
-            # A kernel of zeros leaves its vector, or it would be zero for ever.
+            # For a kernel of zeros the vector is not changed: otherwise it
+            # would stay zero.
             zero = ops.all(u == 0, axis=1, keepdims=True)
             left.assign(ops.where(zero, before, u))
             right.assign(v)
@@ -267,7 +268,7 @@ def _normalize(x):
 
 
 def _sums_of_copies(size):
-    """Which positions of a kernel meet copies of one pixel.
+    """Which positions of a kernel are applied to copies of the same pixel.
 
     `(2, small size, size)`, for outputs at even and at odd places.
     """

@@ -12,7 +12,7 @@ from blogkeras.state import draw_rows
 
 
 def soft_clamp(x, limit=5.0):
-    """limit · tanh(x / limit): x where it is small, never beyond the limit."""
+    """limit · tanh(x / limit): about x where it is small, within ±limit."""
     return limit * ops.tanh(x / limit)
 
 
@@ -138,8 +138,8 @@ class DiscretizedLogisticMixture:
         parameters = ops.reshape(
             parameters, (*ops.shape(parameters)[:-1], -1, num_mixtures)
         )
-        # Lists of `(..., mixtures)` for the channels: taking them out of one
-        # tensor one by one would cost a tensor of zeros each in the gradient.
+        # Lists of `(..., mixtures)` for the channels: slicing them from one
+        # tensor would add a tensor of zeros for each to the gradient.
         self.logits, *rows = ops.unstack(parameters, axis=-2)
         self.means = rows[:channels]
         self.log_scales = [

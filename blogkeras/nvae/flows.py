@@ -7,15 +7,15 @@ from blogkeras.nvae.convolution import Convolution
 
 
 class MaskedConvolution(Convolution):
-    """A convolution that sees the variables before each variable only.
+    """A convolution whose outputs depend on the variables before each one only.
 
     Variables are ordered by rows, columns and then channels; with `backward`
     the rows and columns run the other way. Outputs are ordered like the inputs
     that they belong to.
 
     Args:
-        strict: Boolean. Whether an output does not see the input it belongs
-            to.
+        strict: Boolean. Whether an output is independent of the input at its
+            own place.
         backward: Boolean.
         **kwargs: As for `Convolution`.
     """
@@ -34,7 +34,8 @@ class MaskedConvolution(Convolution):
         before = np.arange(size**2) < size**2 // 2
         if self.backward:
             before = before[::-1]
-        # Channels in equal parts; a part sees the parts before it, and itself.
+        # Channels in equal parts; a part depends on the parts before it and
+        # itself.
         parts = min(channels, self.filters)
         outputs = np.arange(self.filters) * parts // self.filters
         if self.depthwise:
@@ -106,9 +107,10 @@ class ShiftFlow(layers.Layer):
     def inverse(self, z, max_iterations=None):
         """The input that gives the output z.
 
-        x ← z + μ(x), starting with x = z. After t rounds the first t variables
-        are right, so as many rounds as there are variables are always enough.
-        Usually a few are, and the loop ends when nothing changes any more.
+        x ← z + μ(x), starting with x = z. After t iterations the first t
+        variables are right, so as many iterations as there are variables are
+        always enough. Usually a few suffice, and the loop ends when nothing
+        changes.
 
         Args:
             z: `(batch, height, width, channels)`, float32.

@@ -61,15 +61,16 @@ class NVAE(CompositeModel):
 
     `fit(x)` with pictures as floats in [0, 1], `(n, height, width, channels)`;
     `y` is accepted and not used. Metrics, in nats for each picture: `nelbo` and
-    its parts `reconstruction` and `kl`. `loss` has the weights and penalties of
-    training besides. `model(x)` gives a dict: the mean picture
+    its parts `reconstruction` and `kl`. `loss` also contains the weights and
+    penalties of training. `model(x)` gives a dict: the mean picture
     `reconstruction`, `log_likelihood` `(n,)` and `kl` `(n, groups)`. Sample
     weights are one for each picture. Convolutions and cells follow the dtype
     policy; distributions, KL terms and penalties are of float32.
 
     Latent variables are drawn anew at each training step, numbered by a saved
-    count: a model that is saved, loaded and trained on goes on as if it had
-    not been stopped. `evaluate` and `predict` draw the same at each call.
+    count: a model that is saved, loaded and trained further continues as if it
+    had not been interrupted. `evaluate` and `predict` draw the same numbers at
+    each call.
 
     Args:
         config: `NVAEConfig`, or a dict of its fields.
@@ -255,7 +256,7 @@ class NVAE(CompositeModel):
         if not training:
             values = reconstruction + total
             return self._row_loss(values, values, sample_weight)
-        # The step has been counted already.
+        # This step has already been counted.
         step = ops.convert_to_tensor(self.draws.iterations.value) - 1
         beta = objective.kl_weight(config, step)
         gamma = objective.balance(config, kl, beta)
@@ -269,7 +270,8 @@ class NVAE(CompositeModel):
         ]
         penalty = self.penalty() + sum(scales)
         penalty *= objective.spectral_weight(config, beta)
-        # Through the same reduction: replicas add up.
+        # The same reduction as for rows, since the losses of replicas are
+        # added.
         penalty = ops.reshape(penalty, (1,))
         return loss + self._row_loss(penalty, penalty)
 
@@ -290,7 +292,7 @@ class NVAE(CompositeModel):
         elif known is not None:
             kwargs["validation_data"] = check_data(known, self.config)
         if sample_weight is not None and y is None:
-            # Without any `y`, Keras would forget the weights.
+            # Without `y`, Keras would ignore the sample weights.
             y = np.zeros(len(x), "float32")
         return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
 
@@ -347,7 +349,7 @@ class NVAE(CompositeModel):
     ):
         """Pictures with some groups given; the others are drawn.
 
-        The first groups fix what is seen at large, the last ones details.
+        The first groups determine the large structures, the last ones details.
 
         Args:
             z: List of arrays `(n, height, width, latent_channels)`, one for
@@ -380,7 +382,7 @@ class NVAE(CompositeModel):
 
         Returns:
             Dict of three lists of NumPy arrays, one for each group: `z` as
-            drawn, behind flows; `mean` and `scale` of the posterior, before
+            drawn, after the flows; `mean` and `scale` of the posterior, before
             them.
         """
         return verbs.posterior(
@@ -405,7 +407,7 @@ class NVAE(CompositeModel):
         batch_size=32,
         verbose=0,
     ):
-        """Pictures through the posterior and back.
+        """Decodes latent variables drawn from the posteriors of pictures.
 
         Args:
             x: `(n, height, width, channels)`, or a data set of batches, which
@@ -436,7 +438,7 @@ class NVAE(CompositeModel):
     def interpolate(
         self, x1, x2, num=8, temperature=0.0, seed=None, batch_size=32
     ):
-        """Between pairs of pictures: all groups are mixed linearly.
+        """Interpolates between pairs of pictures: mixes all groups linearly.
 
             decode((1 − α) z(x1) + α z(x2))
 
@@ -514,10 +516,10 @@ class NVAE(CompositeModel):
     ):
         """Sets the decoder's batch statistics to those of its own samples.
 
-        Moving averages belong to the training data and to a temperature of 1.
-        Here the decoder samples batches as in training, and means and
-        variances over all of them take the averages' place. Batches with
-        numbers that are not finite are left out.
+        Moving averages are those of the training data at a temperature of 1.
+        Here the decoder samples batches as in training, and the means and
+        variances over all of them replace the averages. Batches with numbers
+        that are not finite are left out.
 
         Args:
             num_batches: Integer.

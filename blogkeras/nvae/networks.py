@@ -1,4 +1,4 @@
-"""The two towers: pictures to features, and latent variables to pictures."""
+"""The networks: pictures to features, and latent variables to pictures."""
 
 import keras
 from keras import layers, ops
@@ -11,7 +11,7 @@ from blogkeras.nvae.flows import PairedFlow
 
 
 class Tower(layers.Layer):
-    """What both towers share: cells by the configuration, and recomputing.
+    """The base class of both networks: their cells, and recomputation.
 
     Args:
         config: `NVAEConfig`.
@@ -48,7 +48,7 @@ class Tower(layers.Layer):
 
 
 class Encoder(Tower):
-    """From a picture to the features that each group's posterior looks at.
+    """From a picture to the features that each group's posterior depends on.
 
     Output: list of tensors, one for each group, in the order of drawing: from
     the coarsest scale to the finest.

@@ -16,7 +16,7 @@ BALANCES = (None, "equal", "linear", "sqrt", "square")
 
 @dataclasses.dataclass(frozen=True)
 class NVAEConfig:
-    """What an `NVAE` is made of, and what its loss is.
+    """The architecture and the loss of an `NVAE`.
 
     A picture passes `num_blocks` blocks of cells, each of which halves its
     sides and doubles its channels. Then come the scales, each of half the sides
@@ -26,7 +26,7 @@ class NVAEConfig:
     Args:
         input_shape: `(height, width, channels)` of the pictures.
         padding: Integer. Rows and columns of zeros put around a picture inside
-            the model; the loss does not see them. 28 × 28 needs 2.
+            the model; they are not part of the loss. 28 × 28 needs 2.
         groups: Tuple of integers: the number of groups of each scale, from
             the finest to the coarsest. They are drawn in the other direction.
         channels: Integer. Channels after the first convolution.
@@ -202,7 +202,7 @@ class NVAEConfig:
         return sum(h * w * c for h, w, c in self.latent_shapes)
 
     def count_parameters(self):
-        """The number of trained numbers, by arithmetic: nothing is built.
+        """The number of trained parameters, computed without building a model.
 
         Norms of convolutions and the learned start are among them; singular
         vectors and moving averages, which are not trained, are not.

@@ -80,7 +80,7 @@ def batch_statistics(model, norms, rows, seed, temperature):
     momenta = [norm.momentum for norm in norms]
     mapping = {id(v): (v, ops.convert_to_tensor(v)) for v in model.variables}
     for norm in norms:
-        # What stands there may be NaN, and 0 · NaN is NaN.
+        # The old value may be NaN, and 0 · NaN is NaN.
         for v in (norm.moving_mean, norm.moving_variance):
             mapping[id(v)] = v, ops.zeros(v.shape, v.dtype)
     try:
