@@ -13,7 +13,10 @@ export TF_CPP_MIN_LOG_LEVEL=3
 "${PYTHON:-python3}" -m venv "$venvs/build"
 "$venvs/build/bin/pip" install -q build twine
 rm -rf dist build
-"$venvs/build/bin/python" -m build --outdir dist . >"$venvs/build.log"
+"$venvs/build/bin/python" -m build --outdir dist . >"$venvs/build.log" 2>&1 || {
+    cat "$venvs/build.log"
+    exit 1
+}
 "$venvs/build/bin/twine" check --strict dist/*
 wheel=$(ls "$here"/dist/*.whl)
 sdist=$(ls "$here"/dist/*.tar.gz)

@@ -68,19 +68,35 @@ def read_safetensors(path):
             `model.safetensors.index.json` of a model in several files; or the
             folder of either.
 
+    Returns:
+        A dict from names, such as `"bert/pooler/dense/bias"`, to NumPy arrays
+        of the shapes that TensorFlow's checkpoints have: for the argument
+        `checkpoint_path`.
+
     Raises:
         ValueError: where a file is damaged, a file or a tensor that the index
             names is missing, or the numbers are of a dtype that NumPy does not
             have (such as float8).
         FileNotFoundError: where there is no such file.
+        ImportError: without the library `safetensors`.
 
     Example:
 
-    >>> from blogkeras.bert4keras import read_safetensors
-    >>> from bert4keras.models import build_transformer_model
-    >>> model = build_transformer_model(
-    ...     "bert/config.json", read_safetensors("bert/model.safetensors")
-    ... )
+    >>> from safetensors.numpy import save_file
+    >>> tensors = {"bert.pooler.dense.bias": np.ones(2, "float32")}
+    >>> save_file(tensors, "model.safetensors")  # or a file of Hugging Face
+    >>> weights = read_safetensors("model.safetensors")
+    >>> weights["bert/pooler/dense/bias"]
+    array([1., 1.], dtype=float32)
+
+    With a whole model:
+
+    ```python
+    build_transformer_model("config.json", read_safetensors("bert"))
+    ```
+
+    Reference:
+        [safetensors](https://huggingface.co/docs/safetensors), the format
     """
     if not isinstance(path, (str, os.PathLike)):
         raise ValueError(

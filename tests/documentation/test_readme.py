@@ -36,6 +36,21 @@ def test_every_post_is_found_in_six_places():
             assert any(post in source for source in sources), (place, post)
 
 
+def test_the_page_of_results_repeats_what_was_recorded():
+    """Each number with decimals stands in the file that its row links to."""
+    page = README.parent / "docs/results.md"
+    rows = re.findall(r"^\| (?:\d{4})? *\|.*", page.read_text("utf-8"), re.M)
+    assert len(rows) >= 10
+    text = ""
+    for row in rows:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        link = re.search(r"\]\(([^)#]+)", cells[-1])
+        if link:
+            text = (page.parent / link[1]).read_text("utf-8")
+        for number in re.findall(r"\d+\.\d+", cells[2]):
+            assert number in text, (row, number)
+
+
 def test_the_chinese_one_says_the_same():
     """The same code, the same table, the same pages and figures."""
     chinese = README.with_name("README.zh-CN.md").read_text("utf-8")
