@@ -291,7 +291,16 @@ def test_weights_of_a_shape_not_known_before():
         )
 
 
-@every("codebook", "average", "residual", "autoencoder")
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "autoencoder",
+        *(
+            pytest.param(kind, marks=pytest.mark.verify)
+            for kind in ("codebook", "average", "residual")
+        ),
+    ],
+)
 def test_two_replicas_tell_and_do_what_one_does(kind):
     x = RNG.normal(size=(8, DIM)).astype("float32")
 
