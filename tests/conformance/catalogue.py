@@ -1,16 +1,234 @@
-"""Public classes that are neither layer, loss, metric nor model, by kind.
+"""Every public class by its kind, with arguments and data to try it on.
 
-`test_kinds.py` checks each kind; `test_conformance.py` checks that no public
-class is missing.
+`test_conformance.py` checks layers, losses, metrics and models and that no
+public class is missing, `test_kinds.py` what else there is;
+`test_golden_files.py` loads what an earlier version has saved.
 """
 
 import keras
 import numpy as np
 import toy
-from kit import JAX
+from kit import JAX, TENSORFLOW
 
 import blogkeras
 
+
+def dense(units=3, inputs=3, activation="tanh", name=None):
+    layer = keras.layers.Dense(units, activation, name=name)
+    layer.build((None, inputs))
+    return layer
+
+
+def theseus():
+    head = dense(3, 3, "softmax", "head")
+    model = blogkeras.Theseus(
+        [[dense(4), dense(3, 4)], dense()], [dense(), dense()], head, seed=1
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
+    return model
+
+
+def distillation():
+    teacher, student = (
+        keras.Sequential([keras.Input((3,)), dense(3, 3, "softmax")])
+        for _ in range(2)
+    )
+    model = blogkeras.Distillation(teacher, student)
+    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
+    return model
+
+
+def bottleneck():
+    model = blogkeras.HSICBottleneck([dense(4), dense(3, 4)], 3)
+    model.compile("sgd", metrics=["accuracy"], jit_compile=True)
+    return model
+
+
+def vqvae():
+    encoder = keras.Sequential([keras.Input((3,)), dense(4)])
+    decoder = keras.Sequential([keras.Input((4,)), dense(3, 4)])
+    model = blogkeras.VQVAE(encoder, blogkeras.VectorQuantizer(5), decoder)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def code_prior():
+    model = blogkeras.CodePrior(
+        11, (5,), dim=8, num_layers=1, num_heads=2, name="code_prior"
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def token_encoder(dim, name):
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    h = keras.layers.Embedding(toy.VOCABULARY, 3)(tokens)
+    return keras.Model(tokens, dense(dim)(h), name=name)
+
+
+def masked_language_model():
+    model = blogkeras.MaskedLanguageModel(
+        token_encoder(4, "encoder"), mask_token=1, seed=1
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def electra():
+    model = blogkeras.ElectraPretrainer(
+        token_encoder(4, "generator"),
+        token_encoder(6, "discriminator"),
+        mask_token=1,
+        name="electra",
+        seed=1,
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def density_estimator():
+    network = blogkeras.mlp_log_density((3,), (4,))
+    model = blogkeras.DenoisingDensityEstimator(network, 0.5, seed=0)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def denoising_generator():
+    model = blogkeras.DenoisingGenerator(
+        keras.Sequential([keras.Input((3,)), dense(2)]),
+        blogkeras.mlp_log_density((2,), (4,)),
+        blogkeras.mlp_log_density((2,), (4,)),
+        0.5,
+        seed=0,
+    )
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def annealed_score_matching():
+    network = blogkeras.mlp_log_density((3,), (4,), head="quadratic")
+    model = blogkeras.AnnealedScoreMatching(network, [0.1, 1.0], seed=0)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def denoising_autoencoder():
+    network = keras.Sequential([keras.Input((3,)), dense(3, 3)])
+    model = blogkeras.DenoisingAutoencoder(network, 0.5, seed=0)
+    model.compile("sgd", jit_compile=True)
+    return model
+
+
+def network():
+    layers = [dense(name=name) for name in ("first", "middle", "last")]
+    return keras.Sequential([keras.Input((3,)), *layers])
+
+
+def nvae():
+    config = blogkeras.NVAEConfig(
+        (4, 4, 1),
+        groups=(1,),
+        channels=2,
+        latent_channels=2,
+        cells_per_block=1,
+        cells_per_group=1,
+        likelihood="normal",
+    )
+    model = blogkeras.NVAE(config, seed=0)
+    # Depthwise convolutions compile slowly.
+    model.compile("sgd", jit_compile=not TENSORFLOW)
+    return model
+
+
+PICTURES = np.abs(np.tanh(toy.DENSE[:, :1, None, None] * np.ones((4, 4, 1))))
+# (class, constructor arguments, input array or list of them)
+LAYERS = [
+    (blogkeras.QuadraticHead, {}, toy.DENSE[:8]),
+    (
+        blogkeras.TokenMasking,
+        {
+            "vocabulary_size": toy.VOCABULARY,
+            "mask_token": 1,
+            "special_tokens": [2, 3],
+            "rate": 0.3,
+            "unit": "ngram",
+            "seed": 0,
+        },
+        toy.TOKENS[:8],
+    ),
+    (
+        blogkeras.FiniteScalarQuantizer,
+        {"levels": [3, 4, 5], "activation": "sigmoid"},
+        toy.DENSE[:8],
+    ),
+    (
+        blogkeras.ResidualVectorQuantizer,
+        {"num_quantizers": 2, "num_codes": 4, "ema_decay": 0.9},
+        toy.DENSE[:24].reshape(4, 6, 3),
+    ),
+    (
+        blogkeras.VectorQuantizer,
+        {"num_codes": 5, "ema_decay": 0.9, "restart_threshold": 0.1},
+        toy.DENSE[:24].reshape(4, 6, 3),
+    ),
+    (
+        blogkeras.HSICRegularization,
+        {"rate": 0.5, "kernel_y": blogkeras.LinearKernel()},
+        [toy.DENSE[:8], toy.TARGETS[:8]],
+    ),
+    (
+        blogkeras.ModuleReplacement,
+        {"predecessor": [dense(4), dense(3, 4)], "successor": dense()},
+        toy.DENSE[:8],
+    ),
+    (
+        blogkeras.Segment,
+        {"cut": blogkeras.cut_model(network(), "middle")[0].cut, "index": 1},
+        toy.DENSE[:8],
+    ),
+    (
+        blogkeras.WordMoverDistance,
+        {"regularization": 0.05, "pairwise": True},
+        [toy.DENSE[:12].reshape(4, 3, 3), toy.DENSE[12:20].reshape(4, 2, 3)],
+    ),
+    (
+        blogkeras.WordRotatorDistance,
+        {"weighting": "importance", "tolerance": 0.01},
+        [
+            toy.DENSE[:12].reshape(4, 3, 3),
+            toy.DENSE[12:20].reshape(4, 2, 3),
+            toy.WEIGHTS[:12].reshape(4, 3),
+            toy.WEIGHTS[12:20].reshape(4, 2),
+        ],
+    ),
+]
+# (class, constructor arguments, y_true, y_pred)
+LOSSES = [
+    (blogkeras.HSICLoss, {}, toy.DENSE[:8], toy.DENSE[8:16]),
+]
+# (class, constructor arguments, y_true, y_pred)
+METRICS = [
+    (blogkeras.CKA, {}, toy.DENSE[:8], toy.DENSE[8:16]),
+]
+# (function that builds and compiles a model, x, y)
+MODELS = [
+    (nvae, PICTURES[:16], None),
+    (density_estimator, toy.DENSE[:16], None),
+    (denoising_autoencoder, toy.DENSE[:16], None),
+    (annealed_score_matching, toy.DENSE[:16], None),
+    *(
+        [(denoising_generator, toy.DENSE[:16], None)]
+        if hasattr(keras.optimizers, "MultiOptimizer")
+        else []
+    ),
+    (electra, toy.TOKENS[:16], None),
+    (masked_language_model, toy.TOKENS[:16], None),
+    (code_prior, toy.TOKENS[:16], None),
+    (vqvae, toy.DENSE[:16], None),
+    (bottleneck, toy.DENSE[:8], toy.LABELS[:8]),
+    (theseus, toy.DENSE[:16], toy.LABELS[:16]),
+    (distillation, toy.DENSE[:16], toy.LABELS[:16]),
+]
 # (class, constructor arguments)
 KERNELS = [
     (blogkeras.GaussianKernel, {"bandwidth": 2.0, "form": "blog"}),
