@@ -143,14 +143,14 @@ def draw(results, path):
     require("matplotlib").use("Agg")
     pyplot = require("matplotlib.pyplot")
 
-    figure = pyplot.figure(figsize=(12, 11), layout="constrained")
+    figure = pyplot.figure(figsize=(12, 8), layout="constrained")
     axes = figure.subplot_mosaic(
         [
             ["first", "second"],
             ["inpainting", "denoising"],
             ["anomaly", "anomaly"],
         ],
-        height_ratios=[5, 5, 2],
+        height_ratios=[4, 4, 2.5],
     )
     for name, title in (
         ("first", "First road: a generator, one pass"),
@@ -166,7 +166,7 @@ def draw(results, path):
         rows, labels = zip(*results[name], strict=True)
         show(axes[name], title, rows, labels)
     scores, odd = results["scores"], results["odd"]
-    bins = np.linspace(*np.quantile(scores, [0.005, 0.995]), 50)
+    bins = np.linspace(*np.quantile(scores, [0.005, 0.995]), 30)
     for chosen, label in ((~odd, "0 to 8"), (odd, "9, never trained on")):
         axes["anomaly"].hist(
             scores[chosen], bins, density=True, alpha=0.6, label=label
