@@ -27,7 +27,7 @@ PAGE = page.ROOT / "docs/benchmarks/quantization.md"
 SIZES = {
     "small": (65_536, 64, 1024),
     "large": (16_384, 256, 8192),
-    "trial": (1024, 16, 64),  # of the benchmark itself, when asked for
+    "trial": (8192, 16, 64),  # of the benchmark itself, when asked for
 }
 CONTENDERS = {
     "bound": "bound: blocks of the product alone, JAX",

@@ -25,6 +25,7 @@ throughout, and the page is printed, not written.
 import argparse
 import os
 import pathlib
+import random
 import statistics
 import time
 from typing import NamedTuple
@@ -100,8 +101,8 @@ def encoder(size, name="encoder"):
     return keras.Model(tokens, h, name=name)
 
 
-def compiled(model, rate=0.1, loss=None):
-    model.compile(keras.optimizers.SGD(rate), loss, jit_compile=True)
+def compiled(model, rate=0.1, **options):
+    model.compile(keras.optimizers.SGD(rate), jit_compile=True, **options)
     return model
 
 
@@ -358,7 +359,9 @@ CASES = {
 def prepared(case, size, device, policy="float32"):
     """The call of a case on a device, and its results."""
     keras.utils.clear_session()
-    keras.utils.set_random_seed(0)
+    # Keras draws its seeds from here. `keras.utils.set_random_seed` would
+    # import TensorFlow where it is installed.
+    random.seed(0)
     keras.config.set_dtype_policy(policy)
     try:
         with jax.default_device(device):
