@@ -173,15 +173,20 @@ def codes_of(x):
         Array of int32, `(..., n)`.
     """
     flat = x.reshape(-1, x.shape[-1])
-    codes = np.stack(
-        [
-            np.unique(column, return_inverse=True)[1].ravel()
-            for column in flat.T
-        ],
-        axis=-1,
-    )
+    codes = np.stack([_codes_of_column(c) for c in flat.T], axis=-1)
     _, codes = np.unique(codes, axis=0, return_inverse=True)
     return codes.reshape(x.shape[:-1]).astype("int32")
+
+
+def _codes_of_column(column):
+    try:
+        return np.unique(column, return_inverse=True)[1].ravel()
+    except TypeError:
+        # Objects without an order, such as None beside strings.
+        numbers = {}
+        return np.array(
+            [numbers.setdefault(v, len(numbers)) for v in column.tolist()]
+        )
 
 
 def check_mask_shape(weight, shape):

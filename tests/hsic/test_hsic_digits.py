@@ -307,6 +307,7 @@ def test_labels_are_compared_as_they_are():
         names,
         list(names),
         names.astype(object),
+        np.array([None, "bee", 3, (4,)], object)[labels],  # no order
         labels == 2,
     ):
         found = hsic_test(x, x, delta, delta).p_value
