@@ -287,7 +287,7 @@ def record(options):
     names = options.only
     if not (options.official and options.torch):
         names = [name for name in names if name != "official"]
-    for case in options.cases:
+    for case in [] if options.report else options.cases:
         for verb in options.verbs:
             todo = record.missing([(case, verb, name) for name in names])
             todo = [name for *_, name in todo]
@@ -324,10 +324,13 @@ def write_page(rows, options):
         names = ("ratio", "low", "high")
         return page.interval(*(float(row[f"{clock}_{n}"]) for n in names))
 
+    texts = __doc__.split("\n\n")
     lines = [
         "# NVAE: steps and samples on a CPU (post 7574)",
         "",
-        *(" ".join(text.split()) + "\n" for text in __doc__.split("\n\n")[2:4]),
+        *(" ".join(texts[i].split()) + "\n" for i in (2, 4)),
+        # The shims, indented: code.
+        texts[5].rstrip() + "\n",
         page.environment(["keras", "tensorflow", "jax"])
         + f"; batches of {rows[0]['batch']}, medians of {options.rounds} "
         "rounds. Ratios are above 1 where the published code takes longer.",
@@ -374,6 +377,7 @@ def main():
     parser.add_argument(
         "--memory", action="store_true", help="only that, on JAX"
     )
+    parser.add_argument("--report", action="store_true", help="only the page")
     parser.add_argument("--rows", type=pathlib.Path, default=ROWS)
     parser.add_argument("--page", type=pathlib.Path, default=PAGE)
     options = parser.parse_args()
