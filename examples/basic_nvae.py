@@ -164,7 +164,11 @@ def main():
     some = test[:10]
     z = nvae.encode(some, temperature=1.0, seed=args.seed)["z"]
     rows = {"test digits": some}
-    for name, count in (("all groups", 3), ("the first two", 2), ("first", 1)):
+    for name, count in (
+        ("all groups", 3),
+        ("the first two", 2),
+        ("the first one", 1),
+    ):
         rows[name] = nvae.decode(z[:count], seed=args.seed)
     grid(path("reconstructions"), rows)
     # Last: the statistics are then those of samples.
