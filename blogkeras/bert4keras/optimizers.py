@@ -15,12 +15,21 @@ import tensorflow as tf
 from blogkeras.bert4keras.names import register
 
 
-class LearningRate:
-    """Mixin of Keras 2's names of the learning rate.
+class ShortName:
+    """Mixin of an optimizer with Keras 2's attribute `lr`."""
 
-    `lr=` and `decay=` are taken as arguments, and `optimizer.lr` is a
-    variable that callbacks read and set.
-    """
+    @property
+    def lr(self):
+        """Keras 2's short name of `learning_rate`; may be set."""
+        return self.learning_rate
+
+    @lr.setter
+    def lr(self, value):
+        self.learning_rate = value
+
+
+class LearningRate(ShortName):
+    """Mixin that takes Keras 2's arguments `lr=` and `decay=`."""
 
     def __init__(self, *args, **kwargs):
         if "lr" in kwargs:
@@ -46,15 +55,6 @@ class LearningRate:
                     f"Received: {name}={value!r}"
                 )
         super().__init__(*args, **kwargs)
-
-    @property
-    def lr(self):
-        """Keras 2's short name of `learning_rate`."""
-        return self.learning_rate
-
-    @lr.setter
-    def lr(self, value):
-        self.learning_rate = value
 
 
 def _of_keras_2(name):
@@ -92,7 +92,7 @@ def get_optimizer(identifier):
     return keras.optimizers.get(identifier)
 
 
-class Optimizer(keras.optimizers.Optimizer):
+class Optimizer(ShortName, keras.optimizers.Optimizer):
     """`keras.optimizers.Optimizer` for bert4keras.
 
     Takes the arguments of any Keras 3 optimizer, as `clipnorm`.
@@ -107,15 +107,6 @@ class Optimizer(keras.optimizers.Optimizer):
         super().__init__(name=name, **kwargs)
         self._hyper = {}
         self._slots = {}
-
-    @property
-    def lr(self):
-        """Keras 2's short name of `learning_rate`."""
-        return self.learning_rate
-
-    @lr.setter
-    def lr(self, value):
-        self.learning_rate = value
 
     def build(self, variables):
         if self.built:
