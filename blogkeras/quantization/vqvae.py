@@ -216,7 +216,9 @@ class VQVAE(CompositeModel):
             z = self.encoder(x, training=False)
             return self.quantizer.encode(z), _is_finite(z)
 
-        return self._map(encode, [self._inputs("x", x)], batch_size, verbose)
+        return self._map(
+            encode, [self._checked_inputs("x", x)], batch_size, verbose
+        )
 
     def decode(self, codes, batch_size=32, verbose=0):
         """The decoder's outputs for codes: the inverse of `encode`.
@@ -263,7 +265,7 @@ class VQVAE(CompositeModel):
         quantize = check_boolean("quantize", quantize)
         return self._map(
             reconstruct if quantize else pass_on,
-            [self._inputs("x", x)],
+            [self._checked_inputs("x", x)],
             batch_size,
             verbose,
         )
@@ -284,7 +286,7 @@ class VQVAE(CompositeModel):
             NumPy array, `(n, num, ...)`.
         """
         num = check_integer("num", num, minimum=2)
-        x1, x2 = self._inputs("x1", x1), self._inputs("x2", x2)
+        x1, x2 = self._checked_inputs("x1", x1), self._checked_inputs("x2", x2)
         if x1.shape != x2.shape:
             raise ValueError(
                 "Expected inputs of one shape on both sides. Received: "
@@ -322,7 +324,7 @@ class VQVAE(CompositeModel):
             verbose: As for `encode`; one progress bar for encoding, one for
                 k-means.
         """
-        x = self._inputs("x", x)
+        x = self._checked_inputs("x", x)
         z, weights = self._vectors(x, batch_size, verbose)
         self.quantizer.adapt(z[weights > 0], iterations, seed, verbose)
 
@@ -364,7 +366,7 @@ class VQVAE(CompositeModel):
             )
         return outputs
 
-    def _inputs(self, name, x):
+    def _checked_inputs(self, name, x):
         """The rows of `x` as an array, if they have the encoder's shape."""
         x = _rows(name, x)
         if x.dtype.kind not in "fiub" and x.dtype.name != "bfloat16":
