@@ -285,7 +285,7 @@ def count_flops(options):
         if method(name):
             adversarial_training(model, method=method(name))
             hook = training.installed(model)
-            step = functools.partial(training._make_step(hook), model)
+            step = functools.partial(training.make_step(hook), model)
         program = jax.jit(step).lower(state, (x, y)).compile()
         counts[name] = program.cost_analysis()["flops"]
     print(json.dumps(counts))

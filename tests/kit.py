@@ -1,6 +1,6 @@
 """Helpers of the tests: values, backends, replicas, closeness.
 
-Models and data that tests share stand in `toy.py`.
+Models and data that tests share are in `toy.py`.
 """
 
 import functools
@@ -21,7 +21,7 @@ jax_only = pytest.mark.skipif(not JAX, reason="JAX only")
 
 
 def slow_on_jax(test):
-    """On JAX only in `make verify`: XLA takes long to compile it for a CPU."""
+    """On JAX it runs in `make verify` only: XLA compiles it slowly on a CPU."""
     return pytest.mark.verify(test) if JAX else test
 
 
@@ -34,7 +34,8 @@ def close_in_ulps(actual, expected, ulps=4, dtype=None):
     """Asserts equality up to units in the last place of the largest value.
 
     Programs that are compiled differently (eager, XLA, a branch; another
-    processor) add in another order, so they need not agree to the bit.
+    processor) sum in another order, so their results may differ in the last
+    bits.
 
     Args:
         actual: Tensor or array.
@@ -63,8 +64,8 @@ def nearest_rows(z, codebook, margin=1e-5):
     """The nearest row of a codebook for each vector, in float64.
 
     Asserts that no other row is as near within `margin`, relative to the
-    distance: so a float32 program takes the same row on any processor. (Of
-    equal rows it takes the first.)
+    distance. So a float32 program finds the same row on any processor. (Of
+    equal rows the first is taken.)
     """
     z, codebook = value(z, "float64"), value(codebook, "float64")
 
@@ -81,8 +82,8 @@ def assert_nearest(codes, z, codebook, margin=1e-5):
     """Asserts that each vector got a nearest row of a codebook.
 
     Distances are computed in float64 from differences. Where two rows are
-    equally near within `margin`, relative to their distance, either is right:
-    which of them a float32 program takes depends on the processor.
+    equally near within `margin`, relative to their distance, both are accepted:
+    a float32 program may find either, depending on the processor.
 
     Args:
         codes: `(...)`, integers.
@@ -159,7 +160,7 @@ def lower_train_step(model, x, y=None, platform="tpu"):
     hook = training.installed(model)
     step = model.train_step
     if hook is not None:
-        step = functools.partial(training._make_step(hook), model)
+        step = functools.partial(training.make_step(hook), model)
     state = model._get_jax_state(
         trainable_variables=True,
         non_trainable_variables=True,
@@ -178,7 +179,7 @@ def products(program):
 
 
 def assert_full_precision(program):
-    """All matrix products of a lowered program, of which there are some."""
+    """Asserts that there are matrix products, and all of full precision."""
     found = products(program)
     assert found
     assert [p for p in found if "[HIGHEST, HIGHEST]" not in p] == []

@@ -43,7 +43,7 @@ def flops(hook):
         hook = hook(model)
 
         def step(state, data):
-            return training._make_step(hook)(model, state, data)
+            return training.make_step(hook)(model, state, data)
 
     return jax.jit(step).lower(state, (x, y)).cost_analysis()["flops"]
 

@@ -274,7 +274,7 @@ def test_operations_beyond_a_plain_step_do_not_grow_with_the_vocabulary(
             hook = method.hook(model)
 
             def step(state, data):
-                return training._make_step(hook)(model, state, data)
+                return training.make_step(hook)(model, state, data)
 
         found = jax.jit(step).lower(state, (x, y)).compile().cost_analysis()
         return np.array([found["flops"], found["bytes accessed"]])
@@ -295,7 +295,7 @@ def test_no_tensor_of_the_size_of_the_matrix_is_computed():
     x, y = np.zeros((4, 8), "int32"), np.zeros(4, "int32")
 
     def sizes(hook):
-        step = training._make_step(hook)
+        step = training.make_step(hook)
         graph = (
             tf.function(lambda x, y: step(model, (x, y)), autograph=False)
             .get_concrete_function(x, y)

@@ -10,7 +10,7 @@ from keras import layers, losses, ops
 from kit import value
 
 from blogkeras import backend, outputs
-from blogkeras.outputs import OutputMeaning, read_outputs
+from blogkeras.outputs import OutputMeaning, read_outputs, reading
 
 
 def model_of(*units, loss=None, names=None, as_dict=False, **kwargs):
@@ -117,7 +117,7 @@ def test_the_loss_tells(loss, expected):
 
 def test_every_loss_of_keras_is_known_or_refused():
     """A new version of Keras with a new loss fails here."""
-    known = {x[0] for x in (*outputs._LOSSES, *outputs._PROBABILITIES)}
+    known = {x[0] for x in (*reading._LOSSES, *reading._PROBABILITIES)}
     public = {
         name
         for name in dir(losses)

@@ -1,0 +1,173 @@
+"""The loss of a batch as a pure function of weights, values and outputs."""
+
+import inspect
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.state import StepSeed
+from blogkeras.training.perturbation import perturbed
+
+
+class Evaluation(NamedTuple):
+    """The results of one evaluation of the objective.
+
+    Attributes:
+        loss: Scalar, as `compute_loss` gave it.
+        y_pred: The model's outputs.
+        updates: The new state; opaque, for `install` to commit.
+    """
+
+    loss: Any
+    y_pred: Any
+    updates: Any
+
+
+class Objective:
+    """The loss of one batch as a pure function. Made by the train step.
+
+    Attributes:
+        model: The model in training.
+        data: `(x, y, sample_weight)` of the batch.
+        iterations: Scalar integer tensor, the optimizer's update count.
+    """
+
+    def __init__(self, model, data, state, iterations, loss_scale):
+        self.model = model
+        self.data = keras.utils.unpack_x_y_sample_weight(data)
+        self.iterations = iterations
+        self._state = state
+        self._loss_scale = loss_scale
+        self._scopes = []
+
+    def __call__(self, weights, values=(), perturb=None, data=None):
+        """Evaluates the model and its loss; changes nothing.
+
+        All evaluations of a step start from the same state, so they share
+        their dropout masks.
+
+        Args:
+            weights: Values for `model.trainable_variables`.
+            values: Pairs `(variable, value)` that come before `weights` and
+                before the current values: any variable, trainable or not.
+            perturb: Dict `{layer: fn}`: the output of each call of the layer
+                becomes `fn(output, *args, **kwargs)`, with the arguments of the
+                call.
+            data: `(x, y, sample_weight)` in place of the batch.
+
+        Returns:
+            `(loss, evaluation)`, as `value_and_grad` wants them.
+        """
+        model = self.model
+        x, y, sample_weight = self.data if data is None else data
+        mapping = [
+            *self._state,
+            # Regularizers read their variable from the scope: map them all.
+            *zip(model.trainable_variables, weights, strict=True),
+            *values,
+        ]
+        with (
+            backend.RecordingScope(mapping) as scope,
+            perturbed(perturb or {}),
+        ):
+            # Keras's JAX trainer runs `call`, its TensorFlow trainer
+            # `__call__`; in half precision the two differ.
+            forward = model.call if backend.BACKEND == "jax" else model
+            y_pred = forward(x, **_training_argument(model.call))
+            self._require_loss()
+            loss = model.compute_loss(
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                **_training_argument(model.compute_loss),
+            )
+        # Keras recognizes a layer's `add_loss` tensors by `id`. Keep them
+        # alive: a deleted tensor's `id` may be given to one of the next
+        # evaluation.
+        self._scopes.append(scope)
+        if backend.BACKEND == "tensorflow":
+            updates = list(scope.assigned.values())
+        else:
+            # An update is what the model assigned. A variable that it did not
+            # assign keeps the value of the state, not one given by `values`.
+            updates = [
+                scope.assigned.get(id(v), (v, value))[1]
+                for v, value in self._state
+            ]
+        return loss, Evaluation(loss, y_pred, updates)
+
+    def value_and_grad(self, fn, args):
+        """Gradient of an objective, safe under loss scaling.
+
+        Args:
+            fn: `fn(args)` returns `(loss, evaluation)`.
+            args: Nested structure of tensors.
+
+        Returns:
+            `(evaluation, gradients)`. Under a `LossScaleOptimizer` the
+            gradients are the scaled ones that the optimizer expects; `unscale`
+            gives the true ones.
+        """
+
+        def scaled(args):
+            loss, evaluation = fn(args)
+            return loss * ops.cast(self._loss_scale, loss.dtype), evaluation
+
+        (_, evaluation), gradients = backend.value_and_grad(
+            scaled, args, unconnected="none"
+        )
+        return evaluation, gradients
+
+    def unscale(self, gradient):
+        """Divides a gradient from `value_and_grad` by the loss scale."""
+        return gradient / ops.cast(self._loss_scale, gradient.dtype)
+
+    def seed(self, seed):
+        """A seed for `keras.random` that changes with every update.
+
+        It needs no variable in the model: draws are numbered from the
+        optimizer's update count, so a resumed run goes on with the same ones.
+        The micro-batches of an accumulated update share them.
+
+        Args:
+            seed: Integer.
+        """
+        return StepSeed(seed, self.iterations)
+
+    def value(self, weights, variable):
+        """The value of a variable, trainable or not, in this step."""
+        index = self.index(variable)
+        if index is not None:
+            return weights[index]
+        for candidate, value in self._state:
+            if candidate is variable:
+                return value
+        return ops.convert_to_tensor(variable)
+
+    def _require_loss(self):
+        model = self.model
+        computes_own = type(model).compute_loss is not keras.Model.compute_loss
+        if model.loss is None and not computes_own and not model.losses:
+            raise ValueError(
+                "The model has no loss to train on. Pass `loss=` to `compile`, "
+                "or call `add_loss` in a layer. Received: loss=None for model "
+                f"{model.name!r}"
+            )
+
+    def index(self, variable):
+        """The place of a variable in `weights`; `None` if it is frozen."""
+        for index, candidate in enumerate(self.model.trainable_variables):
+            if candidate is variable:
+                return index
+        return None
+
+
+def _training_argument(fn):
+    parameters = inspect.signature(fn).parameters.values()
+    accepts = any(
+        p.name == "training" or p.kind is p.VAR_KEYWORD for p in parameters
+    )
+    return {"training": True} if accepts else {}

@@ -1,0 +1,70 @@
+"""Passes the outputs of layers through functions while a model runs."""
+
+import contextlib
+import threading
+
+from keras import tree
+
+from blogkeras import backend
+
+# `tf.distribute` runs each replica in a thread of its own and may switch
+# between threads where replicas exchange values, as in a synchronized
+# BatchNormalization.
+_local = threading.local()
+
+
+class _StandIn:
+    """Stands in for `layer.call` while the objective is evaluated."""
+
+    def __init__(self, layer, method):
+        self.layer = layer
+        self.call = getattr(layer, method)
+        self.users = 0
+
+    def __call__(self, *args, **kwargs):
+        output = self.call(*args, **kwargs)
+        fn = getattr(_local, "perturb", {}).get(id(self.layer))
+        if fn is None:
+            return output
+        new = fn(output, *args, **kwargs)
+        # Some layers set the mask of their output in `call`.
+        for before, after in zip(
+            tree.flatten(output), tree.flatten(new), strict=True
+        ):
+            mask = backend.get_keras_mask(before)
+            if mask is not None and after is not before:
+                backend.set_keras_mask(after, mask)
+        return new
+
+
+@contextlib.contextmanager
+def perturbed(perturb):
+    """Within, and in this thread, layers' outputs pass through functions.
+
+    Args:
+        perturb: Dict `{layer: fn}`, as in `Objective.__call__`.
+    """
+    before = getattr(_local, "perturb", {})
+    _local.perturb = {id(layer): fn for layer, fn in perturb.items()}
+    methods = {layer: _called_method(layer) for layer in perturb}
+    for layer, method in methods.items():
+        stand_in = layer.__dict__.get(method)
+        if not isinstance(stand_in, _StandIn):
+            stand_in = _StandIn(layer, method)
+            object.__setattr__(layer, method, stand_in)
+        stand_in.users += 1
+    try:
+        yield
+    finally:
+        _local.perturb = before
+        for layer, method in methods.items():
+            stand_in = layer.__dict__[method]
+            stand_in.users -= 1
+            if not stand_in.users:
+                object.__delattr__(layer, method)
+
+
+def _called_method(layer):
+    """The name of the method that Keras calls; quantized, it is another."""
+    is_quantized = getattr(layer, "quantization_mode", None) is not None
+    return "quantized_call" if is_quantized else "call"
