@@ -95,7 +95,7 @@ class HSICLoss(keras.losses.Loss):
         self.maximize = check_boolean("maximize", maximize)
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        mask = getattr(y_pred, "_keras_mask", None)
+        mask = backend.get_keras_mask(y_pred)
         y_true, y_pred, weight = gathered(
             flat(y_true), flat(y_pred, mask), sample_weight
         )
@@ -286,7 +286,7 @@ class CKA(keras.metrics.Metric):
 
     def update_state(self, y_true, y_pred, sample_weight=None):
         y_true = flat(y_true)
-        y_pred = flat(y_pred, getattr(y_pred, "_keras_mask", None))
+        y_pred = flat(y_pred, backend.get_keras_mask(y_pred))
         if y_pred.shape[0] is not None and y_pred.shape[0] < 4:
             return
         if sample_weight is not None:

@@ -68,7 +68,6 @@ ATTRIBUTES = {
     "loss": {"_fn_kwargs"},
     "compiled loss": {"_user_loss"},
     "symbolic tensor": {"_keras_history"},
-    "masked tensor": {"_keras_mask"},
 }
 if TENSORFLOW:
     ATTRIBUTES["gradient graph"] = {
@@ -178,7 +177,6 @@ def objects():
     model = keras.Model(model.inputs, model.outputs)
     model.compile("sgd", "mse", jit_compile=False)
     model.fit(x, x[:, :1], verbose=0)
-    tokens = keras.layers.Embedding(3, 2, mask_zero=True)(x.astype("int32"))
     found = {
         "model": model,
         "layer": model.layers[-1],
@@ -188,7 +186,7 @@ def objects():
         "metric": keras.metrics.Mean(),
         "schedule": keras.optimizers.schedules.CosineDecay(1.0, 2),
         "symbolic tensor": model.inputs[0],
-        "masked tensor": tokens,
+        "tensor": keras.ops.convert_to_tensor(x),
     }
     if TENSORFLOW:
         found["gradient graph"] = gradient_graph()
