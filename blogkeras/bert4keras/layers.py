@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from blogkeras.backend import get_keras_mask
 from blogkeras.bert4keras.names import get_initializer
 
 # The bridged layer whose `build` or `call` is running, if any. Layers that
@@ -89,7 +90,7 @@ def _without_mask(inputs, outputs):
     def copy(x):
         if not tf.is_tensor(x) or isinstance(x, keras.KerasTensor):
             return x
-        if id(x) in given or getattr(x, "_keras_mask", None) is not None:
+        if id(x) in given or get_keras_mask(x) is not None:
             return tf.identity(x)
         return x
 
