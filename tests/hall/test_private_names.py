@@ -182,7 +182,7 @@ def objects():
     """An object of each kind of which private attributes are used."""
     x = np.ones((2, 3), "float32")
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    model = keras.Model(model.inputs, model.outputs)
+    model = keras.Model(model.inputs[0], model.outputs[0])
     model.compile("sgd", "mse", jit_compile=False)
     model.fit(x, x[:, :1], verbose=0)
     found = {
