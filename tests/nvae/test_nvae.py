@@ -100,7 +100,8 @@ def test_flows_and_mixtures_are_built_as_counted():
 
 @pytest.fixture(scope="module")
 def trained():
-    model = make(kl_warmup_steps=0, step=STEP)
+    # Plain gradients: few operations to trace and compile.
+    model = make(keras.optimizers.SGD(1e-2), kl_warmup_steps=0, step=STEP)
     fit(model, epochs=2)
     return model
 
@@ -420,7 +421,7 @@ def test_with_flows_one_draw_bounds_alike():
 def test_recalibrated_statistics(monkeypatch):
     """Means and variances over all batches, computed here in NumPy."""
     model = make(kl_warmup_steps=0)
-    fit(model)
+    fit(model, X[:8])
     norms = [norm for norm in model.norms if "/decoder/" in norm.path]
     assert len(norms) == 4 * 3
     seen = {id(norm): [] for norm in norms}
