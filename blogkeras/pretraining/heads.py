@@ -1,17 +1,20 @@
-"""What stands on an encoder while it is pre-trained."""
+"""The output layers of pre-training, and their losses."""
 
 import keras
 from keras import layers, ops
 
 
 def initializer():
-    """Of the heads' kernels, as in BERT; each one with a seed of its own."""
+    """A new initializer for a kernel of the heads, as in BERT.
+
+    Kernels need different initializers: one initializer gives equal values.
+    """
     return keras.initializers.TruncatedNormal(stddev=0.02)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class MaskedTokenHead(layers.Layer):
-    """Guesses tokens from vectors, with the table that the encoder looks up in.
+    """Predicts tokens from vectors, with the table of the encoder's embedding.
 
         logits = LayerNorm(gelu(W h + c)) · Eᵀ + b
 
@@ -43,13 +46,18 @@ class MaskedTokenHead(layers.Layer):
         self.normalization = layers.LayerNormalization(
             epsilon=1e-6, dtype=self.dtype_policy, name="normalization"
         )
-        self.supports_masking = True  # it is not asked for any
+        # Keras would warn of a mask that arrives here and is not used.
+        self.supports_masking = True
         self.dense.build((None, dim))
         self.normalization.build((None, embedding_dim))
         self.bias = self.add_weight(
             (vocabulary_size,), "zeros", autocast=False, name="bias"
         )
         self.built = True
+
+    @property
+    def sizes(self):
+        return self.vocabulary_size, self.embedding_dim, self.dim
 
     def build(self, *shapes):
         pass
@@ -108,7 +116,8 @@ class BinaryHead(layers.Layer):
                 (1, None, "logit"),
             )
         )
-        self.supports_masking = True  # it is not asked for any
+        # Keras would warn of a mask that arrives here and is not used.
+        self.supports_masking = True
         self.dense.build((None, dim))
         self.logit.build((None, dim))
         self.built = True

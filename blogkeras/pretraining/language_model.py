@@ -1,4 +1,4 @@
-"""Pre-training by guessing masked tokens, with a second task on pairs."""
+"""Masked-language modelling, with a second task on pairs of sentences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,7 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import (
-    as_numpy,
-    check_choice,
-    check_integer,
-    check_number,
-)
+from blogkeras.arguments import check_choice, check_integer, check_number
 from blogkeras.loops import ProgramCache
 from blogkeras.models import map_batches
 from blogkeras.pretraining.backbones import Backbone
@@ -27,31 +22,29 @@ from blogkeras.pretraining.heads import (
 from blogkeras.pretraining.pairs import change_pairs
 from blogkeras.pretraining.token_model import (
     TokenModel,
-    as_masking,
     row_weights,
     weighted_mean,
 )
-from blogkeras.state import NumberedDraws
 
 PAIRS = (None, "next_sentence", "sentence_order")
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class MaskedLanguageModel(TokenModel):
-    """Pre-trains an encoder by guessing masked tokens (BERT, ALBERT).
+    """Pre-trains an encoder by predicting masked tokens (BERT, ALBERT).
 
         L = mean over masked t of -log p(x_t | x̂) + λ · BCE(changed, pair)
 
-    The head runs on the masked positions only; masks are chosen on the device,
-    in each step anew (see `TokenMasking`). With `pairs` a second loss tells
-    what was done to half of the pairs `[CLS] A [SEP] B [SEP]`, from the vector
-    of `[CLS]`:
+    The head runs on the masked positions only. Masks are chosen on the device,
+    anew in each step (see `TokenMasking`). With `pairs`, half of the pairs
+    `[CLS] A [SEP] B [SEP]` are changed, and a second loss predicts from the
+    vector of `[CLS]` which ones:
 
     - `"next_sentence"` (BERT): B is that of another sequence of the batch;
     - `"sentence_order"` (ALBERT): A and B have changed places.
 
-    That too is done on the device: the data hold the pairs as they are (see
-    `token_blocks(..., pairs=True)`), with `"segment_ids"`.
+    The pairs are changed on the device, too: the data hold unchanged pairs with
+    their `"segment_ids"` (see `token_blocks(..., pairs=True)`).
 
     Args:
         backbone: Encoder, tokens → vectors: of bert4keras, KerasHub or any
@@ -62,8 +55,8 @@ class MaskedLanguageModel(TokenModel):
         mask_rate: Float between 0 and 1.
         pairs_weight: Float ≥ 0, λ.
         masking: A `TokenMasking`, instead of `mask_token`, `special_tokens` and
-            `mask_rate`. By default of the positions 80 % show the mask token,
-            10 % a random one.
+            `mask_rate`. By default 80 % of the positions show the mask token
+            and 10 % a random token.
         embedding: Name of the layer that looks up tokens. `None` finds it.
         head: A `MaskedTokenHead` to go on with. `None` makes one.
         pad_token: Integer.
@@ -89,6 +82,8 @@ class MaskedLanguageModel(TokenModel):
         [blog post 7846](https://kexue.fm/archives/7846)
     """
 
+    PARTS = ("backbone",)
+
     def __init__(
         self,
         backbone: keras.layers.Layer,
@@ -110,40 +105,20 @@ class MaskedLanguageModel(TokenModel):
         self.pairs_weight = check_number(
             "pairs_weight", pairs_weight, minimum=0
         )
-        self.seed = None if seed is None else check_integer("seed", seed)
         self._encoder = Backbone("backbone", backbone, embedding, pad_token)
         self.backbone = self._encoder.model
-        self.vocabulary_size = size = self._encoder.vocabulary_size
-        self.mask_token = mask_token
-        self.special_tokens = special_tokens
-        self.mask_rate = mask_rate
-        self.pad_token = pad_token
         self.embedding = getattr(embedding, "name", embedding)
-        self._masking_given = masking is not None
-        self.masking = as_masking(
+        self._set_masking(
+            self._encoder.vocabulary_size,
             masking,
             mask_token,
             special_tokens,
             mask_rate,
-            size,
-            pad_token=pad_token,
-            seed=seed,
-            name="masking",
+            pad_token,
+            seed,
         )
         self.takes_segments = self._encoder.takes_segments or bool(pairs)
-        shape = size, self._encoder.table.shape[1], self._encoder.dim
-        if head is None:
-            head = MaskedTokenHead(*shape, dtype=self.dtype_policy, name="head")
-        elif not isinstance(head, MaskedTokenHead) or shape != (
-            head.vocabulary_size,
-            head.embedding_dim,
-            head.dim,
-        ):
-            raise ValueError(
-                f"Expected `head` to be a MaskedTokenHead of sizes {shape}. "
-                f"Received: head={head!r}"
-            )
-        self.head = head
+        self.head = self._checked_head(head)
         self.pair_head = self.draws = None
         names = ["masked_accuracy", "masked_loss"]
         if pairs:
@@ -153,14 +128,23 @@ class MaskedLanguageModel(TokenModel):
                 dtype=self.dtype_policy,
                 name="pair_head",
             )
-            # Not the seed of the masking: these draws are others.
-            self.draws = NumberedDraws(
-                self, None if seed is None else seed + 2**20
-            )
+            self.draws = self._new_draws()
             names += ["pair_accuracy", "pair_loss"]
-        self._means = {name: keras.metrics.Mean(name=name) for name in names}
+        self._set_means(names)
         self._fillers = ProgramCache()
         self.built = True
+
+    def _checked_head(self, head):
+        """The head given, or a new one."""
+        sizes = self._encoder.head_sizes
+        if head is None:
+            return MaskedTokenHead(*sizes, dtype=self.dtype_policy, name="head")
+        if not isinstance(head, MaskedTokenHead) or head.sizes != sizes:
+            raise ValueError(
+                f"Expected `head` to be a MaskedTokenHead of sizes {sizes}. "
+                f"Received: head={head!r}"
+            )
+        return head
 
     def call(self, inputs, training=None):
         ids, segments, words = self._prepared(inputs)
@@ -207,18 +191,19 @@ class MaskedLanguageModel(TokenModel):
         weights = y_pred["mask_weights"] * rows
         losses = y_pred["masked_losses"]
         loss = weighted_mean(losses, weights)
-        self._means["masked_loss"].update_state(losses, weights)
-        self._means["masked_accuracy"].update_state(
-            y_pred["masked_right"], weights
-        )
+        means = {
+            "masked_loss": (losses, weights),
+            "masked_accuracy": (y_pred["masked_right"], weights),
+        }
         if self.pairs:
             weights = (y_pred["pair_weights"][:, None] * rows)[:, 0]
             labels, logits = y_pred["pair_labels"], y_pred["pair_logits"]
             losses = binary_losses(logits, labels)
             loss += self.pairs_weight * weighted_mean(losses, weights)
-            self._means["pair_loss"].update_state(losses, weights)
-            right = ops.cast((logits > 0) == (labels > 0), "float32")
-            self._means["pair_accuracy"].update_state(right, weights)
+            right = (logits > 0) == (labels > 0)
+            means["pair_loss"] = losses, weights
+            means["pair_accuracy"] = right, weights
+        self._update_means(means)
         return loss + self._added_losses()
 
     def fill_mask(self, x, top_k=5, batch_size=32, verbose=0):
@@ -236,8 +221,7 @@ class MaskedLanguageModel(TokenModel):
             tokens, the most probable first; and their probabilities.
         """
         top_k = check_integer("top_k", top_k, 1, self.vocabulary_size)
-        ids, segments, _ = self._split(x)
-        ids = as_numpy(ids).astype("int32")
+        ids, segments = self._arrays(x)
         masks = ids == self.masking.mask_token
         counts = masks.sum(axis=1)
         if not counts.any():
@@ -247,12 +231,8 @@ class MaskedLanguageModel(TokenModel):
                 np.zeros(shape, "int32"),
                 np.zeros(shape, "float32"),
             )
-        segments = (
-            np.zeros_like(ids)
-            if segments is None
-            else as_numpy(segments).astype("int32")
-        )
-        # Few programs: the number of masks in a row is rounded up.
+        # The number of masks in a row is rounded up to a power of two, so that
+        # few programs are compiled.
         most = min(2 ** int(counts.max() - 1).bit_length(), ids.shape[1])
         # The columns of the masks, in order, before all others.
         columns = np.argsort(~masks, axis=1, kind="stable")[:, :most]
@@ -277,28 +257,10 @@ class MaskedLanguageModel(TokenModel):
         return backend.jit_layer(fill, self)
 
     def get_config(self):
-        serialize = keras.saving.serialize_keras_object
         return {
             **super().get_config(),
-            "backbone": serialize(self.backbone),
-            "mask_token": self.mask_token,
-            "special_tokens": list(self.special_tokens),
+            "backbone": keras.saving.serialize_keras_object(self.backbone),
             "pairs": self.pairs,
-            "mask_rate": self.mask_rate,
             "pairs_weight": self.pairs_weight,
-            "masking": serialize(self.masking) if self._masking_given else None,
-            "embedding": self.embedding,
-            "head": None,  # its weights are saved
-            "pad_token": self.pad_token,
-            "seed": self.seed,
+            "head": None,  # a new one gets the weights that are saved
         }
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        for name in ("backbone", "masking"):
-            if config[name] is not None:
-                config[name] = keras.saving.deserialize_keras_object(
-                    config[name]
-                )
-        return cls(**config)

@@ -1,4 +1,4 @@
-"""A learning rate that is smaller the deeper a layer lies."""
+"""Learning rates that decay from the last layer to the first."""
 
 import re
 
@@ -13,9 +13,9 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
 
         rate of a layer = rate · decay ** depth
 
-    Depth is 0 for what comes after a transformer's blocks, 1 for the last
-    block, L for the first, and L + 1 for what comes before it. ELECTRA is
-    fine-tuned so.
+    The depth is 0 for layers after the blocks of a transformer, 1 for the last
+    block, L for the first, and L + 1 for layers before it. The paper fine-tunes
+    ELECTRA in this way.
 
     Args:
         model: A functional model, built, with the blocks of a transformer.
@@ -69,7 +69,7 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
             )
     optimizers = {}
     for depth in sorted(set(paths.values())):
-        # One pattern for each depth, so that one optimizer is saved and loaded.
+        # One pattern for each depth, so that each optimizer is saved once.
         pattern = "|".join(
             re.escape(path) for path, at in paths.items() if at == depth
         )
@@ -112,12 +112,12 @@ def _scaled(optimizer, factor):
 
 
 def _depths(model):
-    """The depth of each variable, by its id; of those after the blocks none."""
+    """The depth of each variable by its id, without those of depth 0."""
     model, blocks = find_blocks(model)
     depths = {}
     for layer in _before(model, blocks[0].input):
         depths.update((id(v), len(blocks) + 1) for v in layer.variables)
-    # A block that is shared counts as the last of its places.
+    # A block that is used several times has the depth of its last use.
     for i, block in enumerate(blocks):
         for layer in block.layers:
             depths.update((id(v), len(blocks) - i) for v in layer.variables)
@@ -125,7 +125,7 @@ def _depths(model):
 
 
 def _before(model, tensor):
-    """The layers that make a tensor."""
+    """The layers that a tensor is computed by."""
     makers = {id(x): call for call in calls(model) for x in call.outputs}
     waiting, found = [tensor], {}
     while waiting:

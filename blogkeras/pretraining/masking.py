@@ -1,4 +1,4 @@
-"""Which tokens a model must guess: chosen on the device, in each step anew."""
+"""Masking of tokens, on the device and anew in each step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,7 +27,7 @@ LONGEST = {"ngram": 3, "span": 10}
 
 @keras.saving.register_keras_serializable(package="blogkeras")
 class TokenMasking(keras.layers.Layer):
-    """Hides some tokens of each sequence, for a model to guess.
+    """Masks some tokens of each sequence, for a model to predict.
 
     In a sequence of n tokens, padding not counted,
 
@@ -40,28 +40,30 @@ class TokenMasking(keras.layers.Layer):
     choose from, or none, the rest of its K places has weight 0.
 
     With `unit="word"`, `"ngram"` or `"span"` the positions are chosen in groups
-    that hang together. The sequence is cut into such groups, at random for the
-    last two, and the groups, in random order, are taken if they still fit: so
-    there may be a few positions less. The first one is taken even if it is too
-    large, as long as K places hold it. An n-gram has one to three tokens, with
-    probabilities in the ratio 1 : 1/2 : 1/3 (ALBERT); a span one to ten, with a
-    geometric distribution of p = 0.2 (SpanBERT). Given word numbers as a
-    second input, these are n-grams and spans of whole words.
+    of neighbours. The sequence is cut into groups, at random for the last two.
+    The groups are then taken in random order, each one if it still fits, so a
+    few positions less may be chosen. The first group is taken even if it is
+    larger than the number above, as long as K places hold it. An n-gram has one
+    to three tokens, with probabilities in the ratio 1 : 1/2 : 1/3 (ALBERT). A
+    span has one to ten, with a geometric distribution of p = 0.2 (SpanBERT).
+    Given word numbers as a second input, these are n-grams and spans of whole
+    words.
 
-    In training each call draws anew; the draws are numbered by a saved count,
-    so training that is resumed goes on with those of one that never stopped.
-    Else they depend on the batch alone: evaluating twice gives the same.
+    In training each call draws anew. The draws are numbered by a saved count,
+    so a resumed training makes the same draws as one that was not interrupted.
+    Otherwise the draws depend on the batch alone, so evaluating twice gives the
+    same result.
 
     Args:
         vocabulary_size: Integer. Tokens are from 0 to `vocabulary_size - 1`.
-        mask_token: Integer. The token to hide others behind.
+        mask_token: Integer. The token that is shown instead of others.
         special_tokens: Integers: `[CLS]`, `[SEP]` and the like.
         rate: Float between 0 and 1. The share of tokens to choose.
         unit: `"token"`, `"word"`, `"ngram"` or `"span"`.
         max_length: Integer. The longest n-gram or span. Defaults to 3 and 10.
         mask_token_rate: Float from 0 to 1.
-        random_token_rate: Float from 0 to 1. Random tokens are special ones
-            never.
+        random_token_rate: Float from 0 to 1. Random tokens are never special
+            ones.
         num_positions: Integer K. Defaults to `max(1, int((rate + 0.005) *
             length))`, as in ELECTRA.
         pad_token: Integer.
@@ -76,9 +78,9 @@ class TokenMasking(keras.layers.Layer):
     Returns:
         Dict, with the names of KerasHub's `MaskedLMMaskGenerator`:
 
-        - `"token_ids"`: `(batch, length)`, int32, after hiding;
+        - `"token_ids"`: `(batch, length)`, int32, after masking;
         - `"mask_positions"`: `(batch, K)`, int32;
-        - `"mask_ids"`: `(batch, K)`, int32, the tokens that were there;
+        - `"mask_ids"`: `(batch, K)`, int32, the original tokens there;
         - `"mask_weights"`: `(batch, K)`, float32: 1, or 0 for unused places.
 
     Example:
@@ -134,7 +136,7 @@ class TokenMasking(keras.layers.Layer):
         self.random_token_rate = check_number(
             "random_token_rate", random_token_rate, 0, 1
         )
-        # Only rounding may take the sum above 1.
+        # Rounding may take the sum a little above 1.
         if self.mask_token_rate + self.random_token_rate > 1 + 1e-9:
             raise ValueError(
                 "Expected `mask_token_rate` and `random_token_rate` to sum to "
@@ -228,7 +230,7 @@ class TokenMasking(keras.layers.Layer):
         if self.unit != "token":
             chosen, limit = self._choose_units(allowed, words, limit, seed)
         key = draw_rows(keras.random.uniform, shape, seed)
-        # Different positions by construction: the largest of the keys.
+        # The places of the largest keys are different ones by construction.
         key, positions = ops.top_k(ops.where(chosen, key, -1.0), places)
         weights = (key >= 0) & (ops.arange(places, dtype="int32") < limit)
         return ops.cast(positions, "int32"), ops.cast(weights, "float32")
@@ -268,9 +270,10 @@ class TokenMasking(keras.layers.Layer):
             ops.convert_to_tensor(np.log(weight), "float32"),
             draw_rows(keras.random.uniform, shape, seed),
         )
-        # A group longer than all that may be chosen could never be.
+        # A group longer than the number of tokens to choose would never fit.
         ends = ops.cumsum(ops.minimum(lengths, limit), axis=1)
-        # A word is in the group whose number is that of the ends before it.
+        # The number of a word's group is the number of groups that end before
+        # the word.
         group = ops.sum(
             ops.cast(ends[:, None, :] <= _number(starts)[..., None], "int32"),
             axis=-1,
@@ -278,7 +281,7 @@ class TokenMasking(keras.layers.Layer):
         return _starts(allowed, group)
 
     def _hide(self, targets, seed):
-        """What stands at the chosen positions, `(batch, K)`."""
+        """The tokens that are shown at the chosen positions, `(batch, K)`."""
         shape = ops.shape(targets)
         u = draw_rows(keras.random.uniform, shape, seed)
         hidden = ops.where(u < self.mask_token_rate, self.mask_token, targets)
@@ -350,7 +353,7 @@ def put(ids, positions, values, weights):
 
 
 def _starts(allowed, numbers):
-    """Where a group begins: a new number, or next to what is never chosen."""
+    """Where a group begins: at new numbers and beside forbidden positions."""
     after = ~(allowed[:, 1:] & allowed[:, :-1])
     if numbers is None:
         after = ops.ones_like(after)
@@ -381,8 +384,8 @@ def _fitting(size, limit):
 
     def step(left_out):
         total, too_much = over(left_out)
-        # What is left when the first group does not fit can only shrink: the
-        # larger ones after it do not fit either.
+        # The room that is left when the first group does not fit can only get
+        # smaller, so no larger group after it fits either.
         room = limit - ops.max(
             ops.where(too_much, 0, total), axis=1, keepdims=True
         )

@@ -1,4 +1,4 @@
-"""A second task on two segments: do they follow each other, in this order?"""
+"""Changed pairs of segments: next sentence and sentence order."""
 
 from keras import ops
 
@@ -31,7 +31,7 @@ def change_pairs(task, ids, segments, words, pad_token, draw, seed):
     change = _swapped if task == "sentence_order" else _replaced
     parts = [ids] if words is None else [ids, words]
     (new, *rest), border, end, possible = change(parts, first, both, pad_token)
-    # A pair that looks as before has not been changed.
+    # A pair that looks the same after the change does not count as changed.
     changed = (draws < 0.5) & ops.any(new != ids, axis=1, keepdims=True)
     changed = changed & possible
     place = _places(ids)
@@ -47,7 +47,7 @@ def change_pairs(task, ids, segments, words, pad_token, draw, seed):
 
 
 def _swapped(parts, first, both, pad_token):
-    """`[CLS] B [SEP] A [SEP]`, the tokens after `[CLS]` in a circle."""
+    """`[CLS] B [SEP] A [SEP]`: the tokens after `[CLS]` are rotated."""
     place, second = _places(parts[0]), both - first
     source = ops.where(place < 1 + second, place + first - 1, place - second)
     source = ops.where((place < 1) | (place >= both), place, source)
@@ -63,7 +63,7 @@ def _replaced(parts, first, both, pad_token):
     place = _places(parts[0])
     source = ops.clip(place - first + other_first, 0, length - 1)
     end = first + other_both - other_first
-    # Where B' is too long its end is cut off, but not its [SEP].
+    # Where B' is too long its end is cut off, and the last place is its [SEP].
     last = (place == length - 1) & (end > length)
     source = ops.where(last, ops.maximum(other_both - 1, 0), source)
     new = []
@@ -76,10 +76,17 @@ def _replaced(parts, first, both, pad_token):
 
 
 def _next_rows(x):
-    """The row after each one, in the batch of all replicas."""
+    """The row after each one, in the batch of all replicas.
+
+    The replicas may have different numbers of rows, as in the last batch.
+    """
     everything = backend.all_gather(x)
-    row = backend.replica() * ops.shape(x)[0] + ops.arange(ops.shape(x)[0]) + 1
-    return ops.take(everything, row % ops.shape(everything)[0], axis=0)
+    rows = ops.shape(x)[0]
+    sizes = backend.all_gather(ops.reshape(ops.cast(rows, "int32"), [1]))
+    earlier = ops.arange(ops.shape(sizes)[0]) < backend.replica()
+    start = ops.sum(ops.where(earlier, sizes, 0))
+    next_row = start + ops.arange(rows) + 1
+    return ops.take(everything, next_row % ops.shape(everything)[0], axis=0)
 
 
 def _count(mask):

@@ -32,18 +32,19 @@ def share_layers(
 
         y = f(f(… f(x)))
 
-    The L blocks are parted into `groups` of consecutive ones; within a group
+    The L blocks are divided into `groups` of consecutive ones; within a group
     `inner` different blocks take turns. So groups · inner different blocks
-    remain. `share_layers(unshare_layers(albert))` is `albert`; else the new
-    model computes what the old one does if, and only if, the blocks that become
-    one were equal. The operations stay as many: only the file gets smaller.
+    remain. `share_layers(unshare_layers(albert))` computes the same as
+    `albert`. In general the new model computes the same as the old one only if
+    the blocks that become one were equal. The number of operations does not
+    change: only the file gets smaller.
 
     Args:
         model: A functional model; for others see `cut_model`.
         source: Where the weights of a shared block come from: `"first"`, the
             first of those that become one; `"mean"`, their mean; or a list with
-            one list of arrays for each different block, as `get_weights` gives
-            them, layer after layer.
+            one list of arrays for each different block, in the order of its
+            layers and, in a layer, of `get_weights`.
         groups: Integer. How many groups.
         inner: Integer. How many different blocks a group has. L must be
             divisible by groups · inner.
@@ -119,8 +120,8 @@ def unshare_layers(
 ) -> keras.Model:
     """ALBERT → BERT: each block of a transformer gets weights of its own.
 
-    The new model computes exactly what the old one does. Fine-tuned, its layers
-    may differ: that is the "one line" of post 7187.
+    The new model computes exactly the same as the old one. In fine-tuning its
+    layers may then become different: this is the "one line" of post 7187.
 
     Args:
         model: A functional model that applies layers several times, such as
@@ -186,12 +187,12 @@ def factorize_embedding(
 
         E ≈ U · P,   (V, H) ≈ (V, size) · (size, H)
 
-    by the truncated singular value decomposition, the best there is in the sum
-    of squares. The rows of P are orthonormal.
+    by the truncated singular value decomposition, which has the least sum of
+    squared errors of all such products. The rows of P are orthonormal.
 
     Args:
         model: A functional model that looks tokens up in a
-            `keras.layers.Embedding`, and does not use its table besides.
+            `keras.layers.Embedding`, and uses its table for nothing else.
         size: Integer from 1 to H.
         embedding: Name of that layer; `None` finds it.
 
@@ -305,7 +306,7 @@ def _check_alike(blocks, order):
 
 
 def _numbered(name, number, taken):
-    """A name for the layer of one block, by which it is found as such."""
+    """A layer's name in one block, of a form by which blocks are found."""
     if match := re.match(r"(.*Transformer)-(?:\d+-)?(.*)$", name):
         new = f"{match[1]}-{number}-{match[2]}"
     else:

@@ -1,13 +1,14 @@
-"""What the models that are trained on tokens alone have in common."""
+"""The base class of models that are trained on tokens alone."""
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
-from blogkeras.arguments import check_integers
+from blogkeras.arguments import as_numpy, check_integer, check_integers
 from blogkeras.models import CompositeModel
 from blogkeras.pretraining.masking import TokenMasking
+from blogkeras.state import NumberedDraws
 
 INPUTS = ("token_ids", "segment_ids", "word_ids")
 
@@ -15,16 +16,68 @@ INPUTS = ("token_ids", "segment_ids", "word_ids")
 class TokenModel(CompositeModel):
     """A model of tokens whose loss is its own: `fit(tokens)`.
 
-    Subclasses set `masking`, `vocabulary_size` and `takes_segments`.
+    Subclasses call `_set_masking` and `_set_means`, and set `takes_segments`
+    and `PARTS`: the arguments that are Keras objects, for `from_config`.
     """
 
-    def compile(self, optimizer="adam", **kwargs):
+    PARTS = ()
+
+    def _set_masking(
+        self,
+        vocabulary_size,
+        masking,
+        mask_token,
+        special_tokens,
+        mask_rate,
+        pad_token,
+        seed,
+        **options,
+    ):
+        """Keeps the arguments that all of them have, and makes the masking."""
+        self.seed = None if seed is None else check_integer("seed", seed)
+        self.vocabulary_size = vocabulary_size
+        self._masking_given = masking is not None
+        self.masking = as_masking(
+            masking,
+            mask_token,
+            special_tokens,
+            mask_rate,
+            vocabulary_size,
+            pad_token,
+            seed=self.seed,
+            name="masking",
+            **options,
+        )
+        # NumPy's numbers cannot be written to a file.
+        self.mask_token = None if mask_token is None else int(mask_token)
+        self.special_tokens = [int(token) for token in special_tokens]
+        self.mask_rate = float(mask_rate)
+        self.pad_token = None if pad_token is None else int(pad_token)
+
+    def _new_draws(self):
+        """Numbered draws that differ from those of the masking."""
+        seed = self.seed
+        return NumberedDraws(self, None if seed is None else seed + 2**20)
+
+    def _set_means(self, names):
+        """Metrics that are means over the whole epoch."""
+        self._means = {name: keras.metrics.Mean(name=name) for name in names}
+
+    def _update_means(self, values):
+        """`values` is a dict from names to pairs of values and weights."""
+        for name, (value, weight) in values.items():
+            self._means[name].update_state(ops.cast(value, "float32"), weight)
+
+    def compile(self, optimizer="adam", loss=None, **kwargs):
         """As Keras's, but for loss and metrics: the model has its own."""
+        kwargs["loss"] = loss
         for name in ("loss", "metrics", "weighted_metrics", "loss_weights"):
-            if kwargs.get(name) is not None:
+            value = kwargs.pop(name, None)
+            empty = isinstance(value, (list, tuple, dict)) and not value
+            if value is not None and not empty:
                 raise ValueError(
                     f"Expected no `{name}`: the loss and the metrics are the "
-                    f"model's own. Received: {name}={kwargs[name]!r}"
+                    f"model's own. Received: {name}={value!r}"
                 )
         super().compile(optimizer, **kwargs)
 
@@ -38,10 +91,16 @@ class TokenModel(CompositeModel):
             unknown = parts[2:]
             parts = [*parts, None, None][:3]
         if unknown or parts[0] is None:
+            received = type(x)
+            if isinstance(x, dict):
+                received = f"the keys {list(x)}"
+            elif _short(x):
+                received = repr(x)
             raise ValueError(
                 "Expected tokens, [tokens, segments], or a dict with "
                 "'token_ids' and, where there are any, 'segment_ids' and "
-                f"'word_ids'. Received: {x if _short(x) else type(x)}"
+                "'word_ids'; what is padding is known by `pad_token`. "
+                f"Received: {received}"
             )
         tokens = parts[0]
         for name, part in zip(INPUTS, parts, strict=True):
@@ -76,13 +135,21 @@ class TokenModel(CompositeModel):
             for part in self._split(x)
         ]
 
+    def _arrays(self, x):
+        """`[tokens, segments]` as int32 arrays, for `map_batches`."""
+        ids, segments, _ = self._split(x)
+        ids = as_numpy(ids).astype("int32")
+        if segments is None:
+            return [ids, np.zeros_like(ids)]
+        return [ids, as_numpy(segments).astype("int32")]
+
     def _masked(self, tokens, words, training):
         inputs = tokens if words is None else [tokens, words]
         return self.masking(inputs, training=training)
 
-    # Inside a compiled step no values are known, and what is out of range gives
-    # NaN, the last row of the table or an error of the device, as the case may
-    # be: so what can be looked at is looked at before.
+    # In a compiled step no values are known, and a token out of range gives
+    # NaN, the last row of the table or an error of the device. So `fit` and
+    # the like look at what they are given before they begin.
 
     def _check(self, x):
         if hasattr(x, "element_spec"):  # a tf.data.Dataset
@@ -91,36 +158,58 @@ class TokenModel(CompositeModel):
             x = tree.map_structure(np.asarray, x)
         elif isinstance(x, keras.utils.PyDataset):
             x = _inputs(x[0])
-        known = isinstance(x, (dict, list, tuple, np.ndarray))
-        if known or ops.is_tensor(x):
+        if _is_data(x):
             self._split(x)
 
-    def fit(self, x=None, *args, **kwargs):
+    def _with_targets(self, x, y, sample_weight):
+        """Checks the data; returns the `y` to hand to Keras.
+
+        Keras forgets sample weights where there are no targets. So the tokens
+        stand in for them, which `compute_loss` does not look at.
+        """
         self._check(x)
+        if sample_weight is not None:
+            row_weights(np.asarray(sample_weight))
+            if y is None and _is_data(x):
+                return self._split(x)[0]
+        return y
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        if kwargs.get("class_weight") is not None:
+            raise ValueError(
+                "Expected no `class_weight`: sequences have no classes. Give "
+                "`sample_weight`, one number for each sequence. Received: "
+                f"class_weight={kwargs['class_weight']!r}"
+            )
+        y = self._with_targets(x, y, kwargs.get("sample_weight"))
         validation = kwargs.get("validation_data")
-        if isinstance(validation, (list, tuple)):
-            validation = validation[0]
-        self._check(validation)
+        if isinstance(validation, (list, tuple)) and len(validation):
+            first, second, weight = (*validation, None, None)[:3]
+            second = self._with_targets(first, second, weight)
+            if weight is not None:
+                kwargs["validation_data"] = first, second, weight
+        else:
+            self._check(validation)
         if hasattr(x, "element_spec"):
             # Keras warns of each data set that it does not shuffle.
             kwargs.setdefault("shuffle", False)
-        return super().fit(x, *args, **kwargs)
+        return super().fit(x, y, *args, **kwargs)
 
-    def evaluate(self, x=None, *args, **kwargs):
-        self._check(x)
-        return super().evaluate(x, *args, **kwargs)
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        y = self._with_targets(x, y, kwargs.get("sample_weight"))
+        return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         self._check(x)
         return super().predict(x, *args, **kwargs)
 
-    def train_on_batch(self, x, *args, **kwargs):
-        self._check(x)
-        return super().train_on_batch(x, *args, **kwargs)
+    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        y = self._with_targets(x, y, sample_weight)
+        return super().train_on_batch(x, y, sample_weight, **kwargs)
 
-    def test_on_batch(self, x, *args, **kwargs):
-        self._check(x)
-        return super().test_on_batch(x, *args, **kwargs)
+    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        y = self._with_targets(x, y, sample_weight)
+        return super().test_on_batch(x, y, sample_weight, **kwargs)
 
     def _added_losses(self):
         """What layers gave to `add_loss`, regularizers included."""
@@ -133,16 +222,62 @@ class TokenModel(CompositeModel):
         """How many training steps the model has made; saved with it."""
         return int(ops.convert_to_numpy(self.masking.draws.iterations.value))
 
+    # Keras leaves the states of `SeedGenerator`s out of its files, so dropout
+    # of a loaded model would begin anew. Here they are saved as well.
+
+    def _seed_states(self):
+        weights = {id(v) for v in self.weights}
+        return [v for v in self.variables if id(v) not in weights]
+
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        for number, state in enumerate(self._seed_states()):
+            store[f"seed_{number}"] = state
+
+    def load_own_variables(self, store):
+        names = list(store.keys())
+        seeds = [name for name in names if name.startswith("seed_")]
+        super().load_own_variables(
+            {name: store[name] for name in names if name not in seeds}
+        )
+        states = self._seed_states()
+        if len(seeds) == len(states):
+            for number, state in enumerate(states):
+                state.assign(store[f"seed_{number}"])
+
+    def get_config(self):
+        masking = self.masking if self._masking_given else None
+        return {
+            **super().get_config(),
+            "mask_token": self.mask_token,
+            "special_tokens": self.special_tokens,
+            "mask_rate": self.mask_rate,
+            "masking": keras.saving.serialize_keras_object(masking),
+            "embedding": self.embedding,
+            "pad_token": self.pad_token,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for name in (*cls.PARTS, "masking"):
+            if isinstance(config[name], dict):
+                config[name] = keras.saving.deserialize_keras_object(
+                    config[name]
+                )
+        return cls(**config)
+
 
 def weighted_mean(values, weights):
-    """Σ w v / Σ w over the batch of all replicas; 0 where all weights are.
+    """Σ w v / Σ w over the batch of all replicas; 0 where all weights are 0.
 
-    On a replica it is that replica's share: the shares, and so the gradients,
-    are summed.
+    On a replica the first sum is over its own rows only: Keras adds up the
+    gradients of the replicas.
     """
     total = backend.all_reduce_sum(ops.sum(weights))
     total = ops.where(total > 0, total, 1.0)
-    # What has no weight may be infinite.
+    # Values without weight may be infinite, and 0 · inf is NaN.
     values = ops.where(weights > 0, values, 0.0)
     return ops.sum(values * weights) / total
 
@@ -151,15 +286,18 @@ def row_weights(sample_weight):
     """Sample weights `(batch, 1)`, or 1."""
     if sample_weight is None:
         return 1.0
-    if any(size not in (None, 1) for size in sample_weight.shape[1:]):
+    shape = sample_weight.shape
+    if not shape or any(size not in (None, 1) for size in shape[1:]):
         raise ValueError(
             "Expected one weight for each sequence. Received: sample_weight of "
-            f"shape {tuple(sample_weight.shape)}"
+            f"shape {tuple(shape)}"
         )
     return ops.cast(ops.reshape(sample_weight, [-1, 1]), "float32")
 
 
-def as_masking(masking, mask_token, special_tokens, mask_rate, size, **options):
+def as_masking(
+    masking, mask_token, special_tokens, mask_rate, size, pad_token, **options
+):
     """The `TokenMasking` given, or one of these options."""
     if masking is None:
         if mask_token is None:
@@ -168,7 +306,12 @@ def as_masking(masking, mask_token, special_tokens, mask_rate, size, **options):
                 "others, or `masking`. Received: mask_token=None"
             )
         return TokenMasking(
-            size, mask_token, special_tokens, mask_rate, **options
+            size,
+            mask_token,
+            special_tokens,
+            mask_rate,
+            pad_token=pad_token,
+            **options,
         )
     if not isinstance(masking, TokenMasking):
         raise ValueError(
@@ -187,12 +330,23 @@ def as_masking(masking, mask_token, special_tokens, mask_rate, size, **options):
             "Expected a masking with the vocabulary of the networks. Received: "
             f"vocabulary_size={masking.vocabulary_size} and {size}"
         )
+    if masking.pad_token != pad_token:
+        raise ValueError(
+            "Expected `pad_token` to be that of the masking. Received: "
+            f"pad_token={pad_token} and {masking.pad_token}"
+        )
     return masking
 
 
 def _inputs(batch):
     """The inputs in a batch, which may have targets and weights besides."""
     return batch[0] if isinstance(batch, tuple) else batch
+
+
+def _is_data(x):
+    """Whether `x` holds arrays, and is not something that yields them."""
+    known = isinstance(x, (dict, list, tuple, np.ndarray))
+    return known or ops.is_tensor(x)
 
 
 def _short(x):

@@ -5,12 +5,17 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import JAX, value
+from kit import JAX, replicated, value
 from scipy import special
 
 import blogkeras
-from blogkeras import ElectraPretrainer, MaskedLanguageModel, TokenMasking
-from blogkeras.pretraining.pairs import change_pairs
+from blogkeras import (
+    ElectraPretrainer,
+    MaskedLanguageModel,
+    TokenMasking,
+    backend,
+)
+from blogkeras.pretraining.pairs import _next_rows, change_pairs
 
 VOCABULARY, LENGTH = 23, 12
 MASK, CLS, SEP = 4, 2, 3
@@ -111,6 +116,47 @@ def test_losses_equal_an_independent_computation():
     assert logs["pair_loss"] == pytest.approx(pair, rel=1e-5)
     assert logs["masked_loss"] == pytest.approx(masked, rel=1e-5)
     assert logs["loss"] == pytest.approx(masked + 2 * pair, rel=1e-5)
+
+
+def test_next_sentences_cross_the_border_between_replicas():
+    data = {name: np.tile(x[:2], (4, 1)) for name, x in PAIR.items()}
+    data["token_ids"][:, 1] = 5 + np.arange(8)
+    losses = []
+    for replicas in (1, 2):
+
+        def make():
+            model = MaskedLanguageModel(
+                with_segments(), MASK, [CLS, SEP], "next_sentence", seed=1
+            )
+            model.compile("sgd", jit_compile=JAX)
+            return model
+
+        toy.reset()
+        model = replicated(make) if replicas == 2 else make()
+        logs = model.fit(data, batch_size=8, shuffle=False, verbose=0).history
+        keras.distribution.set_distribution(None)
+        losses.append(logs)
+    for name, one in losses[0].items():
+        np.testing.assert_allclose(one, losses[1][name], rtol=1e-5)
+
+
+@pytest.mark.parametrize("replica", [0, 1])
+def test_the_next_row_where_replicas_have_different_numbers(
+    replica, monkeypatch
+):
+    """Four rows on one replica, three on the other."""
+    everything = np.arange(7, dtype="int32")[:, None]
+    ours = everything[4:] if replica else everything[:4]
+    monkeypatch.setattr(backend, "replica", lambda: replica)
+    monkeypatch.setattr(
+        backend,
+        "all_gather",
+        lambda x: ops.convert_to_tensor(
+            everything if len(x.shape) == 2 else np.array([4, 3], "int32")
+        ),
+    )
+    found = value(_next_rows(ops.convert_to_tensor(ours)))
+    np.testing.assert_array_equal(found, (ours + 1) % 7)
 
 
 def test_fill_mask_gives_the_best_tokens():
@@ -236,7 +282,7 @@ def test_a_model_says_where_its_data_go_on(tmp_path):
         toy.reset()
         encoder = toy.token_encoder(6, None, VOCABULARY, 4, LENGTH)
         model = MaskedLanguageModel(encoder, MASK, [CLS, SEP], seed=1)
-        model.compile("adam", jit_compile=False, run_eagerly=True)
+        model.compile("adam", jit_compile=JAX, run_eagerly=not JAX)
         return model
 
     whole = make()
@@ -270,9 +316,41 @@ def test_bad_blocks(options, message):
         rows(**options)
 
 
-def test_tokens_must_be_integers():
-    with pytest.raises(ValueError, match="tokenize"):
-        blogkeras.token_blocks(["ab"], list, 4)
+class Encoding:
+    """What `tokenizers` gives: it has a length, and is no list."""
+
+    ids = [5, 6]
+
+    def __len__(self):
+        return 2
+
+
+@pytest.mark.parametrize(
+    "tokenize",
+    [
+        list,
+        lambda text: Encoding(),
+        lambda text: ([2, 5, 3], [0, 0, 0]),  # bert4keras: tokens, segments
+        lambda text: ([2, 5, 3], [0]),
+        lambda text: {"input_ids": [2, 5, 3]},
+        lambda text: [1.0],
+        lambda text: [-1],
+        lambda text: None,
+    ],
+)
+def test_tokens_must_be_integers(tokenize):
+    with pytest.raises(ValueError, match="`tokenize` to give a list"):
+        blogkeras.token_blocks(["ab"], tokenize, 4)
+
+
+def test_tokens_may_be_tensors():
+    blocks = blogkeras.token_blocks(
+        ["ab"],
+        lambda text: ops.convert_to_tensor(tokenize(text)),
+        4,
+        batch_size=1,
+    )
+    np.testing.assert_array_equal(next(iter(blocks))[0], [5, 6, 0, 0])
 
 
 # Encoders of all kinds.
@@ -401,6 +479,12 @@ ELECTRA = {"mask_token": MASK, "special_tokens": [CLS, SEP]}
             "either `masking`",
         ),
         (encoder, encoder, {"masking": TokenMasking(22, 4)}, "vocabulary"),
+        (
+            encoder,
+            encoder,
+            {"masking": TokenMasking(23, 4, pad_token=1)},
+            "pad_token",
+        ),
         (encoder, no_table, ELECTRA, "Embedding"),
         (encoder, two_tables, ELECTRA, "embedding"),
         (encoder, classifier, ELECTRA, "without a head"),
@@ -455,6 +539,12 @@ def test_bad_arguments_of_the_language_model(options, message):
         (np.zeros(4, int), "batch, length"),
         ([np.zeros((4, LENGTH), int)] * 2, "no segments"),
         ({"tokens": np.zeros((4, LENGTH), int)}, "token_ids"),
+        (
+            dict.fromkeys(
+                ["token_ids", "padding_mask"], np.zeros((4, LENGTH), int)
+            ),
+            "pad_token.*padding_mask",
+        ),
         ({"token_ids": [[1, 2]]}, "array"),
     ],
 )
@@ -477,7 +567,13 @@ def test_a_data_set_is_looked_at_too():
 def test_the_loss_is_the_model_s_own():
     model = MaskedLanguageModel(encoder(), **ELECTRA)
     with pytest.raises(ValueError, match="`loss`"):
-        model.compile("sgd", loss="mse")
+        model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="`weighted_metrics`"):
+        model.compile("sgd", weighted_metrics=["accuracy"])
+    model.compile("sgd", weighted_metrics=[])
+    ids = PAIR["token_ids"]
+    with pytest.raises(ValueError, match="`class_weight`"):
+        model.fit(ids, ids, class_weight={0: 1.0, 1: 2.0})
     paired = MaskedLanguageModel(encoder(), pairs="sentence_order", **ELECTRA)
     with pytest.raises(ValueError, match="segments"):
         paired(ops.ones((2, LENGTH), "int32"))
