@@ -37,6 +37,7 @@ class Child:
         """Sends the signal; what the script has printed since."""
         self.process.send_signal(number)
         said = [line.strip() for line in self.lines]
+        self.process.stdout.close()
         self.process.wait()
         return said
 
