@@ -10,13 +10,16 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.arguments import as_numpy, check_seed
 
+_GOLDEN = 0x9E3779B9
+
 
 class StepSeed(keras.random.SeedGenerator):
     """The seeds of one training step; holds no variable.
 
-    The k-th draw of step t has the seed (seed + k, t). So draws depend on two
-    numbers that are saved, and a resumed run goes on with the draws of one
-    that was never stopped.
+    The k-th draw of step t has the seed (seed + k c, t) modulo 2³², where c is
+    2³² divided by the golden ratio. So draws depend on two numbers that are
+    saved, and a resumed run goes on with the draws of one that was never
+    stopped. With c = 1 the second draw of seed 0 would be the first of seed 1.
 
     Args:
         seed: Integer, or a scalar integer tensor.
@@ -30,13 +33,15 @@ class StepSeed(keras.random.SeedGenerator):
         self._step = step
 
     def next(self, ordered=True):
-        draw = self._draws
+        seed, shift = self._seed, self._draws * _GOLDEN % 2**32
         self._draws += 1
+        if isinstance(seed, int):
+            seed = (seed + shift) % 2**32
+        else:
+            # int32 wraps around; above 2³¹ it stands for negative numbers.
+            seed = seed + (shift - 2**32 * (shift >= 2**31))
         return ops.stack(
-            [
-                ops.cast(self._seed + draw, "uint32"),
-                ops.cast(self._step, "uint32"),
-            ]
+            [ops.cast(seed, "uint32"), ops.cast(self._step, "uint32")]
         )
 
 

@@ -49,7 +49,23 @@ def test_steps_and_draws_differ_and_repeat():
     np.testing.assert_array_equal(value(layer(x, training=True)), first)
     seed = layer.draws.next_step()
     pairs = [value(seed.next()).tolist() for _ in range(2)]
-    assert pairs == [[1, 1], [2, 1]]
+    assert pairs == [[1, 1], [1 + 0x9E3779B9, 1]]
+
+
+def test_neighbouring_seeds_share_no_draw():
+    """Runs of seeds 0, 1, 2 … are to be independent of one another."""
+    top = 2**31 - 1
+    keys = [
+        [value(seeds.next(), "int64") % 2**32 for _ in range(40)]
+        for seed in (0, 1, 2, 3, top - 1, top)
+        for seeds in (
+            state.StepSeed(seed, 7),
+            state.StepSeed(ops.convert_to_tensor(seed, "int32"), 7),
+        )
+    ]
+    # A number and a tensor of it give the same keys.
+    np.testing.assert_array_equal(keys[::2], keys[1::2])
+    assert len({tuple(key) for draws in keys for key in draws}) == 6 * 40
 
 
 def test_two_owners_without_a_seed_differ():
