@@ -20,7 +20,7 @@ class TokenModel(CompositeModel):
     and `PARTS`: the arguments that are Keras objects, for `from_config`.
     """
 
-    PARTS = ()
+    PARTS: tuple[str, ...] = ()
 
     def _set_masking(
         self,
