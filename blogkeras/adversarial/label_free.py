@@ -144,8 +144,8 @@ class VirtualAdversarialTraining(LabelFreeMethod):
 
     Raises:
         ValueError: on numbers out of range and unknown strings, here and when
-            an attribute is changed; when it
-            is installed, where the loss does not say what the output is.
+            an attribute is changed; and when the method is installed, where the
+            loss does not say what the output is.
 
     Example:
 
@@ -275,8 +275,8 @@ class NoiseStability(LabelFreeMethod):
 
     Raises:
         ValueError: on numbers out of range and unknown strings, here and when
-            an attribute is changed; when it
-            is installed, where the loss does not say what the output is.
+            an attribute is changed; and when the method is installed, where the
+            loss does not say what the output is.
 
     Example:
 
