@@ -147,7 +147,7 @@ def stale():
 def execute(path):
     """Runs the code cells in one namespace; their outputs."""
     namespace = {"__name__": "__main__"}
-    outputs, drawn = [], set()
+    outputs, drawn = [], set(pathlib.Path().rglob("*.png"))
     for kind, source in cells(path):
         if kind != "code":
             continue

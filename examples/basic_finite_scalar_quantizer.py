@@ -9,6 +9,8 @@ Blog: 简单得令人尴尬的FSQ：“四舍五入”超越了VQ-VAE,
 https://kexue.fm/archives/9826
 """
 
+import argparse
+
 import keras
 import numpy as np
 from keras import layers
@@ -42,6 +44,9 @@ def make_model(quantizer):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=int, default=40)
+    epochs = parser.parse_args().epochs
     images = require("sklearn.datasets").load_digits().data / 16
     images = images.astype("float32")
     train, test = images[:1600], images[1600:]
@@ -51,7 +56,7 @@ def main():
         ("codebook (VQ)", VectorQuantizer(NUM_CODES)),
     ):
         model = make_model(quantizer)
-        model.fit(train, batch_size=64, epochs=40, verbose=0)
+        model.fit(train, batch_size=64, epochs=epochs, verbose=0)
         error = np.mean((model.reconstruct(test) - test) ** 2)
         codes = np.unique(np.asarray(model.encode(train)))
         rows.append([name, float(error / test.var()), len(codes)])

@@ -87,8 +87,9 @@ class TokenMasking(keras.layers.Layer):
 
     >>> masking = TokenMasking(100, mask_token=4, special_tokens=[2, 3])
     >>> tokens = [[2, 17, 35, 60, 21, 11, 58, 3, 0, 0]]
-    >>> masking(keras.ops.array(tokens), training=True)["mask_weights"]
-    Array([[1.]], dtype=float32)
+    >>> masked = masking(keras.ops.array(tokens), training=True)
+    >>> float(masked["mask_weights"][0, 0])  # 15 % of seven words: one
+    1.0
 
     Reference:
         [Devlin et al., 2018](https://arxiv.org/abs/1810.04805);

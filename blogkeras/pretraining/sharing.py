@@ -133,12 +133,13 @@ def unshare_layers(
 
     Example:
 
-    >>> inputs = keras.Input((8,))
+    >>> tokens = keras.Input((8,), dtype="int32")
+    >>> x = layers.Embedding(20, 8)(tokens)
     >>> block = layers.Dense(8, name="transformer_layer")
-    >>> albert = keras.Model(inputs, block(block(inputs)))
+    >>> albert = keras.Model(tokens, block(block(x)))
     >>> bert = unshare_layers(albert)
     >>> albert.count_params(), bert.count_params()
-    (72, 144)
+    (232, 304)
 
     Reference:
         [blog post 7187](https://kexue.fm/archives/7187)

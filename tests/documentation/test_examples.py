@@ -15,6 +15,7 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 # A reader waits for a figure; a test does not.
 SHORT = {
+    "basic_finite_scalar_quantizer.py": ["--epochs", "1"],
     "basic_virtual_adversarial_training.py": ["--epochs", "10"],
     "basic_nvae.py": ["--steps", "2", "--samples", "2"],
     "basic_denoising_density.py": ["--steps", "200"],
