@@ -87,6 +87,7 @@ def test_the_sources_are_complete():
     """MANIFEST.in takes along each tracked kind of file."""
     manifest = (ROOT / "MANIFEST.in").read_text("utf-8").split()
     ignored = {".git", "blogkeras.egg-info", "results", "build", "dist"}
+    ignored |= {"PKG-INFO", "setup.cfg"}  # of an unpacked sdist
     for path in ROOT.iterdir():
         hidden = path.name.startswith((".venv", ".pytest", ".ruff", ".mypy"))
         if hidden or path.name in ignored | {"blogkeras", "setup.py"}:
