@@ -99,7 +99,11 @@ class Worker:
             text=True,
             env=_environment(environment),
         )
-        self._answer()
+        try:
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
 
     def _answer(self):
         for line in self.process.stdout:
@@ -116,6 +120,7 @@ class Worker:
 
     def close(self):
         self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait()
 
 

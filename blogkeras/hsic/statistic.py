@@ -457,7 +457,9 @@ def prepare(x, y, kernel_x, kernel_y, mask, estimator, dtype=None):
             "The unbiased form divides by n − 3: it needs at least 4 samples. "
             f"Received: n={n}"
         )
-    shape = ops.shape(variables[0][1])[:-1]
+    first = variables[0][1]
+    # TensorFlow has no tensor of objects such as None.
+    shape = (first.shape if is_array(first) else ops.shape(first))[:-1]
     if weight is not None:
         weight = check_mask_shape(weight, shape)
     tensor = None

@@ -112,7 +112,7 @@ def test_temperature_of_the_energy():
     model.compile(keras.optimizers.Adam(0.02), jit_compile=True)
     x = np.random.default_rng(0).normal(0, 0.3, (2048, 2)).astype("float32")
     fit = model.fit(x, batch_size=256, epochs=20, verbose=0)
-    assert 0.6 < fit.history["denoising_loss"][-1] < 0.77
+    assert 0.6 < np.mean(fit.history["denoising_loss"][-8:]) < 0.77
     # Uphill is towards the middle, and the anomaly score rises outwards.
     far = np.array([[0.0, 0.0], [0.6, 0.0], [1.2, 0.0]], "float32")
     assert (np.diff(model.anomaly_score(far)) > 0).all()
