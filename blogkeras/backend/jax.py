@@ -74,6 +74,10 @@ def batch_normalization(x, scale, offset, epsilon):
     return outputs, *map(jax.lax.stop_gradient, statistics)
 
 
+def dropout(x, rate, noise_shape, seed):
+    return keras.random.dropout(x, rate, noise_shape, seed)
+
+
 def depthwise_convolution(x, kernel):
     return ops.depthwise_conv(x, kernel, padding="same")
 

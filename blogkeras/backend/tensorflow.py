@@ -256,9 +256,6 @@ def dependencies(fn, args):
     return [found.get(x.ref(), set()) for x in outputs]
 
 
-# Compiled programs
-
-
 # Layers
 
 
@@ -315,6 +312,22 @@ def _batch_normalization(x, scale, offset, epsilon):
     return normalize(*map(tf.convert_to_tensor, (x, scale, offset)))
 
 
+def dropout(x, rate, noise_shape, seed):
+    if has_accelerator() or rate == 1:
+        return keras.random.dropout(x, rate, noise_shape, seed)
+    shape = tf.shape(x)
+    if noise_shape is not None:
+        shape = [
+            shape[i] if n is None else n for i, n in enumerate(noise_shape)
+        ]
+    # As Keras does it, but for the name of the generator: XLA needs a hundred
+    # times as long for the one that TensorFlow chooses for it on a CPU.
+    seed = tf.math.floormod(seed.next(), tf.int32.max - 1)
+    return tf.nn.experimental.stateless_dropout(
+        x, rate, tf.cast(seed, "int32"), "philox", shape
+    )
+
+
 def depthwise_convolution(x, kernel):
     if has_accelerator():
         return ops.depthwise_conv(x, kernel, padding="same")
@@ -335,6 +348,9 @@ def _depthwise_convolution(x, kernel):
         )
 
     return tf.nn.depthwise_conv2d(x, kernel, ones, "SAME"), gradient
+
+
+# Compiled programs
 
 
 def jit(fn, xla=True):

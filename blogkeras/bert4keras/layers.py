@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from blogkeras.backend import get_keras_mask
+from blogkeras.backend import dropout, get_keras_mask
 from blogkeras.bert4keras.names import get_initializer
 
 # The bridged layer whose `build` or `call` is running, if any. Layers that
@@ -511,9 +511,7 @@ class Dropout(Bridged, keras.layers.Dropout):
     def call(self, inputs, training=False):
         if not training or not self.rate:
             return inputs
-        return keras.random.dropout(
-            inputs, self.rate, noise_shape=self.noise_shape, seed=self._seeds()
-        )
+        return dropout(inputs, self.rate, self.noise_shape, self._seeds())
 
 
 class _Merge(Bridged):

@@ -379,3 +379,16 @@ print(sorted(str(k) for k in before if before[k] != after.get(k)))
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("noise_shape", [None, (None, 1, 6), (4, 5, 1)])
+def test_dropout_is_that_of_keras(noise_shape):
+    """The same numbers from the same seeds, and as many seeds."""
+    x = ops.ones((4, 5, 6))
+    ours, theirs = (keras.random.SeedGenerator(3) for _ in range(2))
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            value(backend.dropout(x, 0.3, noise_shape, ours)),
+            value(keras.random.dropout(x, 0.3, noise_shape, theirs)),
+        )
+    assert (value(backend.dropout(x, 1.0, noise_shape, ours)) == 0).all()
