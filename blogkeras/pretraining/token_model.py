@@ -222,29 +222,6 @@ class TokenModel(CompositeModel):
         """How many training steps the model has made; saved with it."""
         return int(ops.convert_to_numpy(self.masking.draws.iterations.value))
 
-    # Keras leaves the states of `SeedGenerator`s out of its files, so dropout
-    # of a loaded model would begin anew. Here they are saved as well.
-
-    def _seed_states(self):
-        weights = {id(v) for v in self.weights}
-        return [v for v in self.variables if id(v) not in weights]
-
-    def save_own_variables(self, store):
-        super().save_own_variables(store)
-        for number, state in enumerate(self._seed_states()):
-            store[f"seed_{number}"] = state
-
-    def load_own_variables(self, store):
-        names = list(store.keys())
-        seeds = [name for name in names if name.startswith("seed_")]
-        super().load_own_variables(
-            {name: store[name] for name in names if name not in seeds}
-        )
-        states = self._seed_states()
-        if len(seeds) == len(states):
-            for number, state in enumerate(states):
-                state.assign(store[f"seed_{number}"])
-
     def get_config(self):
         masking = self.masking if self._masking_given else None
         return {
