@@ -10,7 +10,10 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.arguments import as_numpy, check_seed
 
+# 2³² divided by the golden ratio and by the square root of 3. Their small
+# multiples are far from each other and from 0 modulo 2³².
 _GOLDEN = 0x9E3779B9
+_STREAM = 0x93CD3A2D
 
 
 class StepSeed(keras.random.SeedGenerator):
@@ -33,13 +36,12 @@ class StepSeed(keras.random.SeedGenerator):
         self._step = step
 
     def next(self, ordered=True):
-        seed, shift = self._seed, self._draws * _GOLDEN % 2**32
+        seed, shift = self._seed, self._draws * _GOLDEN
         self._draws += 1
         if isinstance(seed, int):
             seed = (seed + shift) % 2**32
         else:
-            # int32 wraps around; above 2³¹ it stands for negative numbers.
-            seed = seed + (shift - 2**32 * (shift >= 2**31))
+            seed = seed + _wrapped(shift)
         return ops.stack(
             [ops.cast(seed, "uint32"), ops.cast(self._step, "uint32")]
         )
@@ -124,6 +126,27 @@ class NumberedDraws:
             ops.convert_to_tensor(self.seed.value),
             backend.all_reduce_sum(total),
         )
+
+
+def stream_seed(seed, number):
+    """A seed whose draws are apart from those of other streams and seeds.
+
+    Args:
+        seed: Scalar int32 tensor.
+        number: Integer, or a scalar int32 tensor. 0 gives the seed itself.
+
+    Returns:
+        Scalar int32 tensor.
+    """
+    if isinstance(number, int):
+        return seed + _wrapped(number * _STREAM)
+    return seed + number * _wrapped(_STREAM)
+
+
+def _wrapped(number):
+    """The integer of int32 with the same last 32 bits: int32 wraps around."""
+    number %= 2**32
+    return number - 2**32 * (number >= 2**31)
 
 
 def draw_rows(draw, shape, seed):

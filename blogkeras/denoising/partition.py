@@ -23,7 +23,7 @@ from blogkeras.denoising.energy import as_scalars, log_density_and_score
 from blogkeras.denoising.kernels import leapfrog, metropolis, sum_rows
 from blogkeras.loops import loop_program, run_steps
 from blogkeras.models import map_batches
-from blogkeras.state import StepSeed, base_seed
+from blogkeras.state import StepSeed, base_seed, stream_seed
 
 _LOG_2PI = math.log(2 * math.pi)
 _LEAPFROG = 5
@@ -345,17 +345,20 @@ def _annealed(
     def draw(rows):
         return rng.normal(size=(rows, *mean.shape))
 
-    # A step's draws have the seeds seed, seed + 1, ...: keep the runs apart.
     sizes = path.find_step_sizes(draw(_PILOT), seed, verbose)
     forward, accepted = path.run(
-        "forward", draw(number), seed + 16, sizes, verbose
+        "forward", draw(number), stream_seed(seed, 1), sizes, verbose
     )
     value, error, effective = _from_weights(forward)
     diagnostics = {"acceptance_rate": accepted}
     upper = math.nan
     if samples is not None:
         backward, accepted = path.run(
-            "backward", (samples - mean) / scale, seed + 32, sizes, verbose
+            "backward",
+            (samples - mean) / scale,
+            stream_seed(seed, 2),
+            sizes,
+            verbose,
         )
         # E log w ≤ log E w = log(1 / Z).
         upper = float(-np.mean(backward))

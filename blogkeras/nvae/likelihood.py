@@ -7,7 +7,7 @@ from keras import ops
 
 from blogkeras.nvae import verbs
 from blogkeras.nvae.distributions import noise, picture_sum, pixels
-from blogkeras.state import StepSeed
+from blogkeras.state import StepSeed, stream_seed
 
 
 def evaluate_likelihood(
@@ -15,7 +15,6 @@ def evaluate_likelihood(
 ):
     """As `NVAE.evaluate_likelihood`, of arguments that were checked."""
     config = model.config
-    groups = len(config.latent_shapes)
 
     def program(x, index, seed):
         x = model._prepare(x, StepSeed(seed, index[0]))
@@ -23,8 +22,8 @@ def evaluate_likelihood(
         features = model._encode(x)
 
         def log_weight(i):
-            # Draw 0 is the binary picture's.
-            draws = StepSeed(seed + 1 + i * groups, index[0])
+            # Stream 0 is the binary picture's.
+            draws = StepSeed(stream_seed(seed, i + 1), index[0])
             outputs = model.decoder.draw(
                 x.shape[0], noise(draws), features=features, training=False
             )

@@ -68,6 +68,20 @@ def test_neighbouring_seeds_share_no_draw():
     assert len({tuple(key) for draws in keys for key in draws}) == 6 * 40
 
 
+def test_streams_of_neighbouring_seeds_share_no_draw():
+    """A stream by a number and by a tensor of it is the same."""
+    keys = []
+    for seed in (0, 1, 2, 3, 2**31 - 1):
+        seed = ops.convert_to_tensor(seed, "int32")
+        for number in range(40):
+            stream = state.stream_seed(seed, number)
+            again = state.stream_seed(seed, ops.convert_to_tensor(number))
+            assert int(stream) == int(again)
+            seeds = state.StepSeed(stream, 7)
+            keys += [tuple(value(seeds.next()).tolist()) for _ in range(10)]
+    assert len(set(keys)) == len(keys) == 5 * 40 * 10
+
+
 def test_two_owners_without_a_seed_differ():
     seeds = {int(value(Noise().draws.seed)) for _ in range(4)}
     assert len(seeds) == 4
