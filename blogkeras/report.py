@@ -8,6 +8,8 @@ import dataclasses
 import os
 from typing import Any
 
+import numpy as np
+
 from blogkeras.extras import require
 from blogkeras.files import replace_file
 
@@ -159,6 +161,40 @@ def heat_map(path, matrix, rows, columns, xlabel=None, ylabel=None, title=None):
                     color="black" if value > middle else "white",
                 )
     figure.colorbar(image, shrink=0.8)
+    return save_figure(figure, path)
+
+
+def picture_rows(path, rows):
+    """A figure of small grey pictures in rows with names.
+
+    Args:
+        path: Where to write; the ending decides on the format.
+        rows: Dict `{name: pictures}` of arrays `(columns, height, width, 1)` in
+            [0, 1], all of one shape.
+
+    Returns:
+        `path`, as a string.
+    """
+    if len({np.shape(pictures) for pictures in rows.values()}) != 1:
+        raise ValueError(
+            "Expected rows of pictures of one shape. Received: "
+            f"{ {name: np.shape(x) for name, x in rows.items()} }"
+        )
+    pictures = np.stack(list(rows.values()))[..., 0]
+    pictures = np.pad(pictures, [[0, 0], [0, 0], [1, 1], [1, 1]])
+    count, columns, height = pictures.shape[:3]
+    picture = pictures.transpose(0, 2, 1, 3).reshape(count * height, -1)
+    margin, size = 1.4, 0.6
+    width = margin + columns * size
+    figure = require("matplotlib.figure").Figure(
+        figsize=(width, count * size), dpi=100
+    )
+    axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks((np.arange(count) + 0.5) * height - 0.5, list(rows))
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
     return save_figure(figure, path)
 
 

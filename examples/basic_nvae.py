@@ -36,26 +36,6 @@ def load():
     return x[order[:1600]], x[order[1600:]]
 
 
-def grid(path, rows):
-    """Pictures in rows with names, `{name: (columns, height, width, 1)}`."""
-    pictures = np.stack(list(rows.values()))[..., 0]
-    pictures = np.pad(pictures, [[0, 0], [0, 0], [1, 1], [1, 1]])
-    count, columns, height = pictures.shape[:3]
-    picture = pictures.transpose(0, 2, 1, 3).reshape(count * height, -1)
-    margin, size = 1.4, 0.6
-    width = margin + columns * size
-    figure = require("matplotlib.figure").Figure(
-        figsize=(width, count * size), dpi=100
-    )
-    axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks((np.arange(count) + 0.5) * height - 0.5, list(rows))
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    print("wrote", report.save_figure(figure, path))
-
-
 @keras.saving.register_keras_serializable(package="examples")
 class PlainVAE(keras.Model):
     """One layer of latent variables between two dense networks.
@@ -170,14 +150,14 @@ def main():
         ("the first one", 1),
     ):
         rows[name] = nvae.decode(z[:count], seed=args.seed)
-    grid(path("reconstructions"), rows)
+    print("wrote", report.picture_rows(path("reconstructions"), rows))
     # Last: the statistics are then those of samples.
     rows = {}
     for temperature in (0.6, 0.8, 1.0):
         nvae.recalibrate_batch_norm(20, temperature, seed=args.seed)
         drawn = nvae.sample(10, temperature, seed=args.seed)
         rows[f"t = {temperature}"] = drawn
-    grid(path("samples"), rows)
+    print("wrote", report.picture_rows(path("samples"), rows))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,6 @@ import keras
 import numpy as np
 
 from blogkeras import NVAE, SkipNonFinite, report
-from blogkeras.extras import require
 
 
 def load(paths):
@@ -123,25 +122,6 @@ def train(args, x):
     return model, rows
 
 
-def grid(path, rows):
-    """Pictures in rows with names, `{name: (columns, height, width, 1)}`."""
-    pictures = np.stack(list(rows.values()))[..., 0]
-    count, columns, height = pictures.shape[:3]
-    picture = pictures.transpose(0, 2, 1, 3).reshape(count * height, -1)
-    margin, size = 1.4, 0.6
-    width = margin + columns * size
-    figure = require("matplotlib.figure").Figure(
-        figsize=(width, count * size), dpi=100
-    )
-    axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks((np.arange(count) + 0.5) * height - 0.5, list(rows))
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    print("wrote", report.save_figure(figure, path))
-
-
 def nearest(pictures, x):
     """Of each picture the nearest in `x`, by Euclidean distance."""
     flat, others = (a.reshape(len(a), -1) for a in (pictures, x))
@@ -201,18 +181,17 @@ def main():
             ),
         )
     between = model.interpolate(test[:4], test[4:8], 10)
-    grid(
-        path("interpolations"),
-        {f"pair {i}": row for i, row in enumerate(between, start=1)},
-    )
+    rows = {f"pair {i}": row for i, row in enumerate(between, start=1)}
+    print("wrote", report.picture_rows(path("interpolations"), rows))
     rows = {}
     for temperature in (0.6, 0.8, 1.0):
         model.recalibrate_batch_norm(50, temperature, seed=args.seed)
         drawn = model.sample(10, temperature, seed=args.seed)
         rows[f"t = {temperature}"] = drawn
-    grid(path("samples"), rows)
+    print("wrote", report.picture_rows(path("samples"), rows))
     new = rows["t = 0.8"]
-    grid(path("nearest"), {"new, t = 0.8": new, "nearest": nearest(new, x)})
+    rows = {"new, t = 0.8": new, "nearest": nearest(new, x)}
+    print("wrote", report.picture_rows(path("nearest"), rows))
 
 
 if __name__ == "__main__":

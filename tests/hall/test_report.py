@@ -99,3 +99,16 @@ def test_heat_map(tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="Received: 3 and 2"):
         report.heat_map(path, matrix, "abc", "de")
+
+
+def test_pictures_stand_in_rows(tmp_path):
+    rows = {"zeros": np.zeros((3, 4, 4, 1)), "ones": np.ones((3, 4, 4, 1))}
+    path = report.picture_rows(tmp_path / "new/rows.png", rows)
+    pixels = pytest.importorskip("matplotlib.image").imread(path)[..., 0]
+    height, width = pixels.shape
+    # The right edge of the figure, through the middle of each row.
+    column = pixels[:, width - width // 20]
+    assert column[height // 4] == 0
+    assert column[3 * height // 4] == 1
+    with pytest.raises(ValueError, match="one shape"):
+        report.picture_rows(path, {**rows, "other": np.ones((2, 4, 4, 1))})
