@@ -351,4 +351,4 @@ class NoiseStability(LabelFreeMethod):
 
 
 def _signs(shape, seed):
-    return ops.sign(keras.random.uniform(shape, -1, 1, "float32", seed=seed))
+    return ops.sign(backend.uniform(shape, -1, 1, "float32", seed=seed))

@@ -97,7 +97,7 @@ def random_units(objective, site, origin, method):
     seed = objective.seed(method.seed)
     noise = []
     for x in origin:
-        draw = functools.partial(keras.random.normal, dtype=float_dtype(x))
+        draw = functools.partial(backend.normal, dtype=float_dtype(x))
         noise.append(draw_rows(draw, ops.shape(x), seed))
     return units(site.mask(noise), method.norm_scope, site)
 

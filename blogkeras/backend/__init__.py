@@ -155,19 +155,6 @@ def batch_normalization(x, scale, offset, epsilon):
     return _framework.batch_normalization(x, scale, offset, epsilon)
 
 
-def dropout(x, rate, noise_shape, seed):
-    """`keras.random.dropout`, fast under XLA on TensorFlow's CPU as well.
-
-    Args:
-        x: Floating tensor.
-        rate: Number within (0, 1].
-        noise_shape: Tuple that broadcasts to the shape of x, with `None` for
-            sizes that are those of x; or `None`.
-        seed: `keras.random.SeedGenerator`.
-    """
-    return _framework.dropout(x, rate, noise_shape, seed)
-
-
 def depthwise_convolution(x, kernel):
     """`keras.ops.depthwise_conv` with stride 1 and "same" padding.
 
@@ -179,6 +166,37 @@ def depthwise_convolution(x, kernel):
         kernel: `(size, size, channels, 1)` with an odd size.
     """
     return _framework.depthwise_convolution(x, kernel)
+
+
+# Random numbers: those of `keras.random`, fast under XLA on a CPU as well.
+
+
+def normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
+    """`keras.random.normal`; on TensorFlow's CPU by the generator Philox."""
+    return _framework.normal(shape, mean, stddev, dtype, seed)
+
+
+def uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
+    """`keras.random.uniform`; on TensorFlow's CPU by the generator Philox."""
+    return _framework.uniform(shape, minval, maxval, dtype, seed)
+
+
+def randint(shape, minval, maxval, dtype="int32", seed=None):
+    """`keras.random.randint`; on TensorFlow's CPU by the generator Philox."""
+    return _framework.randint(shape, minval, maxval, dtype, seed)
+
+
+def dropout(x, rate, noise_shape=None, seed=None):
+    """`keras.random.dropout`; on TensorFlow's CPU by the generator Philox.
+
+    Args:
+        x: Floating tensor.
+        rate: Number within (0, 1].
+        noise_shape: Tuple that broadcasts to the shape of x, with `None` for
+            sizes that are those of x; or `None`.
+        seed: Integer or `keras.random.SeedGenerator`.
+    """
+    return _framework.dropout(x, rate, noise_shape, seed)
 
 
 # Compiled programs

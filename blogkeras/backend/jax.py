@@ -74,12 +74,14 @@ def batch_normalization(x, scale, offset, epsilon):
     return outputs, *map(jax.lax.stop_gradient, statistics)
 
 
-def dropout(x, rate, noise_shape, seed):
-    return keras.random.dropout(x, rate, noise_shape, seed)
-
-
 def depthwise_convolution(x, kernel):
     return ops.depthwise_conv(x, kernel, padding="same")
+
+
+normal = keras.random.normal
+uniform = keras.random.uniform
+randint = keras.random.randint
+dropout = keras.random.dropout
 
 
 def jit(fn, xla=True):

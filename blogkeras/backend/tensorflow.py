@@ -312,22 +312,6 @@ def _batch_normalization(x, scale, offset, epsilon):
     return normalize(*map(tf.convert_to_tensor, (x, scale, offset)))
 
 
-def dropout(x, rate, noise_shape, seed):
-    if has_accelerator() or rate == 1:
-        return keras.random.dropout(x, rate, noise_shape, seed)
-    shape = tf.shape(x)
-    if noise_shape is not None:
-        shape = [
-            shape[i] if n is None else n for i, n in enumerate(noise_shape)
-        ]
-    # As Keras does it, but for the name of the generator: XLA needs a hundred
-    # times as long for the one that TensorFlow chooses for it on a CPU.
-    seed = tf.math.floormod(seed.next(), tf.int32.max - 1)
-    return tf.nn.experimental.stateless_dropout(
-        x, rate, tf.cast(seed, "int32"), "philox", shape
-    )
-
-
 def depthwise_convolution(x, kernel):
     if has_accelerator():
         return ops.depthwise_conv(x, kernel, padding="same")
@@ -348,6 +332,67 @@ def _depthwise_convolution(x, kernel):
         )
 
     return tf.nn.depthwise_conv2d(x, kernel, ones, "SAME"), gradient
+
+
+# Random numbers
+
+# XLA needs a hundred times as long for the generator that TensorFlow chooses
+# for it on a CPU ("auto_select") as for the one of this name. The numbers are
+# those of Keras: without XLA, TensorFlow chooses this one, too.
+_GENERATOR = "philox"
+
+
+def normal(shape, mean, stddev, dtype, seed):
+    if has_accelerator() or seed is None:
+        return keras.random.normal(shape, mean, stddev, dtype, seed)
+    return tf.random.stateless_normal(
+        shape,
+        _pair(seed),
+        mean,
+        stddev,
+        dtype or keras.config.floatx(),
+        alg=_GENERATOR,
+    )
+
+
+def uniform(shape, minval, maxval, dtype, seed):
+    if has_accelerator() or seed is None:
+        return keras.random.uniform(shape, minval, maxval, dtype, seed)
+    dtype = dtype or keras.config.floatx()
+    minval, maxval = tf.cast(minval, dtype), tf.cast(maxval, dtype)
+    return tf.random.stateless_uniform(
+        shape, _pair(seed), minval, maxval, dtype, alg=_GENERATOR
+    )
+
+
+def randint(shape, minval, maxval, dtype, seed):
+    if has_accelerator() or seed is None:
+        return keras.random.randint(shape, minval, maxval, dtype, seed)
+    return tf.random.stateless_uniform(
+        shape, _pair(seed), minval, maxval, dtype, alg=_GENERATOR
+    )
+
+
+def dropout(x, rate, noise_shape, seed):
+    if has_accelerator() or seed is None or rate == 1:
+        return keras.random.dropout(x, rate, noise_shape, seed)
+    shape = tf.shape(x)
+    if noise_shape is not None:
+        shape = [
+            shape[i] if n is None else n for i, n in enumerate(noise_shape)
+        ]
+    return tf.nn.experimental.stateless_dropout(
+        x, rate, _pair(seed), _GENERATOR, shape
+    )
+
+
+def _pair(seed):
+    """Two int32 for a seed, as Keras makes them."""
+    if isinstance(seed, keras.random.SeedGenerator):
+        seed = seed.next()
+    else:
+        seed = ops.convert_to_tensor([seed, 0], "uint32")
+    return tf.cast(tf.math.floormod(seed, tf.int32.max - 1), "int32")
 
 
 # Compiled programs

@@ -162,10 +162,10 @@ class DenoisingModel(CompositeModel):
         return step, evaluation_seed(self.draws, self.denoising_loss)
 
     def _noise(self, x, seed):
-        return draw_rows(keras.random.normal, ops.shape(x), seed)
+        return draw_rows(backend.normal, ops.shape(x), seed)
 
     def _uniform(self, x, seed):
-        return draw_rows(keras.random.uniform, (ops.shape(x)[0],), seed)
+        return draw_rows(backend.uniform, (ops.shape(x)[0],), seed)
 
     def _finish(self, each, error, sample_weight):
         """The scalar loss of a batch from one for each row.
@@ -219,7 +219,7 @@ class DenoisingModel(CompositeModel):
         shape = (num, *self.row_shape)
         seed = StepSeed(base_seed(seed), _START)
         scale = ops.sqrt(self.variance.value)
-        start = self.mean.value + scale * keras.random.normal(shape, seed=seed)
+        start = self.mean.value + scale * backend.normal(shape, seed=seed)
         return ops.convert_to_numpy(start)
 
     def _check_rows(self, x):

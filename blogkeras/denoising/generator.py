@@ -254,7 +254,7 @@ class DenoisingGenerator(CompositeModel):
         else:
             seed = evaluation_seed(self.draws, self.density_loss)
         rows = y_pred
-        unit = draw_rows(keras.random.normal, ops.shape(rows), seed)
+        unit = draw_rows(backend.normal, ops.shape(rows), seed)
         noisy = ops.stop_gradient(rows) + self.sigma * unit
         log_q, score_q = log_density_and_score(
             self.model_density, noisy, training=training
@@ -298,7 +298,7 @@ class DenoisingGenerator(CompositeModel):
         num = check_integer("num", num, minimum=1)
         warn_if_untrained(self)
         batch_size = min(check_integer("batch_size", batch_size, 1), num)
-        z = keras.random.normal(
+        z = backend.normal(
             (num, *self.latent_shape), seed=StepSeed(base_seed(seed), _SAMPLE)
         )
         program = self._programs.get(

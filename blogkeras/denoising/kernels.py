@@ -13,10 +13,10 @@ finite.
 
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.denoising.energy import log_density_and_score
 
 
@@ -64,7 +64,7 @@ def langevin_kernel(log_density):
 
     def step(state, seed, step_size, temperature):
         x, _, score = state
-        noise = keras.random.normal(ops.shape(x), seed=seed)
+        noise = backend.normal(ops.shape(x), seed=seed)
         new_x = x + 0.5 * step_size * score
         new = init(new_x + ops.sqrt(step_size * temperature) * noise)
         fine = _is_finite(new[2], new[1])
@@ -100,9 +100,9 @@ def annealed_langevin_kernel(log_density, conditional):
     ):
         x = state[0]
         shape = ops.shape(x)
-        seen = known + known_sigma * keras.random.normal(shape, seed=seed)
+        seen = known + known_sigma * backend.normal(shape, seed=seed)
         x, value, score = init(ops.where(mask > 0, seen, x), sigma)
-        noise = keras.random.normal(shape, seed=seed)
+        noise = backend.normal(shape, seed=seed)
         new_x = x + 0.5 * step_size * score
         new_x = new_x + ops.sqrt(step_size * temperature) * noise
         fine = _is_finite(new_x, value)
@@ -128,7 +128,7 @@ def mala_kernel(log_density):
 
     def step(state, seed, step_size, temperature):
         x, value, score = state
-        noise = keras.random.normal(ops.shape(x), seed=seed)
+        noise = backend.normal(ops.shape(x), seed=seed)
         drift = 0.5 * step_size / temperature
         new_x = x + drift * score + ops.sqrt(step_size) * noise
         new = init(new_x)
@@ -158,7 +158,7 @@ def hmc_kernel(log_density, num_leapfrog):
 
     def step(state, seed, step_size, temperature, jitter):
         x, value, _score = state
-        momentum = keras.random.normal(ops.shape(x), seed=seed)
+        momentum = backend.normal(ops.shape(x), seed=seed)
         step_size = jittered(step_size, jitter, x, seed)
         new, new_momentum = leapfrog(
             init, state, momentum, step_size, num_leapfrog, temperature
@@ -188,7 +188,7 @@ def jittered(step_size, jitter, x, seed):
     Returns:
         `(chains, 1, ...)`, of the rank of x.
     """
-    uniform = keras.random.uniform((ops.shape(x)[0],), -1.0, 1.0, seed=seed)
+    uniform = backend.uniform((ops.shape(x)[0],), -1.0, 1.0, seed=seed)
     return step_size * (1 + jitter * _per_chain(uniform, x))
 
 
@@ -226,7 +226,7 @@ def metropolis(state, new, log_ratio, seed):
     """
     fine = _is_finite(new[2], log_ratio)
     log_ratio = ops.where(fine, log_ratio, -ops.ones_like(log_ratio) * np.inf)
-    uniform = keras.random.uniform(ops.shape(log_ratio), seed=seed)
+    uniform = backend.uniform(ops.shape(log_ratio), seed=seed)
     probability = ops.exp(ops.minimum(log_ratio, 0))
     accept = ops.logical_and(uniform < probability, fine)
     return choose(accept, new, state), probability, ops.logical_not(fine)

@@ -5,10 +5,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.arguments import (
     as_numpy,
     check_choice,
@@ -417,7 +417,7 @@ class _Path:
             )
 
         state = tempered(chain)
-        momentum = keras.random.normal(ops.shape(chain[0]), seed=seed)
+        momentum = backend.normal(ops.shape(chain[0]), seed=seed)
         new, new_momentum = leapfrog(
             lambda u: tempered(self._ends(u, mean, scale)),
             state,

@@ -101,9 +101,7 @@ def _frequencies(gram, count, seed):
         )
     # exp(−d²) is the mean of cos(w·(x₁ − x₂)) over w ~ N(0, 2I).
     shape = (x.shape[-1], count)
-    return x, keras.random.normal(
-        shape, stddev=2**0.5, seed=seed, dtype=x.dtype
-    )
+    return x, backend.normal(shape, stddev=2**0.5, seed=seed, dtype=x.dtype)
 
 
 def waves(x, frequencies):

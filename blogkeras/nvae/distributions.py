@@ -5,9 +5,9 @@ Small objects around tensors; everything is computed in float32.
 
 import math
 
-import keras
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.state import draw_rows
 
 
@@ -81,7 +81,7 @@ class Bernoulli:
         """
         # logits / temperature > threshold, multiplied by the temperature, which
         # may be 0.
-        u = keras.random.uniform(ops.shape(self.logits), 1e-7, 1, seed=seed)
+        u = backend.uniform(ops.shape(self.logits), 1e-7, 1, seed=seed)
         threshold = ops.log(u) - ops.log1p(-u)
         return ops.cast(self.logits > temperature * threshold, "float32")
 
@@ -107,7 +107,7 @@ class NormalPixels:
         return (ops.clip(self.normal.mean, -1, 1) + 1) / 2
 
     def sample(self, seed, temperature=1.0):
-        noise = keras.random.normal(ops.shape(self.normal.mean), seed=seed)
+        noise = backend.normal(ops.shape(self.normal.mean), seed=seed)
         x = self.normal.sample(noise, temperature)
         return (ops.clip(x, -1, 1) + 1) / 2
 
@@ -194,7 +194,7 @@ class DiscretizedLogisticMixture:
         is the most probable component at its mean.
         """
         shape = ops.shape(self.logits)
-        u = keras.random.uniform(shape, 1e-7, 1 - 1e-7, seed=seed)
+        u = backend.uniform(shape, 1e-7, 1 - 1e-7, seed=seed)
         # logits / temperature + Gumbel noise, multiplied by the temperature,
         # which may be 0.
         gumbel = -ops.log(-ops.log(u))
@@ -205,7 +205,7 @@ class DiscretizedLogisticMixture:
             for rows in (self.means, self.log_scales, self.coefficients)
         )
         shape = (*shape[:-1], self.channels)
-        u = keras.random.uniform(shape, 1e-7, 1 - 1e-7, seed=seed)
+        u = backend.uniform(shape, 1e-7, 1 - 1e-7, seed=seed)
         noise = temperature * (ops.log(u) - ops.log1p(-u))
         values = []
         for i in range(self.channels):
@@ -238,7 +238,7 @@ def noise(seed, rows=False):
 
     def draw(shape):
         if rows:
-            return draw_rows(keras.random.normal, shape, seed)
-        return keras.random.normal(shape, seed=seed)
+            return draw_rows(backend.normal, shape, seed)
+        return backend.normal(shape, seed=seed)
 
     return draw

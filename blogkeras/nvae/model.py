@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.arguments import (
     check_boolean,
     check_choice,
@@ -225,7 +226,7 @@ class NVAE(CompositeModel):
         config = self.config
         x = ops.cast(x, "float32")
         if config.binarize == "dynamic":
-            u = draw_rows(keras.random.uniform, ops.shape(x), seed)
+            u = draw_rows(backend.uniform, ops.shape(x), seed)
             return ops.cast(u < x, "float32")
         if config.likelihood == "logistic_mixture":
             steps = ops.round(x * 255)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.ops import sample_categorical
 from blogkeras.state import draw_rows
 
@@ -47,7 +48,7 @@ def draw_tokens(logits, targets, seed, temperature=1.0, allow_original=True):
         `(batch, K)`, int32.
     """
     logits = ops.stop_gradient(logits) / temperature
-    u = draw_rows(keras.random.uniform, ops.shape(targets), seed)
+    u = draw_rows(backend.uniform, ops.shape(targets), seed)
     if allow_original:
         return sample_categorical(logits, u)
     classes = ops.arange(logits.shape[-1], dtype="int32")

@@ -161,7 +161,7 @@ class MaskedLanguageModel(TokenModel):
                 segments,
                 words,
                 self.pad_token,
-                keras.random.uniform,
+                backend.uniform,
                 self.draws.next_step()
                 if training
                 else self.draws.evaluation(ids),

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.arguments import (
     check_choice,
     check_integer,
@@ -230,7 +231,7 @@ class TokenMasking(keras.layers.Layer):
         chosen = allowed
         if self.unit != "token":
             chosen, limit = self._choose_units(allowed, words, limit, seed)
-        key = draw_rows(keras.random.uniform, shape, seed)
+        key = draw_rows(backend.uniform, shape, seed)
         # The places of the largest keys are different ones by construction.
         key, positions = ops.top_k(ops.where(chosen, key, -1.0), places)
         weights = (key >= 0) & (ops.arange(places, dtype="int32") < limit)
@@ -252,7 +253,7 @@ class TokenMasking(keras.layers.Layer):
             ),
             axis=-1,
         )
-        key = draw_rows(keras.random.uniform, shape, seed)
+        key = draw_rows(backend.uniform, shape, seed)
         order = ops.argsort(ops.where(size > 0, key, 2.0), axis=1)
         size = ops.take_along_axis(size, order, axis=1)
         places = self.positions_in(length)
@@ -269,7 +270,7 @@ class TokenMasking(keras.layers.Layer):
         weight = [LENGTHS[self.unit](n) for n in range(1, longest + 1)]
         lengths = 1 + sample_categorical(
             ops.convert_to_tensor(np.log(weight), "float32"),
-            draw_rows(keras.random.uniform, shape, seed),
+            draw_rows(backend.uniform, shape, seed),
         )
         # A group longer than the number of tokens to choose would never fit.
         ends = ops.cumsum(ops.minimum(lengths, limit), axis=1)
@@ -284,11 +285,11 @@ class TokenMasking(keras.layers.Layer):
     def _hide(self, targets, seed):
         """The tokens that are shown at the chosen positions, `(batch, K)`."""
         shape = ops.shape(targets)
-        u = draw_rows(keras.random.uniform, shape, seed)
+        u = draw_rows(backend.uniform, shape, seed)
         hidden = ops.where(u < self.mask_token_rate, self.mask_token, targets)
         if self.random_token_rate:
             index = draw_rows(
-                lambda shape, seed: keras.random.randint(
+                lambda shape, seed: backend.randint(
                     shape, 0, len(self._ordinary), seed=seed
                 ),
                 shape,

@@ -280,7 +280,7 @@ class CodePrior(CompositeModel):
             self.build()
         positions = math.prod(self.code_shape)
         # One random number for each code.
-        u = keras.random.uniform((positions, num), seed=seed)
+        u = backend.uniform((positions, num), seed=seed)
         # A smaller temperature would be 0 in float32. It gives the same draws
         # as 1e-30, since different logits differ by more than 1e-10.
         temperature = max(temperature, 1e-30)

@@ -176,7 +176,7 @@ class ModuleReplacement(keras.layers.Layer):
         rate = self.rate()
         seed = self.draws.next_step()
         if self.mode == "batch":
-            chosen = keras.random.uniform((), seed=seed) < rate
+            chosen = backend.uniform((), seed=seed) < rate
             return self._choose(chosen, inputs, masks)
         return self._mix(rate, seed, inputs, masks)
 
@@ -278,10 +278,10 @@ class ModuleReplacement(keras.layers.Layer):
             # All replicas draw the same numbers, and each takes those of its
             # samples.
             shape = backend.num_replicas(), size
-            draws = keras.random.uniform(shape, seed=seed)
+            draws = backend.uniform(shape, seed=seed)
             return draws[backend.replica()] < rate
         power = (1 - rate) / ops.maximum(rate, 1e-30)
-        return keras.random.uniform((), seed=seed) ** power
+        return backend.uniform((), seed=seed) ** power
 
     def _plan(self, predecessor, successor):
         """Which outputs are computed, and which are unchanged inputs.

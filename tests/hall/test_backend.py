@@ -9,14 +9,11 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import close_in_ulps, value
 
 from blogkeras import backend
 
 TENSORFLOW = backend.BACKEND == "tensorflow"
-
-
-def value(x):
-    return np.asarray(ops.convert_to_numpy(x))
 
 
 def test_value_and_grad():
@@ -392,3 +389,33 @@ def test_dropout_is_that_of_keras(noise_shape):
             value(keras.random.dropout(x, 0.3, noise_shape, theirs)),
         )
     assert (value(backend.dropout(x, 1.0, noise_shape, ours)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("normal", ()),
+        ("normal", (2.0, 0.5, "float16")),
+        ("uniform", ()),
+        ("uniform", (-1.0, 3.0, "bfloat16")),
+        ("randint", (2, 9)),
+    ],
+)
+def test_random_numbers_are_those_of_keras(name, arguments):
+    """From an integer, from a generator, and in a program of XLA."""
+
+    def draw(module, seed):
+        return getattr(module, name)((4, 5), *arguments, seed=seed)
+
+    generator = keras.random.SeedGenerator
+    for make in (lambda: 7, lambda: generator(3)):
+        ours = draw(backend, make())
+        theirs = draw(keras.random, make())
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(
+            value(ours, "float32"), value(theirs, "float32")
+        )
+    compiled = backend.jit(lambda: draw(backend, 7))()
+    dtype = keras.backend.standardize_dtype(ours.dtype)
+    dtype = "float32" if dtype == "int32" else dtype
+    close_in_ulps(compiled, draw(keras.random, 7), 8, dtype)
