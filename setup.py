@@ -29,6 +29,7 @@ examples = [
 test = [
     *examples,
     *jax,
+    "hypothesis>=6.112,<7",
     "keras-hub>=0.18",
     "pytest>=8",
     "scipy>=1.11",

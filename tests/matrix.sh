@@ -25,7 +25,7 @@ python311=${PYTHON311:-python3.11}
 lowest="keras==3.12.0 numpy==1.26.4 pot==0.9.4 tensorflow==2.18.0
     tf_keras==2.18.0 jax==0.4.35 jaxlib==0.4.35"
 newest="keras numpy pot tensorflow tf_keras jax keras-hub"
-others="pytest scipy matplotlib rich safetensors scikit-learn snownlp"
+others="pytest hypothesis scipy matplotlib rich safetensors scikit-learn snownlp"
 # shellcheck disable=SC2086
 {
     suite lowest "$python311" $lowest $others

@@ -98,7 +98,9 @@ class Kernel:
 
     def __call__(self, x1, x2):
         """The matrix `(..., n, m)` of `(..., n, dim)` and `(..., m, dim)`."""
-        return self.similarity(floating(x1), floating(x2))
+        x1, x2 = columns(floating(x1)), columns(floating(x2))
+        check_features(x1, x2)
+        return self.similarity(x1, x2)
 
     def get_config(self):
         return {}
@@ -112,6 +114,16 @@ class Kernel:
             f"{k}={v!r}" for k, v in self.get_config().items()
         )
         return f"{type(self).__name__}({arguments})"
+
+
+def check_features(x1, x2):
+    """Raises a `ValueError` unless both have the same number of features."""
+    if x1.shape[-1] != x2.shape[-1]:
+        raise ValueError(
+            "Expected samples of as many features, (..., n, dim) and "
+            f"(..., m, dim). Received: shapes {tuple(x1.shape)} and "
+            f"{tuple(x2.shape)}"
+        )
 
 
 def known_numbers(name, x, weight):
@@ -203,15 +215,18 @@ class DistanceKernel(Kernel):
                 "to call the kernel by itself (`median_bandwidth` gives one). "
                 f"Received: {self!r}"
             )
-        unit = self.bandwidth * self.scale(np.shape(x1)[-1])
         if is_array(x1) and is_array(x2):
             dtype = float_dtype(x1)
             x1, x2 = numbers("x1", x1), numbers("x2", x2)
+            check_features(x1, x2)
+            unit = self.bandwidth * self.scale(x1.shape[-1])
             both = np.concatenate([x1, x2], axis=-2)
             both = from_center(both) / unit
             x1, x2 = np.split(both.astype(dtype), [x1.shape[-2]], axis=-2)
             return self.similarity(*map(ops.convert_to_tensor, (x1, x2)))
-        x1, x2 = floating(x1), floating(x2)
+        x1, x2 = columns(floating(x1)), columns(floating(x2))
+        check_features(x1, x2)
+        unit = self.bandwidth * self.scale(x1.shape[-1])
         return self.similarity(x1 / unit, x2 / unit)
 
     def get_config(self):
@@ -492,13 +507,14 @@ class DeltaKernel(Kernel):
     def __call__(self, x1, x2):
         if is_array(x1) and is_array(x2):
             x1, x2 = known_labels("x1", x1), known_labels("x2", x2)
+            check_features(x1, x2)
             x1, x2 = np.broadcast_arrays(
                 x1[..., :, None, :], x2[..., None, :, :]
             )
             return ops.cast((x1 == x2).all(axis=-1), "float32")
-        return self.similarity(
-            *(columns(ops.convert_to_tensor(x)) for x in (x1, x2))
-        )
+        x1, x2 = (columns(ops.convert_to_tensor(x)) for x in (x1, x2))
+        check_features(x1, x2)
+        return self.similarity(x1, x2)
 
 
 def known_labels(name, x, weight=None):

@@ -190,14 +190,19 @@ def _codes_of_column(column):
 
 
 def check_mask_shape(weight, shape):
-    """The weights of the samples, broadcast to `shape`."""
+    """The weights of the samples, broadcast to `shape`.
+
+    Sets of samples may share a mask; one number for all samples is a mistake.
+    """
     try:
-        return np.broadcast_to(weight, shape)
+        if weight.shape[-1:] == tuple(shape)[-1:]:
+            return np.broadcast_to(weight, shape)
     except ValueError:
-        raise ValueError(
-            f"Expected a mask for samples of shape {tuple(shape)}. Received: "
-            f"mask.shape={weight.shape}"
-        ) from None
+        pass
+    raise ValueError(
+        f"Expected a mask for samples of shape {tuple(shape)}. Received: "
+        f"mask.shape={weight.shape}"
+    )
 
 
 def median_bandwidth(x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,7 +6,12 @@ from typing import Any
 import numpy as np
 
 from blogkeras import report
-from blogkeras.arguments import as_numbers, as_numpy, check_number
+from blogkeras.arguments import (
+    as_numbers,
+    as_numpy,
+    check_finite,
+    check_number,
+)
 from blogkeras.extras import require
 from blogkeras.typing import Tensor
 
@@ -24,7 +29,7 @@ def plot_alignment(
     moves along it.
 
     Args:
-        plan: `(n, m)`, as from `transport_plan`.
+        plan: `(n, m)`, nonnegative, as from `transport_plan`.
         x_words: Sequence of n strings, the upper row.
         y_words: Sequence of m strings, the lower row.
         path: Where to write the figure (`.png`, `.svg`, `.pdf`), if anywhere.
@@ -37,7 +42,7 @@ def plot_alignment(
 
     Raises:
         ValueError: if the words are not as many as the plan has rows and
-            columns, or the plan has no mass.
+            columns, or the plan has no mass, a negative or an infinite one.
         ImportError: without matplotlib.
 
     Example:
@@ -59,11 +64,18 @@ def plot_alignment(
                 f"Expected `{name}` to be a list of words. Received: "
                 f"{name}={words!r}"
             )
-    if plan.shape != (len(x_words), len(y_words)) or not plan.sum() > 0:
+    check_finite("plan", plan)
+    if plan.shape != (len(x_words), len(y_words)) or not plan.any():
         raise ValueError(
             "Expected a plan (n, m) with mass, for n and m words. Received: "
             f"plan.shape={plan.shape}, {len(x_words)} and {len(y_words)} words"
         )
+    if plan.min() < 0:
+        raise ValueError(
+            "Expected nonnegative masses in `plan`. Received: "
+            f"{plan.min():g} among them"
+        )
+    plan = plan / plan.max()
     plan = plan / plan.sum()
     figure = require("matplotlib.figure").Figure(
         figsize=(max(4.0, 0.9 * max(plan.shape)), 3.2),

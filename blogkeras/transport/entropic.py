@@ -266,9 +266,11 @@ def _solve_block(p, q, cost, regularization, tolerance, max_iterations):
         *again, _, more = _anneal(_log_scale, problem, *settings)
         return *again, iterations + more
 
-    # Where numbers overflow or vanish, compute in the log domain.
+    # Where numbers overflow or vanish, compute in the log domain. The potential
+    # of a word of little mass may overflow while the error is finite.
+    finite = [ops.all(ops.isfinite(a)) for a in (error, *state[-2:])]
     kernel, s, t, f, g, iterations = ops.cond(
-        ops.all(ops.isfinite(error)),
+        ops.all(ops.stack(finite)),
         lambda: (*state, iterations),
         in_log_domain,
     )

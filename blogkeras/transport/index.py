@@ -252,8 +252,10 @@ class TransportIndex:
         near = np.argpartition(bounds, k - 1)[:k]
         solve(near)
         limit = distances[near].max()
-        # A computed bound may exceed the distance by a rounding error.
-        slack = 1e-6 * (1 + limit)
+        # A computed bound may exceed the distance by a rounding error, which
+        # is relative to the vectors: these may be far larger than the distance.
+        largest = max(np.abs(a).max(initial=0) for a in (x, self._centroids))
+        slack = 1e-6 * (1 + limit) + 1e-12 * largest
         candidates = np.flatnonzero(bounds <= limit + slack)
         bounds = self._relaxed(p, x, candidates)
         order = np.argsort(bounds, kind="stable")

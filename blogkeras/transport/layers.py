@@ -43,17 +43,33 @@ class _TransportLayer(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape):
+        self._check_shapes(input_shape)
+        super().build(input_shape)
+
+    def _check_shapes(self, shapes):
+        shapes = [tuple(shape) for shape in shapes]
         count = 4 if self.weighting == "importance" else 2
-        if len(input_shape) != count or len(input_shape[0]) != 3:
+        fits = len(shapes) == count
+        fits = fits and len(shapes[0]) == len(shapes[1]) == 3
+        if fits:
+            (a, _, dim_x), (b, _, dim_y) = shapes[:2]
+            fits = _may_be_equal((dim_x,), (dim_y,))
+            fits = fits and (self.pairwise or _may_be_equal((a,), (b,)))
+            fits = fits and all(
+                _may_be_equal(weights, words[:2])
+                for words, weights in zip(shapes[:2], shapes[2:], strict=False)
+            )
+        if not fits:
             raise ValueError(
                 "Expected the inputs [x, y] of shape (batch, length, dim), "
                 'and, with weighting="importance" only, x_importance and '
                 "y_importance of shape (batch, length) after them. "
-                f"Received: input_shape={input_shape}"
+                f"Received: input_shape={shapes}"
             )
-        super().build(input_shape)
 
     def call(self, inputs, mask=None):
+        # The layer is built once, but may be called with any shapes.
+        self._check_shapes([z.shape for z in inputs])
         # Marginals need more digits than half precision has.
         x, y, *importance = (
             ops.cast(z, keras.backend.result_type(z.dtype, "float32"))
@@ -112,6 +128,14 @@ class _TransportLayer(keras.layers.Layer):
             "tolerance": self.tolerance,
             "pairwise": self.pairwise,
         }
+
+
+def _may_be_equal(shape, other):
+    """Whether two shapes are equal where both are known."""
+    return len(shape) == len(other) and all(
+        a is None or b is None or a == b
+        for a, b in zip(shape, other, strict=True)
+    )
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")

@@ -268,10 +268,25 @@ def remove_components(
             f"Received: vectors.shape={vectors.shape}, "
             f"components.shape={components.shape}"
         )
+    check_finite("components", components)
+    dtype = np.result_type(vectors, components)
+    if dtype.itemsize < 4:
+        # Sums of products may leave the range of half precision.
+        vectors, components = (
+            a.astype("float32") for a in (vectors, components)
+        )
     along = vectors @ components.T
     if shares is not None:
-        along = along * np.asarray(shares, along.dtype)
-    return vectors - along @ components
+        shares = as_numpy(as_numbers(shares, "shares"))
+        if shares.shape != components.shape[:1]:
+            raise ValueError(
+                "Expected as many shares as components. Received: "
+                f"shares.shape={shares.shape}, "
+                f"components.shape={components.shape}"
+            )
+        check_finite("shares", shares)
+        along = along * shares.astype(along.dtype)
+    return (vectors - along @ components).astype(dtype)
 
 
 def _vectors(vectors):
@@ -282,7 +297,8 @@ def _vectors(vectors):
             "Expected vectors of shape (num_vectors, dim), at least one. "
             f"Received: vectors.shape={vectors.shape}"
         )
-    return vectors
+    # Integers would cut off the digits of what is computed from them.
+    return vectors.astype("float64") if vectors.dtype.kind in "biu" else vectors
 
 
 def _probabilities(p):

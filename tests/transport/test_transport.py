@@ -428,6 +428,25 @@ def test_the_log_domain_takes_over_where_floats_end():
     )
 
 
+def test_the_log_domain_takes_over_where_a_potential_overflows():
+    """The marginal error is finite there, and the plan was NaN."""
+    p = np.array([5.07457428e-04, 8.38058920e-08, 0.999492459], "float32")
+    q = np.array([0.349740929, 7.4e-05, 2.2e-03, 1.3e-05, 0.64796], "float32")
+    D = np.array(
+        [
+            [3.3, 6.8, 3.2, -8.6, 7.2],
+            [4.2, -4.9, 5.2, 3.5, 2.9],
+            [0.28, 5.0, -6.3, -1.6, -4.5],
+        ],
+        "float32",
+    )
+    q = q / q.sum()
+    solution = sinkhorn(*(np.stack([a] * 3) for a in (p, q, D)))
+    expected = ot.emd2(*(np.float64(a) / a.sum() for a in (p, q)), D)
+    np.testing.assert_allclose(numpy(solution.distance), expected, atol=0.05)
+    np.testing.assert_allclose(numpy(solution.plan)[0].sum(1), p, atol=1e-6)
+
+
 def plain_iterations(p, q, D, epsilon, tolerance):
     """How many Sinkhorn's own iteration takes, in NumPy float64."""
     kernel = np.exp(-D / epsilon)

@@ -270,6 +270,15 @@ def test_layer_errors():
         WordMoverDistance(weighting="importance")([X, Y])
     with pytest.raises(ValueError, match="batch, length, dim"):
         WordMoverDistance()([X[0], Y[0]])
+    # Shapes that would broadcast, also after the layer was built.
+    layer = WordMoverDistance(solver="relaxed")
+    layer([X, Y])
+    for inputs in ([X, Y[:1]], [X, Y[..., :1]], [X, Y[:, 0]]):
+        with pytest.raises(ValueError, match="batch, length, dim"):
+            layer(inputs)
+    layer = WordMoverDistance(weighting="importance")
+    with pytest.raises(ValueError, match="x_importance"):
+        layer([X, Y, ops.ones(X.shape[:2]), ops.ones((len(Y), 1))])
 
 
 def test_functions_compile_once_where_they_are_traced():

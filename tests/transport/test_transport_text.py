@@ -146,7 +146,34 @@ def test_components():
     assert all_but_the_top(v.astype("float32"), 0).dtype == np.float32
 
 
+def test_components_of_integers_and_of_half_precision():
+    """Integers keep the digits of the components; sums stay in range."""
+    v = np.array([[3, 4, 0], [6, 8, 0], [-3, -4, 1]])
+    components, _ = common_components(v, 1)
+    _, _, right = np.linalg.svd(v)
+    np.testing.assert_allclose(np.abs(components[0]), np.abs(right[0]))
+    centred = v - v.mean(0)
+    np.testing.assert_allclose(all_but_the_top(v, 0), centred, atol=1e-12)
+    half = np.full((2, 3), 60000, "float16")
+    unit = np.full((1, 3), 3**-0.5, "float16")
+    left = remove_components(half, unit)
+    assert left.dtype == np.float16
+    np.testing.assert_allclose(left, 0, atol=60)
+
+
+def test_search_where_distances_are_far_below_the_size_of_vectors():
+    """A bound may exceed the distance by a rounding error of the vectors."""
+    vectors = np.array([[1e12, -0.13, 0.64], [0.1, -0.54, 0.36]], "float32")
+    index = TransportIndex([[0, 1]], vectors, "euclidean", "norm", 0)
+    result = index.search([0], k=1)
+    expected = word_mover_distance(
+        vectors[:1], vectors, cost="euclidean", weights="norm"
+    )
+    np.testing.assert_allclose(result.distances, expected)
+
+
 def test_weighting_errors():
+    X = np.eye(3)
     for match, call in [
         ("from 3 to 3", lambda: inverse_document_frequency([[3]], 3)),
         ("at least one", lambda: inverse_document_frequency([], 3)),
@@ -155,6 +182,9 @@ def test_weighting_errors():
         ("whole vocabulary", lambda: usif_weights([0.5, 0.5])),
         ("sentence_length", lambda: usif_weights([0.9, 0.1], 0)),
         ("num_components", lambda: common_components(np.ones((3, 2)), 3)),
+        ("as many shares", lambda: remove_components(X, X[:2], [1.0])),
+        ("shares", lambda: remove_components(X, X[:2], [1.0, np.nan])),
+        ("`components`", lambda: remove_components(X, np.full((1, 3), np.inf))),
     ]:
         with pytest.raises(ValueError, match=match):
             call()
@@ -179,3 +209,7 @@ def test_alignment_figure(tmp_path):
         np.testing.assert_allclose(np.ptp(bottom), mass, rtol=1e-6)
     with pytest.raises(ValueError, match="3 and 3 words"):
         plot_alignment(plan, list("abc"), list("def"))
+    for wrong in (-1.0, np.nan, np.inf):
+        plan[0, 0] = wrong
+        with pytest.raises(ValueError, match="`plan`"):
+            plot_alignment(plan, list("abc"), list("defg"))

@@ -1,0 +1,85 @@
+"""The table of properties: what holds for each public name, on drawn input.
+
+A property is a function of the public object and of drawn values that asserts
+what mathematics or the documentation promises. `properties_of_*.py` fill the
+table, room by room; `test_properties.py` runs it: a few cases of each property
+in `make test`, at least a thousand cases of each name in `make verify`.
+"""
+
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import hypothesis
+from hypothesis import configuration
+
+# Hypothesis stores what it reads from source files: not in the repository.
+configuration.set_hypothesis_home_dir(
+    tempfile.gettempdir() + "/blogkeras-hypothesis"
+)
+THOUSAND = 1000
+# {name: list of its properties}
+TABLE: dict[str, list["Property"]] = {}
+# {name: number of cases}, of the names whose thousand cases have run.
+COUNTS: dict[str, int] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Property:
+    """What holds for a public name.
+
+    Attributes:
+        check: Function of the public object and of the drawn values, by name.
+        drawn: `{argument: hypothesis strategy}`.
+        cases: How many cases one call is: the rows of a batch, where the rows
+            are independent of each other.
+        short: How many calls there are in `make test`.
+    """
+
+    check: Callable
+    drawn: dict[str, Any]
+    cases: int
+    short: int
+
+    def run(self, target, calls):
+        """Checks it for `calls` drawn values; returns the number of cases."""
+        finished = 0
+
+        @hypothesis.settings(
+            max_examples=calls,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            print_blob=False,
+            report_multiple_bugs=False,
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+            suppress_health_check=list(hypothesis.HealthCheck),
+        )
+        @hypothesis.given(**self.drawn)
+        def case(**drawn):
+            nonlocal finished
+            self.check(target, **drawn)
+            finished += self.cases
+
+        case()
+        return finished
+
+
+def holds_for(*names, cases=1, short=3):
+    """A decorator: the property holds for these public names.
+
+    The arguments of the function, but the first, are strategies by their
+    defaults.
+    """
+
+    def decorate(check):
+        parameters = list(inspect.signature(check).parameters.values())[1:]
+        drawn = {p.name: p.default for p in parameters}
+        for name in names:
+            properties = TABLE.setdefault(name, [])
+            properties.append(Property(check, drawn, cases, short))
+        return check
+
+    return decorate
