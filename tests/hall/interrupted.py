@@ -78,7 +78,9 @@ def indices():
     """Two indices of equal form and other numbers."""
     return [
         blogkeras.TransportIndex(
-            [[i, i + 1, i + 2] for i in range(0, 900, 3)], sign * VECTORS
+            [[i, i + 1, i + 2] for i in range(0, 900, 3)],
+            sign * VECTORS,
+            verbose=0,
         )
         for sign in (1, -1)
     ]

@@ -31,7 +31,8 @@ class Child:
             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         self.lines = iter(self.process.stdout.readline, "")
-        assert next(self.lines).strip() == "ready"
+        said = next((x for x in self.lines if x.strip() == "ready"), None)
+        assert said, "it ended before its work began"
 
     def end(self, number):
         """Sends the signal; what the script has printed since."""
@@ -42,9 +43,10 @@ class Child:
         return said
 
 
-def assert_equal(model, other):
-    for a, b in zip(model.get_weights(), other.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+def lasting(model):
+    """What a file holds of a model: all but the metrics, which start anew."""
+    variables = [*model.variables, *model.optimizer.variables]
+    return [np.asarray(v, "float64") for v in variables]
 
 
 @pytest.mark.verify
@@ -70,9 +72,7 @@ def test_training_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
         if (folder / f"{interrupted.EPOCHS}.keras").exists():
             epoch, model = interrupted.newest(folder)
             if epoch == interrupted.EPOCHS:
-                assert (
-                    toy.difference(toy.state(model), toy.state(expected)) == 0
-                )
+                assert toy.difference(lasting(model), lasting(expected)) == 0
                 runs += 1
                 folder = tmp_path / str(runs)
                 folder.mkdir()

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import JAX, replicated, value
+from kit import JAX, replicated, slow_on_jax, value
 from scipy import special
 
 import blogkeras
@@ -267,6 +267,7 @@ def test_every_pass_has_all_blocks_in_another_order():
     np.testing.assert_array_equal(again[1], batches[3])
 
 
+@slow_on_jax
 def test_a_model_says_where_its_data_go_on(tmp_path):
     def blocks(position):
         return blogkeras.token_blocks(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
-from kit import close_in_ulps, nearest_rows
+from kit import close_in_ulps, nearest_rows, slow_on_jax
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -199,6 +199,7 @@ class SonnetEMA:
         return found
 
 
+@slow_on_jax
 def test_the_moving_average_is_sonnets():
     decay, steps = 0.95, 100
     layer, oracle = quantizer(ema_decay=decay), SonnetEMA(E, decay)
@@ -356,6 +357,7 @@ def test_dead_codes_go_to_vectors_of_the_batch():
     )
 
 
+@slow_on_jax
 def test_restarts_prevent_the_collapse():
     rng = np.random.default_rng(2)
     shares = {}
