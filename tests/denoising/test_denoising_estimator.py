@@ -319,6 +319,23 @@ def test_evaluation_sees_the_same_noise_each_time():
     assert int(value(model.draws.iterations)) == 4
 
 
+def test_each_batch_and_each_seed_evaluates_with_other_noise():
+    equal = np.repeat(X[:1], 32, 0)
+    model, other = compiled(small(seed=3)), compiled(small(seed=4))
+    model.adapt(X)
+    other.adapt(X)
+    other.network.set_weights(model.network.get_weights())
+
+    def loss(model, x):
+        return model.evaluate(x, batch_size=16, verbose=0, return_dict=True)[
+            "denoising_loss"
+        ]
+
+    first = loss(model, equal[:16])
+    assert abs(loss(model, equal) / first - 1) > 1e-3
+    assert abs(loss(other, equal[:16]) / first - 1) > 1e-3
+
+
 def test_a_last_batch_that_is_small_counts_by_its_rows():
     """The metric is a mean over rows, as Keras's own loss is."""
     model = compiled(small(annealing_steps=0))

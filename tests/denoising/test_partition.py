@@ -92,6 +92,34 @@ def test_annealed_on_given_energies(case, dim):
     check_annealed(case, dim, 1024, 3000)
 
 
+def test_few_steps_backwards_are_unbiased():
+    """The mean of 1 / weight is 1 / Z for any number of steps, if in order.
+
+    With three steps the chains are far from every density on their way, and
+    only the weights that belong to their moves have this mean.
+    """
+    rng = np.random.default_rng(0)
+    center, scale, number = np.array([0.6, -0.4], "float32"), 0.7, 20_000
+    samples = center + scale * rng.normal(size=(number, 2))
+
+    def log_density(x):
+        return -ops.sum(ops.square((x - center) / scale), axis=-1) / 2
+
+    result = log_partition(
+        log_density,
+        mean=np.zeros(2),
+        scale=1.0,
+        num_samples=number,
+        num_steps=3,
+        samples=samples,
+        seed=0,
+    )
+    truth = math.log(2 * math.pi * scale**2)
+    assert abs(result.value - truth) < 0.02
+    assert abs(result.diagnostics["backward_value"] - truth) < 0.02
+    assert result.upper - truth > 0.02
+
+
 def test_importance_in_few_dimensions():
     log_density, truth, _ = gaussian(2)
     result = log_partition(
@@ -99,15 +127,16 @@ def test_importance_in_few_dimensions():
     )
     assert abs(result.value - truth) < 3 * result.standard_error < 0.05
     # A reference that is the density itself has weights that are all equal.
+    scale = np.array([0.5, 3], "float32")
     result = log_partition(
-        lambda x: -ops.sum(ops.square(x), axis=-1) / 2,
+        lambda x: -ops.sum(ops.square(x / scale), axis=-1) / 2,
         "importance",
         mean=np.zeros(2),
-        scale=1.0,
+        scale=scale,
         num_samples=100,
         seed=0,
     )
-    assert abs(result.value - math.log(2 * math.pi)) < 1e-5
+    assert abs(result.value - math.log(2 * math.pi * 0.5 * 3)) < 1e-5
     assert abs(result.effective_sample_size - 100) < 1e-2
 
 
@@ -144,6 +173,9 @@ def test_the_mean_and_the_scale_of_a_model():
     model.adapt(np.random.default_rng(0).normal(1, 2, (100, 2)))
     model.network.set_weights([0 * w for w in model.network.get_weights()])
     # Then the log-density is −‖x − μ‖² / 2(s² + σ²).
+    assert model.noisy_scale**2 == pytest.approx(
+        float(model.variance.numpy()) + 0.25
+    )
     truth = math.log(2 * math.pi * (float(model.variance.numpy()) + 0.25))
     seed = keras.random.SeedGenerator(0)
     result = log_partition(model, num_samples=256, num_steps=50, seed=seed)
