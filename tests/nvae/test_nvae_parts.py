@@ -142,6 +142,25 @@ def test_spectral_penalty_against_svd():
     assert float(value(total)) == pytest.approx(sum(expected), rel=0.01)
 
 
+def test_a_step_makes_four_power_iterations():
+    """As the published training does; here in NumPy, from the same vectors."""
+    keras.utils.set_random_seed(0)
+    layer = Convolution(7, 3)
+    layer.build((None, 8, 8, 4))
+    penalty = SpectralPenalty(keras.layers.Layer(), [layer])
+    ((left, right),) = penalty.vectors
+    u, matrix = value(left)[0], value(layer.matrix())
+    for _ in range(4):
+        v = matrix.T @ u
+        v /= np.linalg.norm(v)
+        u = matrix @ v
+        u /= np.linalg.norm(u)
+    total = float(value(penalty()))
+    np.testing.assert_allclose(value(left)[0], u, atol=1e-5)
+    np.testing.assert_allclose(value(right)[0], v, atol=1e-5)
+    assert total == pytest.approx(u @ matrix @ v, rel=1e-5)
+
+
 def test_spectral_penalty_of_zeros_recovers():
     """A kernel of zeros has no singular vectors; later it has them again."""
     keras.utils.set_random_seed(0)
