@@ -424,6 +424,9 @@ def straight_through(forward, backward):
     Returns:
         Tensor of the same shape, equal to `forward` to the bit.
 
+    Raises:
+        ValueError: if the shapes differ.
+
     Example:
 
     >>> x = ops.convert_to_tensor([0.4, 1.6])
@@ -437,6 +440,16 @@ def straight_through(forward, backward):
     Reference:
         [blog post 6760](https://kexue.fm/archives/6760)
     """
+    forward, backward = map(ops.convert_to_tensor, (forward, backward))
+    sizes = tuple(forward.shape), tuple(backward.shape)
+    # Otherwise they would be broadcast. A size may be unknown (None).
+    if len(sizes[0]) != len(sizes[1]) or any(
+        m != n for m, n in zip(*sizes, strict=True) if None not in (m, n)
+    ):
+        raise ValueError(
+            "Expected two tensors of one shape. Received: forward of shape "
+            f"{sizes[0]}, backward of shape {sizes[1]}"
+        )
     nothing = backward - ops.stop_gradient(backward)
     return ops.stop_gradient(forward) + nothing
 

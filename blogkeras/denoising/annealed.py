@@ -72,6 +72,12 @@ class AnnealedScoreMatching(DenoisingModel):
     Input shape:  `(rows, ...)`, any numeric dtype.
     Output shape: `(rows,)`, float32: `log_density` (at `sigma0`).
 
+    Raises:
+        ValueError: if `sigmas` are not two or more positive numbers in order,
+            `sigma0` is outside of their range, or the network does not give one
+            number for each row or has layers whose score would be wrong (see
+            `allow_piecewise`); and in `fit`, if rows are not finite numbers.
+
     Example:
 
     >>> network = mlp_log_density((2,))  # or residual_log_density((28, 28, 1))

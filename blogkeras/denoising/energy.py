@@ -186,6 +186,10 @@ def mlp_log_density(
     Returns:
         `keras.Model`, `(rows, *input_shape)` to `(rows, 1)`.
 
+    Raises:
+        ValueError: if `input_shape` or `units` are not integers above 0, or the
+            activation has no second derivative.
+
     Example:
 
     >>> mlp_log_density((2,)).count_params()
@@ -230,6 +234,10 @@ def residual_log_density(
 
     Returns:
         `keras.Model`, `(rows, height, width, channels)` to `(rows, 1)`.
+
+    Raises:
+        ValueError: if `input_shape` is not (height, width, channels), sizes are
+            not integers above 0, or the activation has no second derivative.
 
     Example:
 

@@ -178,6 +178,13 @@ class DenoisingDensityEstimator(_OneNoise):
     Input shape:  `(rows, ...)`, any numeric dtype.
     Output shape: `(rows,)`, float32: `log_density`.
 
+    Raises:
+        ValueError: if `sigma` is not above 0, or is a schedule beside
+            `annealing_steps`; if the network does not give one number for each
+            row, or has layers whose score would be wrong (see
+            `allow_piecewise`); and in `fit`, if rows are not finite numbers, or
+            σ is annealed over data of unknown size.
+
     Example:
 
     >>> model = DenoisingDensityEstimator(mlp_log_density((2,)), sigma=0.1)
@@ -331,6 +338,11 @@ class DenoisingAutoencoder(_OneNoise):
 
     Input shape:  `(rows, ...)`.
     Output shape: the same, float32: the denoised rows.
+
+    Raises:
+        ValueError: if `sigma` is not above 0; and in `fit`, if rows are not
+            finite numbers or the network's output has not the shape of its
+            input.
 
     Example:
 

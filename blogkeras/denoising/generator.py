@@ -58,6 +58,13 @@ class DenoisingGenerator(CompositeModel):
     Input shape:  `(rows, *latent_shape)`.
     Output shape: the generator's.
 
+    Raises:
+        ValueError: if both densities are one, `model_density` is no network,
+            the generator does not know the shape of its input, or neither
+            `sigma` nor `data_density` says how much noise there is; and in
+            `compile`, if one optimizer is given twice, or both numbers of steps
+            are above 1.
+
     Example:
 
     >>> p = DenoisingDensityEstimator(mlp_log_density((2,)), 0.1)  # trained

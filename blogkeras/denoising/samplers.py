@@ -139,6 +139,11 @@ def annealed_langevin(
     Returns:
         `Samples`.
 
+    Raises:
+        FloatingPointError: if chains explode; it says at which step.
+        ValueError: for arguments out of range, or for both `temperatures` and
+            `sigmas`, or neither.
+
     Example:
 
     >>> def log_density(x):
@@ -277,6 +282,11 @@ def mala(
     Returns:
         `Samples`.
 
+    Raises:
+        FloatingPointError: if no proposal was ever finite.
+        ValueError: for arguments out of range, and for starting points whose
+            log-density is not finite.
+
     Example:
 
     >>> def log_density(x):
@@ -338,6 +348,11 @@ def hmc(
 
     Returns:
         `Samples`.
+
+    Raises:
+        FloatingPointError: if no proposal was ever finite.
+        ValueError: for arguments out of range, and for starting points whose
+            log-density is not finite.
 
     Example:
 

@@ -79,6 +79,11 @@ class NVAE(CompositeModel):
             which takes less memory and more time.
         seed: Integer or `None`.
 
+    Raises:
+        ValueError: if `config` is no `NVAEConfig`; and in the verbs, on
+            pictures of another shape or with pixels that the likelihood does
+            not know, and on temperatures below 0.
+
     Example:
 
     >>> model = NVAE.from_preset("digits", kl_warmup_steps=500)

@@ -61,6 +61,10 @@ class NVAEConfig:
             the pixels in [0, 1] as probabilities. `None`: pixels are 0 or 1
             already. For `"bernoulli"` only.
 
+    Raises:
+        ValueError: on arguments out of range, and if height and width with
+            their padding cannot be halved as often as the scales ask for.
+
     Example:
 
     >>> config = NVAEConfig((28, 28, 1), padding=2, groups=(3, 1), channels=8)

@@ -78,6 +78,11 @@ def token_blocks(
         `pairs` or `words` a dict of `"token_ids"` and `"segment_ids"`,
         `"word_ids"`. `fit` needs `steps_per_epoch`.
 
+    Raises:
+        ValueError: if `lines` are not strings or make no block, `tokenize`
+            gives anything but a list of integers, or pairs lack their special
+            tokens.
+
     Example:
 
     >>> blocks = token_blocks(

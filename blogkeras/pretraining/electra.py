@@ -94,6 +94,12 @@ class ElectraPretrainer(TokenModel):
     `discriminator_loss`, `discriminator_accuracy`, `discriminator_auc`,
     `discriminator_precision`, `discriminator_recall`, without padding.
 
+    Raises:
+        ValueError: if the networks have different vocabularies, no embedding to
+            share, or different sizes where `sharing` needs equal ones; if there
+            is no mask token, or one that is the padding; on arguments out of
+            range; and in `fit`, on tokens outside of the vocabulary.
+
     Example:
 
     >>> def encoder(name, dim):

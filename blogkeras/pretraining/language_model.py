@@ -65,6 +65,11 @@ class MaskedLanguageModel(TokenModel):
     Metrics, each over the whole epoch: `masked_accuracy`, `masked_loss`, and
     `pair_accuracy`, `pair_loss` with `pairs`.
 
+    Raises:
+        ValueError: if the backbone is not built, does not map tokens to vectors
+            or has no embedding; if there is no mask token; on arguments out of
+            range; and in `fit`, on tokens outside of the vocabulary.
+
     Example:
 
     >>> tokens = keras.Input((16,), dtype="int32")

@@ -84,6 +84,11 @@ class TokenMasking(keras.layers.Layer):
         - `"mask_ids"`: `(batch, K)`, int32, the original tokens there;
         - `"mask_weights"`: `(batch, K)`, float32: 1, or 0 for unused places.
 
+    Raises:
+        ValueError: on rates outside of [0, 1], on a mask token that is the
+            padding, if all tokens are special, and on `max_length` where units
+            have none; and in a call, on tokens outside of the vocabulary.
+
     Example:
 
     >>> masking = TokenMasking(100, mask_token=4, special_tokens=[2, 3])

@@ -54,6 +54,10 @@ def share_layers(
     Returns:
         A functional `keras.Model` with weights of its own.
 
+    Raises:
+        ValueError: if the blocks differ in layers or sizes, their number is not
+            divisible by groups · inner, or `source` is not of their shapes.
+
     Example:
 
     >>> def transformer(blocks):
@@ -131,6 +135,10 @@ def unshare_layers(
     Returns:
         A functional `keras.Model` with weights of its own.
 
+    Raises:
+        ValueError: if the model has no blocks that can be found; give
+            `boundaries` then.
+
     Example:
 
     >>> tokens = keras.Input((8,), dtype="int32")
@@ -200,6 +208,10 @@ def factorize_embedding(
     Returns:
         `(model, error)`: a functional `keras.Model` with weights of its own,
         and ‖E - U P‖ / ‖E‖ in Frobenius norms.
+
+    Raises:
+        ValueError: if `size` is not within the embedding's, or the model uses
+            its embedding for anything but looking tokens up once.
 
     Example:
 

@@ -308,6 +308,9 @@ def test_straight_through():
     np.testing.assert_array_equal(
         gradient(lambda x: ops.sum(fn(x) * weights), x), weights
     )
+    for shape in ((3,), (1, 3), (3, 2)):
+        with pytest.raises(ValueError, match="one shape"):
+            shared.straight_through(np.ones(shape, "f4"), np.ones((2, 3), "f4"))
 
 
 def test_straight_through_is_public():
