@@ -209,6 +209,14 @@ def check_integers(name, values, minimum=0, maximum=None):
         )
 
 
+def shapes_agree(shape, other):
+    """Whether two shapes are equal where the sizes of both are known."""
+    return len(shape) == len(other) and not any(
+        isinstance(a, int) and isinstance(b, int) and a != b
+        for a, b in zip(shape, other, strict=True)
+    )
+
+
 def check_verbose(value):
     """Keras's `verbose`: `"auto"`, 0, 1 or 2; `"auto"` is 1."""
     if isinstance(value, str) and value == "auto":

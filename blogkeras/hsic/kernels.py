@@ -116,6 +116,36 @@ class Kernel:
         return f"{type(self).__name__}({arguments})"
 
 
+def scaled_sets(x):
+    """Sets of samples, each divided by a power of two of its own size.
+
+    Otherwise the numbers of a small set would vanish beside those of a large
+    one in the same batch.
+
+    Args:
+        x: `(..., n, dim)`, float64.
+
+    Returns:
+        `(x, exponent, sizes)`: `x` is to be multiplied by 2**exponent and by
+        2**sizes, integers `(...)`, which are `None` for a single set.
+    """
+    if x.ndim == 2:
+        exponent = exponent_of(x)
+        return np.ldexp(x, -exponent), exponent, None
+    flat = x.reshape(-1, *x.shape[-2:])
+    exponents = np.array([exponent_of(part) for part in flat], "int32")
+    # What float32 cannot hold as a factor goes into the common exponent.
+    largest = int(exponents.max(initial=0))
+    common = largest - min(max(largest, -100), 100)
+    sizes = np.clip(exponents - common, -120, 120).reshape(x.shape[:-2])
+    return np.ldexp(x, -(common + sizes)[..., None, None]), common, sizes
+
+
+def as_factors(sizes, dtype):
+    """2**sizes as a tensor `(...)`."""
+    return ops.convert_to_tensor(np.ldexp(1.0, sizes).astype(dtype))
+
+
 def check_features(x1, x2):
     """Raises a `ValueError` unless both have the same number of features."""
     if x1.shape[-1] != x2.shape[-1]:
@@ -355,12 +385,12 @@ class LinearKernel(Kernel):
 
     def of_centered(self, x, weight, dtype):
         """The `Gram` of float64 numbers around 0."""
-        exponent = exponent_of(x)
-        x = ops.convert_to_tensor(np.ldexp(x, -exponent).astype(dtype))
+        x, exponent, sizes = scaled_sets(x)
+        x = ops.convert_to_tensor(x.astype(dtype))
         if weight is not None:
             weight = ops.convert_to_tensor(weight, dtype)
-        gram = Gram(self, centered(x, weight), dtype, 2 * exponent)
-        return gram
+        factors = () if sizes is None else (as_factors(sizes, dtype),) * 2
+        return Gram(self, centered(x, weight), dtype, 2 * exponent, factors)
 
     def of_tensor(self, x, weight, dtype):
         x = about_center(x, weight, dtype)
@@ -452,14 +482,16 @@ class CosineKernel(Kernel):
         keep = None if weight is None else weight > 0
         x = from_center(x / np.where(norm > 0, norm, 1), keep)
         # If all directions are equal, their differences are rounding errors.
-        x = x * (np.abs(x).max(initial=0.0) > 8 * unit)
+        size = np.abs(x).max(axis=(-2, -1), keepdims=True, initial=0.0)
+        x = x * (size > 8 * unit)
         return LinearKernel().of_centered(x, weight, dtype)
 
     def of_tensor(self, x, weight, dtype):
         double = keras.backend.standardize_dtype(x.dtype) == "float64"
         unit = 8 * float(np.finfo("float64" if double else "float32").eps)
         x = about_center(normalize(ops.cast(x, dtype)), weight, dtype)
-        x = ops.where(ops.max(ops.abs(x)) > unit, x, 0.0)
+        size = ops.max(ops.abs(x), axis=(-2, -1), keepdims=True)
+        x = ops.where(size > unit, x, 0.0)
         return LinearKernel().of_tensor(x, weight, dtype)
 
     def similarity(self, x1, x2):
@@ -559,17 +591,21 @@ class PrecomputedKernel(Kernel):
     def of_array(self, name, x, weight, dtype):
         x = numbers(name, x).astype("float64")
         check_square(name, x)
-        used = x
-        if weight is not None:
-            both = (weight[..., None] > 0) & (weight[..., None, :] > 0)
-            x, used = np.where(both, x, 0.0), x[both]
+        keep = None if weight is None else weight > 0
+        if keep is not None:
+            x = np.where(keep[..., None] & keep[..., None, :], x, 0.0)
         require_finite(name, x)
-        # A number added to the whole matrix does not change HSIC.
-        with np.errstate(over="ignore"):
-            x = x - (np.median(used) if used.size else 0.0)
-        exponent = exponent_of(x)
-        x = np.ldexp(x, -exponent).astype(dtype)
-        return Gram(self, ops.convert_to_tensor(x), dtype, exponent)
+
+        def centred(x, keep):
+            used = x if keep is None else x[keep][:, keep]
+            # A number added to the whole matrix does not change HSIC.
+            with np.errstate(over="ignore"):
+                return x - (np.median(used) if used.size else 0.0)
+
+        x, exponent, sizes = scaled_sets(each_sample(centred, x, keep))
+        x = ops.convert_to_tensor(x.astype(dtype))
+        factors = () if sizes is None else (as_factors(sizes, dtype),)
+        return Gram(self, x, dtype, exponent, factors)
 
     def of_tensor(self, x, weight, dtype):
         check_square("the kernel matrix", x)
@@ -584,9 +620,9 @@ class PrecomputedKernel(Kernel):
 
     def __call__(self, x1, x2):
         raise ValueError(
-            "A precomputed matrix stands in the place of the variable: "
-            "hsic(matrix, y, kernel_x=PrecomputedKernel()). Received: a call "
-            "of the kernel"
+            "A precomputed matrix stands in the place of the variable. "
+            "Expected hsic(matrix, y, kernel_x=PrecomputedKernel()). Received: "
+            "a call of the kernel"
         )
 
 

@@ -287,7 +287,14 @@ class CKA(keras.metrics.Metric):
     def update_state(self, y_true, y_pred, sample_weight=None):
         y_true = flat(y_true)
         y_pred = flat(y_pred, backend.get_keras_mask(y_pred))
-        if y_pred.shape[0] is not None and y_pred.shape[0] < 4:
+        sizes = {y_true.shape[0], y_pred.shape[0]} - {None}
+        if len(sizes) > 1:
+            raise ValueError(
+                "Expected as many rows of `y_true` as of `y_pred`. Received: "
+                f"y_true.shape={tuple(y_true.shape)}, "
+                f"y_pred.shape={tuple(y_pred.shape)}"
+            )
+        if sizes and min(sizes) < 4:
             return
         if sample_weight is not None:
             sample_weight = per_sample(sample_weight)

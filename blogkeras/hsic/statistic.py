@@ -298,6 +298,8 @@ class Resolvent:
             np.finfo(keras.backend.standardize_dtype(matrix.dtype)).eps
         )
         ridge = ops.maximum(epsilon * n, unit * _trace(ops.abs(fixed)))
+        # Without a sample the matrix is 0, and any ridge gives R = 0.
+        ridge = ops.where(ridge > 0, ridge, ops.ones_like(ridge))
         self.ridge = ridge = ridge[..., None, None]
         size = matrix.shape[-1] or ops.shape(matrix)[-1]
         self.identity = ops.eye(size, dtype=matrix.dtype)

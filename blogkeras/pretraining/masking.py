@@ -13,6 +13,7 @@ from blogkeras.arguments import (
     check_integer,
     check_integers,
     check_number,
+    shapes_agree,
 )
 from blogkeras.ops import sample_categorical
 from blogkeras.state import NumberedDraws, draw_rows
@@ -214,7 +215,7 @@ class TokenMasking(keras.layers.Layer):
                 "is known, so that the number of masked positions is. "
                 f"Received: tokens.shape={tuple(ids.shape)}"
             )
-        if words is not None and tuple(words.shape[1:]) != tuple(ids.shape[1:]):
+        if words is not None and not shapes_agree(words.shape, ids.shape):
             raise ValueError(
                 "Expected words of the shape of the tokens. Received: "
                 f"tokens.shape={tuple(ids.shape)}, "

@@ -14,7 +14,7 @@ from blogkeras.arguments import (
     check_number,
     check_verbose,
 )
-from blogkeras.ops import masked_mean, safe_norm, straight_through
+from blogkeras.ops import masked_mean, normalize, straight_through
 from blogkeras.quantization import kmeans
 from blogkeras.quantization.nearest import nearest_codes
 from blogkeras.quantization.quantizer import Quantizer, counted, floats
@@ -26,12 +26,6 @@ def _mean_square(x, weights):
         return masked_mean(ops.square(x), weights)
     size = ops.cast(ops.size(x), "float32")
     return ops.sum(ops.square(x)) / ops.maximum(size, 1)
-
-
-def _unit(x):
-    """x / ||x||; zero stays zero."""
-    norm = safe_norm(x, axis=-1, keepdims=True)
-    return x / ops.where(norm > 0, norm, 1)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -245,7 +239,7 @@ class VectorQuantizer(Quantizer):
         """The codes, from moving averages of counts and sums."""
         if self.metric == "cosine":
             empty = ops.all(sums == 0, axis=-1, keepdims=True)
-            return ops.where(empty, self._codebook(), _unit(sums))
+            return ops.where(empty, self._codebook(), normalize(sums))
         total, epsilon = ops.sum(counts), 1e-5
         counts = (counts + epsilon) / (total + self.num_codes * epsilon) * total
         return sums / ops.maximum(counts, 1e-30)[:, None]
@@ -255,10 +249,10 @@ class VectorQuantizer(Quantizer):
         # square TensorFlow's sparse gradient slice by slice, which is wrong for
         # codes that occur twice.
         codebook = self.embeddings * ops.ones((), "float32")
-        return _unit(codebook) if self.metric == "cosine" else codebook
+        return normalize(codebook) if self.metric == "cosine" else codebook
 
     def _normalized(self, z):
-        return _unit(z) if self.metric == "cosine" else z
+        return normalize(z) if self.metric == "cosine" else z
 
     def _quantize(self, z, weights, training):
         z = self._normalized(z)
@@ -336,7 +330,7 @@ class VectorQuantizer(Quantizer):
             z,
             ops.take(z, chosen.astype("int32"), axis=0),
             iterations,
-            _unit if self.metric == "cosine" else _unchanged,
+            normalize if self.metric == "cosine" else _unchanged,
             verbose,
         )
         embeddings = ops.concatenate([codes, self.embeddings[clusters:]])

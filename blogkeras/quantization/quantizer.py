@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import as_numpy, check_integers
+from blogkeras.arguments import as_numpy, check_integers, shapes_agree
 
 
 class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
@@ -223,7 +223,9 @@ def weights_of(z, mask):
     if mask is None:
         return None
     mask = ops.cast(mask, "float32")
-    if len(mask.shape) >= len(z.shape):
+    if len(mask.shape) >= len(z.shape) or not shapes_agree(
+        mask.shape, z.shape[: len(mask.shape)]
+    ):
         raise ValueError(
             "Expected a mask that says of each vector whether it counts, "
             f"without the axis of its components. Received: mask.shape="

@@ -74,7 +74,7 @@ class CosineReplacement(keras.optimizers.schedules.LearningRateSchedule):
         self.start = check_number("start", start, 0, 1)
 
     def __call__(self, step):
-        part = ops.minimum(1.0, ops.cast(step, "float32") / self.steps)
+        part = ops.minimum(1.0, ops.cast(step, "float32") / float(self.steps))
         return 1 - (1 - self.start) * (1 + ops.cos(math.pi * part)) / 2
 
     def get_config(self):

@@ -5,7 +5,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from blogkeras.arguments import check_boolean, check_choice, renamed_value
+from blogkeras.arguments import (
+    check_boolean,
+    check_choice,
+    renamed_value,
+    shapes_agree,
+)
 from blogkeras.transport import measures
 from blogkeras.transport.distances import Solver
 
@@ -53,10 +58,10 @@ class _TransportLayer(keras.layers.Layer):
         fits = fits and len(shapes[0]) == len(shapes[1]) == 3
         if fits:
             (a, _, dim_x), (b, _, dim_y) = shapes[:2]
-            fits = _may_be_equal((dim_x,), (dim_y,))
-            fits = fits and (self.pairwise or _may_be_equal((a,), (b,)))
+            fits = shapes_agree((dim_x,), (dim_y,))
+            fits = fits and (self.pairwise or shapes_agree((a,), (b,)))
             fits = fits and all(
-                _may_be_equal(weights, words[:2])
+                shapes_agree(weights, words[:2])
                 for words, weights in zip(shapes[:2], shapes[2:], strict=False)
             )
         if not fits:
@@ -128,14 +133,6 @@ class _TransportLayer(keras.layers.Layer):
             "tolerance": self.tolerance,
             "pairwise": self.pairwise,
         }
-
-
-def _may_be_equal(shape, other):
-    """Whether two shapes are equal where both are known."""
-    return len(shape) == len(other) and all(
-        a is None or b is None or a == b
-        for a, b in zip(shape, other, strict=True)
-    )
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")

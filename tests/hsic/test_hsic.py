@@ -345,6 +345,7 @@ def test_nothing_left_is_zero():
             assert value(empty) == 0
     three = np.arange(40) < 3
     assert value(hsic(X, Y, estimator="unbiased", mask=three)) == 0
+    assert abs(value(nhsic(X[:6], Y[:6], mask=np.zeros(6)))) < 1e-6
 
 
 def test_constant_variable_is_zero():
@@ -355,6 +356,23 @@ def test_constant_variable_is_zero():
                 assert abs(found) < 1e-8
         assert value(cka(X, constant)) == 0
         assert abs(value(nhsic(X, constant))) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "kernel", [LINEAR, CosineKernel(), PrecomputedKernel()]
+)
+def test_sets_of_a_batch_keep_their_digits(kernel):
+    """A tiny set beside a huge one, and equal directions beside others."""
+    x = np.stack(
+        [X[:6] * 1e30, X[:6] * 1e-30, np.outer(range(1, 7), [3, 7, 1])]
+    )
+    y = np.stack([Y[:6]] * 3)
+    if isinstance(kernel, PrecomputedKernel):
+        x = x @ x.swapaxes(1, 2)
+    found = value(cka(x, y, kernel))
+    alone = [value(cka(x[k], y[k], kernel)) for k in range(3)]
+    np.testing.assert_allclose(found, alone, atol=1e-5)
+    assert alone[1] > 0.01
 
 
 def test_any_batch_shape():
@@ -607,6 +625,12 @@ def test_errors():
         hsic(X[:3], Y[:3], estimator="unbiased")
     with pytest.raises(ValueError, match=r"Received: x.shape=.40, 3., y.sh"):
         hsic(X, Y[:30])
+    with pytest.raises(ValueError, match=r"Received: mask.shape=.1,."):
+        hsic(X, Y, mask=np.ones(1))
+    for kernel in (BLOG, LINEAR, DeltaKernel(), CosineKernel()):
+        for convert in (np.asarray, ops.convert_to_tensor):
+            with pytest.raises(ValueError, match="as many features"):
+                kernel(convert(X[:4]), convert(X[:5, :1]))
     bad = np.where(np.arange(40)[:, None] == 3, np.nan, Y)
     with pytest.raises(ValueError, match="finite numbers in `y`"):
         hsic(X, bad)

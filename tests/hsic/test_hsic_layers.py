@@ -281,6 +281,8 @@ def test_cka_metric():
     assert value(metric.result()) == pytest.approx(
         float(value(other.result())), rel=1e-4
     )
+    with pytest.raises(ValueError, match="as many rows"):
+        metric.update_state(X, Y[:1])
 
 
 # Layers of models

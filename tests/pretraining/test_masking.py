@@ -251,6 +251,7 @@ def test_bad_arguments(options, message):
         (np.full((2, 3), -1), "tokens"),
         (np.zeros(3, "int32"), "batch, length"),
         ([np.zeros((2, 3), "int32"), np.zeros((2, 4), "int32")], "words"),
+        ([np.zeros((2, 3), "int32"), np.zeros((1, 3), "int32")], "words"),
         ([np.zeros((2, 3), "int32")] * 3, "3 inputs"),
     ],
 )

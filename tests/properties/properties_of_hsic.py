@@ -62,10 +62,10 @@ def samples_under_the_mask_have_no_influence(function, x=X, y=Y, seed=SEEDS):
     value = function(x, y, mask=mask)
     hidden = [np.where(mask[..., None], a, np.nan) for a in (x, y)]
     close(function(*hidden, mask=mask), value, within(function))
-    # And they are left out: of the first set, where any is left.
-    if mask[0].sum() >= 2:
-        left = function(x[0][mask[0]], y[0][mask[0]])
-        close(value[0], left, within(function))
+    # And they are left out: of a set with as many left each time.
+    kept = np.random.default_rng(seed).permutation(ROWS) < 4
+    value = function(x[0], y[0], mask=kept)
+    close(value, function(x[0][kept], y[0][kept]), within(function))
     close(function(x, y, mask=np.zeros_like(mask)), np.zeros(SETS), 0)
 
 
@@ -98,7 +98,7 @@ def a_constant_is_independent_of_everything(
     if function.__name__ == "hsic_test":
         assert value.p_value == 1
         value = value.statistic
-    assert number(value) == 0
+    close(value, 0.0, 1e-5 if function is blogkeras.nhsic else 0)
 
 
 @holds_for(*MEASURES, "block_hsic", "fourier_hsic", "hsic_test", short=4)
@@ -138,8 +138,7 @@ def is_1_of_itself_moved_and_stretched(
 
 
 @holds_for("hsic", "hsic_from_kernels", cases=SETS, short=1)
-def matrices_are_as_good_as_data(function, x=X, y=Y):
-    del function
+def matrices_are_as_good_as_data(_, x=X, y=Y):
     matrices = [np.exp(-squares(a)) for a in (x, y)]
     value = number(blogkeras.hsic_from_kernels(*matrices))
     assert value.min() >= -1e-6
@@ -221,13 +220,12 @@ def bandwidth_ignores_what_is_masked(
 
 @holds_for("hsic_test", "HSICTest", short=2)
 def p_values_are_probabilities(
-    target,
+    _,
     x=arrays((8, 2), 1e30, FLOATS),
     y=arrays((8,), 1e30, FLOATS),
     null=st.sampled_from(["gamma", "permutation"]),
     seed=SEEDS,
 ):
-    del target
     options = {"null": null, "num_permutations": 19, "seed": seed}
     result = blogkeras.hsic_test(x, y, **options)
     least = 1 / 20 if null == "permutation" else 0.0
@@ -288,9 +286,11 @@ def features_that_do_not_agree_are_refused(
 
 @holds_for("DeltaKernel", short=2)
 def is_1_where_all_is_equal(
-    kernel, x=arrays((5, 2), 1e30, FLOATS + INTEGERS), y=arrays((3, 2), 1e30)
+    kernel, x=arrays((5, 2), 1e30, FLOATS + INTEGERS), seed=SEEDS
 ):
-    y = np.concatenate([y.astype(x.dtype), x[:1]])
+    # Some of the entries of `y` are those of `x`.
+    y = np.random.default_rng(seed).permutation(x.reshape(-1)).reshape(5, 2)
+    y = np.concatenate([y, x[:1]])
     matrix = number(kernel()(x, y))
     expected = (x[:, None] == y[None]).all(-1)
     close(matrix, expected, 0)
@@ -316,8 +316,8 @@ def weights_of_0_leave_rows_out(
     y=arrays((8, 2), 1e12, FLOATS),
     seed=SEEDS,
 ):
-    weights = mask_of("any", seed, (8,))
-    weights[:4] = True
+    # Always as many: each number of rows is compiled anew.
+    weights = np.random.default_rng(seed).permutation(8) >= 3
     x, y = x.astype("float32"), y.astype("float32")
     hidden = [a.copy() for a in (x, y)]
     for a in hidden:
@@ -392,8 +392,7 @@ def stack(units):
 
 
 @holds_for("compare_layers", "LayerSimilarity", cases=16, short=1)
-def similarities_are_at_most_1(target, data=arrays((8, 3), 1e3), seed=SEEDS):
-    del target
+def similarities_are_at_most_1(_, data=arrays((8, 3), 1e3), seed=SEEDS):
     rng = np.random.default_rng(seed)
     model = stack(4)
     # Weights of several sizes, and layers without any.

@@ -26,7 +26,7 @@ TABLE: dict[str, list["Property"]] = {}
 COUNTS: dict[str, int] = {}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Property:
     """What holds for a public name.
 
@@ -36,12 +36,15 @@ class Property:
         cases: How many cases one call is: the rows of a batch, where the rows
             are independent of each other.
         short: How many calls there are in `make test`.
+        shared: Whether the check makes the object by itself, such as a record
+            that a function returns. Then it runs once for all of its names.
     """
 
     check: Callable
     drawn: dict[str, Any]
     cases: int
     short: int
+    shared: bool
 
     def run(self, target, calls):
         """Checks it for `calls` drawn values; returns the number of cases."""
@@ -71,15 +74,17 @@ def holds_for(*names, cases=1, short=3):
     """A decorator: the property holds for these public names.
 
     The arguments of the function, but the first, are strategies by their
-    defaults.
+    defaults. The first one is the public object; it is called `_` where the
+    function does not use it.
     """
 
     def decorate(check):
-        parameters = list(inspect.signature(check).parameters.values())[1:]
-        drawn = {p.name: p.default for p in parameters}
+        first, *rest = inspect.signature(check).parameters.values()
+        drawn = {p.name: p.default for p in rest}
+        shared = first.name == "_"
+        a_property = Property(check, drawn, cases, short, shared)
         for name in names:
-            properties = TABLE.setdefault(name, [])
-            properties.append(Property(check, drawn, cases, short))
+            TABLE.setdefault(name, []).append(a_property)
         return check
 
     return decorate

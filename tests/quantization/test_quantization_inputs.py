@@ -441,3 +441,24 @@ def test_arguments_of_sampling():
     ):
         with pytest.raises(ValueError, match=message):
             CodePrior(**{"num_codes": 4, "code_shape": (2, 2), **arguments})
+
+
+def test_a_mask_of_another_shape_is_refused():
+    layer = VectorQuantizer(2)
+    z = np.zeros((4, 3, 2), "float32")
+    layer.build(z.shape)
+    z = ops.convert_to_tensor(z)
+    for shape in ((4, 3), (4,)):  # of vectors, and of rows of vectors
+        layer._without_masked(z, np.ones(shape))
+    for shape in ((4, 1), (1, 3), (3,)):
+        with pytest.raises(ValueError, match="Expected a mask"):
+            layer._without_masked(z, np.ones(shape))
+
+
+def test_cosine_takes_vectors_of_any_length():
+    """The squares of these leave the range of float32."""
+    layer = VectorQuantizer(2, metric="cosine")
+    layer.build((None, 2))
+    layer.embeddings.assign([[1e25, 0.0], [0.0, 1e-25]])
+    z = np.array([[3e20, 1e20], [1e-25, 3e-25]], "float32")
+    np.testing.assert_allclose(layer(z), np.eye(2), atol=1e-6)

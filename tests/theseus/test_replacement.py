@@ -606,6 +606,8 @@ def test_schedules():
         [0.3, 0.6, 0.9, 1.0],
         rtol=1e-6,
     )
+    # More steps than an int32 holds.
+    assert float(CosineReplacement(2**40)(2**40)) == pytest.approx(1)
     cosine = CosineReplacement(100, 0.2)
     np.testing.assert_allclose(
         [float(cosine(t)) for t in (0, 50, 100, 600)],
