@@ -36,7 +36,7 @@ def pairs():
             yield pytest.param(name, a_property, id=label)
 
 
-@pytest.mark.parametrize(("name", "a_property"), pairs())
+@pytest.mark.parametrize(("name", "a_property"), list(pairs()))
 def test_holds(name, a_property):
     calls = 1 if JAX else a_property.short
     a_property.run(getattr(blogkeras, name), calls)
