@@ -52,7 +52,7 @@ test: $(VENV)/.test # the whole suite, TensorFlow and JAX side by side
 verify: $(VENV)/.test $(VENV)/.sonnet # long statistical checks, dm-sonnet
 	@for backend in tensorflow jax; do \
 		PYTHONPATH=$(VENV)/sonnet KERAS_BACKEND=$$backend \
-		$(RUN) -m pytest -q -m verify || exit 1; done
+		$(RUN) -m pytest -q -m 'verify or matrix' || exit 1; done
 
 matrix: # lower bounds, newest versions, Python 3.12 and 3.13
 	@sh tests/matrix.sh

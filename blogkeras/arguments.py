@@ -189,7 +189,10 @@ def check_integers(name, values, minimum=0, maximum=None):
     """
     if ops.is_tensor(values) or isinstance(values, keras.KerasTensor):
         dtype = keras.backend.standardize_dtype(values.dtype)
-        are_integers = "int" in dtype
+        # Under a strategy of TensorFlow, Keras builds a model from the mean of
+        # the replicas' batches, which is of floats for integers too.
+        builds = backend.num_replicas() > 1 and not backend.is_concrete(values)
+        are_integers = "int" in dtype or builds
     else:
         values = np.asarray(values)
         dtype = values.dtype

@@ -10,8 +10,9 @@ writes `results/electra/model.keras` every 250 steps; started again, it goes on
 from there. At the end `discriminator.keras` is the encoder to fine-tune, and
 what the generator and the discriminator have learned is shown on a few texts.
 
-On a CPU, a GPU, or the cores of a TPU where TensorFlow finds one (not tried on
-one).
+On all devices that there are: a CPU, one GPU or several, or the cores of a TPU
+(not tried on one); docs/scaling.md says what each needs, and how several
+processes run it together.
 
 Blog: 用ALBERT和ELECTRA之前，请确认你真的了解它们,
 https://kexue.fm/archives/7846
@@ -19,16 +20,16 @@ https://kexue.fm/archives/7846
 
 import argparse
 import collections
-import contextlib
 import importlib.util
-import os
 import pathlib
+import uuid
 
 import keras
 import numpy as np
 from keras import layers, ops
 
 from blogkeras import ElectraPretrainer, TokenMasking, report, token_blocks
+from blogkeras.backend import distribution
 from blogkeras.extras import require
 
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
@@ -137,25 +138,6 @@ def build(vocabulary, options):
     return model
 
 
-def strategy():
-    """`TPUStrategy` where TensorFlow finds a TPU, else `None`."""
-    if keras.backend.backend() != "tensorflow":
-        return None
-    import tensorflow as tf
-
-    # Elsewhere the resolver would wait for a server that does not answer.
-    local = tf.config.list_physical_devices("TPU")
-    if not local and "TPU_NAME" not in os.environ:
-        return None
-    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
-        tpu="local" if local else ""
-    )
-    if not local:
-        tf.config.experimental_connect_to_cluster(resolver)
-    tf.tpu.experimental.initialize_tpu_system(resolver)
-    return tf.distribute.TPUStrategy(resolver)
-
-
 class Checkpoint(keras.callbacks.Callback):
     """Saves the model after each epoch, complete or not at all."""
 
@@ -164,7 +146,8 @@ class Checkpoint(keras.callbacks.Callback):
         self.path = pathlib.Path(path)
 
     def on_epoch_end(self, epoch, logs=None):
-        new = self.path.with_name("new.keras")
+        # Of several processes each saves, and the last one's file stays.
+        new = self.path.with_name(f"{uuid.uuid4().hex}.keras")
         self.model.save(new)
         new.replace(self.path)
 
@@ -210,7 +193,11 @@ def main():
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--output", default="results/electra")
     options = parser.parse_args()
+    with distribution().scope():
+        run(options)
 
+
+def run(options):
     lines = read_corpus(options.corpus)
     vocabulary = Characters(lines)
     print(f"{len(lines)} texts, {len(vocabulary)} tokens")
@@ -220,13 +207,11 @@ def main():
     folder = pathlib.Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.keras"
-    tpu = strategy()
-    with tpu.scope() if tpu else contextlib.nullcontext():
-        if path.exists():
-            model = keras.saving.load_model(path)
-            print(f"Going on after {model.steps} steps of {path}")
-        else:
-            model = build(len(vocabulary), options)
+    if path.exists():
+        model = keras.saving.load_model(path)
+        print(f"Going on after {model.steps} steps of {path}")
+    else:
+        model = build(len(vocabulary), options)
     left = options.steps - model.steps
     if left > 0:
         blocks = token_blocks(

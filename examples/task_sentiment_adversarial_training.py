@@ -19,6 +19,9 @@ lines text<TAB>label.
 Model: a small transformer from scratch; `--weights e5` fine-tunes the real
 multilingual-e5-small, `--checkpoint DIR` a BERT in Google's format.
 
+On all devices that TensorFlow finds: a CPU, one GPU or several, a TPU
+(docs/scaling.md; not tried on one).
+
 Blog: 对抗训练浅谈：意义、方法和思考, https://kexue.fm/archives/7234
 
 Result (defaults, seed 0, 15347 reviews for training and 2016 to test; Keras
@@ -53,7 +56,12 @@ from bert4keras.models import build_transformer_model
 from bert4keras.snippets import DataGenerator, sequence_padding
 from bert4keras.tokenizers import Tokenizer, load_vocab
 
-from blogkeras import adversarial_training, evaluate_robustness, report
+from blogkeras import (
+    adversarial_training,
+    backend,
+    evaluate_robustness,
+    report,
+)
 
 BATCH_SIZE = 32
 BUCKET = 32  # lengths are padded to multiples: XLA compiles each one anew
@@ -206,7 +214,8 @@ def train(transformer, data, args, epsilon=None):
         ),
         loss="sparse_categorical_crossentropy",
         metrics=["accuracy"],
-        jit_compile=True,
+        # On several devices TensorFlow trains without XLA.
+        jit_compile=backend.num_replicas() == 1 or "auto",
     )
     if epsilon is not None:
         adversarial_training(model, "Embedding-Token", epsilon)  # the line
@@ -310,7 +319,8 @@ def show(results, seconds, args):
 
 def main():
     args = arguments()
-    show(*compare(args), args)
+    with backend.distribution().scope():
+        show(*compare(args), args)
 
 
 if __name__ == "__main__":

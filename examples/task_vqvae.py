@@ -16,6 +16,9 @@ Data: the 1797 handwritten digits (8×8, doubled to 16×16) inside scikit-learn.
 `--data FILE ...` takes .npz files with `x`, (n, height, width[, channels]) of
 uint8, and `y`, classes from 0.
 
+On all devices that there are: a CPU, one GPU or several, a TPU (not tried on
+one; docs/scaling.md).
+
 Blog: VQ-VAE的简明介绍：量子化自编码器, https://kexue.fm/archives/6760
 
 Result (defaults, 1618 digits for training and 179 to test; Keras 3.15.1,
@@ -37,7 +40,7 @@ import time
 import keras
 import numpy as np
 
-from blogkeras import VQVAE, CodePrior, VectorQuantizer, report
+from blogkeras import VQVAE, CodePrior, VectorQuantizer, backend, report
 from blogkeras.extras import require
 from blogkeras.quantization import sonnet_autoencoder
 
@@ -120,6 +123,11 @@ def main():
     parser.add_argument("--prior-epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    with backend.distribution().scope():
+        run(args)
+
+
+def run(args):
     x, y = load(args.data)
     order = np.random.default_rng(0).permutation(len(x))
     size = len(x) // 10
@@ -151,7 +159,9 @@ def main():
         num_layers=3,
         num_heads=4,
     )
-    prior.compile(keras.optimizers.Adam(1e-3), jit_compile=True)
+    # On several devices TensorFlow trains without XLA.
+    xla = backend.num_replicas() == 1 or "auto"
+    prior.compile(keras.optimizers.Adam(1e-3), jit_compile=xla)
     # Whole batches only: a compiled step sees one shape.
     whole = len(x) // BATCH_SIZE * BATCH_SIZE
     nats = prior.fit(

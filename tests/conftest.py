@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Compiling the small programs of the tests takes longer than running them.
@@ -29,6 +30,21 @@ def pytest_collection_finish():
     """Hides imported objects, which are never freed, from the collector."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """The table of train steps and machines, in `make verify`."""
+    matrix = sys.modules.get("matrix")
+    if matrix is None or "matrix" not in config.option.markexpr:
+        return
+    name, seen = f"matrix/{keras.backend.backend()}", set(matrix.seen)
+    if hasattr(config, "cache"):
+        # `make verify` runs one backend after the other.
+        config.cache.set(name, sorted(seen))
+        for other in ("tensorflow", "jax"):
+            seen |= set(config.cache.get(f"matrix/{other}", []))
+    terminalreporter.section("train steps and machines")
+    terminalreporter.write_line(matrix.summary(seen))
 
 
 @pytest.fixture(autouse=True)

@@ -137,8 +137,8 @@ def replica_run(make_hook, replicas):
     return toy.weights(model), history
 
 
-def lower_train_step(model, x, y=None, platform="tpu"):
-    """Lowers the whole train step of a compiled model for a device.
+def lower_train_step(model, x, y=None, *platforms):
+    """Lowers the whole train step of a compiled model for devices.
 
     JAX lowers for a TPU or a GPU without having one. Raises where an operation
     of the step has no lowering there.
@@ -147,7 +147,7 @@ def lower_train_step(model, x, y=None, platform="tpu"):
         model: A compiled `keras.Model`, JAX backend; it need not be built.
         x: One batch of inputs.
         y: Its targets, if any.
-        platform: `"tpu"` or `"cuda"`.
+        *platforms: `"tpu"` (the default), `"cuda"`, or both.
 
     Returns:
         The text of the program, StableHLO.
@@ -167,9 +167,9 @@ def lower_train_step(model, x, y=None, platform="tpu"):
         optimizer_variables=True,
         metrics_variables=True,
     )
-    exported = jax.export.export(jax.jit(step), platforms=[platform])(
-        state, data
-    )
+    exported = jax.export.export(
+        jax.jit(step), platforms=[*platforms] or ["tpu"]
+    )(state, data)
     return exported.mlir_module()
 
 

@@ -1,11 +1,11 @@
 """Small models and data that several tests share."""
 
-import functools
-
 import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+
+from blogkeras import backend
 
 VOCABULARY = 11
 RNG = np.random.default_rng(0)
@@ -25,6 +25,7 @@ def reset():
     keras.utils.set_random_seed(0)
 
 
+@keras.saving.register_keras_serializable(package="toy")
 class ActivityLoss(layers.Layer):
     """Adds a loss of its own."""
 
@@ -150,15 +151,12 @@ def difference(a, b):
     return max(np.abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True))
 
 
-@functools.cache
 def mirrored():
     """TensorFlow's strategy of two replicas, the same one in the whole process.
 
     The collective operations of two strategies would have the same numbers.
     """
-    import tensorflow as tf
-
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    return backend.distribution()
 
 
 def token_encoder(

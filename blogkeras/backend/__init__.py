@@ -256,6 +256,42 @@ def is_concrete(x):
     return not isinstance(x, keras.KerasTensor) and _framework.is_concrete(x)
 
 
+# Devices
+
+
+def distribution():
+    """All devices that there are, to train on: one script for any machine.
+
+        with backend.distribution().scope():
+            model = ...
+            model.compile(...)
+            model.fit(...)
+
+    Each batch is shared out to the devices, and their gradients are summed.
+    What there is:
+
+    - several processes: on TensorFlow where the variable `TF_CONFIG` lists more
+      than one worker (`MultiWorkerMirroredStrategy`), on JAX where variables
+      `KERAS_DISTRIBUTION_*` are set (`keras.distribution.initialize`). Call
+      this function before anything is computed. `fit` takes a
+      `tf.data.Dataset` of whole batches, alike in all processes, and each
+      process takes its share of each batch;
+    - a TPU: `TPUStrategy`, where TensorFlow finds a local one or the variable
+      `TPU_NAME` is set; on JAX its cores are devices as others are;
+    - several GPUs, or, without any, several logical CPU devices:
+      `MirroredStrategy`; on JAX `keras.distribution.DataParallel`;
+    - one device: nothing changes.
+
+    The model's variables must be made within the scope. On TensorFlow leave
+    `jit_compile` to Keras there, or set it to `False`: XLA does not compile the
+    collective operations of CPU devices.
+
+    Returns:
+        An object with a method `scope()`, the same at each call.
+    """
+    return _framework.distribution()
+
+
 # Replicas
 
 

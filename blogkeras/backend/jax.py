@@ -1,7 +1,9 @@
 """JAX's half of the backend; `__init__.py` says what each name does."""
 
 import contextlib
+import functools
 import itertools
+import os
 
 import jax
 import keras
@@ -134,6 +136,16 @@ def is_concrete(x):
 
 def is_traced(x):
     return isinstance(x, jax.core.Tracer)
+
+
+@functools.cache
+def distribution():
+    if any(name.startswith("KERAS_DISTRIBUTION_") for name in os.environ):
+        if "JAX_CPU_COLLECTIVES_IMPLEMENTATION" not in os.environ:
+            # For processes that have CPUs only; older versions have no default.
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        keras.distribution.initialize()
+    return keras.distribution.DataParallel()
 
 
 # Arrays are global: whatever the number of devices, the step sees one batch.

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import threading
 import types
 import warnings
@@ -439,6 +440,59 @@ def full_precision():
 
 def is_concrete(x):
     return tf.executing_eagerly()
+
+
+# Devices
+
+
+@functools.cache
+def distribution():
+    resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+    cluster = resolver.cluster_spec().as_dict()
+    if sum(len(cluster.get(kind, ())) for kind in ("chief", "worker")) > 1:
+        return Workers()
+    local = tf.config.list_physical_devices("TPU")
+    # Without one the resolver would wait for a server that does not answer.
+    if local or "TPU_NAME" in os.environ:
+        return _tpu("local" if local else "")
+    devices = tf.config.list_logical_devices("GPU")
+    devices = devices or tf.config.list_logical_devices("CPU")
+    if len(devices) == 1:
+        return tf.distribute.get_strategy()
+    # The collective operations of two strategies would have the same numbers,
+    # so there is one for the whole process.
+    return tf.distribute.MirroredStrategy([d.name for d in devices])
+
+
+def _tpu(name):
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
+    if not name:
+        tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
+
+
+class Workers(tf.distribute.MultiWorkerMirroredStrategy):
+    """TensorFlow's strategy for several processes, as Keras 3 needs it.
+
+    With TensorFlow's own, `fit` of Keras 3 fails in two places
+    (https://github.com/keras-team/keras/issues/20585), both of which ask the
+    strategy for a mean that it does not have.
+    """
+
+    def reduce(self, reduce_op, value, axis):
+        if tf.nest.is_nested(value):
+            # Keras builds a model from the mean of a batch, of which only the
+            # shapes count. The part that is in this process has them.
+            return tf.nest.map_structure(
+                lambda x: self.experimental_local_results(x)[0], value
+            )
+        local = self.experimental_local_results(value)[0]
+        if axis == 0 and local.shape.rank == 0:
+            # Keras takes the mean of a metric along its first axis, although a
+            # metric is a scalar.
+            axis = None
+        return super().reduce(reduce_op, value, axis)
 
 
 # Replicas

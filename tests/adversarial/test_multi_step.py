@@ -6,7 +6,6 @@ import pytest
 import toy
 from adversarial_reference import LABELS, TOKENS, compiled, small_model
 from keras import layers
-from kit import replica_run
 
 import blogkeras
 from blogkeras import FGM, FGSM, PGD, FreeLB, GradientPenalty
@@ -217,21 +216,6 @@ def test_schedule_and_start_step():
         losses(lambda i: FGM(0.5, start_step=2)), expected, atol=1e-6
     )
     assert abs(losses(lambda i: FGM(0.0))[2] - expected[2]) > 1e-3
-
-
-@pytest.mark.filterwarnings("ignore:Using .* cross-replica")
-@pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(FGSM(0.1), marks=pytest.mark.verify, id="fgsm"),
-        pytest.param(PGD(0.5, 2), marks=pytest.mark.verify, id="pgd"),
-        pytest.param(FreeLB(0.5, 2, initial_norm=0.0), id="freelb"),
-    ],
-)
-def test_two_replicas_equal_one(method):
-    one, _ = replica_run(lambda model: method.hook(model, None), 1)
-    two, _ = replica_run(lambda model: method.hook(model, None), 2)
-    assert toy.difference(one, two) <= 1e-6
 
 
 ALL = sorted(blogkeras.adversarial.METHODS)

@@ -1,122 +1,18 @@
 """Every public class by its kind, with arguments and data to try it on.
 
-`test_conformance.py` checks layers, losses, metrics and models and that no
-public class is missing, `test_kinds.py` what else there is;
-`test_golden_files.py` loads what an earlier version has saved.
+`test_conformance.py` checks layers, losses and metrics and that no public class
+is missing, `test_matrix.py` models and methods, `test_kinds.py` what else there
+is; `test_golden_files.py` loads what an earlier version has saved.
 """
 
 import keras
 import numpy as np
 import toy
-from kit import JAX, TENSORFLOW
+import train_steps
+from kit import JAX
+from train_steps import dense
 
 import blogkeras
-
-
-def dense(units=3, inputs=3, activation="tanh", name=None):
-    layer = keras.layers.Dense(units, activation, name=name)
-    layer.build((None, inputs))
-    return layer
-
-
-def theseus():
-    head = dense(3, 3, "softmax", "head")
-    model = blogkeras.Theseus(
-        [[dense(4), dense(3, 4)], dense()], [dense(), dense()], head, seed=1
-    )
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
-    return model
-
-
-def distillation():
-    teacher, student = (
-        keras.Sequential([keras.Input((3,)), dense(3, 3, "softmax")])
-        for _ in range(2)
-    )
-    model = blogkeras.Distillation(teacher, student)
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=True)
-    return model
-
-
-def bottleneck():
-    model = blogkeras.HSICBottleneck([dense(4), dense(3, 4)], 3)
-    model.compile("sgd", metrics=["accuracy"], jit_compile=True)
-    return model
-
-
-def vqvae():
-    encoder = keras.Sequential([keras.Input((3,)), dense(4)])
-    decoder = keras.Sequential([keras.Input((4,)), dense(3, 4)])
-    model = blogkeras.VQVAE(encoder, blogkeras.VectorQuantizer(5), decoder)
-    model.compile("sgd", jit_compile=True)
-    return model
-
-
-def code_prior():
-    model = blogkeras.CodePrior(
-        11, (5,), dim=8, num_layers=1, num_heads=2, name="code_prior"
-    )
-    model.compile("sgd", jit_compile=True)
-    return model
-
-
-def token_encoder(dim, name):
-    tokens = keras.Input((5,), dtype="int32", name="tokens")
-    h = keras.layers.Embedding(toy.VOCABULARY, 3)(tokens)
-    return keras.Model(tokens, dense(dim)(h), name=name)
-
-
-def masked_language_model():
-    model = blogkeras.MaskedLanguageModel(
-        token_encoder(4, "encoder"), mask_token=1, seed=1
-    )
-    model.compile("sgd", jit_compile=True)
-    return model
-
-
-def electra():
-    model = blogkeras.ElectraPretrainer(
-        token_encoder(4, "generator"),
-        token_encoder(6, "discriminator"),
-        mask_token=1,
-        name="electra",
-        seed=1,
-    )
-    model.compile("sgd", jit_compile=True)
-    return model
-
-
-def density_estimator():
-    network = blogkeras.mlp_log_density((3,), (4,))
-    model = blogkeras.DenoisingDensityEstimator(network, 0.5, seed=0)
-    model.compile("sgd", jit_compile=True)
-    return model
-
-
-def denoising_generator():
-    model = blogkeras.DenoisingGenerator(
-        keras.Sequential([keras.Input((3,)), dense(2)]),
-        blogkeras.mlp_log_density((2,), (4,)),
-        blogkeras.mlp_log_density((2,), (4,)),
-        0.5,
-        seed=0,
-    )
-    model.compile("sgd", jit_compile=True)
-    return model
-
-
-def annealed_score_matching():
-    network = blogkeras.mlp_log_density((3,), (4,), head="quadratic")
-    model = blogkeras.AnnealedScoreMatching(network, [0.1, 1.0], seed=0)
-    model.compile("sgd", jit_compile=True)
-    return model
-
-
-def denoising_autoencoder():
-    network = keras.Sequential([keras.Input((3,)), dense(3, 3)])
-    model = blogkeras.DenoisingAutoencoder(network, 0.5, seed=0)
-    model.compile("sgd", jit_compile=True)
-    return model
 
 
 def network():
@@ -124,23 +20,6 @@ def network():
     return keras.Sequential([keras.Input((3,)), *layers])
 
 
-def nvae():
-    config = blogkeras.NVAEConfig(
-        (4, 4, 1),
-        groups=(1,),
-        channels=2,
-        latent_channels=2,
-        cells_per_block=1,
-        cells_per_group=1,
-        likelihood="normal",
-    )
-    model = blogkeras.NVAE(config, seed=0)
-    # Depthwise convolutions compile slowly.
-    model.compile("sgd", jit_compile=not TENSORFLOW)
-    return model
-
-
-PICTURES = np.abs(np.tanh(toy.DENSE[:, :1, None, None] * np.ones((4, 4, 1))))
 # (class, constructor arguments, input array or list of them)
 LAYERS = [
     (blogkeras.QuadraticHead, {}, toy.DENSE[:8]),
@@ -211,24 +90,7 @@ METRICS = [
     (blogkeras.CKA, {}, toy.DENSE[:8], toy.DENSE[8:16]),
 ]
 # (function that builds and compiles a model, x, y)
-MODELS = [
-    (nvae, PICTURES[:16], None),
-    (density_estimator, toy.DENSE[:16], None),
-    (denoising_autoencoder, toy.DENSE[:16], None),
-    (annealed_score_matching, toy.DENSE[:16], None),
-    *(
-        [(denoising_generator, toy.DENSE[:16], None)]
-        if hasattr(keras.optimizers, "MultiOptimizer")
-        else []
-    ),
-    (electra, toy.TOKENS[:16], None),
-    (masked_language_model, toy.TOKENS[:16], None),
-    (code_prior, toy.TOKENS[:16], None),
-    (vqvae, toy.DENSE[:16], None),
-    (bottleneck, toy.DENSE[:8], toy.LABELS[:8]),
-    (theseus, toy.DENSE[:16], toy.LABELS[:16]),
-    (distillation, toy.DENSE[:16], toy.LABELS[:16]),
-]
+MODELS = [*train_steps.MODELS.values()]
 # (class, constructor arguments)
 KERNELS = [
     (blogkeras.GaussianKernel, {"bandwidth": 2.0, "form": "blog"}),

@@ -8,7 +8,8 @@ import keras
 import numpy as np
 import pytest
 import toy
-from catalogue import LAYERS, LOSSES, METRICS, MODELS
+import train_steps
+from catalogue import LAYERS, LOSSES, METRICS
 from keras import ops
 from kit import close_in_ulps
 
@@ -185,23 +186,6 @@ def check_metric(cls, kwargs, y_true, y_pred):
     np.testing.assert_array_equal(numpy(metric.result()), first)
 
 
-def check_model(make, x, y, path):
-    """`fit` under XLA, then saving with the same predictions."""
-    model = make()
-    model.fit(x, y, verbose=0, batch_size=8)
-    assert all(np.isfinite(w).all() for w in model.get_weights())
-    expected = model.predict(x, verbose=0)
-    model.save(path / "model.keras")
-    loaded = keras.saving.load_model(path / "model.keras")
-    assert type(loaded) is type(model)
-    for ours, theirs in zip(
-        keras.tree.flatten(loaded.predict(x, verbose=0)),
-        keras.tree.flatten(expected),
-        strict=True,
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
 def identify(value):
     return getattr(value, "__name__", "")
 
@@ -225,14 +209,10 @@ def test_metric(cls, kwargs, y_true, y_pred):
     check_metric(cls, kwargs, y_true, y_pred)
 
 
-@pytest.mark.parametrize(("make", "x", "y"), MODELS, ids=identify)
-def test_model(make, x, y, tmp_path):
-    check_model(make, x, y, tmp_path)
-
-
 def test_every_public_class_is_checked():
     listed = {row[0].__name__ for row in [*LAYERS, *LOSSES, *METRICS]}
-    listed |= {type(row[0]()).__name__ for row in MODELS}
+    # Models: in `test_matrix.py`.
+    listed |= set(train_steps.MODELS)
     listed |= {cls.__name__ for cls in catalogue.BY_KIND}
     # Two optimizers, which it trains with, need Keras 3.15.
     listed.add("DenoisingGenerator")
@@ -311,15 +291,8 @@ class GoodMetric(keras.metrics.Mean):
         return super().update_state(y_pred, sample_weight)
 
 
-def test_check_loss_metric_and_model(tmp_path):
+def test_check_loss_and_metric():
     check_loss(GoodLoss, {}, toy.DENSE[:8], toy.DENSE[8:16])
     check_metric(GoodMetric, {}, toy.DENSE[:8], toy.DENSE[8:16])
     with pytest.raises(AssertionError):
         check_loss(keras.losses.MeanSquaredError, {}, toy.DENSE, toy.DENSE)
-
-    def make():
-        model = keras.Sequential([keras.Input((3,)), Good()])
-        model.compile("sgd", "mse", jit_compile=True)
-        return model
-
-    check_model(make, toy.DENSE[:8], toy.DENSE[:8], tmp_path)

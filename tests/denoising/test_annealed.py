@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, replicated, value
+from kit import TENSORFLOW
 
 from blogkeras.denoising import (
     AnnealedScoreMatching,
@@ -207,32 +207,6 @@ def test_resumed_is_uninterrupted(conditional, tmp_path):
     loaded.run_eagerly = TENSORFLOW
     fit(loaded, epochs=2, initial_epoch=1)
     assert toy.difference(toy.weights(whole), toy.weights(loaded)) == 0
-
-
-def test_one_and_two_replicas():
-    weights = small().get_weights()
-
-    def run(make):
-        model = make()
-        model.fit(X, batch_size=32, epochs=2, shuffle=False, verbose=0)
-        keras.distribution.set_distribution(None)
-        return [value(w) for w in model.trainable_variables]
-
-    def make(**kwargs):
-        model = AnnealedScoreMatching(
-            mlp_log_density((2,), (8,), head="quadratic"), SIGMAS, seed=3
-        )
-        model.set_weights(weights)
-        return compiled(model, **kwargs)
-
-    one = run(make)
-    two = run(
-        lambda: replicated(
-            lambda: make(run_eagerly=False, jit_compile=not TENSORFLOW)
-        )
-    )
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_bad_arguments():

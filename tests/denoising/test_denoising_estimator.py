@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, replicated, value
+from kit import TENSORFLOW, value
 
 from blogkeras import backend
 from blogkeras.denoising import (
@@ -281,34 +281,6 @@ def test_resumed_is_uninterrupted(tmp_path):
         X, batch_size=16, epochs=4, initial_epoch=2, shuffle=False, verbose=0
     )
     assert toy.difference(toy.weights(whole), toy.weights(loaded)) == 0
-
-
-def test_one_and_two_replicas():
-    def run(make):
-        model = make()
-        model.fit(X, batch_size=32, epochs=2, shuffle=False, verbose=0)
-        keras.distribution.set_distribution(None)
-        return [value(w) for w in model.trainable_variables]
-
-    toy.reset()
-    network = mlp_log_density((2,), (8,))
-    weights = network.get_weights()
-
-    def make(**kwargs):
-        model = DenoisingDensityEstimator(
-            mlp_log_density((2,), (8,)), 0.5, 4, seed=3
-        )
-        model.network.set_weights(weights)
-        return compiled(model, **kwargs)
-
-    one = run(make)
-    two = run(
-        lambda: replicated(
-            lambda: make(run_eagerly=False, jit_compile=not TENSORFLOW)
-        )
-    )
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_evaluation_sees_the_same_noise_each_time():

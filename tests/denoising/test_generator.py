@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, replicated, value
+from kit import TENSORFLOW, value
 
 from blogkeras import backend
 from blogkeras.denoising import (
@@ -203,38 +203,6 @@ def test_resumed_is_uninterrupted(given, tmp_path):
     fit(loaded, epochs=4, initial_epoch=2)
     assert toy.difference(toy.weights(whole), toy.weights(loaded)) == 0
     assert not loaded.data_density.trainable
-
-
-def test_one_and_two_replicas():
-    toy.reset()
-    first = small()
-    weights = first.get_weights()
-
-    def run(make):
-        model = make()
-        model.fit(Z, batch_size=32, epochs=2, shuffle=False, verbose=0)
-        keras.distribution.set_distribution(None)
-        return [value(w) for w in model.trainable_variables]
-
-    def make(**kwargs):
-        model = DenoisingGenerator(
-            linear_generator(),
-            KnownGaussian(1.0, 2.0),
-            mlp_log_density((2,), (8,)),
-            0.5,
-            seed=5,
-        )
-        model.set_weights(weights)
-        return compiled(model, **kwargs)
-
-    one = run(make)
-    two = run(
-        lambda: replicated(
-            lambda: make(run_eagerly=False, jit_compile=not TENSORFLOW)
-        )
-    )
-    for a, b in zip(one, two, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_samples_and_weights():
