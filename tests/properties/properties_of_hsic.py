@@ -87,7 +87,14 @@ def sets_of_a_batch_are_independent(
     close(together[k], alone, within(function))
 
 
-@holds_for(*MEASURES, "block_hsic", "fourier_hsic", "hsic_test", short=2)
+@holds_for(
+    *MEASURES,
+    "block_hsic",
+    "fourier_hsic",
+    "hsic_test",
+    short=2,
+    slow_on_jax=True,
+)
 def a_constant_is_independent_of_everything(
     function,
     y=arrays((8,), 1e30, FLOATS + INTEGERS),
@@ -101,7 +108,14 @@ def a_constant_is_independent_of_everything(
     close(value, 0.0, 1e-5 if function is blogkeras.nhsic else 0)
 
 
-@holds_for(*MEASURES, "block_hsic", "fourier_hsic", "hsic_test", short=4)
+@holds_for(
+    *MEASURES,
+    "block_hsic",
+    "fourier_hsic",
+    "hsic_test",
+    short=4,
+    slow_on_jax=True,
+)
 def samples_that_do_not_agree_are_refused(
     function, x=arrays((8, 2), 1e6), y=arrays((8, 1), 1e6), wrong=SEEDS
 ):
@@ -169,7 +183,7 @@ def matrices_that_do_not_agree_are_refused(
         function(other[wrong], x)
 
 
-@holds_for("block_hsic", "fourier_hsic", short=1)
+@holds_for("block_hsic", "fourier_hsic", short=1, slow_on_jax=True)
 def approximations_are_finite(
     function, x=arrays((24, 2), 1e30, FLOATS), y=arrays((24,), 1e30), seed=SEEDS
 ):
@@ -309,7 +323,7 @@ def a_matrix_stands_in_the_place_of_its_variable(kernel, x=X, y=Y):
         blogkeras.hsic(x, y, kernel_x=kernel())
 
 
-@holds_for("HSICLoss", "CKA", short=2)
+@holds_for("HSICLoss", "CKA", short=2, slow_on_jax=True)
 def weights_of_0_leave_rows_out(
     target,
     x=arrays((8, 2, 3), 1e12, FLOATS),
@@ -361,7 +375,7 @@ def batches_that_do_not_agree_are_refused(
             measured(target, x, y, weights)
 
 
-@holds_for("HSICRegularization", short=2)
+@holds_for("HSICRegularization", short=2, slow_on_jax=True)
 def passes_its_first_input_through(
     layer,
     x=arrays((8, 3, 2), 1e30),
@@ -391,7 +405,9 @@ def stack(units):
     return model
 
 
-@holds_for("compare_layers", "LayerSimilarity", cases=16, short=1)
+@holds_for(
+    "compare_layers", "LayerSimilarity", cases=16, short=1, slow_on_jax=True
+)
 def similarities_are_at_most_1(_, data=arrays((8, 3), 1e3), seed=SEEDS):
     rng = np.random.default_rng(seed)
     model = stack(4)

@@ -227,7 +227,7 @@ def masking(unit, rate, num_positions, **options):
     )
 
 
-@holds_for("TokenMasking", cases=8, short=6)
+@holds_for("TokenMasking", cases=8, short=6, slow_on_jax=True)
 def exactly_the_right_tokens_are_masked(
     _,
     tokens=token_batches(),
@@ -353,7 +353,12 @@ def density(kind):
 
 
 @holds_for(
-    "mlp_log_density", "residual_log_density", "QuadraticHead", cases=8, short=2
+    "mlp_log_density",
+    "residual_log_density",
+    "QuadraticHead",
+    cases=8,
+    short=2,
+    slow_on_jax=True,
 )
 def rows_have_densities_of_their_own(target, seed=SEEDS):
     model = density(target.__name__)
@@ -393,7 +398,14 @@ def energy():
 
 
 @holds_for(
-    "langevin", "mala", "hmc", "annealed_langevin", "Samples", cases=16, short=3
+    "langevin",
+    "mala",
+    "hmc",
+    "annealed_langevin",
+    "Samples",
+    cases=16,
+    short=3,
+    slow_on_jax=True,
 )
 def chains_end_in_finite_rows(
     target,
@@ -444,7 +456,7 @@ def starts_that_are_none_are_refused(
         sampler(energy(), bad, step_size=0.1, **options)
 
 
-@holds_for("log_partition", "LogPartition", short=3)
+@holds_for("log_partition", "LogPartition", short=3, slow_on_jax=True)
 def a_constant_is_added_to_log_z(
     _,
     seed=SEEDS,

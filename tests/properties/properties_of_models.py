@@ -92,7 +92,12 @@ def batch(name, seed, largest=1e3):
     return x.astype("float32"), y if name in WITH_LABELS else None
 
 
-@holds_for(*(name for name in MAKERS if name != "NVAE"), cases=ROWS, short=2)
+@holds_for(
+    *(name for name in MAKERS if name != "NVAE"),
+    cases=ROWS,
+    short=2,
+    slow_on_jax=True,
+)
 def a_step_on_degenerate_rows_stays_finite(cls, seed=SEEDS, scale=SCALES):
     name = cls.__name__
     model = reset(name, scale)
@@ -104,7 +109,7 @@ def a_step_on_degenerate_rows_stays_finite(cls, seed=SEEDS, scale=SCALES):
         number(variable)
 
 
-@holds_for("NVAE", cases=ROWS, short=1)
+@holds_for("NVAE", cases=ROWS, short=1, slow_on_jax=True)
 def pictures_of_any_kind_have_finite_losses(_, seed=SEEDS, scale=SCALES):
     model = nvae()
     for weight, value in zip(*NVAE_STATE, strict=True):
@@ -159,6 +164,7 @@ def configs_are_consistent_or_refused(
     "AnnealedScoreMatching",
     cases=ROWS,
     short=1,
+    slow_on_jax=True,
 )
 def rows_of_weight_0_have_no_influence(cls, seed=SEEDS, other=SEEDS):
     name = cls.__name__
@@ -235,7 +241,7 @@ def step(model, *data):
     return [number(w) for w in model.weights]
 
 
-@holds_for(*METHODS, cases=ROWS, short=1)
+@holds_for(*METHODS, cases=ROWS, short=1, slow_on_jax=True)
 def training_with_a_method_stays_finite(cls, seed=SEEDS):
     model, x, y, weights = text_batch(seed, 30.0)
     before = [number(w) for w in model.weights]
@@ -249,7 +255,7 @@ def training_with_a_method_stays_finite(cls, seed=SEEDS):
 LABEL_FREE = ("VirtualAdversarialTraining", "NoiseStability")
 
 
-@holds_for(*METHODS, cases=ROWS, short=1)
+@holds_for(*METHODS, cases=ROWS, short=1, slow_on_jax=True)
 def strength_0_is_plain_training(cls, seed=SEEDS):
     results = []
     for install_method in (False, True):
@@ -267,6 +273,7 @@ def strength_0_is_plain_training(cls, seed=SEEDS):
     "plain_training",
     cases=ROWS,
     short=1,
+    slow_on_jax=True,
 )
 def the_last_call_wins(function, seed=SEEDS):
     plans = {
@@ -288,7 +295,9 @@ def the_last_call_wins(function, seed=SEEDS):
         close(a, b, 1e-5, 1 + np.abs(a))
 
 
-@holds_for("evaluate_robustness", "Robustness", cases=ROWS, short=1)
+@holds_for(
+    "evaluate_robustness", "Robustness", cases=ROWS, short=1, slow_on_jax=True
+)
 def an_attack_does_not_lower_the_loss_at_0(_, seed=SEEDS):
     model, x, y, weights = text_batch(seed, 3.0)
     weights[0] = 1.0
@@ -470,7 +479,7 @@ def theseus_pair():
     return model, model.detach(copy=True)
 
 
-@holds_for("bert_of_theseus", cases=8, short=1)
+@holds_for("bert_of_theseus", cases=8, short=1, slow_on_jax=True)
 def the_successor_is_what_is_left(_, seed=SEEDS):
     model, left = theseus_pair()
     rng = np.random.default_rng(seed)
@@ -493,7 +502,13 @@ def classifiers():
     return {"large": catalogue.classifier(), "small": catalogue.classifier()}
 
 
-@holds_for("compression_report", "CompressionReport", cases=ROWS, short=1)
+@holds_for(
+    "compression_report",
+    "CompressionReport",
+    cases=ROWS,
+    short=1,
+    slow_on_jax=True,
+)
 def a_report_says_what_evaluate_says(_, seed=SEEDS):
     x, y = batch("Theseus", seed)
     models = classifiers()

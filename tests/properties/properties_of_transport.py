@@ -224,7 +224,7 @@ def follows_the_scale_of_the_vectors(
     close(value, expected, 1e-9, limit(function, pair.scale * factor))
 
 
-@holds_for(*DISTANCES, cases=3, short=1)
+@holds_for(*DISTANCES, cases=3, short=1, slow_on_jax=True)
 def lies_between_its_bounds(
     function,
     x=stacks(3, (3, 3), 1e15),
@@ -410,7 +410,9 @@ def problems_that_do_not_fit_are_refused(
         function(p, q, D)
 
 
-@holds_for("WordMoverDistance", "WordRotatorDistance", cases=3)
+@holds_for(
+    "WordMoverDistance", "WordRotatorDistance", cases=3, slow_on_jax=True
+)
 def layer_is_finite_and_ignores_the_mask(
     layer,
     x=stacks(3, (3, 3), 1e12),
@@ -442,7 +444,13 @@ def layer_of(layer, **options):
     return layer(**options)
 
 
-@holds_for("WordMoverDistance", "WordRotatorDistance", cases=3, short=1)
+@holds_for(
+    "WordMoverDistance",
+    "WordRotatorDistance",
+    cases=3,
+    short=1,
+    slow_on_jax=True,
+)
 def every_pair_stands_in_its_place(
     layer, x=stacks(3, (3, 3), 1e6), y=stacks(2, (2, 3), 1e6)
 ):

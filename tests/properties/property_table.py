@@ -36,6 +36,8 @@ class Property:
         cases: How many cases one call is: the rows of a batch, where the rows
             are independent of each other.
         short: How many calls there are in `make test`.
+        slow_on_jax: Whether it runs in `make verify` only on JAX, where each
+            operation is compiled for each shape.
         shared: Whether the check makes the object by itself, such as a record
             that a function returns. Then it runs once for all of its names.
     """
@@ -44,6 +46,7 @@ class Property:
     drawn: dict[str, Any]
     cases: int
     short: int
+    slow_on_jax: bool
     shared: bool
 
     def run(self, target, calls):
@@ -70,7 +73,7 @@ class Property:
         return finished
 
 
-def holds_for(*names, cases=1, short=3):
+def holds_for(*names, cases=1, short=3, slow_on_jax=False):
     """A decorator: the property holds for these public names.
 
     The arguments of the function, but the first, are strategies by their
@@ -82,7 +85,7 @@ def holds_for(*names, cases=1, short=3):
         first, *rest = inspect.signature(check).parameters.values()
         drawn = {p.name: p.default for p in rest}
         shared = first.name == "_"
-        a_property = Property(check, drawn, cases, short, shared)
+        a_property = Property(check, drawn, cases, short, slow_on_jax, shared)
         for name in names:
             TABLE.setdefault(name, []).append(a_property)
         return check
