@@ -101,7 +101,10 @@ def each_sample(fn, x, keep):
 
 
 def from_center(x, keep=None):
-    """x less a median of each feature, as float64; 0 where not `keep`."""
+    """x less a median of each feature, as float64; 0 where not `keep`.
+
+    Of a feature with values of many sizes nothing is subtracted.
+    """
 
     def shifted(x, keep):
         rows = x if keep is None or not keep.any() else x[keep]
@@ -120,8 +123,11 @@ def from_center(x, keep=None):
             size = high.astype("uint64") - low.astype("uint64")
             difference = np.where(x >= center, 1.0, -1.0) * size
         else:
+            # Values far below the centre would lose their digits: then it is no
+            # common offset.
+            small = np.abs(some).min(axis=0) < 2.0**-20 * np.abs(center)
             with np.errstate(over="ignore"):
-                difference = x - center
+                difference = x - np.where(small, 0.0, center)
         if keep is not None:
             difference = np.where(keep[:, None], difference, 0.0)
         return difference

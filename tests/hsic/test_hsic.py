@@ -375,6 +375,16 @@ def test_sets_of_a_batch_keep_their_digits(kernel):
     assert alone[1] > 0.01
 
 
+def test_values_of_many_sizes_stay_different():
+    """Also those far below the median."""
+    y = np.array([1e7, -12.0, 1e24, 4e-26, 1.4e24, 1.5e26])
+    kernel = GaussianKernel(1.0, form="blog")
+    k, l = gaussian(X[:6], 0.5**0.5), np.eye(6)  # noqa: E741
+    expected = definition(k, l, "biased")
+    found = value(hsic(X[:6], y, kernel, kernel))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_any_batch_shape():
     x = RNG.normal(size=(2, 3, 9, 2)).astype("f4")
     y = (x**2)[..., :1]
