@@ -66,7 +66,7 @@ def test_training_goes_on_as_if_nothing_had_happened(tmp_path, capsys):
     runs = 0
     while ended < MOMENTS:
         child = Child("train", folder)
-        time.sleep(rng.uniform(0, 3))
+        time.sleep(rng.uniform(0, 1))
         said = child.end([signal.SIGKILL, signal.SIGINT][ended % 2])
         ended += "done" not in said
         if (folder / f"{interrupted.EPOCHS}.keras").exists():
