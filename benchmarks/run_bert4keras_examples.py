@@ -115,8 +115,11 @@ def values(self):
             array = np.zeros(tuple(weight.shape), "float32")
             _, array = self.create_variable(name, array)
             shape = array.shape
-            if self.keep_tokens and shape[:1] == (self.vocab_size,):
-                shape = (max(self.keep_tokens) + 1, *shape[1:])
+            if shape[:1] == (self.vocab_size,):  # of the file, not the model
+                rows = self.vocab_size - len(self.compound_tokens or ())
+                if self.keep_tokens:
+                    rows = max(self.keep_tokens) + 1
+                shape = (rows, *shape[1:])
             yield name, rng.normal(0, 0.02, shape).astype("float32")
 _read = Transformer.load_weights_from_checkpoint
 def load(self, checkpoint, *args, **kwargs):
