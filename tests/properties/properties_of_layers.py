@@ -101,7 +101,7 @@ def cosine_ignores_the_length_of_vectors(
     np.testing.assert_array_equal(layer.encode(z * 2.0**exponent), codes)
 
 
-@holds_for(*ALL_QUANTIZERS, cases=CASES, short=2)
+@holds_for(*ALL_QUANTIZERS, cases=CASES, short=1)
 def vectors_under_the_mask_do_not_count(
     target, z=VECTORS, codebook=CODEBOOK, seed=SEEDS
 ):
@@ -128,7 +128,7 @@ def vectors_under_the_mask_do_not_count(
         assert counts.reshape(-1, counts.shape[-1])[0].sum() == mask.sum()
 
 
-@holds_for(*QUANTIZERS, cases=CASES, short=2)
+@holds_for(*QUANTIZERS, cases=CASES, short=1)
 def moving_averages_stay_finite(
     target, z=VECTORS, codebook=CODEBOOK, restart=st.sampled_from([0.0, 0.5])
 ):
@@ -397,16 +397,8 @@ def energy():
     return blogkeras.DenoisingDensityEstimator(network, 0.5, seed=0)
 
 
-@holds_for(
-    "langevin",
-    "mala",
-    "hmc",
-    "annealed_langevin",
-    "Samples",
-    cases=16,
-    short=3,
-    slow_on_jax=True,
-)
+@holds_for("langevin", cases=16, short=1, slow_on_jax=True)
+@holds_for("mala", "hmc", "annealed_langevin", "Samples", cases=16, short=0)
 def chains_end_in_finite_rows(
     target,
     seed=SEEDS,

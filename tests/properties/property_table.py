@@ -35,7 +35,8 @@ class Property:
         drawn: `{argument: hypothesis strategy}`.
         cases: How many cases one call is: the rows of a batch, where the rows
             are independent of each other.
-        short: How many calls there are in `make test`.
+        short: How many calls there are in `make test`; 0 where they would take
+            longer than they are worth.
         slow_on_jax: Whether it runs in `make verify` only on JAX, where each
             operation is compiled for each shape.
         shared: Whether the check makes the object by itself, such as a record
@@ -73,7 +74,7 @@ class Property:
         return finished
 
 
-def holds_for(*names, cases=1, short=3, slow_on_jax=False):
+def holds_for(*names, cases=1, short=2, slow_on_jax=False):
     """A decorator: the property holds for these public names.
 
     The arguments of the function, but the first, are strategies by their

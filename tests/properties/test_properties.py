@@ -29,6 +29,7 @@ def pairs():
     """
     seen = set()
     for name, properties in TABLE.items():
+        properties = [p for p in properties if p.short]
         if JAX:
             properties = [p for p in properties if not p.slow_on_jax][:1]
         for a_property in properties:
