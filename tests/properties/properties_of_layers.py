@@ -13,6 +13,7 @@ from strategies import (
     KINDS,
     SEEDS,
     arrays,
+    as_dtype,
     close,
     contents,
     mask_of,
@@ -187,7 +188,7 @@ def outputs_are_levels(
 def is_the_forward_value_to_the_bit(
     function, forward=VECTORS, backward=VECTORS, seed=SEEDS
 ):
-    backward = backward.astype(forward.dtype)
+    backward = as_dtype(backward, forward.dtype.name)
     pair = [ops.convert_to_tensor(a) for a in (forward, backward)]
     value = function(*pair)
     assert value.dtype == pair[0].dtype

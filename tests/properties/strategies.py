@@ -86,9 +86,8 @@ def as_dtype(x, dtype):
         low, high = max(limits.min, -(2**30)), min(limits.max, 2**30)
         return np.clip(np.round(x), low, high).astype(dtype)
     limit = float(ml_dtypes.finfo(dtype).max) if dtype != "float64" else np.inf
-    return np.clip(x, -limit, limit).astype(
-        ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
-    )
+    x = np.clip(x.astype("float64"), -limit, limit)
+    return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
 
 
 @st.composite
