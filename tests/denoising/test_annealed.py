@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW
+from kit import TENSORFLOW, slow_on_jax
 
 from blogkeras.denoising import (
     AnnealedScoreMatching,
@@ -177,6 +177,7 @@ def test_inpainting_keeps_what_is_known(conditional):
         model.inpaint(bad, mask, num_steps=2)
 
 
+@slow_on_jax
 def test_pictures():
     toy.reset()
     model = AnnealedScoreMatching(

@@ -406,6 +406,7 @@ def test_the_table_is_found_or_named():
     assert table(sequential) == "words"
 
 
+@slow_on_jax
 def test_kerashub_backbones_with_their_inputs():
     keras_hub = pytest.importorskip("keras_hub")
 

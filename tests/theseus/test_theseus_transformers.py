@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import close_in_ulps, value
+from kit import close_in_ulps, slow_on_jax, value
 
 from blogkeras.theseus import (
     Distillation,
@@ -251,6 +251,7 @@ def hub_backbone(kind, blocks):
         pytest.param("DebertaV3", None, marks=pytest.mark.verify),
     ],
 )
+@slow_on_jax
 def test_backbones_of_keras_hub(kind, jit, tmp_path):
     old, new = hub_backbone(kind, 3), hub_backbone(kind, 2)
     x = {"token_ids": TOKENS, "padding_mask": (TOKENS > 0).astype("int32")}

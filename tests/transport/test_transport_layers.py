@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import slow_on_jax
 
 from blogkeras import WordMoverDistance, WordRotatorDistance, backend
 from blogkeras.transport import (
@@ -353,6 +354,7 @@ def test_bert4keras_outputs_bring_their_masks():
     )
 
 
+@slow_on_jax
 def test_keras_hub_outputs_with_their_padding_mask():
     backbone = toy.keras_hub_bert(
         vocabulary_size=20, hidden_dim=16, max_sequence_length=8
