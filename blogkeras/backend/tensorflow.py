@@ -339,7 +339,7 @@ def _depthwise_convolution(x, kernel):
 
 # XLA needs a hundred times as long for the generator that TensorFlow chooses
 # for it on a CPU ("auto_select") as for the one of this name. The numbers are
-# those of Keras: without XLA, TensorFlow chooses this one, too.
+# those of Keras; with XLA they are other ones than without, as Keras's are.
 _GENERATOR = "philox"
 
 
