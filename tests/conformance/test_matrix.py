@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import toy
 import train_steps
-from kit import JAX, TENSORFLOW, jax_only, lower_train_step, replicated
+from kit import (
+    JAX,
+    TENSORFLOW,
+    jax_only,
+    lower_train_step,
+    replicated,
+    value,
+)
 from matrix import STEPS
 
 # `make verify` runs all of them and prints the table.
@@ -99,7 +106,7 @@ def trained(step, around=lambda build: build(), callbacks=(), **options):
         callbacks=[*callbacks],
     ).history
     keras.distribution.set_distribution(None)
-    assert int(model.optimizer.iterations.value) >= 4
+    assert int(value(model.optimizer.iterations)) >= 4
     assert np.isfinite([*history.values()]).all()
     for array in toy.weights(model):
         assert np.isfinite(array.astype("float64")).all()
