@@ -363,9 +363,9 @@ def test_constant_variable_is_zero():
 )
 def test_sets_of_a_batch_keep_their_digits(kernel):
     """A tiny set beside a huge one, and equal directions beside others."""
-    x = np.stack(
-        [X[:6] * 1e30, X[:6] * 1e-30, np.outer(range(1, 7), [3, 7, 1])]
-    )
+    # A matrix of products has the squares of these sizes.
+    size = 1e15 if isinstance(kernel, PrecomputedKernel) else 1e30
+    x = np.stack([X[:6] * size, X[:6] / size, np.outer(range(1, 7), [3, 7, 1])])
     y = np.stack([Y[:6]] * 3)
     if isinstance(kernel, PrecomputedKernel):
         x = x @ x.swapaxes(1, 2)
