@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import toy
 from keras import layers
-from kit import TENSORFLOW
+from kit import (
+    TENSORFLOW,
+    slow_on_jax,
+)
 
 import blogkeras
 from blogkeras import (
@@ -105,6 +108,7 @@ def test_a_callback_may_install_and_uninstall(linear):
     ],
     ids=lambda value: type(value).__name__,
 )
+@slow_on_jax
 def test_a_changed_method_is_a_new_one(method, changes):
     def losses(method, changes):
         toy.reset()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import slow_on_jax
 
 import blogkeras
 from blogkeras import backend
@@ -236,6 +237,7 @@ def full_model(name):
         ("two outputs", {"a": toy.WEIGHTS, "b": toy.WEIGHTS}, 32),
     ],
 )
+@slow_on_jax
 def test_epsilon_zero_is_evaluate(name, weights, batch_size):
     model, y = full_model(name)
     data = {"sample_weight": weights, "batch_size": batch_size}

@@ -9,6 +9,7 @@ import pytest
 import toy
 from hsic_reference import JAX, distances, value
 from keras import layers, ops
+from kit import slow_on_jax
 
 from blogkeras.hsic import HSICBottleneck
 
@@ -43,6 +44,7 @@ def papers_nhsic(x, y, bandwidth=2.0, epsilon=1e-3):
     return np.sum(resolvents[0] * resolvents[1].T)
 
 
+@slow_on_jax
 def test_loss_is_the_papers():
     model = bottleneck()
     one_hot = np.eye(3)[LABELS]

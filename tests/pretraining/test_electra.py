@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import JAX, TENSORFLOW, close_in_ulps, replicated, value
+from kit import (
+    JAX,
+    TENSORFLOW,
+    close_in_ulps,
+    replicated,
+    slow_on_jax,
+    value,
+)
 from scipy import special, stats
 
 from blogkeras import ElectraPretrainer, MaskedLanguageModel, TokenMasking
@@ -180,6 +187,7 @@ def test_what_a_step_sees():
     )
 
 
+@slow_on_jax
 def test_labels_and_originals():
     ids = tokens(100)
     model = electra(labels="generated")
@@ -439,6 +447,7 @@ def test_generators_that_draw_are_saved(generator, tmp_path):
     assert "masked_loss" not in logs[0]
 
 
+@slow_on_jax
 def test_mask_filler_is_the_generator(tmp_path):
     ids = tokens()
     model = electra("embeddings", "adam")

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import assert_nearest
+from kit import (
+    assert_nearest,
+    slow_on_jax,
+)
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -225,6 +228,7 @@ def test_frozen_stages_stay_frozen_when_revived():
 
 
 @every()
+@slow_on_jax
 def test_an_empty_batch(kind):
     layer = QUANTIZERS[kind]()
     layer(RNG.normal(size=(9, DIM)).astype("float32"), training=True)
@@ -393,6 +397,7 @@ def test_encoders_of_tokens():
 
 
 @every()
+@slow_on_jax
 def test_in_every_step_of_time(kind):
     layer = layers.TimeDistributed(QUANTIZERS[kind]())
     z = RNG.normal(size=(4, 3, 2, DIM)).astype("float32")
@@ -474,6 +479,7 @@ def test_hardly_any_temperature_is_none():
 
 
 @pytest.mark.parametrize("architecture", ["attention", "convolution"])
+@slow_on_jax
 def test_labels_may_be_a_column(architecture):
     model = prior(2, architecture)
     labels = np.array([0, 1, 1, 0, 1, 0, 1])

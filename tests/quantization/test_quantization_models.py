@@ -7,7 +7,10 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from kit import nearest_rows
+from kit import (
+    nearest_rows,
+    slow_on_jax,
+)
 
 from blogkeras.quantization import (
     VQVAE,
@@ -356,6 +359,7 @@ def test_the_loss_is_in_nats(kind):
 
 
 @both
+@slow_on_jax
 def test_a_prior_learns_and_reloads(kind, tmp_path):
     model = CodePrior(CODES, SHAPE, kind, CLASSES, 16, 1, 2)
     model.compile(keras.optimizers.Adam(0.01), jit_compile=ON_JAX)

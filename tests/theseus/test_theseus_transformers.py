@@ -329,6 +329,7 @@ def test_classifiers_of_keras_hub(kind):
 @no_gradient
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", ["Gemma", "FNet"])
+@slow_on_jax
 def test_copies_are_cut_again(kind):
     """What `keep_blocks` has copied has blocks like any other model."""
     keras_hub = pytest.importorskip("keras_hub")

@@ -12,6 +12,7 @@ import numpy as np
 import ot
 import pytest
 from keras import ops
+from kit import slow_on_jax
 from scipy.optimize import linprog
 
 from blogkeras import backend
@@ -251,6 +252,7 @@ def test_exact_blocks_are_the_batch(monkeypatch):
     assert word_mover_distance(x[:0], y[:0]).shape == (0,)
 
 
+@slow_on_jax
 def test_empty_sequences_count_as_one_zero_vector():
     none, masked = np.zeros((0, 5)), (np.zeros(6, bool), None)
     padded = np.concatenate([X, np.zeros((2, 5))])
