@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
+from blogkeras.arguments import shapes_agree
 
 
 def safe_norm(x, axis=None, keepdims=False):
@@ -441,14 +442,12 @@ def straight_through(forward, backward):
         [blog post 6760](https://kexue.fm/archives/6760)
     """
     forward, backward = map(ops.convert_to_tensor, (forward, backward))
-    sizes = tuple(forward.shape), tuple(backward.shape)
-    # Otherwise they would be broadcast. A size may be unknown (None).
-    if len(sizes[0]) != len(sizes[1]) or any(
-        m != n for m, n in zip(*sizes, strict=True) if None not in (m, n)
-    ):
+    # Otherwise they would be broadcast.
+    if not shapes_agree(forward.shape, backward.shape):
         raise ValueError(
             "Expected two tensors of one shape. Received: forward of shape "
-            f"{sizes[0]}, backward of shape {sizes[1]}"
+            f"{tuple(forward.shape)}, backward of shape "
+            f"{tuple(backward.shape)}"
         )
     nothing = backward - ops.stop_gradient(backward)
     return ops.stop_gradient(forward) + nothing

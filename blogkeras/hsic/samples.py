@@ -141,6 +141,36 @@ def exponent_of(x):
     return int(np.frexp(largest)[1]) if largest > 0 else 0
 
 
+def scaled_sets(x):
+    """Sets of samples, each divided by a power of two of its own size.
+
+    Otherwise the numbers of a small set would vanish beside those of a large
+    one in the same batch.
+
+    Args:
+        x: `(..., n, dim)`, float64.
+
+    Returns:
+        `(x, exponent, sizes)`: `x` is to be multiplied by 2**exponent and by
+        2**sizes, integers `(...)`, which are `None` for a single set.
+    """
+    if x.ndim == 2:
+        exponent = exponent_of(x)
+        return np.ldexp(x, -exponent), exponent, None
+    flat = x.reshape(-1, *x.shape[-2:])
+    exponents = np.array([exponent_of(part) for part in flat], "int32")
+    # What float32 cannot hold as a factor goes into the common exponent.
+    largest = int(exponents.max(initial=0))
+    common = largest - min(max(largest, -100), 100)
+    sizes = np.clip(exponents - common, -120, 120).reshape(x.shape[:-2])
+    return np.ldexp(x, -(common + sizes)[..., None, None]), common, sizes
+
+
+def as_factors(sizes, dtype):
+    """2**sizes as a tensor `(...)`."""
+    return ops.convert_to_tensor(np.ldexp(1.0, sizes).astype(dtype))
+
+
 def close_gaps(x):
     """Shortens gaps between values that are too large to change any kernel.
 
@@ -192,6 +222,16 @@ def _codes_of_column(column):
         numbers = {}
         return np.array(
             [numbers.setdefault(v, len(numbers)) for v in column.tolist()]
+        )
+
+
+def check_features(x1, x2):
+    """Raises a `ValueError` unless both have the same number of features."""
+    if x1.shape[-1] != x2.shape[-1]:
+        raise ValueError(
+            "Expected samples of as many features, (..., n, dim) and "
+            f"(..., m, dim). Received: shapes {tuple(x1.shape)} and "
+            f"{tuple(x2.shape)}"
         )
 
 

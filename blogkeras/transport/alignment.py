@@ -75,7 +75,7 @@ def plot_alignment(
             "Expected nonnegative masses in `plan`. Received: "
             f"{plan.min():g} among them"
         )
-    plan = plan / plan.max()
+    plan = plan / plan.max()  # its sum might overflow otherwise
     plan = plan / plan.sum()
     figure = require("matplotlib.figure").Figure(
         figsize=(max(4.0, 0.9 * max(plan.shape)), 3.2),

@@ -221,6 +221,7 @@ class TransportIndex:
                 shares, starts[first:last] - starts[first]
             )
             first = last
+        self._largest = np.abs(self._centroids).max(initial=0)
 
     def __len__(self):
         return len(self._starts) - 1
@@ -254,7 +255,7 @@ class TransportIndex:
         limit = distances[near].max()
         # A computed bound may exceed the distance by a rounding error, which
         # is relative to the vectors: these may be far larger than the distance.
-        largest = max(np.abs(a).max(initial=0) for a in (x, self._centroids))
+        largest = max(np.abs(x).max(initial=0), self._largest)
         slack = 1e-6 * (1 + limit) + 1e-12 * largest
         candidates = np.flatnonzero(bounds <= limit + slack)
         bounds = self._relaxed(p, x, candidates)
