@@ -38,6 +38,9 @@ DEVICES = (
 # HSIC is what is left when large sums are subtracted, so with a larger rate the
 # order of the sums would be seen in the weights.
 RATES = {"HSICBottleneck": 0.01}
+# Of an array's largest number. Those of the bottleneck change by a third and
+# more, and a rounding error by up to 1e-4 in these steps.
+TOLERANCES = {"HSICBottleneck": 1e-3}
 
 
 def every_step(*long):
@@ -165,10 +168,11 @@ def test_two_devices_train_as_one(step):
         one = toy.weights(trained(step, run_eagerly=True))
         two = trained(step, around=replicated, jit_compile=False)
     two = toy.weights(two)
+    tolerance = TOLERANCES.get(step, 1e-5)
     for ours, theirs in zip(two, one, strict=True):
         # The gradients of some biases are rounding errors of 0.
         scale = np.abs(theirs).max(initial=1e-2)
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * scale)
+        np.testing.assert_allclose(ours, theirs, 0, tolerance * scale)
     devices = "2 devices" if JAX else "2 replicas"
     matrix.saw(step, f"{devices}, {BACKEND}")
 
