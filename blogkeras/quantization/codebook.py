@@ -14,8 +14,9 @@ from blogkeras.arguments import (
     check_number,
     check_verbose,
 )
-from blogkeras.ops import masked_mean, normalize, straight_through
+from blogkeras.ops import masked_mean, normalize
 from blogkeras.quantization import kmeans
+from blogkeras.quantization.gradients import EstimatedGradient
 from blogkeras.quantization.nearest import nearest_codes
 from blogkeras.quantization.quantizer import Quantizer, counted, floats
 
@@ -29,8 +30,8 @@ def _mean_square(x, weights):
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class VectorQuantizer(Quantizer):
-    """Replaces each vector by its nearest code, with straight-through gradient.
+class VectorQuantizer(EstimatedGradient, Quantizer):
+    """Replaces each vector by its nearest code, with a gradient of choice.
 
     With encoder output z and codebook e_1 … e_K:
 
@@ -66,6 +67,20 @@ class VectorQuantizer(Quantizer):
     their norms; the output is a unit vector, and the losses compare unit
     vectors.
 
+    **Gradient.** What reaches z from the output is chosen by `gradient`:
+
+        straight-through:  output = sg[e_k] + z - sg[z]
+        rotation:          output = sg[(‖e_k‖ / ‖z‖) R] z
+        diveq-detach:      output = z + ‖e_k - z‖ sg[(e_k - z) / ‖e_k - z‖]
+        diveq:             output = z + ‖e_k - z‖ sg[v / ‖v‖],
+                           v = e_k - z + ε,  ε ~ N(0, σ² I)
+
+    where R is the rotation that turns z to e_k within their plane. The value is
+    e_k, but for `"diveq"` in training. The DiVeQ gradients reach the code too:
+    with them β and γ are 0 unless given. The post found the rotation worse than
+    the straight-through gradient where the codebook starts far from the data,
+    and asks for `adapt` and another γ.
+
     Distances, losses and state are float32 under any dtype policy. Masked
     vectors are quantized (components that are not finite as 0), but do not
     enter losses, counts and codebook; the codes have the Keras mask too. In a
@@ -75,18 +90,26 @@ class VectorQuantizer(Quantizer):
 
     A subclass may override three methods: `assign` (which code),
     `update_codebook` (how codes change in training), `estimate_gradient` (the
-    gradient of the output).
+    gradient of the output; not asked in training with `"diveq"`).
 
     Args:
         num_codes: Integer ≥ 2. Number of codes K.
         codebook_cost: Float ≥ 0. Weight β; without effect under `ema_decay`.
-        commitment_cost: Float ≥ 0. Weight γ.
+            Defaults to 1, for the DiVeQ gradients to 0.
+        commitment_cost: Float ≥ 0. Weight γ. Defaults to 0.25, for the DiVeQ
+            gradients to 0.
         ema_decay: Float in [0, 1), say 0.99, or `None` for a trained codebook.
         metric: `"euclidean"` or `"cosine"`.
         restart_threshold: Float in [0, 1), say 0.1. A code used less than this
             fraction of an equal share (vectors / K) is restarted.
         embeddings_initializer: Initializer of the codebook, shape
             `(num_codes, dim)`.
+        gradient: `"straight-through"`, `"rotation"`, `"diveq"` or
+            `"diveq-detach"`.
+        noise_variance: Float ≥ 0. σ² of `"diveq"`.
+        seed: Integer or `None`, of the noise of `"diveq"`. The draws are
+            numbered by a count that is saved, so training goes on after
+            `load_model` as if it had not stopped.
 
     Call arguments:
         inputs: `(..., dim)`, floating.
@@ -115,28 +138,32 @@ class VectorQuantizer(Quantizer):
 
     Reference:
         [van den Oord et al., 2017](https://arxiv.org/abs/1711.00937);
-        [blog post 6760](https://kexue.fm/archives/6760)
+        [blog post 6760](https://kexue.fm/archives/6760);
+        [Fifty et al., 2024](https://arxiv.org/abs/2410.06424), the rotation,
+        [post 10489](https://kexue.fm/archives/10489);
+        [Vali et al., 2025](https://arxiv.org/abs/2509.26469), DiVeQ,
+        [post 11328](https://kexue.fm/archives/11328)
     """
 
     def __init__(
         self,
         num_codes: int,
-        codebook_cost: float = 1.0,
-        commitment_cost: float = 0.25,
+        codebook_cost: float | None = None,
+        commitment_cost: float | None = None,
         *,
         ema_decay: float | None = None,
         metric: str = "euclidean",
         restart_threshold: float = 0.0,
         embeddings_initializer: Any = "uniform",
+        gradient: str = "straight-through",
+        noise_variance: float = 1e-3,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.num_codes = check_integer("num_codes", num_codes, minimum=2)
-        self.codebook_cost = check_number(
-            "codebook_cost", codebook_cost, minimum=0
-        )
-        self.commitment_cost = check_number(
-            "commitment_cost", commitment_cost, minimum=0
+        self._choose_gradient(
+            gradient, noise_variance, seed, codebook_cost, commitment_cost
         )
         if ema_decay is not None:
             ema_decay = check_number("ema_decay", ema_decay, minimum=0, below=1)
@@ -181,7 +208,8 @@ class VectorQuantizer(Quantizer):
             self.ema_counts = self._add_state((self.num_codes,), "ema_counts")
             self.ema_sums = self._add_state((self.num_codes, dim), "ema_sums")
 
-    # The three methods that a subclass may override.
+    # The methods that a subclass may override; the third of them,
+    # `estimate_gradient`, is in the base class.
 
     def assign(self, z, codebook):
         """The code of each vector: `(n, dim)`, `(num_codes, dim)` → `(n,)`."""
@@ -231,10 +259,6 @@ class VectorQuantizer(Quantizer):
             old = ops.convert_to_tensor(variable)
             variable.assign(ops.where(any_vectors, value, old))
 
-    def estimate_gradient(self, quantized, z):
-        """The output: the value of `quantized`, with the gradient of `z`."""
-        return straight_through(quantized, z)
-
     def _average(self, counts, sums):
         """The codes, from moving averages of counts and sums."""
         if self.metric == "cosine":
@@ -257,7 +281,8 @@ class VectorQuantizer(Quantizer):
     def _quantize(self, z, weights, training):
         z = self._normalized(z)
         quantized, codes, loss = self._quantize_raw(z, weights, training)
-        return self.estimate_gradient(quantized, z), codes[..., None], loss
+        output = self._estimated(quantized, z, self._next_seed(training))
+        return output, codes[..., None], loss
 
     def _quantize_raw(self, z, weights, training):
         """`(e_k, k, loss)`, and the step of the codebook in training."""
@@ -351,14 +376,13 @@ class VectorQuantizer(Quantizer):
         return {
             **super().get_config(),
             "num_codes": self.num_codes,
-            "codebook_cost": self.codebook_cost,
-            "commitment_cost": self.commitment_cost,
             "ema_decay": self.ema_decay,
             "metric": self.metric,
             "restart_threshold": self.restart_threshold,
             "embeddings_initializer": keras.initializers.serialize(
                 self.embeddings_initializer
             ),
+            **self._gradient_config(),
         }
 
 

@@ -6,35 +6,41 @@ import keras
 from keras import ops
 
 from blogkeras.arguments import check_integer
-from blogkeras.ops import straight_through
 from blogkeras.quantization import kmeans
 from blogkeras.quantization.codebook import VectorQuantizer
+from blogkeras.quantization.gradients import EstimatedGradient
 from blogkeras.quantization.quantizer import Quantizer, floats
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class ResidualVectorQuantizer(Quantizer):
+class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
     """Quantizes vectors by a sum of codes, one from each of several codebooks.
 
         r_0 = z,  r_i = r_{i-1} - sg[e_i],  e_i = nearest code to r_{i-1}
         output = sg[Σ e_i] + z - sg[z]
 
     Each stage is a `VectorQuantizer`, in `stages`, with its own losses, state
-    and usage. The gradient of the output is exactly the identity for any number
-    of stages.
+    and usage. The gradient is estimated once, for the sum of the codes: by
+    default it is exactly the identity for any number of stages. The other
+    gradients are those of `VectorQuantizer`, with Σ e_i for the code.
 
     Args:
         num_quantizers: Integer ≥ 1. Number of stages.
         num_codes: Integer ≥ 2. Number of codes of every stage.
         codebook_cost: Float ≥ 0. Weight of ||sg[r] - e||²; without effect under
-            `ema_decay`.
-        commitment_cost: Float ≥ 0. Weight of ||r - sg[e]||².
+            `ema_decay`. Defaults to 1, for the DiVeQ gradients to 0.
+        commitment_cost: Float ≥ 0. Weight of ||r - sg[e]||². Defaults to 0.25,
+            for the DiVeQ gradients to 0.
         ema_decay: Float in [0, 1), say 0.99, for codebooks that are moving
             averages, or `None` for trained ones.
         restart_threshold: Float in [0, 1), say 0.1. A code used less than this
             fraction of an equal share is restarted; for `ema_decay` only.
         embeddings_initializer: Initializer of the codebooks. (One with a seed
             starts every stage alike.)
+        gradient: `"straight-through"`, `"rotation"`, `"diveq"` or
+            `"diveq-detach"`.
+        noise_variance: Float ≥ 0, of the noise of `"diveq"`.
+        seed: Integer or `None`, of that noise.
 
     Call arguments:
         inputs: `(..., dim)`, floating.
@@ -66,12 +72,15 @@ class ResidualVectorQuantizer(Quantizer):
         self,
         num_quantizers: int,
         num_codes: int,
-        codebook_cost: float = 1.0,
-        commitment_cost: float = 0.25,
+        codebook_cost: float | None = None,
+        commitment_cost: float | None = None,
         *,
         ema_decay: float | None = None,
         restart_threshold: float = 0.0,
         embeddings_initializer: Any = "uniform",
+        gradient: str = "straight-through",
+        noise_variance: float = 1e-3,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -83,11 +92,14 @@ class ResidualVectorQuantizer(Quantizer):
             embeddings_initializer
         )
         self.codes_per_vector = (num_quantizers,)
+        self._choose_gradient(
+            gradient, noise_variance, seed, codebook_cost, commitment_cost
+        )
         self.stages = [
             VectorQuantizer(
                 num_codes,
-                codebook_cost,
-                commitment_cost,
+                self.codebook_cost,
+                self.commitment_cost,
                 ema_decay=ema_decay,
                 restart_threshold=restart_threshold,
                 embeddings_initializer=_copy(self.embeddings_initializer),
@@ -100,8 +112,6 @@ class ResidualVectorQuantizer(Quantizer):
         # The stages have checked and converted the arguments.
         first = self.stages[0]
         self.num_codes = first.num_codes
-        self.codebook_cost = first.codebook_cost
-        self.commitment_cost = first.commitment_cost
         self.ema_decay = first.ema_decay
         self.restart_threshold = first.restart_threshold
         self.alphabets = (self.num_codes,) * num_quantizers
@@ -120,11 +130,12 @@ class ResidualVectorQuantizer(Quantizer):
             quantized, code, loss = stage._quantize_raw(
                 residual, weights, training
             )
-            quantized = ops.stop_gradient(quantized)
-            residual, total = residual - quantized, total + quantized
+            residual = residual - ops.stop_gradient(quantized)
+            total = total + quantized
             codes.append(code)
             losses.append(loss)
-        return straight_through(total, z), ops.stack(codes, -1), sum(losses)
+        output = self._estimated(total, z, self._next_seed(training))
+        return output, ops.stack(codes, -1), sum(losses)
 
     def _symbols(self, z):
         codes = []
@@ -168,13 +179,12 @@ class ResidualVectorQuantizer(Quantizer):
             **super().get_config(),
             "num_quantizers": self.num_quantizers,
             "num_codes": self.num_codes,
-            "codebook_cost": self.codebook_cost,
-            "commitment_cost": self.commitment_cost,
             "ema_decay": self.ema_decay,
             "restart_threshold": self.restart_threshold,
             "embeddings_initializer": keras.initializers.serialize(
                 self.embeddings_initializer
             ),
+            **self._gradient_config(),
         }
 
 
