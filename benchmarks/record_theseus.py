@@ -41,12 +41,13 @@ batches; all small models have the same number of epochs:
     theseus-6       a successor of the same size       (no gain, says the post)
 
 No run of the first two tasks looks at dev or test while it trains. `--report`
-writes `docs/results/theseus.md`: means, paired differences and the share of the
-gap between direct-k and full that a route closes, with 95 % intervals of
-Student's t (of a share: Fieller's, none where they have no bounds). Seconds are
-those of the processor, compilation included; the page has them as multiples of
-those of the same seed's `full`, since the seeds may have had other machines.
-(Empty them in the table where a run had another machine than its `full`.)
+writes `docs/results/theseus.md` and `docs/theseus_compression.png`: means,
+paired differences and the share of the gap between direct-k and full that a
+route closes, with 95 % intervals of Student's t (of a share: Fieller's, none
+where they have no bounds). Seconds are those of the processor, compilation
+included; the page has them as multiples of those of the same seed's `full`,
+since the seeds may have had other machines. (Empty them in the table where a
+run had another machine than its `full`.)
 """
 
 import csv
@@ -63,6 +64,14 @@ from harness.statistics import mean_interval, share_interval
 
 sys.path.insert(0, str(page.ROOT / "examples"))
 ROWS = page.ROOT / "docs/results/theseus.csv"
+FIGURE = page.ROOT / "docs/theseus_compression.png"
+DRAWN = {
+    "full": ("predecessor (6 layers)", "o"),
+    "direct": ("direct", "s"),
+    "kept": ("fine-tuned further", "^"),
+    "distilled": ("distilled", "D"),
+    "theseus": ("Theseus", "v"),
+}
 COLUMNS = ["texts", "route", "seed", "dev", "test", "seconds"]
 BEST = ["best_dev", "best_test"]
 TASKS = {
@@ -371,12 +380,16 @@ def report(path):
                 "",
             ]
     page.write(path.with_suffix(".md"), lines)
+    draw(path)
 
 
-def table(rows, sizes):
-    groups = group(rows, "texts", "route")
+def scores_and_costs(rows, sizes):
+    """For each (texts, route): accuracies in % and training costs, by seed.
+
+    A cost is in units of the predecessor's training, which counts, too.
+    """
     scores, seconds = {}, {}
-    for key, runs in groups.items():
+    for key, runs in group(rows, "texts", "route").items():
         scores[key] = {
             row["seed"]: 100
             * (sizes[0] * float(row["dev"]) + sizes[1] * float(row["test"]))
@@ -386,6 +399,18 @@ def table(rows, sizes):
         seconds[key] = {
             row["seed"]: float(row["seconds"]) for row in runs if row["seconds"]
         }
+    costs = {}
+    for (texts, route), found in seconds.items():
+        before = seconds.get((texts, "full"), {})
+        more = route.partition("-")[0] not in ("full", "direct")
+        costs[texts, route] = {
+            s: t / before[s] + more for s, t in found.items() if s in before
+        }
+    return scores, costs
+
+
+def table(rows, sizes):
+    scores, costs = scores_and_costs(rows, sizes)
     cells = []
     for (texts, route), found in scores.items():
         kind, _, layers = route.partition("-")
@@ -404,17 +429,58 @@ def table(rows, sizes):
             cells[-1] += [f"{share:.0%}", bounds]
         else:
             cells[-1] += [""] * 4
-        before = seconds.get((texts, "full"), {})
-        # The predecessor's training counts.
-        times = [
-            t / before[s] + more
-            for s, t in seconds[texts, route].items()
-            if s in before
-        ]
+        times = [*costs[texts, route].values()]
         cells[-1].append(f"{np.mean(times):.1f}" if times else "")
     columns = ["texts", "route", "seeds", "accuracy", "to direct", "95 %"]
     columns += ["gap closed", "95 %", "training, × full"]
     return page.table(columns, cells)
+
+
+def draw(path):
+    """Accuracy over the cost of training, a panel for each number of layers.
+
+    The seeds are paired, so what is drawn of a small model is its difference
+    to `direct`: it is what the intervals of the table are of.
+    """
+    from matplotlib.figure import Figure
+
+    task = TASKS["sst2"]
+    scores, costs = scores_and_costs(record(task, path).rows(), task["sizes"])
+    figure = Figure(figsize=(8.8, 4.0), dpi=150, layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, layers in zip(panels, "32", strict=True):
+        base = scores["1024", f"direct-{layers}"]
+        for route, (label, marker) in DRAWN.items():
+            name = route if route == "full" else f"{route}-{layers}"
+            found, cost = scores["1024", name], costs["1024", name]
+            seeds = sorted(set(found) & set(base))
+            mean, low, high = mean_interval(
+                np.array([found[s] - base[s] for s in seeds])
+            )
+            axes.errorbar(
+                np.mean([*cost.values()]),
+                mean,
+                yerr=[[mean - low], [high - mean]],
+                marker=marker,
+                markersize=8,
+                capsize=4,
+                linestyle="",
+                label=label,
+            )
+        axes.axhline(0, color="gray", linewidth=1)
+        axes.set_title(f"{layers} of 6 layers", fontsize=11)
+        axes.set_xlabel("training, in units of the predecessor's")
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("points of accuracy above direct training")
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(DRAWN),
+        frameon=False,
+    )
+    figure.savefig(FIGURE)
 
 
 def main():

@@ -165,32 +165,46 @@ def heat_map(path, matrix, rows, columns, xlabel=None, ylabel=None, title=None):
 
 
 def picture_rows(path, rows):
-    """A figure of small grey pictures in rows with names.
+    """A figure of small pictures in rows with names.
 
     Args:
         path: Where to write; the ending decides on the format.
-        rows: Dict `{name: pictures}` of arrays `(columns, height, width, 1)` in
-            [0, 1], all of one shape.
+        rows: Dict `{name: pictures}` of arrays `(columns, height, width,
+            channels)` with 1 (grey) or 3 channels (red, green, blue), all of
+            one shape. Values below 0 are shown as 0, values above 1 as 1.
 
     Returns:
         `path`, as a string.
     """
-    if len({np.shape(pictures) for pictures in rows.values()}) != 1:
+    shapes = {name: np.shape(pictures) for name, pictures in rows.items()}
+    if len(set(shapes.values())) != 1 or any(
+        len(shape) != 4 or shape[-1] not in (1, 3) for shape in shapes.values()
+    ):
         raise ValueError(
-            "Expected rows of pictures of one shape. Received: "
-            f"{ {name: np.shape(x) for name, x in rows.items()} }"
+            "Expected rows of pictures (columns, height, width, 1 or 3), all "
+            f"of one shape. Received: {shapes}"
         )
-    pictures = np.stack(list(rows.values()))[..., 0]
-    pictures = np.pad(pictures, [[0, 0], [0, 0], [1, 1], [1, 1]])
-    count, columns, height = pictures.shape[:3]
-    picture = pictures.transpose(0, 2, 1, 3).reshape(count * height, -1)
-    margin, size = 1.4, 0.6
+    pictures = np.clip(np.stack(list(rows.values())), 0, 1)
+    gap = [[0, 0], [0, 0], [1, 1], [1, 1], [0, 0]]
+    pictures = np.pad(pictures, gap, constant_values=0.5)
+    count, columns, height, _, channels = pictures.shape
+    picture = pictures.transpose(0, 2, 1, 3, 4).reshape(
+        count * height, -1, channels
+    )
+    margin, size = 0.3 + 0.09 * max(map(len, rows)), 0.6
     width = margin + columns * size
     figure = require("matplotlib.figure").Figure(
         figsize=(width, count * size), dpi=100
     )
     axes = figure.add_axes((margin / width, 0, 1 - margin / width, 1))
-    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        picture.squeeze(axis=-1) if channels == 1 else picture,
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+        aspect="auto",
+    )
     axes.set_xticks([])
     axes.set_yticks((np.arange(count) + 0.5) * height - 0.5, list(rows))
     axes.tick_params(length=0)

@@ -25,10 +25,12 @@ Result (defaults, 1618 digits for training and 179 to test; Keras 3.15.1,
 TensorFlow 2.21, one run each):
 
     codebook                test error / variance   perplexity   codes used
-    plain averages          0.0389                  30.0         0.64
-    k-means and restarts    0.0300                  52.4         1.00
+    plain averages          0.0376                  34.3         0.70
+    k-means and restarts    0.0294                  53.2         1.00
 
-The prior went from 63.2 to 25.1 nats a picture, on the training set.
+The prior is best after 14 epochs: 38.3 nats a training picture, 44.0 nats a
+test picture. (After 60 epochs it had 25.1 nats a training picture: it knew them
+by heart.)
 
 Run: python examples/task_vqvae.py
 """
@@ -87,28 +89,6 @@ def make_model(x, args, prevent_collapse=True):
     return model
 
 
-def grid(path, pictures, height=0.7):
-    """Rows of pictures: `(rows, columns, height, width, channels)`."""
-    rows, columns = pictures.shape[:2]
-    h, w, channels = pictures.shape[2:]
-    picture = np.pad(pictures, [[0, 0]] * 2 + [[1, 1]] * 2 + [[0, 0]] * 1)
-    picture = picture.transpose(0, 2, 1, 3, 4).reshape(
-        rows * (h + 2), columns * (w + 2), channels
-    )
-    figure = require("matplotlib.figure").Figure(
-        figsize=(columns * height * w / h, rows * height), dpi=100
-    )
-    axes = figure.add_axes((0, 0, 1, 1))
-    axes.imshow(
-        np.clip(picture + 0.5, 0, 1).squeeze(),
-        cmap="gray",
-        interpolation="nearest",
-        aspect="auto",
-    )
-    axes.axis("off")
-    print("wrote", report.save_figure(figure, path))
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -131,7 +111,8 @@ def run(args):
     x, y = load(args.data)
     order = np.random.default_rng(0).permutation(len(x))
     size = len(x) // 10
-    x, y, test = x[order[size:]], y[order[size:]], x[order[:size]]
+    test, y_test = x[order[:size]], y[order[:size]]
+    x, y = x[order[size:]], y[order[size:]]
     print(f"{len(x)} pictures for training, {size} to test: {x.shape[1:]}")
 
     start = time.perf_counter()
@@ -166,33 +147,55 @@ def run(args):
     whole = len(x) // BATCH_SIZE * BATCH_SIZE
     nats = prior.fit(
         [codes[:whole], y[:whole]],
+        validation_data=([model.encode(test), y_test],),
         batch_size=BATCH_SIZE,
         epochs=args.prior_epochs,
+        # A prior soon knows a small training set by heart. What it draws then
+        # are maps that it has seen.
+        callbacks=[
+            keras.callbacks.EarlyStopping(
+                "val_nats", mode="min", patience=5, restore_best_weights=True
+            )
+        ],
         verbose=2,
-    ).history["nats"]
+    ).history
 
     report.print_table(
         ["codebook", "test error / variance", "perplexity", "codes used"],
         rows,
         f"{args.codes} codes, {seconds / 2:.0f} s each",
     )
-    print(f"prior: {nats[0]:.1f} to {nats[-1]:.1f} nats a picture")
+    best = int(np.argmin(nats["val_nats"]))
+    print(
+        f"prior: after {best + 1} epochs {nats['nats'][best]:.1f} nats a "
+        f"training picture, {nats['val_nats'][best]:.1f} nats a test picture"
+    )
 
     def path(name):
         return os.path.join(args.output, f"vqvae_{name}.png")
 
+    def draw(name, rows):
+        rows = {key: x + 0.5 for key, x in rows.items()}
+        print("wrote", report.picture_rows(path(name), rows))
+
     some = test[:10]
-    grid(
-        path("reconstructions"),
-        np.stack(
-            [some, model.reconstruct(some, False), model.reconstruct(some)]
-        ),
+    draw(
+        "reconstructions",
+        {
+            "test pictures": some,
+            "without quantization": model.reconstruct(some, False),
+            "with quantization": model.reconstruct(some),
+        },
     )
-    labels = np.tile(np.arange(int(y.max()) + 1), 5)
+    classes = int(y.max()) + 1
+    labels = np.tile(np.arange(classes), 5)
     drawn = prior.sample(len(labels), labels=labels, seed=args.seed)
-    new = model.decode(drawn)
-    grid(path("samples"), new.reshape(5, -1, *x.shape[1:]))
-    grid(path("interpolations"), model.interpolate(test[:5], test[5:10], 10))
+    new = model.decode(drawn).reshape(5, classes, *x.shape[1:])
+    draw("samples", {f"sample {i + 1}": row for i, row in enumerate(new)})
+    mixed = model.interpolate(test[:5], test[5:10], 10)
+    draw(
+        "interpolations", {f"pair {i + 1}": row for i, row in enumerate(mixed)}
+    )
     epochs = range(1, args.epochs + 1)
     print(
         "wrote",

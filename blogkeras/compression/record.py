@@ -14,6 +14,24 @@ _COSTS = {
 }
 
 
+# An accuracy on a few thousand samples is uncertain by about 0.01. An axis that
+# is stretched to smaller differences would show noise as if it were a result.
+_LEAST_SPAN = 0.05
+
+
+def _limits(values):
+    """The vertical axis: all values, and a part that says how much they differ.
+
+    Where all values are between 0 and 1, as accuracies are, it spans at least
+    `_LEAST_SPAN`.
+    """
+    low, high = np.nanmin(values), np.nanmax(values)
+    shares = 0 <= low and high <= 1
+    span = max(high - low, _LEAST_SPAN if shares else 0) or 1.0
+    middle = (low + high) / 2
+    return middle - 0.55 * span, middle + 0.55 * span
+
+
 @dataclasses.dataclass(frozen=True)
 class CompressionReport(report.Rows):
     """The rows that `compression_report` measured.
@@ -96,6 +114,7 @@ class CompressionReport(report.Rows):
             axes.grid(alpha=0.3)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel(metric, fontsize=12)
+        panels[0].set_ylim(*_limits(self.column(metric)))
         figure.legend(
             *panels[0].get_legend_handles_labels(),
             loc="outside lower center",

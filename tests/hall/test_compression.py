@@ -147,6 +147,11 @@ def test_latency_and_its_figure(monkeypatch):
     for row in plain:
         del row["training seconds"]
     CompressionReport(plain, 16).plot("a.png", "loss")
+    # Differences that are within the noise of an accuracy look small.
+    close = [{**plain[0], "acc": 0.861}, {**plain[1], "acc": 0.863}]
+    CompressionReport(close, 16).plot("a.png", "acc")
+    bottom, top = figures.pop().axes[0].get_ylim()
+    np.testing.assert_allclose([bottom, top], [0.8345, 0.8895])
     for figure, metric in zip(figures, ("mae", "loss"), strict=True):
         axes = figure.axes[0]
         points = [p.get_offsets()[0] for p in axes.collections]
