@@ -14,7 +14,7 @@ from blogkeras.arguments import (
     check_number,
     check_verbose,
 )
-from blogkeras.ops import masked_mean, normalize
+from blogkeras.ops import full_precision_matmul, masked_mean, normalize
 from blogkeras.quantization import kmeans
 from blogkeras.quantization.gradients import EstimatedGradient
 from blogkeras.quantization.nearest import nearest_codes
@@ -67,6 +67,12 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
     their norms; the output is a unit vector, and the losses compare unit
     vectors.
 
+    **Frozen codes.** With `codebook_transform` (SimVQ) the codebook is E W with
+    random codes E that are never trained, and a trained matrix W of shape
+    `(dim, dim)`, or its diagonal. Each step moves all codes, so that few stay
+    unused. W starts as the identity. `adapt` sets E to the clusters and W to
+    the identity.
+
     **Gradient.** What reaches z from the output is chosen by `gradient`:
 
         straight-through:  output = sg[e_k] + z - sg[z]
@@ -103,7 +109,10 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         restart_threshold: Float in [0, 1), say 0.1. A code used less than this
             fraction of an equal share (vectors / K) is restarted.
         embeddings_initializer: Initializer of the codebook, shape
-            `(num_codes, dim)`.
+            `(num_codes, dim)`. Defaults to `"uniform"`; with
+            `codebook_transform` to normal numbers of variance 1 / dim.
+        codebook_transform: `None`, `"linear"` (W a matrix) or `"diagonal"`; not
+            together with `ema_decay`.
         gradient: `"straight-through"`, `"rotation"`, `"diveq"` or
             `"diveq-detach"`.
         noise_variance: Float ≥ 0. σ² of `"diveq"`.
@@ -123,7 +132,8 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
 
     Raises:
         ValueError: on numbers out of range, on `restart_threshold` without
-            `ema_decay`, and on inputs of another dimension.
+            `ema_decay`, on `codebook_transform` with `ema_decay`, and on inputs
+            of another dimension.
 
     Example:
 
@@ -141,6 +151,8 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         [blog post 6760](https://kexue.fm/archives/6760);
         [Fifty et al., 2024](https://arxiv.org/abs/2410.06424), the rotation,
         [post 10489](https://kexue.fm/archives/10489);
+        [Zhu et al., 2024](https://arxiv.org/abs/2411.02038), SimVQ,
+        [post 10519](https://kexue.fm/archives/10519);
         [Vali et al., 2025](https://arxiv.org/abs/2509.26469), DiVeQ,
         [post 11328](https://kexue.fm/archives/11328)
     """
@@ -154,7 +166,8 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         ema_decay: float | None = None,
         metric: str = "euclidean",
         restart_threshold: float = 0.0,
-        embeddings_initializer: Any = "uniform",
+        embeddings_initializer: Any = None,
+        codebook_transform: str | None = None,
         gradient: str = "straight-through",
         noise_variance: float = 1e-3,
         seed: int | None = None,
@@ -179,6 +192,24 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
                 f"restart_threshold={restart_threshold}, ema_decay=None"
             )
         self.restart_threshold = restart_threshold
+        self.codebook_transform = check_choice(
+            "codebook_transform",
+            codebook_transform,
+            (None, "linear", "diagonal"),
+        )
+        if codebook_transform is not None and ema_decay is not None:
+            raise ValueError(
+                "Expected one way in which the codes move: a trained "
+                "`codebook_transform` of frozen codes, or moving averages. "
+                f"Received: codebook_transform={codebook_transform!r}, "
+                f"ema_decay={ema_decay}"
+            )
+        if embeddings_initializer is None:
+            embeddings_initializer = "uniform"
+            if codebook_transform is not None:
+                embeddings_initializer = keras.initializers.VarianceScaling(
+                    1.0, "fan_out", "untruncated_normal"
+                )
         self.embeddings_initializer = keras.initializers.get(
             embeddings_initializer
         )
@@ -193,15 +224,25 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
             )
         self.input_spec = keras.layers.InputSpec(axes={-1: dim})
         averaged = self.ema_decay is not None
+        trained = not averaged and self.codebook_transform is None
         self.embeddings = self.add_weight(
             shape=(self.num_codes, dim),
             initializer=self.embeddings_initializer,
-            trainable=not averaged,
+            trainable=trained,
             dtype="float32",
             autocast=False,
-            aggregation="only_first_replica" if averaged else "mean",
+            aggregation="mean" if trained else "only_first_replica",
             name="embeddings",
         )
+        if self.codebook_transform is not None:
+            diagonal = self.codebook_transform == "diagonal"
+            self.transform = self.add_weight(
+                shape=(dim,) if diagonal else (dim, dim),
+                initializer="ones" if diagonal else "identity",
+                dtype="float32",
+                autocast=False,
+                name="transform",
+            )
         self._build_counts((self.num_codes,))
         if averaged:
             self.ema_steps = self._add_state((), "ema_steps")
@@ -268,12 +309,21 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         counts = (counts + epsilon) / (total + self.num_codes * epsilon) * total
         return sums / ops.maximum(counts, 1e-30)[:, None]
 
-    def _codebook(self):
+    def _codes_as_stored(self):
+        """The codes, not normalized."""
+        codes = ops.convert_to_tensor(self.embeddings)
+        if self.codebook_transform == "linear":
+            codes = full_precision_matmul(codes, self.transform)
+        elif self.codebook_transform == "diagonal":
+            codes = codes * self.transform
         # The product makes the gradient of the gathered rows dense. Adam would
         # square TensorFlow's sparse gradient slice by slice, which is wrong for
         # codes that occur twice.
-        codebook = self.embeddings * ops.ones((), "float32")
-        return normalize(codebook) if self.metric == "cosine" else codebook
+        return codes * ops.ones((), "float32")
+
+    def _codebook(self):
+        codes = self._codes_as_stored()
+        return normalize(codes) if self.metric == "cosine" else codes
 
     def _normalized(self, z):
         return normalize(z) if self.metric == "cosine" else z
@@ -358,8 +408,15 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
             normalize if self.metric == "cosine" else _unchanged,
             verbose,
         )
-        embeddings = ops.concatenate([codes, self.embeddings[clusters:]])
+        embeddings = ops.concatenate(
+            [codes, self._codes_as_stored()[clusters:]]
+        )
         self.embeddings.assign(embeddings)
+        if self.codebook_transform is not None:
+            identity = np.eye(self.embeddings.shape[1], dtype="float32")
+            if self.codebook_transform == "diagonal":
+                identity = identity.diagonal()
+            self.transform.assign(identity)
         if self.ema_decay is None:
             return
         counts = kmeans.cluster_sizes(z, codes)
@@ -382,6 +439,7 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
             "embeddings_initializer": keras.initializers.serialize(
                 self.embeddings_initializer
             ),
+            "codebook_transform": self.codebook_transform,
             **self._gradient_config(),
         }
 

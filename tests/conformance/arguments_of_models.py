@@ -35,6 +35,7 @@ row(
         "metric": choice(),
         "restart_threshold": number(0),
         "embeddings_initializer": FREE,
+        "codebook_transform": choice(none=True),
         "gradient": choice(),
         "noise_variance": number(0),
         "seed": seed(),
