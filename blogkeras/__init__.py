@@ -74,6 +74,7 @@ from blogkeras.quantization import (
     CodebookUsage,
     CodePrior,
     FiniteScalarQuantizer,
+    GroupedQuantizer,
     ResidualVectorQuantizer,
     VectorQuantizer,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "FreeLB",
     "GaussianKernel",
     "GradientPenalty",
+    "GroupedQuantizer",
     "HSICBottleneck",
     "HSICLoss",
     "HSICRegularization",

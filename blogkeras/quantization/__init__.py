@@ -6,6 +6,7 @@ from blogkeras.quantization.autoencoders import (
 )
 from blogkeras.quantization.code_usage import CodebookUsage, perplexity, usage
 from blogkeras.quantization.codebook import VectorQuantizer
+from blogkeras.quantization.grouped import GroupedQuantizer
 from blogkeras.quantization.nearest import nearest_codes
 from blogkeras.quantization.prior import CodePrior
 from blogkeras.quantization.residual import ResidualVectorQuantizer
@@ -17,6 +18,7 @@ __all__ = [
     "CodePrior",
     "CodebookUsage",
     "FiniteScalarQuantizer",
+    "GroupedQuantizer",
     "ResidualVectorQuantizer",
     "VectorQuantizer",
     "blog_autoencoder",

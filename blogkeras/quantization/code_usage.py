@@ -138,16 +138,15 @@ class CodebookUsage(keras.callbacks.Callback):
                 logs[f"{quantizer.name}_{name}"] = float(ops.mean(measured))
 
     def _quantizers(self):
-        """The model's quantizers; a residual one without its stages."""
+        """The model's quantizers, without those that are parts of others."""
         quantizers = [
             layer
             for layer in self.model._flatten_layers()
             if isinstance(layer, Quantizer)
         ]
-        stages = {
-            id(book)
+        parts = {
+            id(part)
             for quantizer in quantizers
-            for book in quantizer.codebooks()
-            if book is not quantizer
+            for part in quantizer._flatten_layers(include_self=False)
         }
-        return [layer for layer in quantizers if id(layer) not in stages]
+        return [layer for layer in quantizers if id(layer) not in parts]

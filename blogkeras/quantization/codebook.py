@@ -12,7 +12,6 @@ from blogkeras.arguments import (
     check_choice,
     check_integer,
     check_number,
-    check_verbose,
 )
 from blogkeras.ops import full_precision_matmul, masked_mean, normalize
 from blogkeras.quantization import kmeans
@@ -73,6 +72,11 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
     unused. W starts as the identity. `adapt` sets E to the clusters and W to
     the identity.
 
+    **Small codes.** With `codebook_dim` the vectors are projected to that many
+    components, quantized there, and the codes are projected back; losses and
+    distances are those of the small vectors. Many codes are used more evenly in
+    a space of few dimensions.
+
     **Gradient.** What reaches z from the output is chosen by `gradient`:
 
         straight-through:  output = sg[e_k] + z - sg[z]
@@ -109,10 +113,11 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         restart_threshold: Float in [0, 1), say 0.1. A code used less than this
             fraction of an equal share (vectors / K) is restarted.
         embeddings_initializer: Initializer of the codebook, shape
-            `(num_codes, dim)`. Defaults to `"uniform"`; with
+            `(num_codes, dim or codebook_dim)`. Defaults to `"uniform"`; with
             `codebook_transform` to normal numbers of variance 1 / dim.
         codebook_transform: `None`, `"linear"` (W a matrix) or `"diagonal"`; not
             together with `ema_decay`.
+        codebook_dim: Integer ≥ 1, or `None` for codes of the vectors' size.
         gradient: `"straight-through"`, `"rotation"`, `"diveq"` or
             `"diveq-detach"`.
         noise_variance: Float ≥ 0. σ² of `"diveq"`.
@@ -168,6 +173,7 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         restart_threshold: float = 0.0,
         embeddings_initializer: Any = None,
         codebook_transform: str | None = None,
+        codebook_dim: int | None = None,
         gradient: str = "straight-through",
         noise_variance: float = 1e-3,
         seed: int | None = None,
@@ -204,6 +210,14 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
                 f"Received: codebook_transform={codebook_transform!r}, "
                 f"ema_decay={ema_decay}"
             )
+        if codebook_dim is not None:
+            codebook_dim = check_integer(
+                "codebook_dim", codebook_dim, minimum=1
+            )
+            self.project_in = keras.layers.Dense(
+                codebook_dim, dtype="float32", name="project_in"
+            )
+        self.codebook_dim = codebook_dim
         if embeddings_initializer is None:
             embeddings_initializer = "uniform"
             if codebook_transform is not None:
@@ -223,6 +237,13 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
                 f"Received: input_shape={input_shape}"
             )
         self.input_spec = keras.layers.InputSpec(axes={-1: dim})
+        if self.codebook_dim is not None:
+            self.project_in.build((None, dim))
+            self.project_out = keras.layers.Dense(
+                dim, dtype="float32", name="project_out"
+            )
+            self.project_out.build((None, self.codebook_dim))
+            dim = self.codebook_dim
         averaged = self.ema_decay is not None
         trained = not averaged and self.codebook_transform is None
         self.embeddings = self.add_weight(
@@ -253,7 +274,10 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
     # `estimate_gradient`, is in the base class.
 
     def assign(self, z, codebook):
-        """The code of each vector: `(n, dim)`, `(num_codes, dim)` → `(n,)`."""
+        """The code of each vector: `(n, dim)`, `(num_codes, dim)` → `(n,)`.
+
+        With `codebook_dim` the vectors are the small ones.
+        """
         return nearest_codes(z, codebook)
 
     def update_codebook(self, z, codes, counts, weights):
@@ -325,38 +349,59 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         codes = self._codes_as_stored()
         return normalize(codes) if self.metric == "cosine" else codes
 
-    def _normalized(self, z):
+    def _small(self, z):
+        """The vectors as they are compared with the codes."""
+        if self.codebook_dim is not None:
+            z = self.project_in(z)
         return normalize(z) if self.metric == "cosine" else z
 
-    def _quantize(self, z, weights, training):
-        z = self._normalized(z)
-        quantized, codes, loss = self._quantize_raw(z, weights, training)
-        output = self._estimated(quantized, z, self._next_seed(training))
-        return output, codes[..., None], loss
+    def _large(self, quantized):
+        """The vectors that codes stand for."""
+        if self.codebook_dim is None:
+            return quantized
+        return self.project_out(quantized)
 
-    def _quantize_raw(self, z, weights, training):
-        """`(e_k, k, loss)`, and the step of the codebook in training."""
-        dim, shape = z.shape[-1], ops.shape(z)[:-1]
-        flat = ops.reshape(ops.stop_gradient(z), [-1, dim])
+    def _quantize(self, z, weights, training):
+        z = self._small(z)
+        quantized, codes, loss = self._look_up(z, weights)
+        if training:
+            self._count_and_update(z, codes, weights)
+        output = self._estimated(quantized, z, self._next_seed(training))
+        return self._large(output), codes[..., None], loss
+
+    def _look_up(self, z, weights):
+        """`(e_k, k, loss)` of vectors that `_small` has made."""
+        flat = ops.reshape(ops.stop_gradient(z), [-1, z.shape[-1]])
         codebook = self._codebook()
-        flat_codes = self.assign(flat, ops.stop_gradient(codebook))
-        codes = ops.reshape(flat_codes, shape)
+        codes = self.assign(flat, ops.stop_gradient(codebook))
+        codes = ops.reshape(codes, ops.shape(z)[:-1])
         quantized = ops.take(codebook, codes, axis=0)
         commitment = _mean_square(z - ops.stop_gradient(quantized), weights)
         loss = self.commitment_cost * commitment
         if self.ema_decay is None:
             error = ops.stop_gradient(z) - quantized
             loss += self.codebook_cost * _mean_square(error, weights)
-        if training:
-            weights = ops.reshape(counted(z, weights), [-1])
-            counts = self.count(flat_codes, weights)
-            self._keep_counts(counts)
-            if self.trainable:
-                self.update_codebook(flat, flat_codes, counts, weights)
         return quantized, codes, loss
 
+    def _count_and_update(self, z, codes, weights):
+        """The step of counts and codebook in training.
+
+        Args:
+            z: `(..., dim)`, vectors that `_small` has made.
+            codes: `(...)`, their codes.
+            weights: `(...)` or None, as for `_quantize`.
+        """
+        flat = ops.reshape(ops.stop_gradient(z), [-1, z.shape[-1]])
+        codes = ops.reshape(codes, [-1])
+        weights = ops.reshape(counted(z, weights), [-1])
+        counts = self.count(codes, weights)
+        self._keep_counts(counts)
+        if self.trainable:
+            self.update_codebook(flat, codes, counts, weights)
+
     def _symbols(self, z):
-        flat = ops.reshape(self._normalized(z), [-1, z.shape[-1]])
+        z = self._small(z)
+        flat = ops.reshape(z, [-1, z.shape[-1]])
         codes = self.assign(flat, self._codebook())
         return ops.reshape(codes, [*ops.shape(z)[:-1], 1])
 
@@ -364,7 +409,7 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         return symbols[..., 0]
 
     def _decode(self, codes):
-        return ops.take(self._codebook(), codes, axis=0)
+        return self._large(ops.take(self._codebook(), codes, axis=0))
 
     def adapt(self, vectors, iterations=10, seed=0, verbose=0):
         """Sets the codebook to the k-means clusters of vectors.
@@ -380,37 +425,43 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
             seed: Integer ≥ 0, of the draw.
             verbose: `"auto"`, 0, 1 or 2: the progress bar.
         """
-        iterations = check_integer("iterations", iterations, minimum=1)
-        seed = check_integer("seed", seed, minimum=0)
-        verbose = check_verbose(verbose)
+        iterations, seed, verbose = kmeans.check(iterations, seed, verbose)
         vectors = floats("vectors", vectors)
         if not self.built:
             self.build(tuple(vectors.shape))
-        z = self._normalized(self._vectors(vectors))
+        z = self._small(self._vectors(vectors))
         z = ops.reshape(z, [-1, z.shape[-1]])
-        n, clusters = z.shape[0], min(z.shape[0], self.num_codes)
-        if n == 0:
+        if z.shape[0] == 0:
             raise ValueError(
                 "Expected at least one vector. Received: "
                 f"vectors.shape={tuple(vectors.shape)}"
             )
-        if n < self.num_codes:
-            warnings.warn(
-                f"k-means of {n} vectors fills {n} of {self.num_codes} codes; "
-                "the others stay as they were. Give more vectors.",
-                stacklevel=2,
-            )
-        chosen = np.random.default_rng(seed).permutation(n)[:clusters]
-        codes = kmeans.k_means(
+        clusters = self._clusters(z, self.num_codes, iterations, seed, verbose)
+        self._start_from(clusters, z)
+
+    def _clusters(self, z, number, iterations, seed, verbose):
+        """At most `number` clusters of `(n, dim)` vectors."""
+        chosen = np.random.default_rng(seed).permutation(z.shape[0])[:number]
+        return kmeans.k_means(
             z,
             ops.take(z, chosen.astype("int32"), axis=0),
             iterations,
             normalize if self.metric == "cosine" else _unchanged,
             verbose,
         )
-        embeddings = ops.concatenate(
-            [codes, self._codes_as_stored()[clusters:]]
-        )
+
+    def _start_from(self, clusters, z):
+        """Sets the codes to clusters of the vectors z, with all their state."""
+        filled = clusters.shape[0]
+        if filled < self.num_codes:
+            warnings.warn(
+                f"k-means of {z.shape[0]} vectors fills {filled} of "
+                f"{self.num_codes} codes; the others stay as they were. Give "
+                "more vectors.",
+                stacklevel=3,
+            )
+        others = self._codes_as_stored()[filled:]
+        embeddings = ops.concatenate([clusters, others])
         self.embeddings.assign(embeddings)
         if self.codebook_transform is not None:
             identity = np.eye(self.embeddings.shape[1], dtype="float32")
@@ -419,8 +470,8 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
             self.transform.assign(identity)
         if self.ema_decay is None:
             return
-        counts = kmeans.cluster_sizes(z, codes)
-        counts = ops.pad(counts, [[0, self.num_codes - clusters]])
+        counts = kmeans.cluster_sizes(z, clusters)
+        counts = ops.pad(counts, [[0, self.num_codes - filled]])
         # A sum divided by a count of 0 would put a code at the origin. So a
         # code without vectors counts as a small part of one vector, at its
         # present place.
@@ -440,6 +491,7 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
                 self.embeddings_initializer
             ),
             "codebook_transform": self.codebook_transform,
+            "codebook_dim": self.codebook_dim,
             **self._gradient_config(),
         }
 

@@ -3,10 +3,20 @@
 from keras import ops
 
 from blogkeras import backend
+from blogkeras.arguments import check_integer, check_verbose
 from blogkeras.loops import ProgramCache, loop_program, run_steps
 from blogkeras.quantization.nearest import nearest_codes
 
 _PROGRAMS = ProgramCache(8)
+
+
+def check(iterations, seed, verbose):
+    """The arguments of `adapt`, checked."""
+    return (
+        check_integer("iterations", iterations, minimum=1),
+        check_integer("seed", seed, minimum=0),
+        check_verbose(verbose),
+    )
 
 
 def k_means(z, means, iterations, project, verbose):
@@ -50,13 +60,21 @@ def cluster_sizes(z, means):
     return _program("sizes", z, means, None, sizes)(z, means)
 
 
-def remainder(z, means):
-    """Each vector minus its nearest mean; `(n, dim)`."""
+def nearest_means(z, means, project):
+    """The nearest mean of each vector; `(n, dim)`.
 
-    def subtract(z, means):
-        return z - ops.take(means, nearest_codes(z, means), axis=0)
+    Args:
+        z: `(n, dim)`, float32.
+        means: `(k, dim)`.
+        project: Function of vectors and means before they are compared, or
+            `None`.
+    """
 
-    return _program("remainder", z, means, None, subtract)(z, means)
+    def nearest(z, means):
+        compared = (z, means) if project is None else map(project, (z, means))
+        return ops.take(means, nearest_codes(*compared), axis=0)
+
+    return _program("nearest", z, means, project, nearest)(z, means)
 
 
 def _program(name, z, means, project, fn, compiled=None):

@@ -1,5 +1,7 @@
 """The base class of quantizers."""
 
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -20,6 +22,8 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
     """
 
     codes_per_vector: tuple[int, ...] = ()  # trailing axes of the codes
+    num_codes: Any
+    alphabets: tuple[int, ...]
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -48,6 +52,18 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
         self.batch_counts = self._add_state(shape, "batch_counts")
         self.total_counts = self._add_state(shape, "total_counts")
 
+    def _sizes(self):
+        """How many codes there are: an integer for all, or for each place."""
+        return self.num_codes
+
+    def check_codes(self, codes):
+        """Raises a `ValueError` unless all codes are integers within range.
+
+        Args:
+            codes: Array or tensor, shaped as `encode` gives them.
+        """
+        check_integers("codes", codes, 0, self._sizes() - 1)
+
     def count(self, codes, weights=None):
         """How often each code occurs, over all replicas; `(num_codes,)`.
 
@@ -55,12 +71,13 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
             codes: Integers of any shape.
             weights: Floats of the shape of `codes`: how much each counts.
         """
-        check_integers("codes", codes, 0, self.num_codes - 1)
+        size = self._sizes()
+        check_integers("codes", codes, 0, size - 1)
         codes = ops.cast(ops.reshape(codes, [-1]), "int32")
         if weights is None:
             weights = ops.ones_like(codes, dtype="float32")
         counts = ops.segment_sum(
-            ops.reshape(weights, [-1]), codes, num_segments=self.num_codes
+            ops.reshape(weights, [-1]), codes, num_segments=size
         )
         return backend.all_reduce_sum(counts)
 
@@ -86,10 +103,14 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
 
     def stacked_counts(self, name):
         """`"batch_counts"` or `"total_counts"`, a row for each alphabet."""
-        counts = ops.stack(
-            [getattr(book, name).value for book in self.codebooks()]
-        )
-        return ops.reshape(counts, [len(self.alphabets), -1])
+        size = max(self.alphabets)
+        rows = []
+        for book in self.codebooks():
+            counts = getattr(book, name).value
+            counts = ops.reshape(counts, [-1, counts.shape[-1]])
+            filled = [[0, 0], [0, size - counts.shape[-1]]]
+            rows.append(ops.pad(counts, filled))
+        return ops.concatenate(rows)
 
     def _keep_counts(self, counts):
         self.batch_counts.assign(counts)
@@ -164,7 +185,7 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
         """
         _refuse_symbolic(codes, "decode in the `call` of a layer of your own")
         # Check before JAX converts them to int32.
-        check_integers("codes", codes, 0, self.num_codes - 1)
+        self.check_codes(codes)
         if not self.built:
             raise ValueError(
                 f"The layer {self.name!r} has no codebook yet. Call it once, "

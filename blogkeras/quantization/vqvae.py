@@ -11,7 +11,6 @@ from blogkeras.arguments import (
     as_numpy,
     check_boolean,
     check_integer,
-    check_integers,
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel, map_batches
@@ -46,8 +45,8 @@ class VQVAE(CompositeModel):
 
     Args:
         encoder: `keras.Model`, inputs to `(batch, ..., dim)`.
-        quantizer: `VectorQuantizer`, `FiniteScalarQuantizer` or
-            `ResidualVectorQuantizer`.
+        quantizer: `VectorQuantizer`, `ResidualVectorQuantizer`,
+            `FiniteScalarQuantizer` or any other quantizer of this package.
         decoder: `keras.Model`, `(batch, ..., dim)` to the shape of the inputs.
 
     Input shape:  that of the encoder's inputs.
@@ -95,8 +94,8 @@ class VQVAE(CompositeModel):
                 )
         if not isinstance(quantizer, Quantizer):
             raise ValueError(
-                "Expected a VectorQuantizer, FiniteScalarQuantizer or "
-                f"ResidualVectorQuantizer. Received: quantizer={quantizer!r}"
+                "Expected a quantizer, such as VectorQuantizer. Received: "
+                f"quantizer={quantizer!r}"
             )
         self.encoder = encoder
         self.quantizer = quantizer
@@ -394,7 +393,7 @@ class VQVAE(CompositeModel):
     def _codes(self, codes):
         """The rows of `codes` as an array, if they have the decoder's shape."""
         codes = _rows("codes", codes)
-        check_integers("codes", codes, 0, self.quantizer.num_codes - 1)
+        self.quantizer.check_codes(codes)
         vectors = getattr(self.decoder, "input_shape", None)
         if not isinstance(vectors, tuple):
             return codes

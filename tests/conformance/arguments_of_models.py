@@ -36,6 +36,7 @@ row(
         "restart_threshold": number(0),
         "embeddings_initializer": FREE,
         "codebook_transform": choice(none=True),
+        "codebook_dim": integer(1, none=True),
         "gradient": choice(),
         "noise_variance": number(0),
         "seed": seed(),
@@ -48,17 +49,28 @@ row(
     {"num_quantizers": 2, "num_codes": 4},
     {
         "num_quantizers": integer(1),
-        "num_codes": integer(1),
+        "num_codes": Kind(1, 4.0, True, "4", NAN, [4], [4, 1], [4, 4.0]),
         "codebook_cost": number(0, none=True),
         "commitment_cost": number(0, none=True),
         "ema_decay": number(0, maximum=1, none=True, more=[1.0]),
         "restart_threshold": number(0),
         "embeddings_initializer": FREE,
+        "metric": choice(),
+        "codebook_transform": choice(none=True),
+        "codebook_dim": integer(1, none=True),
+        "shared_codebook": boolean(),
+        "quantizer_dropout": number(0, maximum=1),
         "gradient": choice(),
         "noise_variance": number(0),
         "seed": seed(),
         "kwargs": FREE,
     },
+    on_data(),
+)
+row(
+    blogkeras.GroupedQuantizer,
+    {"quantizer": lambda: blogkeras.VectorQuantizer(4), "groups": 3},
+    {"quantizer": layer(), "groups": integer(1, more=[2]), "kwargs": FREE},
     on_data(),
 )
 row(

@@ -41,8 +41,23 @@ LAYERS = [
         toy.DENSE[:8],
     ),
     (
+        blogkeras.GroupedQuantizer,
+        {
+            "quantizer": blogkeras.VectorQuantizer(4, gradient="rotation"),
+            "groups": 3,
+        },
+        toy.DENSE[:24].reshape(4, 6, 3),
+    ),
+    (
         blogkeras.ResidualVectorQuantizer,
-        {"num_quantizers": 2, "num_codes": 4, "ema_decay": 0.9},
+        {
+            "num_quantizers": 2,
+            "num_codes": [4, 5],
+            "ema_decay": 0.9,
+            "metric": "cosine",
+            "codebook_dim": 2,
+            "quantizer_dropout": 0.5,
+        },
         toy.DENSE[:24].reshape(4, 6, 3),
     ),
     (
@@ -190,15 +205,18 @@ RECORDS = [
 ]
 # {layer: (trainable, non-trainable weights, losses, seeds)} after a call
 COUNTS = {
+    "GroupedQuantizer": (3, 6, 1, 0),
     "HSICRegularization": (0, 0, 1, 0),
     "ModuleReplacement": (2, 6, 0, 0),
     "QuadraticHead": (6, 0, 0, 0),
-    "ResidualVectorQuantizer": (0, 12, 1, 0),
+    "ResidualVectorQuantizer": (8, 14, 1, 0),
     "TokenMasking": (0, 2, 0, 0),
     "VectorQuantizer": (0, 6, 1, 0),
     "WordMoverDistance": (0, 0, 0, 0),
     "WordRotatorDistance": (0, 0, 0, 0),
 }
+# What is newer than the newest golden files, `tests/data`.
+NEW = {"GroupedQuantizer"}
 # Base classes that are not used themselves.
 ABSTRACT = [blogkeras.AdversarialMethod]
 

@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import catalogue
 import golden
 import keras
 import numpy as np
@@ -38,11 +39,15 @@ def test_losses_metrics_kernels_and_schedules(version):
 
 
 def test_every_class_that_can_be_saved_has_a_file():
-    """In the folder of the newest version; `golden.py` writes the next one."""
+    """In the folder of the newest version; `golden.py` writes the next one.
+
+    What was added after that version is in `catalogue.NEW` until then.
+    """
     folder = DATA / VERSIONS[-1]
     saved = {path.stem for path in folder.glob("*.keras")}
     saved |= set(json.loads((folder / "objects.json").read_text("utf-8")))
-    assert saved >= {
+    names = {
         *(name for name, *_ in golden.models()),
         *(name for name, _ in golden.objects()),
     }
+    assert names - saved == catalogue.NEW

@@ -398,7 +398,7 @@ def test_bad_input():
     encoder, decoder = autoencoder().encoder, autoencoder().decoder
     with pytest.raises(ValueError, match=r"keras.Sequential.*encoder="):
         VQVAE(layers.Dense(3), VectorQuantizer(4), decoder)
-    with pytest.raises(ValueError, match="Expected a VectorQuantizer"):
+    with pytest.raises(ValueError, match="Expected a quantizer"):
         VQVAE(encoder, layers.Dense(3), decoder)
     model = fitted()
     with pytest.raises(ValueError, match=r"at most 4.*from 5 to 5"):
