@@ -75,6 +75,7 @@ from blogkeras.quantization import (
     CodePrior,
     FiniteScalarQuantizer,
     GroupedQuantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualVectorQuantizer,
     VectorQuantizer,
 )
@@ -157,6 +158,7 @@ __all__ = [
     "PolynomialKernel",
     "PrecomputedKernel",
     "QuadraticHead",
+    "ResidualFiniteScalarQuantizer",
     "ResidualVectorQuantizer",
     "Robustness",
     "Samples",

@@ -10,6 +10,9 @@ from blogkeras.quantization.grouped import GroupedQuantizer
 from blogkeras.quantization.nearest import nearest_codes
 from blogkeras.quantization.prior import CodePrior
 from blogkeras.quantization.residual import ResidualVectorQuantizer
+from blogkeras.quantization.residual_scalar import (
+    ResidualFiniteScalarQuantizer,
+)
 from blogkeras.quantization.scalar import FiniteScalarQuantizer
 from blogkeras.quantization.vqvae import VQVAE
 
@@ -19,6 +22,7 @@ __all__ = [
     "CodebookUsage",
     "FiniteScalarQuantizer",
     "GroupedQuantizer",
+    "ResidualFiniteScalarQuantizer",
     "ResidualVectorQuantizer",
     "VectorQuantizer",
     "blog_autoencoder",

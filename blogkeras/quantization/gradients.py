@@ -7,7 +7,7 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.arguments import check_choice, check_integer, check_number
 from blogkeras.ops import normalize, safe_norm, straight_through
-from blogkeras.state import NumberedDraws, draw_rows
+from blogkeras.state import draw_rows
 
 GRADIENTS = ("straight-through", "rotation", "diveq", "diveq-detach")
 # ‖z‖ / ‖q‖ below which z is 0 up to the rounding of q.
@@ -99,9 +99,8 @@ class EstimatedGradient:
             "noise_variance", noise_variance, minimum=0
         )
         self.seed = None if seed is None else check_integer("seed", seed)
-        self._draws = None
         if gradient == "diveq":
-            self._number_draws()
+            self._number_draws(self.seed)
         self.codebook_cost, self.commitment_cost = (
             # The DiVeQ gradients bring codes and vectors together themselves.
             default * (not gradient.startswith("diveq"))
@@ -120,17 +119,6 @@ class EstimatedGradient:
         if self.gradient == "rotation":
             return rotated(quantized, z)
         return directed(quantized, z)
-
-    def _number_draws(self):
-        """Makes the two weights that number random draws, once."""
-        if self._draws is None:
-            self._draws = NumberedDraws(self, self.seed)
-
-    def _next_seed(self, training):
-        """The seed of a training step, or None where nothing is drawn."""
-        if self._draws is None or not training:
-            return None
-        return self._draws.next_step()
 
     def _estimated(self, quantized, z, seed):
         """As `estimate_gradient`, in training with the noise of DiVeQ.

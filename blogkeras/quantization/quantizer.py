@@ -3,10 +3,12 @@
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import as_numpy, check_integers, shapes_agree
+from blogkeras.state import NumberedDraws, draw_rows
 
 
 class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
@@ -31,10 +33,22 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
         # in float32, so it takes them as they are.
         self.autocast = False
         self.supports_masking = True
+        self._draws = None
 
     def codebooks(self):
         """The layers that count codes: the quantizer itself, or its stages."""
         return [self]
+
+    def _number_draws(self, seed):
+        """Makes the two weights that number random draws, once."""
+        if self._draws is None:
+            self._draws = NumberedDraws(self, seed)
+
+    def _next_seed(self, training):
+        """The seed of a training step, or None where nothing is drawn."""
+        if self._draws is None or not training:
+            return None
+        return self._draws.next_step()
 
     def _add_state(self, shape, name):
         return self.add_weight(
@@ -86,14 +100,16 @@ class Quantizer(backend.ReplicaLosses, keras.layers.Layer):
 
         Args:
             symbols: `(..., number of alphabets)`, integers.
-            weights: `(...)`: how much each vector counts.
+            weights: How much each vector counts, `(...)`; or each symbol, of
+                the shape of `symbols`.
 
         Returns:
             `(number of alphabets, size of the largest)`, float32.
         """
         number, size = len(self.alphabets), max(self.alphabets)
         first = size * ops.arange(number, dtype="int32")
-        weights = ops.broadcast_to(weights[..., None], ops.shape(symbols))
+        if len(weights.shape) < len(symbols.shape):
+            weights = ops.broadcast_to(weights[..., None], ops.shape(symbols))
         counts = ops.segment_sum(
             ops.reshape(weights, [-1]),
             ops.reshape(symbols + first, [-1]),
@@ -261,6 +277,46 @@ def counted(z, weights):
     """1 for each finite vector that counts, else 0; `(...)`."""
     finite = ops.cast(ops.all(ops.isfinite(z), axis=-1), "float32")
     return finite if weights is None else finite * weights
+
+
+def check_stages(codes, number):
+    """Raises a `ValueError` where codes are of more than `number` stages."""
+    shape = tuple(codes.shape if hasattr(codes, "shape") else np.shape(codes))
+    if not shape or shape[-1] not in range(1, number + 1):
+        raise ValueError(
+            "Expected the codes of the stages along the last axis, at most "
+            f"{number}. Received: codes.shape={shape}"
+        )
+
+
+def drawn_depths(z, number, rate, seed):
+    """How many of its stages each row keeps, where stages are dropped.
+
+    Args:
+        z: `(..., dim)`, vectors.
+        number: Integer, all stages.
+        rate: Float. With this probability a row keeps n stages, n uniform from
+            1 to `number`.
+        seed: A `StepSeed`.
+
+    Returns:
+        Floats, to be broadcast to `(...)`.
+    """
+    axes = len(z.shape) - 1
+    rows = ops.shape(z)[0] if axes else 1
+    u = draw_uniform((rows, 2), seed)
+    depths = ops.minimum(1 + ops.floor(u[:, 1] * number), number)
+    depths = ops.where(u[:, 0] < rate, depths, number)
+    return ops.reshape(depths, [rows] + [1] * (axes - 1) if axes else [])
+
+
+def draw_uniform(shape, seed):
+    """Numbers from [0, 1) for the rows of a batch that replicas may share."""
+
+    def draw(shape, seed):
+        return backend.uniform(shape, dtype="float32", seed=seed)
+
+    return draw_rows(draw, shape, seed)
 
 
 def floats(name, x):

@@ -21,8 +21,12 @@ from blogkeras.quantization import kmeans
 from blogkeras.quantization.codebook import VectorQuantizer
 from blogkeras.quantization.gradients import EstimatedGradient
 from blogkeras.quantization.nearest import nearest_codes
-from blogkeras.quantization.quantizer import Quantizer, floats
-from blogkeras.state import draw_rows
+from blogkeras.quantization.quantizer import (
+    Quantizer,
+    check_stages,
+    drawn_depths,
+    floats,
+)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -161,7 +165,7 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
             gradient, noise_variance, seed, codebook_cost, commitment_cost
         )
         if self.quantizer_dropout:
-            self._number_draws()
+            self._number_draws(self.seed)
         sizes = self._sizes_by_stage()
         stage_class = (
             VectorQuantizer if metric == "euclidean" else DirectionQuantizer
@@ -215,13 +219,7 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
             codes: `(..., stages)`, at most `num_quantizers`.
         """
         super().check_codes(codes)
-        shape = getattr(codes, "shape", None)
-        shape = np.shape(codes) if shape is None else shape
-        if not shape or shape[-1] not in range(1, self.num_quantizers + 1):
-            raise ValueError(
-                "Expected the codes of the stages along the last axis, at most "
-                f"{self.num_quantizers}. Received: codes.shape={tuple(shape)}"
-            )
+        check_stages(codes, self.num_quantizers)
         if isinstance(self.num_codes, list) and backend.is_concrete(codes):
             codes = as_numpy(codes)
             for index in range(codes.shape[-1]):
@@ -251,7 +249,11 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
 
     def _quantize(self, z, weights, training):
         seed = self._next_seed(training)
-        depths = self._depths(z, seed)
+        depths = None
+        if seed is not None and self.quantizer_dropout:
+            depths = drawn_depths(
+                z, self.num_quantizers, self.quantizer_dropout, seed
+            )
         residual, total, codes, losses, looked_up = z, 0, [], [], []
         for index, stage in enumerate(self._turns()):
             kept = None if depths is None else index < depths
@@ -280,22 +282,6 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
         if self.codebook_dim is None:
             total = self._estimated(total, z, seed)
         return total, ops.stack(codes, -1), sum(losses)
-
-    def _depths(self, z, seed):
-        """How many stages each row keeps, to be broadcast; None for all."""
-        if seed is None or not self.quantizer_dropout:
-            return None
-        axes = len(z.shape) - 1
-        rows = ops.shape(z)[0] if axes else 1
-
-        def uniform(shape, seed):
-            return backend.uniform(shape, dtype="float32", seed=seed)
-
-        u = draw_rows(uniform, (rows, 2), seed)
-        n = self.num_quantizers
-        depths = ops.minimum(1 + ops.floor(u[:, 1] * n), n)
-        depths = ops.where(u[:, 0] < self.quantizer_dropout, depths, n)
-        return ops.reshape(depths, [rows] + [1] * (axes - 1) if axes else [])
 
     def _update(self, looked_up):
         """The step of counts and codebooks in training."""

@@ -8,9 +8,19 @@ import keras
 import numpy as np
 from keras import ops
 
-from blogkeras.arguments import as_numpy, check_choice, check_integer
+from blogkeras.arguments import (
+    as_numpy,
+    check_boolean,
+    check_choice,
+    check_integer,
+    check_number,
+)
 from blogkeras.ops import straight_through
-from blogkeras.quantization.quantizer import Quantizer, counted
+from blogkeras.quantization.quantizer import (
+    Quantizer,
+    counted,
+    draw_uniform,
+)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -27,6 +37,18 @@ class FiniteScalarQuantizer(Quantizer):
     shift s = artanh(o / h) that maps z = 0 to 0. (L even: one more level below
     zero than above.)
 
+    With `symmetric=True`, for tanh,
+
+        output = 2 round((L - 1) (tanh(z) + 1) / 2) / (L - 1) - 1
+
+    has L equally spaced levels from -1 to 1 for even L, too, and for L = 2.
+    Then no level is at 0 for even L.
+
+    With `noise_rate` a component is, in training and with this probability, not
+    rounded, but gets uniform noise as wide as the distance of two levels. So a
+    decoder learns what lies between levels. Codes and counts are those of the
+    rounded vectors. For several codes for a vector see `GroupedQuantizer`.
+
     A code is the number whose digits, in the mixed radix of `levels`, are the
     levels; the first component is the least significant digit. With more than
     2³¹ codes, asking for them is an error; everything else works.
@@ -42,8 +64,13 @@ class FiniteScalarQuantizer(Quantizer):
     an infinite one gives the last level on its side.
 
     Args:
-        levels: Sequence of integers ≥ 2, L_i; ≥ 3 for `"tanh"`.
+        levels: Sequence of integers ≥ 2, L_i; ≥ 3 for `"tanh"` that is not
+            symmetric.
         activation: `"tanh"` (the paper) or `"sigmoid"` (the post).
+        symmetric: Boolean, for `"tanh"`.
+        noise_rate: Float in [0, 1].
+        seed: Integer or `None`, of the noise. The draws are numbered by a count
+            that is saved.
 
     Call arguments:
         inputs: `(..., len(levels))`, floating.
@@ -55,8 +82,9 @@ class FiniteScalarQuantizer(Quantizer):
     Output shape: `(..., len(levels))`, compute dtype; codes `(...)`, int32.
 
     Raises:
-        ValueError: on levels out of range, on inputs of another dimension, and
-            when codes are asked for and there are more than 2³¹.
+        ValueError: on levels out of range, on `symmetric` with the sigmoid
+            (which is so without), on inputs of another dimension, and when
+            codes are asked for and there are more than 2³¹.
 
     Example:
 
@@ -74,12 +102,32 @@ class FiniteScalarQuantizer(Quantizer):
     """
 
     def __init__(
-        self, levels: Sequence[int], activation: str = "tanh", **kwargs: Any
+        self,
+        levels: Sequence[int],
+        activation: str = "tanh",
+        *,
+        symmetric: bool = False,
+        noise_rate: float = 0.0,
+        seed: int | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         given = levels
         check_choice("activation", activation, ("tanh", "sigmoid"))
-        least = 3 if activation == "tanh" else 2
+        self.symmetric = check_boolean("symmetric", symmetric)
+        if self.symmetric and activation == "sigmoid":
+            raise ValueError(
+                'Expected `symmetric` with "tanh" only: the levels of the '
+                "sigmoid are equally spaced anyhow. Received: symmetric=True, "
+                'activation="sigmoid"'
+            )
+        self.noise_rate = check_number(
+            "noise_rate", noise_rate, minimum=0, maximum=1
+        )
+        self.seed = None if seed is None else check_integer("seed", seed)
+        if self.noise_rate:
+            self._number_draws(self.seed)
+        least = 3 if activation == "tanh" and not symmetric else 2
         try:
             levels = as_numpy(levels)
             levels = [
@@ -91,7 +139,7 @@ class FiniteScalarQuantizer(Quantizer):
         if not levels:
             raise ValueError(
                 f"Expected a list of integers of at least {least}"
-                + (' (with "sigmoid", of at least 2)' if least > 2 else "")
+                + (" (symmetric, of at least 2)" if least > 2 else "")
                 + f". Received: levels={given!r}"
             )
         self.levels = levels
@@ -100,7 +148,9 @@ class FiniteScalarQuantizer(Quantizer):
         self.num_codes = math.prod(levels)
         # The output is (digit - zero) / width.
         self._top = np.array(levels, "float32") - 1
-        if activation == "tanh":
+        if self.symmetric:
+            self._width = self._zero = self._top / 2
+        elif activation == "tanh":
             self._width = self._zero = np.array(levels, "float32") // 2
         else:
             self._width, self._zero = self._top, np.zeros_like(self._top)
@@ -113,12 +163,14 @@ class FiniteScalarQuantizer(Quantizer):
                 f"levels={self.levels}"
             )
         self.input_spec = keras.layers.InputSpec(axes={-1: len(self.levels)})
-        self._build_counts((len(self.levels), max(self.levels)))
+        self._build_counts((len(self.alphabets), max(self.levels)))
 
     def _bound(self, z):
         """The activation, in units of levels; its rounding is the digit."""
         if self.activation == "sigmoid":
             return self._top * ops.sigmoid(z)
+        if self.symmetric:
+            return self._top / 2 * (ops.tanh(z) + 1)
         half = self._top / 2 * (1 - 1e-3)
         offset = np.where(self._top % 2 == 1, 0.5, 0).astype("float32")
         shift = np.arctanh(offset / half)
@@ -129,6 +181,12 @@ class FiniteScalarQuantizer(Quantizer):
         digits = ops.stop_gradient(ops.round(bounded))
         output = straight_through(digits, bounded)
         symbols = self._in_range(digits)
+        seed = self._next_seed(training)
+        if seed is not None:
+            shape = ops.shape(z)
+            noisy = draw_uniform(shape, seed) < self.noise_rate
+            noise = draw_uniform(shape, seed) - 0.5
+            output = ops.where(noisy, bounded + noise, output)
         if training:
             self._keep_counts(self.count_symbols(symbols, counted(z, weights)))
         return (output - self._zero) / self._width, symbols, None
@@ -153,6 +211,10 @@ class FiniteScalarQuantizer(Quantizer):
             )
         return np.cumprod([1, *self.levels[:-1]]).astype("int32")
 
+    def _digits(self, codes):
+        levels = np.array(self.levels, "int32")
+        return codes[..., None] // self._radix() % levels
+
     def _codes(self, symbols):
         return ops.sum(symbols * self._radix(), axis=-1)
 
@@ -168,8 +230,7 @@ class FiniteScalarQuantizer(Quantizer):
         return super().decode(codes)
 
     def _decode(self, codes):
-        levels = np.array(self.levels, "int32")
-        digits = codes[..., None] // self._radix() % levels
+        digits = self._digits(codes)
         return (ops.cast(digits, "float32") - self._zero) / self._width
 
     def load_own_variables(self, store):
@@ -205,4 +266,7 @@ class FiniteScalarQuantizer(Quantizer):
             **super().get_config(),
             "levels": self.levels,
             "activation": self.activation,
+            "symmetric": self.symmetric,
+            "noise_rate": self.noise_rate,
+            "seed": self.seed,
         }

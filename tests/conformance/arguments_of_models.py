@@ -81,6 +81,24 @@ row(
             3, "333", [], [3.0, 3, 3], [True, 3, 3], [1, 3, 3], [[3]]
         ),
         "activation": choice(),
+        "symmetric": boolean(),
+        "noise_rate": number(0, maximum=1),
+        "seed": seed(),
+        "kwargs": FREE,
+    },
+    on_data(),
+)
+row(
+    blogkeras.ResidualFiniteScalarQuantizer,
+    {"num_quantizers": 2, "levels": [3, 3, 3]},
+    {
+        "num_quantizers": integer(1),
+        "levels": Kind(
+            3, "333", [], [3.0, 3, 3], [True, 3, 3], [2, 3, 3], [[3]]
+        ),
+        "activation": choice(),
+        "quantizer_dropout": number(0, maximum=1),
+        "seed": seed(),
         "kwargs": FREE,
     },
     on_data(),

@@ -41,6 +41,16 @@ LAYERS = [
         toy.DENSE[:8],
     ),
     (
+        blogkeras.ResidualFiniteScalarQuantizer,
+        {
+            "num_quantizers": 2,
+            "levels": [3, 4, 5],
+            "activation": "sigmoid",
+            "quantizer_dropout": 0.5,
+        },
+        toy.DENSE[:24].reshape(4, 6, 3),
+    ),
+    (
         blogkeras.GroupedQuantizer,
         {
             "quantizer": blogkeras.VectorQuantizer(4, gradient="rotation"),
@@ -209,6 +219,7 @@ COUNTS = {
     "HSICRegularization": (0, 0, 1, 0),
     "ModuleReplacement": (2, 6, 0, 0),
     "QuadraticHead": (6, 0, 0, 0),
+    "ResidualFiniteScalarQuantizer": (0, 4, 0, 0),
     "ResidualVectorQuantizer": (8, 14, 1, 0),
     "TokenMasking": (0, 2, 0, 0),
     "VectorQuantizer": (0, 6, 1, 0),
@@ -216,7 +227,7 @@ COUNTS = {
     "WordRotatorDistance": (0, 0, 0, 0),
 }
 # What is newer than the newest golden files, `tests/data`.
-NEW = {"GroupedQuantizer"}
+NEW = {"GroupedQuantizer", "ResidualFiniteScalarQuantizer"}
 # Base classes that are not used themselves.
 ABSTRACT = [blogkeras.AdversarialMethod]
 

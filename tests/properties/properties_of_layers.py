@@ -27,8 +27,9 @@ import blogkeras
 CASES, ROWS, DIM, CODES = 8, 3, 2, 5
 VECTORS = stacks(CASES, (ROWS, DIM), 1e18, FLOATS)
 CODEBOOK = arrays((CODES, DIM), 1e18)
-QUANTIZERS = ("VectorQuantizer", "ResidualVectorQuantizer")
-ALL_QUANTIZERS = (*QUANTIZERS, "FiniteScalarQuantizer")
+QUANTIZERS = ("VectorQuantizer", "ResidualVectorQuantizer", "GroupedQuantizer")
+ROUNDING = ("FiniteScalarQuantizer", "ResidualFiniteScalarQuantizer")
+ALL_QUANTIZERS = (*QUANTIZERS, *ROUNDING)
 
 
 @functools.cache
@@ -39,6 +40,11 @@ def quantizer(name, **options):
             layer = blogkeras.VectorQuantizer(CODES, **options)
         case "ResidualVectorQuantizer":
             layer = blogkeras.ResidualVectorQuantizer(2, CODES, **options)
+        case "GroupedQuantizer":
+            part = blogkeras.VectorQuantizer(CODES, **options)
+            layer = blogkeras.GroupedQuantizer(part, groups=1)
+        case "ResidualFiniteScalarQuantizer":
+            layer = blogkeras.ResidualFiniteScalarQuantizer(2, [4, 5])
         case _:
             layer = blogkeras.FiniteScalarQuantizer([4, 5], **options)
     layer.build((None, ROWS, DIM))
@@ -109,7 +115,7 @@ def vectors_under_the_mask_do_not_count(
     mask = mask_of("any", seed, z.shape[:-1])
     hidden = np.where(mask[..., None], z.astype("float32"), np.nan)
     options = {}
-    if target is not blogkeras.FiniteScalarQuantizer:
+    if target.__name__ in QUANTIZERS:
         options = {"ema_decay": 0.5}
     results = []
     for x in (z, hidden):

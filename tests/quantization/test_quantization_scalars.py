@@ -1,0 +1,247 @@
+"""Options of rounding: symmetric levels, noise, several stages (post 9826)."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from kit import slow_on_jax, value
+
+from blogkeras import backend
+from blogkeras.quantization import (
+    VQVAE,
+    FiniteScalarQuantizer,
+    GroupedQuantizer,
+    ResidualFiniteScalarQuantizer,
+)
+
+RNG = np.random.default_rng(0)
+ON_JAX = keras.backend.backend() == "jax"
+Z = RNG.normal(size=(6, 4, 3)).astype("float32")
+LEVELS = [2, 4, 5]
+
+
+def slope(layer, z, **call):
+    def output(z):
+        with keras.StatelessScope():
+            return ops.sum(layer(z, **call)), None
+
+    return value(backend.value_and_grad(output, z)[1])
+
+
+def test_symmetric_levels_are_equally_spaced():
+    layer = FiniteScalarQuantizer(LEVELS, symmetric=True)
+    z = 2 * np.repeat(Z, 50, axis=1)
+    output, codes = layer(z, return_codes=True)
+    output, z = value(output), z.astype("f8")
+    top = np.array(LEVELS) - 1
+    bounded = top * (np.tanh(z) + 1) / 2
+    digits = np.round(bounded)
+    assert np.abs(np.abs(bounded - digits) - 0.5).min() > 1e-6
+    np.testing.assert_allclose(output, 2 * digits / top - 1, atol=1e-6)
+    np.testing.assert_array_equal(value(codes), digits @ [1, 2, 8])
+    for axis, levels in enumerate(LEVELS):
+        expected = np.linspace(-1, 1, levels)
+        np.testing.assert_allclose(
+            np.unique(output[..., axis].round(5)), expected, atol=1e-5
+        )
+    np.testing.assert_allclose(value(layer.decode(codes)), output, atol=1e-6)
+    np.testing.assert_allclose(
+        slope(layer, z.astype("f4")), 1 - np.tanh(z) ** 2, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "width"),
+    [({}, [1, 1, 0.5]), ({"symmetric": True}, [1, 2 / 3, 0.5])],
+    ids=["google", "symmetric"],
+)
+def test_noise_is_as_wide_as_the_distance_of_levels(options, width):
+    levels = [3, 4, 5] if options else [3, 3, 5]
+    layer = FiniteScalarQuantizer(levels, noise_rate=0.3, seed=0, **options)
+    smooth = FiniteScalarQuantizer(levels, **options)
+    z = np.repeat(Z, 400, axis=1)
+    rounded, codes = layer(z, return_codes=True)
+    noisy, same = layer(z, training=True, return_codes=True)
+    np.testing.assert_array_equal(value(codes), value(same))
+    noisy, rounded, z = value(noisy), value(rounded), z.astype("f8")
+    changed = noisy != rounded
+    np.testing.assert_allclose(changed.mean(), 0.3, atol=0.01)
+    if options:
+        bounded = np.tanh(z)
+    else:
+        bounded = np.tanh(z) * (1 - 1e-3)
+    error = (noisy - bounded) / width
+    for axis in range(3):
+        noise = error[..., axis][changed[..., axis]]
+        assert np.abs(noise).max() < 0.5 + 1e-5
+        np.testing.assert_allclose(noise.mean(), 0, atol=0.02)
+        np.testing.assert_allclose(noise.var(), 1 / 12, rtol=0.05)
+    again = value(layer(z.astype("f4"), training=True))
+    assert np.mean(again != noisy) > 0.3
+    z = Z
+    np.testing.assert_allclose(
+        slope(layer, z, training=True), slope(smooth, z), atol=1e-6
+    )
+
+
+# Several stages.
+
+
+def reference(z, levels, stages, activation):
+    """`(output, digits (..., stages, dim))`, from the published recursion.
+
+    A stage quantizes the rest, divided by its scale, to equally spaced levels
+    from -1 to 1; the scale is (L - 1)^-i.
+    """
+    y = np.tanh(z) if activation == "tanh" else 2 / (1 + np.exp(-z)) - 1
+    top, rest, digits = np.array(levels) - 1.0, y, []
+    for stage in range(stages):
+        scale = top**-stage
+        place = top * (rest / scale + 1) / 2
+        assert np.abs(np.abs(place - np.round(place)) - 0.5).min() > 1e-5
+        digits.append(np.round(place))
+        rest = rest - scale * (2 * digits[-1] / top - 1)
+    output = y - rest
+    if activation == "sigmoid":
+        output = (output + 1) / 2
+    return output, np.stack(digits, -2)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
+def test_stages_round_the_rest(activation):
+    levels, radix = [3, 4, 5], [1, 3, 12]
+    layer = ResidualFiniteScalarQuantizer(3, levels, activation)
+    expected, digits = reference(Z.astype("f8"), levels, 3, activation)
+    output, codes = layer(Z, training=True, return_codes=True)
+    np.testing.assert_allclose(value(output), expected, atol=1e-6)
+    np.testing.assert_array_equal(value(codes), digits @ radix)
+    np.testing.assert_array_equal(value(layer.encode(Z)), value(codes))
+    for stages in (1, 2, 3):
+        coarse, _ = reference(Z.astype("f8"), levels, stages, activation)
+        np.testing.assert_allclose(
+            value(layer.decode(codes[..., :stages])), coarse, atol=1e-6
+        )
+    u = np.tanh(Z) if activation == "tanh" else 1 / (1 + np.exp(-Z))
+    reach = (1 if activation == "tanh" else 0.5) / np.array([2, 3, 4.0]) ** 3
+    assert np.all(np.abs(value(output) - u) <= reach + 1e-6)
+    counts = value(layer.stacked_counts("batch_counts"))
+    flat = digits.reshape(-1, 9).astype(int)
+    np.testing.assert_array_equal(
+        counts, [np.bincount(d, minlength=5) for d in flat.T]
+    )
+    assert layer.alphabets == (3, 4, 5) * 3
+    z = Z.astype("f8")
+    derivative = 1 - np.tanh(z) ** 2
+    if activation == "sigmoid":
+        derivative = u * (1 - u)
+    np.testing.assert_allclose(slope(layer, Z), derivative, atol=1e-6)
+    assert layer.losses == []
+
+
+@slow_on_jax
+def test_rows_keep_their_first_stages():
+    layer = ResidualFiniteScalarQuantizer(
+        2, [5, 5, 5], quantizer_dropout=0.5, seed=0
+    )
+    z = np.repeat(Z, 1000, axis=0)
+    mask = np.ones(z.shape[:-1], bool)
+    mask[:, 0] = False
+    output, codes = layer(z, training=True, return_codes=True, mask=mask)
+    full, coarse = (value(layer.decode(codes[..., :n])) for n in (2, 1))
+    output = value(output)
+    is_full, is_coarse = (
+        np.abs(output - x).max((1, 2)) < 1e-5 for x in (full, coarse)
+    )
+    assert np.all(is_full | is_coarse)
+    kept = is_full
+    np.testing.assert_allclose(kept.mean(), 0.75, atol=0.02)
+    counts = value(layer.stacked_counts("batch_counts")).sum(1)
+    np.testing.assert_array_equal(counts[:3], 3 * len(z))
+    np.testing.assert_array_equal(counts[3:], 3 * kept.sum())
+    np.testing.assert_allclose(value(layer(z)), full, atol=1e-6)
+
+
+@slow_on_jax
+def test_all_kinds_train_and_draw_on(tmp_path):
+    kinds = (
+        lambda: ResidualFiniteScalarQuantizer(
+            2, [4, 4], quantizer_dropout=0.5, seed=1
+        ),
+        lambda: GroupedQuantizer(
+            FiniteScalarQuantizer([2], symmetric=True, noise_rate=0.5, seed=1),
+            2,
+        ),
+    )
+    for make in kinds:
+        models = []
+        for _ in range(2):
+            keras.utils.set_random_seed(0)
+            encoder = keras.Sequential(
+                [keras.Input((4, 3)), keras.layers.Dense(2)]
+            )
+            decoder = keras.Sequential(
+                [keras.Input((4, 2)), keras.layers.Dense(3)]
+            )
+            model = VQVAE(encoder, make(), decoder)
+            model.compile(keras.optimizers.Adam(0.01), jit_compile=ON_JAX)
+            model.build(Z.shape)
+            model.train_on_batch(Z, Z)
+            models.append(model)
+        models[1].save(tmp_path / "model.keras")
+        models[1] = keras.saving.load_model(tmp_path / "model.keras")
+        for model in models:
+            model.train_on_batch(Z, Z)
+        for ours, theirs in zip(
+            *(m.get_weights() for m in models), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_what_is_not_finite_keeps_its_place():
+    layer = ResidualFiniteScalarQuantizer(2, [3, 4])
+    layer.build((None, 2))
+    z = np.array([[np.nan, 1], [np.inf, -np.inf]], "f4")
+    output, symbols, _ = layer._quantize(ops.convert_to_tensor(z), None, True)
+    output, symbols = value(output), value(symbols)
+    assert np.isnan(output[0, 0])
+    np.testing.assert_allclose(output[1], [1, -1], atol=1 / 9 + 1e-6)
+    assert symbols.min() >= 0
+    assert np.all(symbols < [3, 4, 3, 4])
+    assert value(layer.batch_counts).sum(1).max() == 0
+
+
+def test_bad_arguments():
+    for cls, args, kwargs, message in (
+        (FiniteScalarQuantizer, [[2, 3]], {}, "at least 3 .symmetric, of at"),
+        (FiniteScalarQuantizer, [[1]], {"symmetric": True}, "at least 2"),
+        (
+            FiniteScalarQuantizer,
+            [[3], "sigmoid"],
+            {"symmetric": True},
+            "equally spaced anyhow",
+        ),
+        (FiniteScalarQuantizer, [[3]], {"noise_rate": 2}, "noise_rate=2"),
+        (FiniteScalarQuantizer, [[3]], {"seed": 0.5}, "seed=0.5"),
+        (ResidualFiniteScalarQuantizer, [0, [3]], {}, "num_quantizers=0"),
+        (
+            ResidualFiniteScalarQuantizer,
+            [2, [2], "sigmoid"],
+            {},
+            r"not get finer.*levels=\[2\]",
+        ),
+        (
+            ResidualFiniteScalarQuantizer,
+            [2, [3]],
+            {"quantizer_dropout": -1},
+            "quantizer_dropout=-1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cls(*args, **kwargs)
+    layer = ResidualFiniteScalarQuantizer(2, [3, 3])
+    layer.build((None, 2))
+    with pytest.raises(ValueError, match=r"at most 2.*\(1, 3\)"):
+        layer.decode([[0, 1, 2]])
+    large = ResidualFiniteScalarQuantizer(2, [8] * 11)
+    with pytest.raises(ValueError, match="at most 2³¹ codes"):
+        large.encode(np.zeros((1, 11), "f4"))
