@@ -1,4 +1,4 @@
-"""Every adversarial method against plain steps and its peers.
+"""Every adversarial method against plain steps and its peers (also post 8496).
 
     make bench-adversarial
 
@@ -51,6 +51,10 @@ CONTENDERS = {
     "vat": "VAT, 1 iteration",
     "noise": "VAT, 0 iterations (random noise)",
     "stability": "noise stability",
+    "trades": "TRADES, 3 steps",
+    "smart": "SMART, 1 step",
+    "rdrop": "R-Drop",
+    "awp": "adversarial weight perturbation",
     "plain-mixed": "plain, XLA, lengths 32-128 in buckets",
     "fgm-mixed": "FGM, XLA, lengths 32-128 in buckets",
     "plain-mixed-legacy": "plain, tf_keras, the same batches",
@@ -67,6 +71,7 @@ GROUPS = {
         [
             "plain fgm fgm-output fgsm penalty penalty-norm".split(),
             "plain pgd freelb vat noise stability".split(),
+            "plain trades smart rdrop awp".split(),
         ],
     ),
     "mixed": (
@@ -94,6 +99,8 @@ RATIOS = {
     ],
 }
 COUNTED = [name for row in GROUPS["methods"][1] for name in row[1:]]
+# The model whose operations are counted has no dropout, which R-Drop needs.
+COUNTED.remove("rdrop")
 
 
 def batches(name, options):
@@ -128,6 +135,10 @@ def method(name):
         "vat": lambda: b.VirtualAdversarialTraining(1.0),
         "noise": lambda: b.VirtualAdversarialTraining(1.0, iters=0),
         "stability": lambda: b.NoiseStability(1.0),
+        "trades": lambda: b.TRADES(1.0),
+        "smart": lambda: b.SMART(1.0),
+        "rdrop": lambda: b.RDrop(1.0),
+        "awp": lambda: b.AdversarialWeightPerturbation(),
     }[name.removesuffix("-graph").removesuffix("-mixed")]()
 
 
@@ -144,9 +155,7 @@ def keras_3(name, options):
         jit_compile="graph" not in name,
     )
     if method(name):
-        blogkeras.adversarial_training(
-            model, "Embedding-Token", method=method(name)
-        )
+        blogkeras.adversarial_training(model, method=method(name))
     return stepper(model.train_on_batch, name, options)
 
 
@@ -312,6 +321,7 @@ def section(group, options):
         machine += f"; peer: {peers}"
     clocks, ratios = [], []
     counts = flops() if group == "methods" else {}
+    operations = {n: f"{c / counts['plain']:.2f}" for n, c in counts.items()}
     for row in GROUPS[group][1]:
         names = [name for name in row if name in options.only]
         seconds = compete(
@@ -322,8 +332,7 @@ def section(group, options):
             python={n: options.torch_python for n in names if "torch" in n},
         )
         rows = RATIOS.get(group) or [
-            (CONTENDERS[n], n, "plain", f"{counts[n] / counts['plain']:.2f}")
-            for n in row[1:]
+            (CONTENDERS[n], n, "plain", operations.get(n, "")) for n in row[1:]
         ]
         last = "FLOPs / plain" if counts else "target"
         # Of a second row the base and the titles stand there already.
@@ -349,7 +358,7 @@ def main():
         make = next((f for word, f in makers.items() if word in name), keras_3)
         return serve(lambda: make(name, options))
     head = [
-        "# Benchmark: adversarial training (posts 7234 and 7466)",
+        "# Benchmark: adversarial training (posts 7234, 7466, 8496)",
         "",
         f"bert4keras BERT, {options.layers} layers × {options.hidden}, "
         f"vocabulary {options.vocabulary}, batch {options.batch} × "

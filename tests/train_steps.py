@@ -135,9 +135,10 @@ def nvae(**options):
 def trained_by(method, **options):
     """A classifier of tokens that trains by a method, `None` for plainly."""
     # Statistics of a batch and dropout are other on two replicas, in Keras
-    # itself.
+    # itself. R-Drop wants a layer of dropout, which here drops nothing.
     model = toy.classifier(
-        dropout=0.0, normalization=keras.layers.LayerNormalization
+        dropout=1e-9 if method == "rdrop" else 0.0,
+        normalization=keras.layers.LayerNormalization,
     )
     compiled(
         model,

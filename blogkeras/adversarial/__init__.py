@@ -20,17 +20,26 @@ from blogkeras.adversarial.label_free import (
 from blogkeras.adversarial.multi_step import PGD, FreeLB
 from blogkeras.adversarial.one_step import FGM, FGSM
 from blogkeras.adversarial.penalty import GradientPenalty
+from blogkeras.adversarial.regularized_dropout import RDrop
 from blogkeras.adversarial.robustness import Robustness, evaluate_robustness
+from blogkeras.adversarial.smoothness import SMART, TRADES
+from blogkeras.adversarial.weight_perturbation import (
+    AdversarialWeightPerturbation,
+)
 
 __all__ = [
     "FGM",
     "FGSM",
     "METHODS",
     "PGD",
+    "SMART",
+    "TRADES",
     "AdversarialMethod",
+    "AdversarialWeightPerturbation",
     "FreeLB",
     "GradientPenalty",
     "NoiseStability",
+    "RDrop",
     "Robustness",
     "VirtualAdversarialTraining",
     "adversarial_training",
@@ -47,13 +56,17 @@ METHODS = {
     "gradient_penalty": GradientPenalty,
     "noise_stability": NoiseStability,
     "vat": VirtualAdversarialTraining,
+    "trades": TRADES,
+    "smart": SMART,
+    "rdrop": RDrop,
+    "awp": AdversarialWeightPerturbation,
 }
 
 
 def adversarial_training(
     model: keras.layers.Layer,
     embedding_name: str | None = None,
-    epsilon: float = 1.0,
+    epsilon: float | None = None,
     method: Any = "fgm",
     *,
     padding_mask: Any = None,
@@ -73,11 +86,14 @@ def adversarial_training(
             the token embedding (the largest vocabulary that is reached from an
             input, at any depth; Keras, KerasHub and bert4keras layers alike);
             a model without embeddings is perturbed at its floating inputs.
-        epsilon: Float ≥ 0. Strength; for FGM the norm of the perturbation.
+        epsilon: Float ≥ 0, or a schedule. Strength; for FGM the norm of the
+            perturbation. `None` takes the method's own default: 1, but 0.005
+            for `"awp"`.
         method: `"fgm"`, `"fgsm"`, `"pgd"`, `"freelb"`, `"gradient_penalty"`,
-            `"noise_stability"`, `"vat"`, or an object such as `FGM(0.5,
-            site="output")`, whose own `epsilon` is used then. Its attributes
-            may be changed later: `method.epsilon = 0.3`.
+            `"noise_stability"`, `"vat"`, `"trades"`, `"smart"`, `"rdrop"`,
+            `"awp"`, or an object such as `FGM(0.5, site="output")`, whose own
+            `epsilon` is used then. Its attributes may be changed later:
+            `method.epsilon = 0.3`.
         padding_mask: The name of the input that is 1 at real positions and 0 at
             padding, which is then never perturbed (with `site="output"` and at
             floating inputs). `None` takes the Keras mask of the perturbed
@@ -226,9 +242,10 @@ def _check_model(model):
 
 
 def _method(method, epsilon):
-    epsilon = check_strength("epsilon", epsilon)
+    if epsilon is not None:
+        epsilon = check_strength("epsilon", epsilon)
     if isinstance(method, AdversarialMethod):
-        if epsilon not in (1.0, method.epsilon):
+        if epsilon not in (None, 1.0, method.epsilon):
             raise ValueError(
                 "A method object carries its own strength: give `epsilon` to "
                 f"it alone. Received: epsilon={epsilon!r}, method={method!r}"
@@ -239,4 +256,4 @@ def _method(method, epsilon):
             f"Expected `method` to be one of {', '.join(map(repr, METHODS))} "
             f"or an `AdversarialMethod`. Received: method={method!r}"
         )
-    return METHODS[method](epsilon)
+    return METHODS[method](*([] if epsilon is None else [epsilon]))

@@ -7,9 +7,11 @@ import keras
 from keras import ops, tree
 
 from blogkeras import backend, training
+from blogkeras.adversarial.base import check_bounded
 from blogkeras.adversarial.finding import find_site
 from blogkeras.adversarial.norms import (
     at_least_float32,
+    bounded,
     per_sample,
     sample_norms,
     scaled,
@@ -24,10 +26,16 @@ class AttackRun:
         model: A compiled `keras.Model`.
         name: What to perturb, or `None`.
         padding_mask: The name of the input that marks padding, or `None`.
+        norm: `"l2"` or `"linf"`, the norm of a sample's perturbation.
+        bounds: `(low, high)` of a floating input, or `None`.
     """
 
-    def __init__(self, model, name, padding_mask):
+    def __init__(
+        self, model, name=None, padding_mask=None, norm="l2", bounds=None
+    ):
         self.model = model
+        self._norm = norm
+        self._bounds = bounds
         self._where = (name, "output", padding_mask)
         self.site = None
         self._variables = None
@@ -71,6 +79,7 @@ class AttackRun:
             *self.model.metrics_variables,
         ]
         self.site = find_site(self.model, *self._where)
+        check_bounded(self._bounds, self.site)
         self._measure = self._jit(self._measure)
         self._ascend = self._jit(self._ascend)
         self._evaluate = self._jit(self._evaluate)
@@ -93,6 +102,7 @@ class AttackRun:
     def _measure(self, state, batch):
         objective = _Inference(self.model, batch, self._mapping(state))
         origin = self.site.origin(objective, [])
+        check_bounded(self._bounds, self.site)  # known from here on
         size = _length(batch)
         for x in origin:
             if len(x.shape) == 0 or (
@@ -152,7 +162,9 @@ class AttackRun:
             loss, _ = objective([], **kwargs)
             return loss * ops.cast(size, loss.dtype), None
 
-        start = _moved(origin, point, epsilon)
+        start = self._moved(origin, point, epsilon)
+        if self._bounds is not None:
+            point = _offsets(origin, start, point, epsilon)
         _, gradients = backend.value_and_grad(at, start)
         gradients = [
             at_least_float32(backend.dense(g)) * m
@@ -166,13 +178,29 @@ class AttackRun:
             p
             + ops.where(
                 per_sample(usable, g),
-                ops.cast(rate, g.dtype) * g / per_sample(norm, g),
+                ops.cast(rate, g.dtype) * self._direction(g, norm),
                 ops.zeros_like(g),
             )
             for p, g in zip(point, gradients, strict=True)
         ]
+        return self._within_ball(point), ops.sum(still)
+
+    def _direction(self, gradient, norm):
+        """The direction of steepest ascent, of norm 1."""
+        if self._norm == "linf":
+            return ops.sign(gradient)
+        return gradient / per_sample(norm, gradient)
+
+    def _within_ball(self, point):
+        """The nearest points of norm at most 1."""
+        if self._norm == "linf":
+            return [ops.clip(p, -1.0, 1.0) for p in point]
         length = ops.maximum(sample_norms(point), 1.0)
-        return [p / per_sample(length, p) for p in point], ops.sum(still)
+        return [p / per_sample(length, p) for p in point]
+
+    def _moved(self, origin, point, epsilon):
+        moved = shifted(origin, scaled(epsilon, point))
+        return bounded(moved, origin, self._bounds)
 
     def _evaluate(self, state, batch, metrics, origin, point, epsilon):
         mapping = [
@@ -180,7 +208,8 @@ class AttackRun:
             *zip(self.model.metrics_variables, metrics, strict=True),
         ]
         objective = _Inference(self.model, batch, mapping)
-        _, kwargs = self.site.at(objective, [], _moved(origin, point, epsilon))
+        moved = self._moved(origin, point, epsilon)
+        _, kwargs = self.site.at(objective, [], moved)
         loss, evaluation = objective([], **kwargs)
         return loss, evaluation.updates
 
@@ -357,8 +386,17 @@ def _inference(fn):
     return {"training": False} if accepts else {}
 
 
-def _moved(origin, point, epsilon):
-    return shifted(origin, scaled(epsilon, point))
+def _offsets(origin, moved, point, epsilon):
+    """The offsets of `moved` divided by epsilon; `point` where it is 0."""
+    return [
+        ops.where(
+            ops.cast(epsilon, p.dtype) > 0,
+            (ops.cast(m, p.dtype) - ops.cast(x, p.dtype))
+            / ops.maximum(ops.cast(epsilon, p.dtype), 1e-30),
+            p,
+        )
+        for x, m, p in zip(origin, moved, point, strict=True)
+    ]
 
 
 def _current(scope, variable):

@@ -1,18 +1,19 @@
 """The base classes of methods: training steps with gradients around a site."""
 
 import functools
+from typing import Any
 
 import keras
 from keras import ops
 
 from blogkeras import backend
 from blogkeras.adversarial.finding import find_site
-from blogkeras.adversarial.norms import shifted, site_gradients
+from blogkeras.adversarial.norms import bounded, shifted, site_gradients
 from blogkeras.arguments import check_choice, check_integer, check_number
 from blogkeras.arguments import check_seed as check_any_seed
 
 SITES = ("matrix", "output")
-NORM_SCOPES = ("batch", "sample", "token")
+NORM_SCOPES = ("batch", "sample", "token", "coordinate")
 
 
 def check_name(name, value):
@@ -40,6 +41,33 @@ def check_seed(name, value):
     if isinstance(value, keras.random.SeedGenerator):
         value = int(ops.convert_to_numpy(value.state.value)[0])
     return value
+
+
+def check_bounds(name, value):
+    """A pair of finite numbers in order, or `None`."""
+    if value is None:
+        return None
+    try:
+        low, high = (check_number(name, x) for x in value)
+    except (TypeError, ValueError):
+        low = high = 0.0
+    if not low < high:
+        raise ValueError(
+            f"Expected `{name}` to be two finite numbers (low, high) with low "
+            f"< high, or None. Received: {name}={value!r}"
+        )
+    return low, high
+
+
+def check_bounded(bounds, site):
+    """Raises where there are bounds and no input that they could be of."""
+    if bounds is not None and not site.is_input:
+        raise ValueError(
+            "Expected no `bounds`: they are those of a floating input, as of "
+            "images in [0, 1], and here a layer is perturbed. To perturb the "
+            "input, give its name as `embedding_name`. Received: "
+            f"bounds={bounds}"
+        )
 
 
 check_norm_scope = functools.partial(check_choice, choices=NORM_SCOPES)
@@ -119,7 +147,8 @@ class AdversarialMethod:
         object.__setattr__(self, name, value)
         # A compiled step keeps the numbers that it was traced with. The count
         # of changes lets the train step see that it must be traced again.
-        object.__setattr__(self, "_version", self.version + 1)
+        changes = vars(self).get("_version", 0) + 1
+        object.__setattr__(self, "_version", changes)
 
     @property
     def version(self):
@@ -149,6 +178,10 @@ class AdversarialMethod:
         """
         raise NotImplementedError
 
+    def find_site(self, model, name=None, padding_mask=None):
+        """What is perturbed in a model, a `Site`; see `finding.find_site`."""
+        return find_site(model, name, self.site, padding_mask)
+
     def check(self, site):
         """Raises a `ValueError` if the method cannot work at this site."""
 
@@ -175,8 +208,9 @@ class Hook:
 
     def __init__(self, method, model, name, padding_mask):
         self.method = method
-        self._where = (name, method.site, padding_mask)
-        self._site = find_site(model, *self._where)
+        self._where = (name, padding_mask)
+        self._kind = method.site
+        self._site = method.find_site(model, *self._where)
         method.check(self._site)
 
     @property
@@ -184,17 +218,16 @@ class Hook:
         return self.method.version
 
     def __call__(self, objective, weights):
-        name, kind, padding_mask = self._where
-        if self.method.site != kind:
-            self._where = (name, self.method.site, padding_mask)
-            self._site = find_site(objective.model, *self._where)
-        version = self.version
+        if self.method.site != self._kind:
+            self._kind = self.method.site
+            self._site = self.method.find_site(objective.model, *self._where)
+        changes = vars(self.method)["_version"]
         try:
             return self.method.gradients(objective, weights, self._site)
         finally:
             # An attribute that the method itself sets in a step does not count
             # as a change.
-            object.__setattr__(self.method, "_version", version)
+            object.__setattr__(self.method, "_version", changes)
 
 
 class Attack(AdversarialMethod):
@@ -202,12 +235,15 @@ class Attack(AdversarialMethod):
 
     Args:
         epsilon: Float ≥ 0 or a schedule.
-        norm_scope: `"batch"`, `"sample"` or `"token"`: what shares one norm.
-            A token is a row of the matrix, or a position of an output (for
-            other tensors: a vector along the last axis).
+        norm_scope: `"batch"`, `"sample"`, `"token"` or `"coordinate"`: what
+            shares one norm. A token is a row of the matrix, or a position of an
+            output (for other tensors: a vector along the last axis). With
+            `"coordinate"` each number moves by at most ε: the maximum norm.
         site: `"matrix"` or `"output"`.
         clean_weight: Float in [0, 1]. Share of the clean loss.
         start_step: Integer.
+        bounds: `(low, high)`, the range of a floating input, such as (0, 1) of
+            images: a perturbed value does not leave it. `None`: no bounds.
     """
 
     def __init__(
@@ -217,18 +253,22 @@ class Attack(AdversarialMethod):
         site: str = "matrix",
         clean_weight: float = 0.0,
         start_step: int = 0,
+        bounds: Any = None,
     ) -> None:
         super().__init__(epsilon, site, start_step)
         self.norm_scope = norm_scope
         self.clean_weight = clean_weight
+        self.bounds = bounds
 
     checks = {
         **AdversarialMethod.checks,
         "norm_scope": check_norm_scope,
         "clean_weight": check_share,
+        "bounds": check_bounds,
     }
 
     def check(self, site):
+        check_bounded(self.bounds, site)
         if self.norm_scope == "sample" and not site.batched:
             raise ValueError(
                 "The embedding matrix belongs to the whole batch: a norm per "
@@ -254,7 +294,8 @@ class Attack(AdversarialMethod):
         origin = site.origin(objective, weights)
         self.check(site)
         delta = self.perturbation(objective, weights, site, origin)
-        moved, kwargs = site.at(objective, weights, shifted(origin, delta))
+        point = self.point(origin, delta)
+        moved, kwargs = site.at(objective, weights, point)
         evaluation, gradients = objective.value_and_grad(
             lambda weights: objective(weights, **kwargs), moved
         )
@@ -266,6 +307,10 @@ class Attack(AdversarialMethod):
             [gradients, clean_gradients],
             [1 - self.clean_weight, self.clean_weight],
         )
+
+    def point(self, origin, delta):
+        """origin + delta, within the bounds."""
+        return bounded(shifted(origin, delta), origin, self.bounds)
 
     def slope(self, objective, weights, site, origin, point):
         """The gradient of the loss at a point of the site, float32."""

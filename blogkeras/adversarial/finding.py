@@ -67,6 +67,8 @@ def find_site(model, name=None, kind="matrix", padding_mask=None):
 class DeferredSite(Site):
     """A site that is found in the first training step."""
 
+    is_input = True  # perhaps
+
     def __init__(self, finder):
         self._finder = finder
         self._site = None
@@ -75,6 +77,7 @@ class DeferredSite(Site):
         if self._site is None:
             self._site = self._find(objective, weights)
             self.shared, self.batched = self._site.shared, self._site.batched
+            self.is_input = self._site.is_input
         return self._site.origin(objective, weights)
 
     def _find(self, objective, weights):

@@ -15,9 +15,9 @@ from blogkeras.adversarial.base import (
 from blogkeras.adversarial.norms import (
     float_dtype,
     norms,
+    offsets,
     random_units,
     scaled,
-    shifted,
     site_gradients,
     units,
 )
@@ -45,16 +45,19 @@ class PGD(Attack):
         random_start: Boolean. Start at a random point of the ball; needs a
             site of positions, since noise on a matrix mostly falls on tokens
             that are not in the batch.
-        norm_scope: `"batch"`, `"sample"` or `"token"`.
+        norm_scope: `"batch"`, `"sample"`, `"token"` or `"coordinate"`: what
+            shares one norm. With `"coordinate"` the ball is that of the maximum
+            norm, and a step is α sign(g).
         site: `"matrix"` or `"output"` of the embedding.
         seed: Integer, for the random start.
         **kwargs: `clean_weight`, float in [0, 1], the share of the clean loss;
-            `start_step`, integer, before this many updates ε is 0.
+            `start_step`, integer, before this many updates ε is 0; `bounds`,
+            the range `(low, high)` of a floating input, which no step leaves.
 
     Raises:
         ValueError: on numbers out of range and unknown strings, here and when
-            an attribute is changed; on
-            `random_start` at the embedding matrix, when it is installed.
+            an attribute is changed; on `random_start` at the embedding matrix
+            and on bounds where no input is perturbed, when it is installed.
 
     Example:
 
@@ -110,9 +113,9 @@ class PGD(Attack):
         radius = epsilon if self.random_start else 0.0
         delta = start(objective, site, origin, self, radius)
         for _ in range(self.steps):
-            g = self.slope(
-                objective, weights, site, origin, shifted(origin, delta)
-            )
+            delta = offsets(origin, delta, self.bounds)
+            point = self.point(origin, delta)
+            g = self.slope(objective, weights, site, origin, point)
             delta = ascend(delta, g, self, site, epsilon)
         return delta
 
@@ -135,16 +138,19 @@ class FreeLB(Attack):
         steps: Integer ≥ 1.
         step_size: Float, as a share of ε.
         initial_norm: Float in [0, 1], as a share of ε.
-        norm_scope: `"batch"`, `"sample"` or `"token"`.
-        site: `"output"` or `"matrix"` (then with `norm_scope="batch"` or
-            `"token"`, and `initial_norm=0`).
+        norm_scope: `"batch"`, `"sample"`, `"token"` or `"coordinate"` (the
+            maximum norm).
+        site: `"output"` or `"matrix"` (then not with `norm_scope="sample"`, and
+            with `initial_norm=0`).
         seed: Integer, for the start.
-        **kwargs: `start_step`, integer, before this many updates ε is 0.
+        **kwargs: `start_step`, integer, before this many updates ε is 0;
+            `bounds`, the range `(low, high)` of a floating input.
 
     Raises:
         ValueError: on numbers out of range and unknown strings, here and when
-            an attribute is changed; on a
-            start away from 0 at the embedding matrix, when it is installed.
+            an attribute is changed; on a start away from 0 at the embedding
+            matrix and on bounds where no input is perturbed, when it is
+            installed.
 
     Example:
 
@@ -213,7 +219,8 @@ class FreeLB(Attack):
 
         evaluations, gradients = [], []
         for _ in range(self.steps):
-            point = shifted(origin, delta)
+            delta = offsets(origin, delta, self.bounds)
+            point = self.point(origin, delta)
             evaluation, (of_weights, of_point) = objective.value_and_grad(
                 at, (weights, point)
             )

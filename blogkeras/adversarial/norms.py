@@ -38,6 +38,39 @@ def shifted(origin, delta):
     ]
 
 
+def bounded(point, origin, bounds):
+    """A point whose coordinates are within bounds.
+
+    A coordinate of the origin that is itself outside may stay where it is.
+
+    Args:
+        point: List of tensors.
+        origin: List of tensors of the same shapes and dtypes.
+        bounds: `(low, high)`, or `None` for no bounds.
+    """
+    if bounds is None:
+        return point
+    low, high = bounds
+    return [
+        ops.maximum(
+            ops.minimum(p, ops.maximum(x, ops.cast(high, x.dtype))),
+            ops.minimum(x, ops.cast(low, x.dtype)),
+        )
+        for p, x in zip(point, origin, strict=True)
+    ]
+
+
+def offsets(origin, delta, bounds):
+    """`delta`, shortened where `origin + delta` leaves the bounds."""
+    if bounds is None:
+        return delta
+    point = bounded(shifted(origin, delta), origin, bounds)
+    return [
+        ops.cast(p, d.dtype) - ops.cast(x, d.dtype)
+        for p, x, d in zip(point, origin, delta, strict=True)
+    ]
+
+
 def scaled(factor, tensors):
     """factor · x of each tensor, in its dtype."""
     return [ops.cast(factor, x.dtype) * x for x in tensors]
@@ -45,6 +78,8 @@ def scaled(factor, tensors):
 
 def norms(tensors, scope, site):
     """Euclidean norms over `scope`, broadcastable to the tensors."""
+    if scope == "coordinate":
+        return [ops.abs(x) for x in tensors]
     if scope == "token":
         return [
             ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True))
@@ -93,13 +128,21 @@ def units(tensors, scope, site):
 
 
 def random_units(objective, site, origin, method):
-    """Random directions: of norm 1 over `norm_scope`, zero at padding."""
-    seed = objective.seed(method.seed)
+    """Random directions: of norm 1 over `norm_scope`, zero at padding.
+
+    Those of single coordinates are uniform in [-1, 1].
+    """
+    seed, scope = objective.seed(method.seed), method.norm_scope
     noise = []
     for x in origin:
         draw = functools.partial(backend.normal, dtype=float_dtype(x))
+        if scope == "coordinate":
+            draw = functools.partial(
+                backend.uniform, minval=-1, maxval=1, dtype=float_dtype(x)
+            )
         noise.append(draw_rows(draw, ops.shape(x), seed))
-    return units(site.mask(noise), method.norm_scope, site)
+    noise = site.mask(noise)
+    return noise if scope == "coordinate" else units(noise, scope, site)
 
 
 def zero_if_not_finite(x):

@@ -1,5 +1,7 @@
 """Attacks of one step: FGM and FGSM."""
 
+from typing import Any
+
 from keras import ops
 
 from blogkeras.adversarial.base import Attack
@@ -31,10 +33,13 @@ class FGM(Attack):
     Args:
         epsilon: Float ≥ 0, or a `keras.optimizers.schedules` schedule of the
             optimizer's update count. Norm of the perturbation.
-        norm_scope: `"batch"`, `"sample"` or `"token"`: what shares one norm.
+        norm_scope: `"batch"`, `"sample"` or `"token"`: what shares one norm;
+            `"coordinate"` is `FGSM`.
         site: `"matrix"` or `"output"` of the embedding.
         clean_weight: Float in [0, 1]. Share of the clean loss, 0 in the post.
         start_step: Integer. Before this many updates ε is 0.
+        bounds: `(low, high)`, the range of a floating input, such as (0, 1) of
+            images: a perturbed value does not leave it. `None`: no bounds.
 
     Raises:
         ValueError: on numbers out of range and unknown strings, here and when
@@ -81,10 +86,13 @@ class FGSM(Attack):
         site: `"matrix"` or `"output"` of the embedding.
         clean_weight: Float in [0, 1]. Share of the clean loss.
         start_step: Integer. Before this many updates ε is 0.
+        bounds: `(low, high)`, the range of a floating input, such as (0, 1) of
+            images: a perturbed value does not leave it. `None`: no bounds.
 
     Raises:
         ValueError: on numbers out of range and unknown strings, here and when
-            an attribute is changed.
+            an attribute is changed; on bounds where no input is perturbed, when
+            it is installed.
 
     Example:
 
@@ -105,12 +113,14 @@ class FGSM(Attack):
         site: str = "matrix",
         clean_weight: float = 0.0,
         start_step: int = 0,
+        bounds: Any = None,
     ) -> None:
         super().__init__(
             epsilon,
             site=site,
             clean_weight=clean_weight,
             start_step=start_step,
+            bounds=bounds,
         )
 
     def perturbation(self, objective, weights, site, origin):

@@ -10,7 +10,7 @@ from keras import tree
 
 from blogkeras import report, training
 from blogkeras.adversarial.attack_run import AttackRun, Mean, Tally
-from blogkeras.adversarial.base import check_name
+from blogkeras.adversarial.base import check_bounds, check_name
 from blogkeras.arguments import (
     check_boolean,
     check_choice,
@@ -21,6 +21,7 @@ from blogkeras.arguments import (
 from blogkeras.typing import Tensor
 
 ATTACKS = ("fgm", "pgd")
+NORMS = {"l2": "L2 norm", "linf": "maximum norm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Robustness(report.Rows):
             gradient is exactly zero or not finite. If it is not small, the rows
             overestimate the robustness. The gradient of a saturated softmax
             vanishes: evaluate a model that returns logits instead.
+        norm: `"l2"` or `"linf"`: of what epsilon is the size.
 
     Example:
 
@@ -57,6 +59,7 @@ class Robustness(report.Rows):
     attack: str
     mean_norm: float
     unmoved: float
+    norm: str = "l2"
 
     def table(self, title=None):
         """Prints the rows (needs rich)."""
@@ -79,7 +82,7 @@ class Robustness(report.Rows):
             path,
             self.column("epsilon"),
             {metric: self.column(metric)},
-            "epsilon: L2 norm of each sample's perturbation",
+            f"epsilon: {NORMS[self.norm]} of each sample's perturbation",
             metric,
             title=f"Under attack ({self.attack})",
         )
@@ -101,10 +104,12 @@ def evaluate_robustness(
     max_batches: int | None = None,
     callbacks: Any = None,
     padding_mask: Any = None,
+    norm: str = "l2",
+    bounds: Any = None,
 ) -> Robustness:
     """Evaluates a compiled model on inputs perturbed to raise its loss.
 
-    Each sample is moved by a perturbation of its own, of L2 norm at most ε over
+    Each sample is moved by a perturbation of its own, of norm at most ε over
     all its positions and features (padding is left alone), at the output of the
     embedding or at a floating input:
 
@@ -112,7 +117,8 @@ def evaluate_robustness(
         pgd:  Δ₀ = 0,  Δₖ₊₁ = P(Δₖ + α u(Δₖ)),  α = ε min(1, 2.5 / steps)
 
     u(Δ) is the sample's gradient of the loss at Δ, divided by its L2 norm, and
-    P scales a Δ that is longer than ε to the norm ε. Attack and evaluation run
+    P scales a Δ that is longer than ε to the norm ε. With the maximum norm u is
+    the gradient's sign, and P clips each coordinate. Attack and evaluation run
     the model as `predict` does (no dropout, moving averages in
     BatchNormalization), so the results do not depend on the batch size, and
     those at ε = 0 are those of `evaluate`.
@@ -145,13 +151,17 @@ def evaluate_robustness(
         callbacks: List of Keras callbacks, as for `evaluate`.
         padding_mask: The name of the input that is 1 at real positions and 0 at
             padding. `None` finds a mask of the model.
+        norm: `"l2"`, or `"linf"` for the maximum norm, as is used for images.
+        bounds: `(low, high)`, the range of a floating input, such as (0, 1) of
+            images: a perturbed value does not leave it. `None`: no bounds.
 
     Returns:
         A `Robustness`: `rows`, `table()`, `plot(path)`.
 
     Raises:
         ValueError: for a model that is not compiled or has nothing to perturb,
-            and on arguments out of range.
+            on arguments out of range, on `bounds` where no input is perturbed,
+            and on `relative` with the maximum norm.
 
     Example:
 
@@ -168,8 +178,8 @@ def evaluate_robustness(
 
     Reference:
         [Miyato et al., 2017](https://arxiv.org/abs/1605.07725) (fgm);
-        [Madry et al., 2018](https://arxiv.org/abs/1706.06083) (pgd, there in
-        the maximum norm); [blog post 7234](https://kexue.fm/archives/7234)
+        [Madry et al., 2018](https://arxiv.org/abs/1706.06083) (pgd, in the
+        maximum norm); [blog post 7234](https://kexue.fm/archives/7234)
     """
     _check_compiled(model)
     epsilons = _epsilons(epsilons)
@@ -177,6 +187,13 @@ def evaluate_robustness(
     check_name("embedding_name", embedding_name)
     check_name("padding_mask", padding_mask)
     relative = check_boolean("relative", relative)
+    check_choice("norm", norm, NORMS)
+    bounds = check_bounds("bounds", bounds)
+    if relative and norm != "l2":
+        raise ValueError(
+            "Expected norm='l2' with relative=True, since the vectors are "
+            f"measured in it. Received: norm={norm!r}, relative=True"
+        )
     steps = check_integer("steps", steps, minimum=1)
     data = {
         "x": x,
@@ -192,17 +209,17 @@ def evaluate_robustness(
             f"dataset. Received: x={x!r}"
         )
     _check_lengths(x, y, sample_weight)
-    run = AttackRun(model, embedding_name, padding_mask)
+    run = AttackRun(model, embedding_name, padding_mask, norm, bounds)
     scale = 1.0
     if relative:
-        norm = Mean()
+        lengths = Mean()
 
         def measure(mapping, batch):
-            norm.add(*run.measure(mapping, batch)[2])
-            return {"mean_norm": norm.result()}
+            lengths.add(*run.measure(mapping, batch)[2])
+            return {"mean_norm": lengths.result()}
 
         training.evaluate_with(model, measure, verbose=0, **data)
-        scale = norm.result()
+        scale = lengths.result()
     tally = Tally(
         run,
         [epsilon * scale for epsilon in epsilons],
@@ -216,7 +233,11 @@ def evaluate_robustness(
         **data,
     )
     return Robustness(
-        tally.rows(), attack, tally.mean_norm.result(), tally.unmoved.result()
+        tally.rows(),
+        attack,
+        tally.mean_norm.result(),
+        tally.unmoved.result(),
+        norm,
     )
 
 

@@ -61,6 +61,9 @@ class Site:
     shared = False
     # Whether the first axis of each tensor is the batch.
     batched = True
+    # Whether the values are those of the model's inputs. A site that is found
+    # in the first step may be one, until then.
+    is_input = False
 
 
 class OutputSite(Site):
@@ -255,6 +258,8 @@ class InputSite(Site):
             `None`: all floating inputs, but not those that are masks by name.
         padding_mask: String, the name of the input that marks padding.
     """
+
+    is_input = True
 
     def __init__(self, index=None, padding_mask=None):
         self.index = index

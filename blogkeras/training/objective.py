@@ -99,6 +99,25 @@ class Objective:
             ]
         return loss, Evaluation(loss, y_pred, updates)
 
+    def after(self, evaluation):
+        """The state that an evaluation leaves, for one that follows on it.
+
+        Args:
+            evaluation: The `Evaluation`.
+
+        Returns:
+            Pairs `(variable, value)`, for the argument `values`. The second
+            evaluation then draws other dropout masks.
+        """
+        if backend.BACKEND == "tensorflow":
+            return evaluation.updates
+        return [
+            (variable, value)
+            for (variable, _), value in zip(
+                self._state, evaluation.updates, strict=True
+            )
+        ]
+
     def value_and_grad(self, fn, args):
         """Gradient of an objective, safe under loss scaling.
 

@@ -467,14 +467,22 @@ def weights_file():
 
 
 def run_python(code, **environment):
-    """Runs a script in a new process; returns what it prints."""
-    return subprocess.run(
+    """Runs a script in a new process; returns what it prints.
+
+    It imports what this process can import.
+    """
+    result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        check=True,
+        env={
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            **environment,
+        },
         capture_output=True,
         text=True,
-    ).stdout
+    )
+    assert not result.returncode, result.stderr[-2000:]
+    return result.stdout
 
 
 @functools.cache

@@ -239,8 +239,6 @@ def test_keras_hub_backbone_and_bridged_model_in_one_graph():
 def test_two_replicas_train_as_one():
     output = oracle.run_python(
         """
-        import os, sys
-        sys.path.insert(0, "tests")
         import numpy as np, tensorflow as tf
         device = tf.config.list_physical_devices("CPU")[0]
         tf.config.set_logical_device_configuration(

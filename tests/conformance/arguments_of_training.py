@@ -27,6 +27,7 @@ EPSILON = number(minimum=0)
 SITE = choice()
 SCOPE = choice()
 STEP = integer(0)
+BOUNDS = Kind((1, 0), (0, 0), (0, 1, 2), 3, "01", True, (NAN, 1), none=True)
 
 row(
     blogkeras.FGM,
@@ -37,6 +38,7 @@ row(
         "site": SITE,
         "clean_weight": number(0, maximum=1),
         "start_step": STEP,
+        "bounds": BOUNDS,
     },
 )
 row(
@@ -47,6 +49,7 @@ row(
         "site": SITE,
         "clean_weight": number(0, maximum=1),
         "start_step": STEP,
+        "bounds": BOUNDS,
     },
 )
 row(
@@ -107,6 +110,52 @@ row(
         "start_step": STEP,
     },
 )
+for method in (blogkeras.TRADES, blogkeras.SMART):
+    row(
+        method,
+        {},
+        {
+            "epsilon": EPSILON,
+            "weight": number(0),
+            "steps": integer(1),
+            "step_size": number(0, none=True),
+            "initial_norm": number(above=0, maximum=1),
+            "norm_scope": SCOPE,
+            "bounds": BOUNDS,
+            "from_logits": Kind("True", 1, 0.5, none=True),
+            "seed": seed(),
+            "start_step": STEP,
+            "output_kind": choice(none=True),
+        },
+    )
+row(
+    blogkeras.RDrop,
+    {},
+    {
+        "epsilon": EPSILON,
+        "from_logits": Kind("True", 1, 0.5, none=True),
+        "start_step": STEP,
+        "output_kind": choice(none=True),
+    },
+)
+row(
+    blogkeras.AdversarialWeightPerturbation,
+    {},
+    {
+        "epsilon": EPSILON,
+        "attack": Kind(
+            3,
+            True,
+            "fgm",
+            blogkeras.FGM,
+            blogkeras.FreeLB(),
+            blogkeras.GradientPenalty(),
+            blogkeras.FGM(clean_weight=0.5),
+            none=True,
+        ),
+        "start_step": STEP,
+    },
+)
 row(
     blogkeras.adversarial_training,
     {"model": texts},
@@ -114,7 +163,7 @@ row(
         "model": layer(),
         "padding_mask": Kind(3, True, "missing", none=True),
         "embedding_name": Kind(3, True, 1.5, none=True),
-        "epsilon": EPSILON,
+        "epsilon": number(0, none=True),
         "method": Kind("bogus", 3, True, blogkeras.FGM),
     },
 )
@@ -157,6 +206,9 @@ row(
         "batch_size": integer(1, none=True),
         "sample_weight": FREE,
         "verbose": verbose(),
+        "norm": choice(),
+        # Tokens have no range.
+        "bounds": Kind(*BOUNDS.wrong[:-1], (0, 1), none=True),
     },
 )
 

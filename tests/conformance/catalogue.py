@@ -135,6 +135,10 @@ METHODS = [
     (blogkeras.GradientPenalty, {"epsilon": 0.3}),
     (blogkeras.NoiseStability, {"epsilon": 0.3}),
     (blogkeras.VirtualAdversarialTraining, {"epsilon": 0.3, "iters": 1}),
+    (blogkeras.TRADES, {"epsilon": 0.3, "steps": 1}),
+    (blogkeras.SMART, {"epsilon": 0.3, "weight": 2.0}),
+    (blogkeras.RDrop, {"epsilon": 0.3}),
+    (blogkeras.AdversarialWeightPerturbation, {"epsilon": 0.3}),
 ]
 # (class, constructor arguments), functions of the step with values in [0, 1]
 SCHEDULES = [

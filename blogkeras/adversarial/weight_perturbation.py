@@ -1,0 +1,155 @@
+"""Adversarial weight perturbation: the weights themselves are attacked."""
+
+from keras import ops
+
+from blogkeras import backend
+from blogkeras.adversarial.base import (
+    AdversarialMethod,
+    Attack,
+)
+from blogkeras.adversarial.norms import at_least_float32
+
+
+def _check_attack(name, value):
+    if value is None:
+        return None
+    if not isinstance(value, Attack) or value.clean_weight:
+        raise ValueError(
+            f"Expected `{name}` to be None or an attack without a clean pass, "
+            f"such as FGM(0.5). Received: {name}={value!r}"
+        )
+    if type(value).perturbation is Attack.perturbation:
+        raise ValueError(
+            f"Expected `{name}` to be an attack that ends at one point. "
+            f"Received: {name}={value!r}, which trains at each of its steps"
+        )
+    return value
+
+
+class AdversarialWeightPerturbation(AdversarialMethod):
+    """Trains where a small step of the weights makes the loss worst.
+
+    For each trainable tensor w of two or more axes (matrices, convolutions,
+    embeddings; not biases and gains), with g its gradient of the loss L:
+
+        v = ε ‖w‖ g / ‖g‖        loss = L(w + v)
+
+    with Euclidean norms over the tensor. The gradient at w + v moves w, so the
+    training ends where the loss is flat. The weights are never assigned a
+    perturbed value, so an interrupt leaves them clean. Where g is zero or not
+    finite, v is zero. Both passes share their dropout masks; loss, metrics and
+    BatchNormalization statistics are those of the pass at w + v.
+
+    With an `attack` the inputs (or the embedding) are perturbed first, as in
+    the paper, and L is the loss at its perturbed values.
+
+    Symbols: ε is `epsilon`, the paper's γ.
+
+    Args:
+        epsilon: Float ≥ 0, or a schedule. Size of the step relative to the
+            weights, 0.005 in the paper.
+        attack: An attack such as `FGM(0.5)` or `PGD(0.3)`, or `None`. Its
+            `clean_weight` is 0.
+        start_step: Integer. Before this many updates ε is 0.
+
+    Raises:
+        ValueError: on numbers out of range and an attack that is none, here and
+            when an attribute is changed.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> method = AdversarialWeightPerturbation(0.01, attack=FGM(0.5))
+    >>> model = adversarial_training(model, method=method)
+
+    Reference:
+        [Wu et al., 2020](https://arxiv.org/abs/2004.05884);
+        [blog post 7234](https://kexue.fm/archives/7234), for the attacks
+    """
+
+    def __init__(
+        self,
+        epsilon: float = 0.005,
+        attack: Attack | None = None,
+        start_step: int = 0,
+    ) -> None:
+        self.epsilon = epsilon
+        self.attack = attack
+        self.start_step = start_step
+
+    checks = {
+        "epsilon": AdversarialMethod.checks["epsilon"],
+        "attack": _check_attack,
+        "start_step": AdversarialMethod.checks["start_step"],
+    }
+
+    @property
+    def site(self):
+        """That of the attack."""
+        return None if self.attack is None else self.attack.site
+
+    @site.setter
+    def site(self, value):
+        raise ValueError(
+            "The site is that of the attack: set it there. Received: "
+            f"site={value!r}"
+        )
+
+    @property
+    def version(self):
+        attack = self.attack
+        return super().version + (0 if attack is None else attack.version)
+
+    def find_site(self, model, name=None, padding_mask=None):
+        if self.attack is not None:
+            return self.attack.find_site(model, name, padding_mask)
+        if name is not None or padding_mask is not None:
+            raise ValueError(
+                "Without an `attack` all weights are perturbed: leave out "
+                "`embedding_name` and `padding_mask`. Received: "
+                f"embedding_name={name!r}, padding_mask={padding_mask!r}"
+            )
+        return None
+
+    def check(self, site):
+        if self.attack is not None:
+            self.attack.check(site)
+
+    def gradients(self, objective, weights, site):
+        kwargs, attack = {}, self.attack
+        if attack is not None:
+            origin = site.origin(objective, weights)
+            attack.check(site)
+            delta = attack.perturbation(objective, weights, site, origin)
+            weights, kwargs = site.at(
+                objective, weights, attack.point(origin, delta)
+            )
+
+        def loss(weights):
+            return objective(weights, **kwargs)
+
+        _, gradients = objective.value_and_grad(loss, weights)
+        strength = self.strength(objective)
+        moved = [
+            _uphill(w, g, strength)
+            for w, g in zip(weights, gradients, strict=True)
+        ]
+        return objective.value_and_grad(loss, moved)
+
+
+def _uphill(weight, gradient, strength):
+    """w + ε ‖w‖ g / ‖g‖ of a tensor of two or more axes, else w."""
+    if gradient is None or len(weight.shape) < 2:
+        return weight
+    # All replicas have the same weights, and so the same step.
+    g = backend.all_reduce_sum(at_least_float32(backend.dense(gradient)))
+    w = ops.cast(weight, g.dtype)
+    length = ops.sqrt(ops.sum(ops.square(g)))
+    usable = ops.logical_and(length > 0, ops.isfinite(length))
+    size = ops.cast(strength, g.dtype) * ops.sqrt(ops.sum(ops.square(w)))
+    share = size / ops.where(usable, length, ops.ones_like(length))
+    step = ops.where(usable, share * g, ops.zeros_like(g))
+    return ops.cast(w + step, weight.dtype)
