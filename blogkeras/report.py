@@ -191,7 +191,7 @@ def picture_rows(path, rows):
     picture = pictures.transpose(0, 2, 1, 3, 4).reshape(
         count * height, -1, channels
     )
-    margin, size = 0.3 + 0.09 * max(map(len, rows)), 0.6
+    margin, size = 0.3 + 0.075 * max(map(len, rows)), 0.6
     width = margin + columns * size
     figure = require("matplotlib.figure").Figure(
         figsize=(width, count * size), dpi=100
