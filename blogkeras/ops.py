@@ -45,7 +45,9 @@ def normalize(x, axis=-1):
     Returns:
         Tensor of the shape of `x`.
     """
-    size = ops.stop_gradient(ops.max(ops.abs(x), axis=axis, keepdims=True))
+    # `initial` is for empty batches, of which TensorFlow takes no maximum.
+    size = ops.max(ops.abs(x), axis=axis, keepdims=True, initial=0)
+    size = ops.stop_gradient(size)
     x = x / ops.where(size > 0, size, ops.ones_like(size))
     norm = safe_norm(x, axis=axis, keepdims=True)
     return x / ops.where(norm > 0, norm, ops.ones_like(norm))

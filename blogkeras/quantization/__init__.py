@@ -7,6 +7,7 @@ from blogkeras.quantization.autoencoders import (
 from blogkeras.quantization.code_usage import CodebookUsage, perplexity, usage
 from blogkeras.quantization.codebook import VectorQuantizer
 from blogkeras.quantization.grouped import GroupedQuantizer
+from blogkeras.quantization.lookup_free import LookupFreeQuantizer
 from blogkeras.quantization.nearest import nearest_codes
 from blogkeras.quantization.prior import CodePrior
 from blogkeras.quantization.residual import ResidualVectorQuantizer
@@ -22,6 +23,7 @@ __all__ = [
     "CodebookUsage",
     "FiniteScalarQuantizer",
     "GroupedQuantizer",
+    "LookupFreeQuantizer",
     "ResidualFiniteScalarQuantizer",
     "ResidualVectorQuantizer",
     "VectorQuantizer",

@@ -82,7 +82,9 @@ def _length(x):
     They are the largest entry and the norm relative to it: the square of a
     large or a small number would leave the range of float32.
     """
-    size = ops.stop_gradient(ops.max(ops.abs(x), axis=-1, keepdims=True))
+    # `initial` is for empty batches, of which TensorFlow takes no maximum.
+    size = ops.max(ops.abs(x), axis=-1, keepdims=True, initial=0)
+    size = ops.stop_gradient(size)
     unit = x / ops.where(size > 0, size, 1)
     return size, safe_norm(unit, axis=-1, keepdims=True)
 

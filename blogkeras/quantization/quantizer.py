@@ -279,9 +279,14 @@ def counted(z, weights):
     return finite if weights is None else finite * weights
 
 
+def shape_of(x):
+    """The shape of an array, a tensor or a list, as a tuple."""
+    return tuple(x.shape if hasattr(x, "shape") else np.shape(x))
+
+
 def check_stages(codes, number):
     """Raises a `ValueError` where codes are of more than `number` stages."""
-    shape = tuple(codes.shape if hasattr(codes, "shape") else np.shape(codes))
+    shape = shape_of(codes)
     if not shape or shape[-1] not in range(1, number + 1):
         raise ValueError(
             "Expected the codes of the stages along the last axis, at most "

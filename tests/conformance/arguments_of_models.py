@@ -104,6 +104,20 @@ row(
     on_data(),
 )
 row(
+    blogkeras.LookupFreeQuantizer,
+    {"num_bits": 3},
+    {
+        "num_bits": integer(1),
+        "entropy_cost": number(0),
+        "diversity": number(0),
+        "commitment_cost": number(0),
+        "temperature": number(above=0),
+        "spherical": boolean(),
+        "kwargs": FREE,
+    },
+    on_data(),
+)
+row(
     blogkeras.VQVAE,
     {
         "encoder": lambda: keras.Sequential(

@@ -51,6 +51,11 @@ LAYERS = [
         toy.DENSE[:24].reshape(4, 6, 3),
     ),
     (
+        blogkeras.LookupFreeQuantizer,
+        {"num_bits": 3, "spherical": True, "temperature": 0.5},
+        toy.DENSE[:24].reshape(4, 6, 3),
+    ),
+    (
         blogkeras.GroupedQuantizer,
         {
             "quantizer": blogkeras.VectorQuantizer(4, gradient="rotation"),
@@ -221,6 +226,7 @@ RECORDS = [
 COUNTS = {
     "GroupedQuantizer": (3, 6, 1, 0),
     "HSICRegularization": (0, 0, 1, 0),
+    "LookupFreeQuantizer": (0, 2, 1, 0),
     "ModuleReplacement": (2, 6, 0, 0),
     "QuadraticHead": (6, 0, 0, 0),
     "ResidualFiniteScalarQuantizer": (0, 4, 0, 0),
@@ -231,7 +237,11 @@ COUNTS = {
     "WordRotatorDistance": (0, 0, 0, 0),
 }
 # What is newer than the newest golden files, `tests/data`.
-NEW = {"GroupedQuantizer", "ResidualFiniteScalarQuantizer"}
+NEW = {
+    "GroupedQuantizer",
+    "LookupFreeQuantizer",
+    "ResidualFiniteScalarQuantizer",
+}
 # Base classes that are not used themselves.
 ABSTRACT = [blogkeras.AdversarialMethod]
 

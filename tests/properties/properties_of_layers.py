@@ -29,7 +29,7 @@ VECTORS = stacks(CASES, (ROWS, DIM), 1e18, FLOATS)
 CODEBOOK = arrays((CODES, DIM), 1e18)
 QUANTIZERS = ("VectorQuantizer", "ResidualVectorQuantizer", "GroupedQuantizer")
 ROUNDING = ("FiniteScalarQuantizer", "ResidualFiniteScalarQuantizer")
-ALL_QUANTIZERS = (*QUANTIZERS, *ROUNDING)
+ALL_QUANTIZERS = (*QUANTIZERS, *ROUNDING, "LookupFreeQuantizer")
 
 
 @functools.cache
@@ -45,6 +45,8 @@ def quantizer(name, **options):
             layer = blogkeras.GroupedQuantizer(part, groups=1)
         case "ResidualFiniteScalarQuantizer":
             layer = blogkeras.ResidualFiniteScalarQuantizer(2, [4, 5])
+        case "LookupFreeQuantizer":
+            layer = blogkeras.LookupFreeQuantizer(DIM)
         case _:
             layer = blogkeras.FiniteScalarQuantizer([4, 5], **options)
     layer.build((None, ROWS, DIM))

@@ -169,6 +169,20 @@ def test_degenerate_vectors_have_finite_gradients(gradient):
         np.testing.assert_array_equal(slope[2], u)  # z is the code
 
 
+@pytest.mark.parametrize("gradient", [*EXACT, "diveq"])
+def test_an_empty_batch(gradient):
+    layer, books = single(gradient=gradient, metric="cosine")
+    none = np.zeros((0, DIM), "f4")
+
+    def output(args):
+        mapping = [*zip(books, args, strict=True)]
+        with keras.StatelessScope(mapping):
+            return ops.sum(layer(none, training=True)), None
+
+    (slope,) = backend.value_and_grad(output, [b.value for b in books])[1]
+    np.testing.assert_array_equal(value(slope), 0)
+
+
 def test_diveq_in_training_keeps_the_distance_and_moves_the_direction():
     z = np.zeros((4096, DIM), "f4")
     e = np.stack([np.array([1, 0, 0, 0]), np.full(DIM, 9)]).astype("f4")
