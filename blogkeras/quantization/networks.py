@@ -6,10 +6,15 @@ import numpy as np
 from keras import layers, ops
 
 
+def _unchanged(x):
+    return x
+
+
 class PixelAttention(layers.Layer):
     """The post's PixelAtt: logits of each code from the codes before it.
 
-    `call` computes all positions at once, in training. `start` and `step`
+    `call` computes all positions at once, in training, and applies a function
+    `drop` to what each layer adds to the hidden vectors. `start` and `step`
     compute one position after the other, in sampling: `start(num)` makes an
     empty cache of keys and values for `num` maps, and `step` takes a position,
     the codes before it and the cache, and returns the logits of the position
@@ -63,7 +68,7 @@ class PixelAttention(layers.Layer):
             h = h + condition[:, None]
         return self.normalizations[0](h)
 
-    def call(self, codes, condition):
+    def call(self, codes, condition, drop=_unchanged):
         shape = ops.shape(codes)
         tokens = ops.reshape(codes, [-1, self.positions]) + 1
         tokens = ops.pad(tokens[:, :-1], [[0, 0], [1, 0]])
@@ -71,7 +76,7 @@ class PixelAttention(layers.Layer):
         for block, norm in zip(
             self.blocks, self.normalizations[1:], strict=True
         ):
-            h = norm(h + block(h))
+            h = norm(h + drop(block(h)))
         logits = self.head(h)
         return ops.reshape(logits, [*shape, logits.shape[-1]])
 
@@ -201,7 +206,7 @@ class PixelCNN(layers.Layer):
         for dense in (*self.narrow, *self.last, self.head):
             dense.build(wide)
 
-    def _forward(self, h, condition, convolve):
+    def _forward(self, h, condition, convolve, drop=_unchanged):
         """From the first convolution to the logits; `convolve(layer, h)`."""
         h = convolve(self.first, h)
         if condition is not None:
@@ -211,14 +216,14 @@ class PixelCNN(layers.Layer):
         for reduce, convolution, widen in zip(
             self.narrow, self.convolutions, self.widen, strict=True
         ):
-            h = h + widen(ops.relu(convolve(convolution, reduce(h))))
+            h = h + drop(widen(ops.relu(convolve(convolution, reduce(h)))))
         for dense in self.last:
             h = dense(h)
         return self.head(h)
 
-    def call(self, codes, condition):
+    def call(self, codes, condition, drop=_unchanged):
         return self._forward(
-            self.tokens(codes), condition, lambda layer, h: layer(h)
+            self.tokens(codes), condition, lambda layer, h: layer(h), drop
         )
 
     def start(self, num):

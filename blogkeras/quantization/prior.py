@@ -20,6 +20,7 @@ from blogkeras.arguments import (
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel
 from blogkeras.quantization.networks import PixelAttention, PixelCNN
+from blogkeras.state import NumberedDraws, draw_rows
 
 ARCHITECTURES = ("attention", "convolution")
 
@@ -60,6 +61,11 @@ class CodePrior(CompositeModel):
         dim: Integer. Size of the hidden vectors.
         num_layers: Integer.
         num_heads: Integer that divides `dim`; for attention.
+        dropout: Float in [0, 1). Share of the numbers that a layer adds to the
+            hidden vectors which are set to 0 in training.
+        seed: Integer or `None`, of the dropout. The draws are numbered by a
+            count that is saved, so training goes on after `load_model` as if it
+            had not stopped.
 
     Input shape:  codes `(batch, *code_shape)`, integers; with `num_classes`
         also labels `(batch,)`.
@@ -96,6 +102,9 @@ class CodePrior(CompositeModel):
         dim: int = 256,
         num_layers: int = 4,
         num_heads: int = 8,
+        *,
+        dropout: float = 0.0,
+        seed: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -124,6 +133,10 @@ class CodePrior(CompositeModel):
         self.dim = dim
         self.num_layers = num_layers
         self.num_heads = num_heads
+        self.dropout = check_number("dropout", dropout, minimum=0, below=1)
+        self.seed = None if seed is None else check_integer("seed", seed)
+        if self.dropout:
+            self._draws = NumberedDraws(self, self.seed)
         if architecture == "attention":
             self.network = PixelAttention(
                 num_codes,
@@ -167,7 +180,13 @@ class CodePrior(CompositeModel):
                 f"Expected code maps of shape {self.code_shape}. Received: "
                 f"codes.shape={tuple(codes.shape)}"
             )
-        return self.network(ops.cast(codes, "int32"), self._condition(labels))
+        codes, condition = ops.cast(codes, "int32"), self._condition(labels)
+        if not training or not self.dropout:
+            return self.network(codes, condition)
+        seed = self._draws.next_step()
+        return self.network(
+            codes, condition, drop=lambda h: _dropped(h, self.dropout, seed)
+        )
 
     def _split(self, inputs):
         parts = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
@@ -247,8 +266,16 @@ class CodePrior(CompositeModel):
         codes = self._split(x)[0]
         return super().compute_metrics(x, codes, y_pred, sample_weight)
 
-    def sample(self, num, temperature=1.0, top_k=None, labels=None, seed=None):
-        """Draws code maps.
+    def sample(
+        self,
+        num,
+        temperature=1.0,
+        top_k=None,
+        labels=None,
+        seed=None,
+        known=None,
+    ):
+        """Draws code maps, or completes them.
 
         It is compiled once for each pair `num`, `top_k`, which takes seconds.
 
@@ -260,6 +287,12 @@ class CodePrior(CompositeModel):
                 most probable codes. Defaults to all.
             labels: Integers `(num,)`, or one for all; with `num_classes`.
             seed: Integer, or a `keras.random.SeedGenerator`.
+            known: Integers `(num, *code_shape)`, or `code_shape` for all maps:
+                the codes that are given, and -1 where one is to be drawn. A
+                drawn code follows from all codes before it in row-major order.
+                So what comes after the given codes, such as the lower rows, has
+                exactly the model's distribution; codes that are drawn before a
+                given one do not look ahead to it.
 
         Returns:
             NumPy array of int32, `(num, *code_shape)`.
@@ -284,7 +317,11 @@ class CodePrior(CompositeModel):
         # A smaller temperature would be 0 in float32. It gives the same draws
         # as 1e-30, since different logits differ by more than 1e-10.
         temperature = max(temperature, 1e-30)
-        arguments = [u, ops.convert_to_tensor(temperature, "float32")]
+        arguments = [
+            u,
+            ops.convert_to_tensor(temperature, "float32"),
+            ops.convert_to_tensor(self._known_codes(known, num)),
+        ]
         if labels is not None:
             check_integers("labels", labels, 0, self.num_classes - 1)
             labels = as_numpy(labels).astype("int32")
@@ -304,7 +341,21 @@ class CodePrior(CompositeModel):
         codes = ops.convert_to_numpy(sampler(*arguments))
         return codes.T.reshape(num, *self.code_shape)
 
-    def _sample(self, top_k, u, temperature, labels=None):
+    def _known_codes(self, known, num):
+        """`(positions, num)` of int32, -1 where a code is to be drawn."""
+        shape = (num, *self.code_shape)
+        if known is None:
+            known = np.full(shape, -1)
+        check_integers("known", known, -1, self.num_codes - 1)
+        known = as_numpy(known).astype("int32")
+        if known.shape not in (shape, self.code_shape):
+            raise ValueError(
+                f"Expected `known` of the shape {shape}, or {self.code_shape} "
+                f"for all maps. Received: known.shape={known.shape}"
+            )
+        return np.broadcast_to(known, shape).reshape(num, -1).T
+
+    def _sample(self, top_k, u, temperature, known, labels=None):
         """`(positions, num)` codes from as many uniform numbers."""
         positions, num = u.shape
         condition = self._condition(labels)
@@ -315,6 +366,7 @@ class CodePrior(CompositeModel):
             before = ops.take(codes, ops.maximum(t - 1, 0), axis=0)
             logits, cache = self.network.step(t, before, condition, cache)
             drawn = _draw(logits, u[t], temperature, top_k)
+            drawn = ops.where(known[t] < 0, drawn, known[t])
             return ops.slice_update(codes, [t, 0], drawn[None]), cache
 
         start = ops.zeros((positions, num), "int32"), self.network.start(num)
@@ -330,7 +382,19 @@ class CodePrior(CompositeModel):
             "dim": self.dim,
             "num_layers": self.num_layers,
             "num_heads": self.num_heads,
+            "dropout": self.dropout,
+            "seed": self.seed,
         }
+
+
+def _dropped(x, rate, seed):
+    """As Keras's dropout, with numbered draws."""
+
+    def uniform(shape, seed):
+        return backend.uniform(shape, dtype="float32", seed=seed)
+
+    kept = draw_rows(uniform, ops.shape(x), seed) >= rate
+    return ops.where(kept, x / (1 - rate), ops.zeros_like(x))
 
 
 def _draw(logits, u, temperature, top_k):

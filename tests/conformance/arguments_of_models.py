@@ -152,6 +152,8 @@ row(
         "dim": integer(1),
         "num_layers": integer(1),
         "num_heads": integer(1),
+        "dropout": number(0, maximum=1, more=[1.0]),
+        "seed": seed(),
         "kwargs": FREE,
     },
 )

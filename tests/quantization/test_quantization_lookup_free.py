@@ -195,7 +195,7 @@ def test_the_entropy_term_balances_the_bits():
         counts = value(layer.stacked_counts("batch_counts"))
         shares.append(counts[:, 1] / counts.sum(1))
     assert shares[0].min() > 0.9  # decided, but all alike
-    np.testing.assert_allclose(shares[1], 0.5, atol=0.1)
+    np.testing.assert_allclose(shares[1], 0.5, atol=0.15)
 
 
 @slow_on_jax

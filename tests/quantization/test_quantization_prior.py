@@ -1,0 +1,121 @@
+"""Priors of codes: dropout, and maps of which some codes are given."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from kit import slow_on_jax, value
+
+from blogkeras.quantization import CodePrior, prior
+
+RNG = np.random.default_rng(0)
+ON_JAX = keras.backend.backend() == "jax"
+CODES, SHAPE = 5, (3, 4)
+MAPS = RNG.integers(0, CODES, (8, *SHAPE)).astype("int32")
+each_kind = pytest.mark.parametrize("kind", ["attention", "convolution"])
+
+
+def make(kind="attention", shape=SHAPE, **kwargs):
+    keras.utils.set_random_seed(0)
+    model = CodePrior(
+        CODES, shape, kind, dim=8, num_layers=2, num_heads=2, **kwargs
+    )
+    # Eagerly: TensorFlow compiles longer than it computes here.
+    model.compile(
+        keras.optimizers.Adam(0.03),
+        jit_compile=ON_JAX,
+        run_eagerly=not ON_JAX,
+    )
+    model.build()
+    return model
+
+
+@each_kind
+@slow_on_jax
+def test_given_codes_stay_and_the_others_follow(kind):
+    model = make(kind)
+    first = model.sample(6, seed=3)
+    # The same random numbers after the same codes draw the same codes.
+    known = first.copy()
+    known[:, 1:] = -1
+    known[:, 1, 0] = first[:, 1, 0]
+    np.testing.assert_array_equal(model.sample(6, seed=3, known=known), first)
+    # After other codes they draw others, and before them the same.
+    place = np.full(SHAPE, -1)
+    place[1, 1] = 2
+    drawn = model.sample(6, seed=3, known=place)
+    assert np.all(drawn[:, 1, 1] == 2)
+    np.testing.assert_array_equal(drawn[:, 0], first[:, 0])
+    np.testing.assert_array_equal(drawn[:, 1, 0], first[:, 1, 0])
+    np.testing.assert_array_equal(model.sample(2, known=MAPS[:2]), MAPS[:2])
+
+
+def test_what_follows_has_the_models_probabilities():
+    model = make(shape=(2,), num_classes=2)
+    model.fit([MAPS[:, 0, :2], MAPS[:, 1, 0] % 2], epochs=3, verbose=0)
+    num = 4000
+    drawn = model.sample(num, labels=1, seed=0, known=[3, -1])
+    assert np.all(drawn[:, 0] == 3)
+    labels = np.ones(1, "int32")
+    logits = value(model([np.array([[3, 0]], "int32"), labels]), "f8")[0, 1]
+    p = np.exp(logits - logits.max())
+    shares = np.bincount(drawn[:, 1], minlength=CODES) / num
+    np.testing.assert_allclose(shares, p / p.sum(), atol=0.03)
+
+
+def test_dropout_keeps_the_mean():
+    x = ops.ones((400, 100))
+    found = value(prior._dropped(x, 0.25, seed=3))
+    np.testing.assert_allclose(np.unique(found), [0, 4 / 3], rtol=1e-6)
+    np.testing.assert_allclose(np.mean(found == 0), 0.25, atol=0.01)
+
+
+@each_kind
+@slow_on_jax
+def test_dropout_is_of_training_and_goes_on_when_resumed(kind, tmp_path):
+    models = [make(kind, dropout=0.5, seed=1) for _ in range(2)]
+    plain = make(kind)
+    for a, b in zip(
+        models[0].trainable_variables, plain.trainable_variables, strict=True
+    ):
+        b.assign(a.value)
+    np.testing.assert_allclose(
+        value(models[0](MAPS)), value(plain(MAPS)), atol=1e-6
+    )
+    for model in (*models, plain):
+        model.train_on_batch(MAPS)
+    apart = [
+        np.abs(value(a) - value(b)).max()
+        for a, b in zip(
+            models[0].trainable_variables,
+            plain.trainable_variables,
+            strict=True,
+        )
+    ]
+    assert max(apart) > 1e-3
+    models[1].save(tmp_path / "prior.keras")
+    models[1] = keras.saving.load_model(tmp_path / "prior.keras")
+    for model in models:
+        model.train_on_batch(MAPS)
+    for ours, theirs in zip(*(m.get_weights() for m in models), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert int(value(models[0]._draws.iterations)) == 2
+
+
+def test_bad_arguments():
+    for kwargs, message in (
+        ({"dropout": 1.0}, "dropout=1.0"),
+        ({"seed": "1"}, "seed='1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(**kwargs)
+    model = make()
+    for known, message in (
+        (np.zeros((2, *SHAPE)), "integers in `known`"),
+        (np.full(SHAPE, -2), "at least -1"),
+        (np.full(SHAPE, CODES), "at most 4"),
+        (np.zeros((3, *SHAPE), int), r"\(2, 3, 4\).*\(3, 3, 4\)"),
+        ([[0, 1]], r"known.shape=\(1, 2\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.sample(2, known=known)
