@@ -14,7 +14,8 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
     cifar   Sonnet's example: 512 codes of 64, batch 32, Adam(3e-4), pictures in
             [-½, ½], reconstruction divided by the variance of the data.
             "Sonnet" is the example itself, on Sonnet's own modules; it needs
-            dm-sonnet.
+            dm-sonnet. Also the gradients of posts 10489 (rotation) and 11328
+            (DiVeQ), and frozen codes times a trained map, post 10519 (SimVQ).
     wide    the same with 4096 codes
     mnist   the keras.io example: 128 codes of 16, batch 128, gradient codebook,
             pictures in [-½, ½]
@@ -109,10 +110,27 @@ def methods(task):
             "gradient, γ = β": ({"commitment_cost": 1.0}, False),
             "average, k-means, restarts": (restart, True),
         }
+    rotation = {"gradient": "rotation"}
+    detach = {"gradient": "diveq-detach"}
+    linear = {"codebook_transform": "linear"}
+    later = {  # posts 10489, 10519 and 11328
+        "rotation": (rotation, False),
+        "rotation, k-means": (rotation, True),
+        "rotation, k-means, γ = β": (
+            {**rotation, "commitment_cost": 1.0},
+            True,
+        ),
+        "DiVeQ": ({"gradient": "diveq"}, False),
+        "DiVeQ-detach": (detach, False),
+        "SimVQ": (linear, False),
+        "SimVQ, diagonal": ({"codebook_transform": "diagonal"}, False),
+        "DiVeQ-detach, SimVQ": ({**detach, **linear}, False),
+    }
     if task == "wide":
         return {
             "average": (average, False),
             "average, k-means, restarts": (restart, True),
+            **later,
         }
     return {
         "Sonnet": (None, False),
@@ -120,6 +138,7 @@ def methods(task):
         "average, k-means, restarts": (restart, True),
         "gradient": ({}, False),
         "gradient, γ = β": ({"commitment_cost": 1.0}, False),
+        **later,
     }
 
 

@@ -44,7 +44,8 @@ class LookupFreeQuantizer(Quantizer):
     over its bits, so its entropy is the sum of theirs, exactly. The mean over
     vectors is no such product: in place of its entropy stands Σ_i H(E[p_i]) of
     the single bits. That is an upper bound, and equal to it where the bits are
-    independent over the batch. Nothing grows with 2^d. Means are taken over all
+    independent over the batch; two bits that are always alike look balanced to
+    it. Nothing grows with 2^d. Means are taken over all
     replicas.
 
     A code is the number whose binary digits are the bits, the first component
@@ -59,7 +60,9 @@ class LookupFreeQuantizer(Quantizer):
         num_bits: Integer ≥ 1. Number of components d.
         entropy_cost: Float ≥ 0. Weight a.
         diversity: Float ≥ 0. Weight b.
-        commitment_cost: Float ≥ 0. Weight γ.
+        commitment_cost: Float ≥ 0. Weight γ. It keeps components near ±1; where
+            it is large against the other losses, bits stop changing and few
+            codes are used.
         temperature: Float > 0. τ.
         spherical: Boolean. Binary spherical quantization.
 
@@ -97,7 +100,7 @@ class LookupFreeQuantizer(Quantizer):
         num_bits: int,
         entropy_cost: float = 0.1,
         diversity: float = 1.0,
-        commitment_cost: float = 0.25,
+        commitment_cost: float = 0.0,
         *,
         temperature: float = 0.01,
         spherical: bool = False,

@@ -15,6 +15,9 @@ import pytest
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 # A reader waits for a figure; a test does not.
 SHORT = {
+    "basic_codebooks.py": [
+        *("--epochs", "1", "--kinds", "rotation", "DiVeQ-detach, SimVQ"),
+    ],
     "basic_finite_scalar_quantizer.py": ["--epochs", "1"],
     "basic_virtual_adversarial_training.py": ["--epochs", "10"],
     "basic_nvae.py": ["--steps", "2", "--samples", "2"],
