@@ -369,18 +369,31 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         output = self._estimated(quantized, z, self._next_seed(training))
         return self._large(output), codes[..., None], loss
 
-    def _look_up(self, z, weights):
-        """`(e_k, k, loss)` of vectors that `_small` has made."""
+    def _look_up(self, z, weights, kept=None):
+        """`(e_k, k, loss)` of vectors that `_small` has made.
+
+        Args:
+            z: `(..., dim)`.
+            weights: As for `_quantize`.
+            kept: Boolean, to be broadcast to `(...)`, or `None` for all. The
+                other vectors count in the mean, with a loss of 0.
+        """
         flat = ops.reshape(ops.stop_gradient(z), [-1, z.shape[-1]])
         codebook = self._codebook()
         codes = self.assign(flat, ops.stop_gradient(codebook))
         codes = ops.reshape(codes, ops.shape(z)[:-1])
         quantized = ops.take(codebook, codes, axis=0)
-        commitment = _mean_square(z - ops.stop_gradient(quantized), weights)
+
+        def mean_square(error):
+            if kept is not None:
+                error = ops.where(kept[..., None], error, 0)
+            return _mean_square(error, weights)
+
+        commitment = mean_square(z - ops.stop_gradient(quantized))
         loss = self.commitment_cost * commitment
         if self.ema_decay is None:
             error = ops.stop_gradient(z) - quantized
-            loss += self.codebook_cost * _mean_square(error, weights)
+            loss += self.codebook_cost * mean_square(error)
         return quantized, codes, loss
 
     def _count_and_update(self, z, codes, weights):

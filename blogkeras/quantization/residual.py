@@ -58,9 +58,10 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
 
     **Dropout.** With `quantizer_dropout` a row of a training batch keeps, with
     this probability, only its first n stages, n being uniform from 1 to
-    `num_quantizers`. Stages that are left out of a row see none of it in
-    losses, counts and codebooks. So the codes of the first stages alone decode
-    well. The codes that are returned are always those of all stages.
+    `num_quantizers`. The other stages see none of that row: it does not enter
+    their counts and codebooks, and its part of their losses is 0. So the codes
+    of the first stages alone decode well. The codes that are returned are
+    always those of all stages.
 
     Args:
         num_quantizers: Integer ≥ 1. Number of stages.
@@ -120,9 +121,6 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
         [Zeghidour et al., 2021](https://arxiv.org/abs/2107.03312), residual
         vector quantizer, quantizer dropout;
         [Kumar et al., 2023](https://arxiv.org/abs/2306.06546), small codes
-
-    Departs from the papers: losses are means over the vectors that reach a
-    stage, not over all.
     """
 
     def __init__(
@@ -257,9 +255,8 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
         residual, total, codes, losses, looked_up = z, 0, [], [], []
         for index, stage in enumerate(self._turns()):
             kept = None if depths is None else index < depths
-            counting = _both(weights, kept, z)
             small = stage._small(residual)
-            quantized, code, loss = stage._look_up(small, counting)
+            quantized, code, loss = stage._look_up(small, weights, kept)
             if self.codebook_dim is None:
                 part = quantized
                 residual = residual - ops.stop_gradient(quantized)
@@ -276,7 +273,7 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
             total = total + part
             codes.append(code)
             losses.append(loss)
-            looked_up.append((small, code, counting))
+            looked_up.append((small, code, _both(weights, kept, z)))
         if training:
             self._update(looked_up)
         if self.codebook_dim is None:

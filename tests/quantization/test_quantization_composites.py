@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import toy
 from keras import ops
 from kit import nearest_rows, slow_on_jax, value
 
@@ -12,6 +13,7 @@ from blogkeras.quantization import (
     CodebookUsage,
     FiniteScalarQuantizer,
     GroupedQuantizer,
+    ResidualFiniteScalarQuantizer,
     ResidualVectorQuantizer,
     VectorQuantizer,
 )
@@ -267,11 +269,11 @@ def test_rows_keep_their_first_stages():
     for stage, least in zip(layer.stages, (1, 2, 3), strict=True):
         counted = value(stage.batch_counts).sum()
         assert counted == 3 * np.sum(kept >= least)
-    # Losses are of the rows that a stage sees.
+    # A row that a stage does not see has the loss 0 there.
     rest, loss = z.astype("f8"), 0
     for index, book in enumerate(codebooks):
         rest = rest - book[nearest_rows(rest, book)]
-        loss += 0.25 * np.mean(rest[kept > index] ** 2)
+        loss += 0.25 * np.mean(rest**2 * (kept > index)[:, None, None])
     np.testing.assert_allclose(float(layer.losses[0]), loss, rtol=1e-4)
     again = value(layer(z, training=True))
     assert np.abs(again - output).max() > 0.1
@@ -331,6 +333,54 @@ def test_training_is_resumed_with_all_options(options, tmp_path):
         part.get_weights(), whole.get_weights(), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.verify
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        lambda: VectorQuantizer(6, gradient="diveq", seed=1),
+        lambda: ResidualVectorQuantizer(
+            2,
+            6,
+            ema_decay=0.9,
+            quantizer_dropout=0.5,
+            shared_codebook=True,
+            seed=1,
+        ),
+        lambda: ResidualFiniteScalarQuantizer(
+            2, [3] * DIM, quantizer_dropout=0.5, seed=1
+        ),
+        lambda: FiniteScalarQuantizer([3] * DIM, noise_rate=0.5, seed=1),
+    ],
+    ids=["diveq", "residual", "residual scalar", "scalar"],
+)
+def test_two_replicas_draw_what_one_draws(quantizer):
+    x = RNG.normal(size=(8, 3, DIM)).astype("float32")
+
+    def fit():
+        keras.utils.set_random_seed(5)
+        model = keras.Sequential(
+            [
+                keras.Input((3, DIM)),
+                keras.layers.Dense(DIM),
+                quantizer(),
+                keras.layers.Dense(DIM),
+            ]
+        )
+        model.compile(keras.optimizers.SGD(0.3), "mse", jit_compile=ON_JAX)
+        model.fit(x, x, epochs=2, batch_size=8, shuffle=False, verbose=0)
+        return model.get_weights()
+
+    expected = fit()
+    if ON_JAX:
+        keras.distribution.set_distribution(keras.distribution.DataParallel())
+        found = fit()
+    else:
+        with toy.mirrored().scope():
+            found = fit()
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
 # Groups.

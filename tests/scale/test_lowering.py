@@ -105,6 +105,22 @@ STEPS = {
         )
     ),
     "residual": vqvae(lambda: blogkeras.ResidualVectorQuantizer(2, 5)),
+    "codec": vqvae(
+        lambda: blogkeras.ResidualVectorQuantizer(
+            2,
+            5,
+            metric="cosine",
+            codebook_dim=2,
+            quantizer_dropout=0.5,
+            gradient="rotation",
+        )
+    ),
+    "frozen codes": vqvae(
+        lambda: blogkeras.VectorQuantizer(
+            5, codebook_transform="linear", gradient="diveq"
+        )
+    ),
+    "signs": vqvae(lambda: blogkeras.LookupFreeQuantizer(3, spherical=True)),
     "scalar": vqvae(lambda: blogkeras.FiniteScalarQuantizer([8] * 3)),
     "convolution prior": code_prior("convolution"),
     "dropout and statistics of a batch": plain,
