@@ -101,6 +101,7 @@ from blogkeras.theseus import (
 from blogkeras.transport import (
     SearchResult,
     SinkhornSolution,
+    TransportClassifier,
     TransportIndex,
     WordMoverDistance,
     WordRotatorDistance,
@@ -178,6 +179,7 @@ __all__ = [
     "Theseus",
     "TokenMasking",
     "SinkhornSolution",
+    "TransportClassifier",
     "TransportIndex",
     "VectorQuantizer",
     "VirtualAdversarialTraining",

@@ -168,7 +168,12 @@ class DistanceKernel(Kernel):
                 return close_gaps(x / bandwidth / self.scale(x.shape[-1]))
 
         x = each_sample(in_bandwidths, x, keep)
-        return Gram(self, ops.convert_to_tensor(x.astype(dtype)), dtype)
+        kernel = self.for_known(x, dtype)
+        return Gram(kernel, ops.convert_to_tensor(x.astype(dtype)), dtype)
+
+    def for_known(self, x, dtype):
+        """A kernel with the same values for known features, maybe faster."""
+        return self
 
     def of_tensor(self, x, weight, dtype):
         x = about_center(x, weight, dtype)
@@ -283,12 +288,53 @@ class GaussianKernel(DistanceKernel):
         tolerance = ROUNDING * ops.minimum(size, 1.0)[..., None, None]
         return -squared_distances(x1, x2, tolerance, equal)
 
+    def for_known(self, x, dtype):
+        with np.errstate(over="ignore", invalid="ignore"):
+            norms = np.square(x).sum(axis=-1)
+            size = norms.mean(axis=-1)
+            error = 8 * np.finfo(dtype).eps * norms.max(axis=-1, initial=0.0)
+            enough = error <= ROUNDING * np.minimum(size, 1.0)
+        if self.bandwidth is not None:
+            enough &= size >= _PLAIN_SIZE
+        if not np.all(enough):
+            return self
+        return _PlainGaussian(
+            self.bandwidth, form=self.form, per_dimension=self.per_dimension
+        )
+
     def get_config(self):
         return {
             "bandwidth": self.bandwidth,
             "form": self.form,
             "per_dimension": self.per_dimension,
         }
+
+
+# Where the mean square of features is at least this, K is not nearly constant,
+# and has as many digits as K − 1.
+_PLAIN_SIZE = 0.1
+
+
+class _PlainGaussian(GaussianKernel):
+    """The same for features that no careful computing is needed for.
+
+    All their products have enough digits, so XLA can fuse product, exponential
+    and what follows. It cannot where it has to ask whether distances must be
+    computed by differences.
+    """
+
+    def similarity(self, x1, x2):
+        if x1.shape[-1] == 1:  # by differences
+            return super().similarity(x1, x2)
+        size = (
+            ops.sum(ops.square(x1), axis=-1)[..., :, None]
+            + ops.sum(ops.square(x2), axis=-1)[..., None, :]
+        )
+        product = full_precision_matmul(x1, ops.swapaxes(x2, -1, -2))
+        return ops.exp(ops.minimum(2 * product - size, 0))
+
+    def rows(self, features, index):
+        return Kernel.rows(self, features, index)
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")

@@ -4,6 +4,7 @@
 """
 
 from blogkeras.transport.alignment import plot_alignment
+from blogkeras.transport.classifier import TransportClassifier
 from blogkeras.transport.distances import (
     relaxed_wasserstein_distances,
     transport_plan,
@@ -29,6 +30,7 @@ from blogkeras.transport.weighting import (
 __all__ = [
     "SinkhornSolution",
     "SearchResult",
+    "TransportClassifier",
     "TransportIndex",
     "WordMoverDistance",
     "WordRotatorDistance",

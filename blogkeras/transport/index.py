@@ -123,43 +123,41 @@ class TransportIndex:
                 'Expected weights="norm" or "uniform", or "idf" with documents '
                 f"of word ids and their `vectors`. Received: {weights!r}"
             )
+        verbose = check_verbose(verbose)
         documents = check_documents(documents)
         self._by_id = vectors is not None
         self.idf = None
         if self._by_id:
             self.vectors = _vectors(vectors, "vectors")
-            documents = [
-                word_ids("documents", document, len(self.vectors))
-                for document in documents
-            ]
+            documents = self._as_ids(documents)
             if weights == "idf":
                 self.idf = inverse_document_frequency(
                     documents, len(self.vectors)
                 )
         else:
-            documents = [_vectors(d, "documents") for d in documents]
-            dims = {d.shape[1] for d in documents}
-            if len(dims) > 1:
-                raise ValueError(
-                    "Expected vectors of one dimension. Received: dimensions "
-                    f"{sorted(dims)}"
-                )
+            documents = _documents_of_vectors(documents)
             self.vectors = np.concatenate(documents)
-            ends = np.cumsum([len(d) for d in documents])
-            documents = [
-                np.arange(end - len(d), end)
-                for d, end in zip(documents, ends, strict=True)
-            ]
+            documents = _numbered(documents)
         self._word_weights = self._weights_of(self.vectors, self.idf)
-        self._count_words(documents, check_verbose(verbose))
+        self._ids, self._counts, self._starts = self._count_words(
+            documents, verbose
+        )
         self._weigh_documents()
         # POT takes seconds to import: do it here, not at the first query.
         exact.simplex()
 
+    def _as_ids(self, documents):
+        return [
+            word_ids("documents", document, len(self.vectors))
+            for document in documents
+        ]
+
     def _count_words(self, documents, verbose):
         """Each document's words with mass, each once, and how often it occurs.
 
-        An empty document has the id -1, of a zero vector.
+        Returns:
+            `(ids, counts, starts)`, of all documents one after the other. An
+            empty document has the id -1, of a zero vector.
         """
         bar = keras.utils.Progbar(
             len(documents), unit_name="document", verbose=verbose
@@ -177,8 +175,8 @@ class TransportIndex:
                 counts.append(np.array([1]))
             if number % step == step - 1 or number + 1 == len(documents):
                 bar.update(number + 1)
-        self._ids, self._counts = np.concatenate(ids), np.concatenate(counts)
-        self._starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
+        starts = np.concatenate([[0], np.cumsum([len(i) for i in ids])])
+        return np.concatenate(ids), np.concatenate(counts), starts
 
     def _weights_of(self, x, importance=None):
         """The weight of one occurrence of each word; `(n,)`, float64."""
@@ -241,7 +239,130 @@ class TransportIndex:
             ValueError: if the query is not a document of the index's kind.
         """
         k = min(check_integer("k", k, minimum=1), len(self))
-        p, x = self._query(query)
+        return self._nearest(*self._query(query), k)
+
+    def kneighbors(self, queries=None, k=10, verbose=0):
+        """The `k` nearest documents of many queries, as in scikit-learn.
+
+        Args:
+            queries: Sequence of documents, as in the constructor. `None`: each
+                document of the index, which is then not its own neighbor.
+            k: Integer ≥ 1, at most as many as there are (other) documents.
+            verbose: `"auto"`, 0 or 1: whether a progress bar is shown.
+
+        Returns:
+            `(distances, indices)`: `(len(queries), k)`, float64 and integers,
+            nearest first.
+
+        Raises:
+            ValueError: if the queries are not documents of the index's kind,
+                and for more neighbors than there are.
+        """
+        k = check_integer("k", k, minimum=1)
+        own = queries is None
+        if k > len(self) - own:
+            raise ValueError(
+                f"Expected `k` to be at most {len(self) - own}, the number of "
+                f"{'other ' * own}documents. Received: k={k}"
+            )
+        queries = range(len(self)) if own else check_documents(queries)
+        bar = keras.utils.Progbar(
+            len(queries), unit_name="query", verbose=check_verbose(verbose)
+        )
+        distances = np.empty((len(queries), k))
+        indices = np.empty((len(queries), k), "int64")
+        for row, query in enumerate(queries):
+            if own:
+                part = slice(self._starts[query], self._starts[query + 1])
+                _, p, x = self._words(part)
+                found = self._nearest(p, x, k, without=query)
+            else:
+                found = self._nearest(*self._query(query), k)
+            distances[row], indices[row] = found.distances, found.indices
+            bar.update(row + 1)
+        return distances, indices
+
+    def add(self, documents):
+        """Adds documents behind those that there are.
+
+        Args:
+            documents: As in the constructor.
+
+        Raises:
+            ValueError: if they are not documents of the index's kind, and with
+                `weights="idf"`.
+        """
+        self._check_weights_stay()
+        documents = check_documents(documents)
+        if self._by_id:
+            documents = self._as_ids(documents)
+        else:
+            documents = _documents_of_vectors(documents, self.vectors.shape[1])
+            new = np.concatenate(documents)
+            self._weights_of(new)  # raises for huge ones
+            documents = _numbered(documents, len(self.vectors))
+            self.vectors = np.concatenate([self.vectors, new])
+            self._word_weights = self._weights_of(self.vectors)
+        ids, counts, starts = self._count_words(documents, verbose=0)
+        self._starts = np.concatenate(
+            [self._starts, starts[1:] + len(self._ids)]
+        )
+        self._ids = np.concatenate([self._ids, ids])
+        self._counts = np.concatenate([self._counts, counts])
+        self._weigh_documents()
+
+    def remove(self, indices):
+        """Removes documents; those behind them move up.
+
+        Args:
+            indices: Integers, the numbers of the documents, each once.
+
+        Raises:
+            ValueError: on numbers that no document has or that occur twice, if
+                no document would be left, and with `weights="idf"`.
+        """
+        self._check_weights_stay()
+        numbers = as_numpy(indices).ravel()
+        if numbers.size and numbers.dtype.kind not in "iu":
+            raise ValueError(
+                "Expected `indices` to be integers. Received: indices="
+                f"{indices!r}"
+            )
+        if (
+            len(np.unique(numbers)) < len(numbers)
+            or not (numbers.size < len(self))
+            or (numbers.size and not 0 <= numbers.min())
+            or (numbers.size and not numbers.max() < len(self))
+        ):
+            raise ValueError(
+                f"Expected `indices` to be different numbers of the {len(self)}"
+                " documents, and not of all. Received: indices="
+                f"{indices!r}"
+            )
+        stays = np.ones(len(self), bool)
+        stays[numbers.astype("int64")] = False
+        lengths = np.diff(self._starts)
+        words = np.repeat(stays, lengths)
+        self._ids, self._counts = self._ids[words], self._counts[words]
+        self._starts = np.concatenate([[0], np.cumsum(lengths[stays])])
+        if not self._by_id:
+            # Each vector belongs to one document.
+            real = self._ids >= 0
+            self.vectors = self.vectors[self._ids[real]]
+            self._word_weights = self._word_weights[self._ids[real]]
+            self._ids[real] = np.arange(real.sum())
+        self._weigh_documents()
+
+    def _check_weights_stay(self):
+        if self.weighting == "idf":
+            raise ValueError(
+                "Expected an index whose weights do not depend on the other "
+                "documents: with 'idf' each document changes those of all. "
+                "Make a new index. Received: weights='idf'"
+            )
+
+    def _nearest(self, p, x, k, without=None):
+        """A `SearchResult` for masses and vectors; one document may not be."""
         distances = np.full(len(self), np.inf)
 
         def solve(numbers):
@@ -250,6 +371,8 @@ class TransportIndex:
 
         center = measures.centroid(np, p, x, self.cost)
         bounds = measures.centroid_bound(np, center, self._centroids, self.cost)
+        if without is not None:
+            bounds[without] = np.inf
         near = np.argpartition(bounds, k - 1)[:k]
         solve(near)
         limit = distances[near].max()
@@ -531,6 +654,27 @@ def _counts_of(ratios, starts):
 def _require(condition, otherwise):
     if not condition:
         raise ValueError(otherwise)
+
+
+def _documents_of_vectors(documents, dim=None):
+    """Arrays `(length, dim)`, all of one dimension."""
+    documents = [_vectors(d, "documents", dim) for d in documents]
+    dims = {d.shape[1] for d in documents}
+    if len(dims) > 1:
+        raise ValueError(
+            "Expected vectors of one dimension. Received: dimensions "
+            f"{sorted(dims)}"
+        )
+    return documents
+
+
+def _numbered(documents, start=0):
+    """A number for each word of documents whose words are all different."""
+    ends = start + np.cumsum([len(d) for d in documents])
+    return [
+        np.arange(end - len(d), end)
+        for d, end in zip(documents, ends, strict=True)
+    ]
 
 
 def _vectors(x, name, dim=None):

@@ -224,6 +224,20 @@ row(
         "verbose": verbose(),
     },
 )
+
+row(
+    blogkeras.TransportClassifier,
+    {"vectors": VECTORS},
+    {
+        "k": integer(1),
+        "vectors": Kind("text", np.ones(3), np.full((3, 4), NAN)),
+        "cost": COST,
+        "weights": WEIGHTS,
+        "voting": choice(),
+        "verbose": verbose(),
+    },
+    use=lambda classifier: classifier.fit([[0, 1], [2]], [0, 1]),
+)
 COMPONENTS = integer(0)
 for function in (blogkeras.all_but_the_top, blogkeras.common_components):
     row(

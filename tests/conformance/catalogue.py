@@ -169,6 +169,14 @@ FILES = [
         ),
     ),
 ]
+# (class, constructor arguments, function that makes what it is fitted to)
+ESTIMATORS = [
+    (
+        blogkeras.TransportClassifier,
+        {"k": 2, "vectors": None, "voting": "distance"},
+        lambda: ([toy.DENSE[:2], toy.DENSE[2:3], toy.DENSE[3:5]], [1, 0, 1]),
+    ),
+]
 # (class, function that makes one): what functions return
 RECORDS = [
     (blogkeras.NVAEConfig, lambda: blogkeras.NVAEConfig((4, 4, 1))),
@@ -252,6 +260,7 @@ BY_KIND = [
     *(row[0] for row in CALLBACKS),
     *(row[0] for row in OPTIMIZERS),
     *(row[0] for row in FILES),
+    *(row[0] for row in ESTIMATORS),
     *(row[0] for row in RECORDS),
     *ABSTRACT,
 ]

@@ -178,6 +178,18 @@ def test_file(cls, make, tmp_path):
         np.testing.assert_array_equal(found.distances, expected.distances)
 
 
+@rows("ESTIMATORS")
+def test_estimator(cls, kwargs, make):
+    """Arguments; the same from its parameters, and after pickling."""
+    data = make()
+    estimator = check_arguments(cls, kwargs)
+    again = cls(**estimator.get_params())
+    predicted = estimator.fit(*data).predict(data[0])
+    assert predicted.shape == (len(data[0]),)
+    for other in (again.fit(*data), pickle.loads(pickle.dumps(estimator))):
+        assert other.predict(data[0]).tolist() == predicted.tolist()
+
+
 @rows("RECORDS")
 def test_record(cls, make):
     """Made by its function, shown by name, pickled."""

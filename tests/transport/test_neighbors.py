@@ -1,0 +1,170 @@
+"""Neighbors of many documents, classes, added and removed ones (post 7388)."""
+
+import numpy as np
+import ot
+import pytest
+
+from blogkeras import TransportClassifier, TransportIndex
+from blogkeras.backend import BACKEND
+
+# The index computes with NumPy, so one backend is enough.
+pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="the same")
+RNG = np.random.default_rng(2)
+VECTORS = RNG.normal(size=(40, 5))
+DOCUMENTS = [RNG.integers(0, 40, RNG.integers(1, 7)) for _ in range(30)]
+DOCUMENTS[3] = np.array([], "int64")
+QUERIES = [RNG.integers(0, 40, 4) for _ in range(6)]
+
+
+def texts(documents):
+    """Arrays of vectors; an empty document has none."""
+    return [VECTORS[d] for d in documents]
+
+
+def emd(a, b):
+    """Word rotator's distance by POT; an empty document is a zero vector."""
+    p, q = (np.linalg.norm(x, axis=1) for x in (a, b))
+    if not len(a) or not len(b):
+        return 1.0 if len(a) or len(b) else 0.0
+    cost = 1 - (a / p[:, None]) @ (b / q[:, None]).T
+    return ot.emd2(p / p.sum(), q / q.sum(), cost)
+
+
+def matrix(queries, documents):
+    return np.array([[emd(a, b) for b in documents] for a in queries])
+
+
+def assert_neighbors(found, every):
+    distances, indices = found
+    k = distances.shape[1]
+    rows = np.arange(len(every))[:, None]
+    np.testing.assert_allclose(
+        distances, np.sort(every, axis=1)[:, :k], atol=1e-9
+    )
+    np.testing.assert_allclose(every[rows, indices], distances, atol=1e-9)
+    assert all(len(set(row)) == k for row in indices.tolist())
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_neighbors_of_queries_and_of_the_documents_themselves(by_id):
+    documents, queries = (
+        x if by_id else texts(x) for x in (DOCUMENTS, QUERIES)
+    )
+    index = TransportIndex(documents, VECTORS if by_id else None, verbose=0)
+    assert_neighbors(
+        index.kneighbors(queries, 7), matrix(texts(QUERIES), texts(DOCUMENTS))
+    )
+    every = matrix(texts(DOCUMENTS), texts(DOCUMENTS))
+    every[np.arange(30), np.arange(30)] = np.inf
+    distances, indices = index.kneighbors(k=4)
+    assert_neighbors((distances, indices), every)
+    assert not (indices == np.arange(30)[:, None]).any()
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_documents_come_and_go(by_id, tmp_path):
+    """As an index of those that are left, also from a file."""
+    documents = DOCUMENTS if by_id else texts(DOCUMENTS)
+    queries = QUERIES if by_id else texts(QUERIES)
+    vectors = VECTORS if by_id else None
+    index = TransportIndex(documents[:12], vectors, verbose=0)
+    index.add(documents[12:25])
+    index.remove([3, 24, 0])
+    index.add(documents[25:])
+    index.remove(np.array([], "int64"))
+    left = [*documents[1:3], *documents[4:24], *documents[25:]]
+    assert len(index) == len(left) == 27
+    index.save(tmp_path / "index.npz")
+    for changed in (index, TransportIndex.load(tmp_path / "index.npz")):
+        fresh = TransportIndex(left, vectors, verbose=0)
+        for a, b in zip(
+            changed.kneighbors(queries, 27),
+            fresh.kneighbors(queries, 27),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, atol=1e-12)
+    if not by_id:  # what was removed takes no memory
+        assert len(index.vectors) == sum(map(len, left))
+
+
+def test_of_what_is_wrong_nothing_is_changed():
+    index = TransportIndex(DOCUMENTS, VECTORS, verbose=0)
+    before = index.kneighbors(QUERIES, 3)
+    for wrong in ([30], [-1], [1, 1], [0.5], list(range(30)), ["a"], [True]):
+        with pytest.raises(ValueError, match="Expected `indices`"):
+            index.remove(wrong)
+    for wrong in ([[40]], [[0.5]], [], "text"):
+        with pytest.raises(ValueError, match="Expected"):
+            index.add(wrong)
+    vectors = TransportIndex(texts(DOCUMENTS), verbose=0)
+    for wrong in ([np.ones((2, 4))], [np.full((2, 5), np.nan)]):
+        with pytest.raises(ValueError, match="Expected"):
+            vectors.add(wrong)
+    assert len(vectors.vectors) == sum(map(len, DOCUMENTS))
+    for k in (0, 31, 2.5):
+        with pytest.raises(ValueError, match="Expected `k`"):
+            index.kneighbors(QUERIES, k)
+    with pytest.raises(ValueError, match="29, the number of other documents"):
+        index.kneighbors(k=30)
+    np.testing.assert_array_equal(index.kneighbors(QUERIES, 3), before)
+    idf = TransportIndex(DOCUMENTS, VECTORS, weights="idf", verbose=0)
+    for change in (lambda: idf.add(DOCUMENTS), lambda: idf.remove([0])):
+        with pytest.raises(ValueError, match="weights='idf'"):
+            change()
+
+
+@pytest.mark.parametrize("voting", ["uniform", "distance"])
+def test_the_neighbors_vote(voting):
+    labels = np.array(["b", "a", "c"])[np.arange(30) % 3]
+    classifier = TransportClassifier(4, VECTORS, voting=voting)
+    assert classifier.fit(DOCUMENTS, labels) is classifier
+    assert classifier.classes_.tolist() == ["a", "b", "c"]
+    queries = [*QUERIES, DOCUMENTS[5]]  # the last one at distance 0
+    every = matrix(texts(queries), texts(DOCUMENTS))
+    expected = []
+    for row in every:
+        near = np.argsort(row, kind="stable")[:4]
+        votes = np.ones(4)
+        if voting == "distance":
+            zero = row[near] < 1e-12
+            votes = zero if zero.any() else 1 / row[near]
+        share = [votes[labels[near] == c].sum() for c in "abc"]
+        expected.append(np.array(share) / np.sum(share))
+    np.testing.assert_allclose(
+        classifier.predict_proba(queries), expected, atol=1e-9
+    )
+    predicted = np.array(["a", "b", "c"])[np.argmax(expected, axis=1)]
+    assert classifier.predict(queries).tolist() == predicted.tolist()
+    right = np.array(predicted)
+    right[:2] = "d"
+    assert classifier.score(queries, right) == pytest.approx(5 / 7)
+
+
+def test_a_classifier_in_scikit_learns_search():
+    base = pytest.importorskip("sklearn.base")
+    classifier = TransportClassifier(2, VECTORS, weights="uniform")
+    again = base.clone(classifier)
+    assert again is not classifier
+    assert again.get_params()["weights"] == "uniform"
+    assert again.set_params(k=3) is again
+    assert again.k == 3
+    with pytest.raises(ValueError, match="Expected names of"):
+        again.set_params(neighbors=3)
+
+
+def test_a_classifier_refuses():
+    classifier = TransportClassifier(2, VECTORS)
+    with pytest.raises(ValueError, match="call `fit` first"):
+        classifier.predict(QUERIES)
+    for labels in ([0] * 29, np.zeros((30, 1), int), [0.5] * 30):
+        with pytest.raises(ValueError, match="Expected"):
+            classifier.fit(DOCUMENTS, labels)
+    for options in ({"k": 0}, {"voting": "x"}, {"cost": "x"}):
+        with pytest.raises(ValueError, match="Expected"):
+            TransportClassifier(vectors=VECTORS, **options).fit(
+                DOCUMENTS, [0] * 30
+            )
+    few = TransportClassifier(9, VECTORS).fit(DOCUMENTS[:2], [0, 1])
+    assert few.predict_proba(QUERIES).tolist() == [[0.5, 0.5]] * 6
+    with pytest.raises(ValueError, match="one label for each"):
+        few.score(QUERIES, [0])
