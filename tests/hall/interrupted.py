@@ -8,6 +8,7 @@ that can be loaded; an interrupt (Ctrl-C) leaves a model that can be used.
 """
 
 import pathlib
+import signal
 import sys
 
 import keras
@@ -99,5 +100,8 @@ def index(folder):
 
 
 if __name__ == "__main__":
+    # A process that a shell started in the background inherits that Ctrl-C is
+    # ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     work = {"train": train, "index": index}[sys.argv[1]]
     work(pathlib.Path(sys.argv[2]))
