@@ -212,6 +212,69 @@ def check_integers(name, values, minimum=0, maximum=None):
         )
 
 
+def check_sample_weight(weight, rows=None, what="row"):
+    """Sample weights as a NumPy array, one finite number ≥ 0 for each row.
+
+    Args:
+        weight: Array, tensor, list or `None`, which stays `None`.
+        rows: Integer. How many rows there are, if that is known.
+        what: String. What a row is, for the message.
+
+    Raises:
+        ValueError: for everything else.
+    """
+    if weight is None:
+        return None
+    array = as_numpy(as_numbers(weight, "sample_weight"))
+    shape = array.shape
+    if not 1 <= len(shape) <= 2 or shape[1:] not in ((), (1,)):
+        raise ValueError(
+            f"Expected one weight for each {what}. Received: "
+            f"sample_weight.shape={shape}"
+        )
+    if rows is not None and len(array) != rows:
+        raise ValueError(
+            f"Expected one weight for each {what}. Received: "
+            f"sample_weight.shape={shape} and {rows} of them"
+        )
+    check_finite("sample_weight", array)
+    if array.size and array.min() < 0:
+        raise ValueError(
+            "Expected `sample_weight` of at least 0. Received: "
+            f"sample_weight from {array.min()}"
+        )
+    return array
+
+
+def check_no_class_weight(value, what="row"):
+    """Raises a `ValueError` where `fit` is given class weights."""
+    if value is not None:
+        raise ValueError(
+            f"Expected no `class_weight`: a {what} has no class here. Give "
+            f"`sample_weight`, one number for each {what}. Received: "
+            f"class_weight={value!r}"
+        )
+
+
+def row_weights(weight, what="row"):
+    """Sample weights in a training step, as a float32 tensor `(rows,)`.
+
+    Args:
+        weight: Tensor `(rows,)` or `(rows, 1)`.
+        what: String. What a row is, for the message.
+
+    Raises:
+        ValueError: if a row has several.
+    """
+    shape = tuple(weight.shape)
+    if not shape or any(size not in (None, 1) for size in shape[1:]):
+        raise ValueError(
+            f"Expected one weight for each {what}. Received: "
+            f"sample_weight of shape {shape}"
+        )
+    return ops.cast(ops.reshape(weight, (-1,)), "float32")
+
+
 def shapes_agree(shape, other):
     """Whether two shapes are equal where the sizes of both are known."""
     return len(shape) == len(other) and not any(

@@ -4,7 +4,13 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from blogkeras.arguments import as_numpy, check_integer, check_verbose
+from blogkeras.arguments import (
+    as_numpy,
+    check_integer,
+    check_no_class_weight,
+    check_sample_weight,
+    check_verbose,
+)
 
 
 class CompositeModel(keras.Model):
@@ -41,6 +47,75 @@ class CompositeModel(keras.Model):
         if len(seeds) == len(states):
             for number, state in enumerate(states):
                 state.assign(store[f"seed_{number}"])
+
+
+class TargetlessModel(CompositeModel):
+    """A model of data without targets, whose loss is its own. Abstract.
+
+    In a compiled step no values are known, so the data are checked before it:
+    `fit` and the like hand `x` to `_check_data` first, which subclasses
+    override. Sample weights are one number ≥ 0 for each row.
+    """
+
+    ROW = "row"  # what a row is, for messages
+
+    def _check_data(self, x):
+        """Checks data; of a data set, its first batch.
+
+        Returns:
+            `(x, rows)`: what to hand to Keras, and how many rows there are, or
+            `None` where that is not known.
+        """
+        raise NotImplementedError
+
+    def _before_fit(self, x):
+        """Called by `fit` with checked data."""
+
+    def _checked(self, x, y=None, sample_weight=None):
+        x, rows = self._check_data(x)
+        sample_weight = check_sample_weight(sample_weight, rows, self.ROW)
+        if sample_weight is not None and y is None and rows is not None:
+            # Without `y`, Keras would ignore the sample weights.
+            y = np.zeros(rows, "float32")
+        return x, y, sample_weight
+
+    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        """As in Keras; `y` is not used, sample weights are one for each row."""
+        check_no_class_weight(kwargs.get("class_weight"), self.ROW)
+        x, y, sample_weight = self._checked(x, y, sample_weight)
+        known = kwargs.get("validation_data")
+        if isinstance(known, (tuple, list)) and len(known):
+            known = self._checked(*known)
+            kwargs["validation_data"] = known[: 2 + (known[2] is not None)]
+        elif known is not None:
+            kwargs["validation_data"] = self._check_data(known)[0]
+        self._before_fit(x)
+        if hasattr(x, "element_spec") or hasattr(x, "__next__"):
+            # Keras warns of each data set that it does not shuffle.
+            kwargs.setdefault("shuffle", False)
+        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        # `fit` has checked its validation data already.
+        if not kwargs.get("_use_cached_eval_dataset"):
+            x, y, sample_weight = self._checked(x, y, sample_weight)
+        return super().evaluate(
+            x, y, *args, sample_weight=sample_weight, **kwargs
+        )
+
+    def predict(self, x, *args, **kwargs):
+        return super().predict(self._check_data(x)[0], *args, **kwargs)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        check_no_class_weight(kwargs.get("class_weight"), self.ROW)
+        return super().train_on_batch(
+            *self._checked(x, y, sample_weight), **kwargs
+        )
+
+    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
+        return super().test_on_batch(
+            *self._checked(x, y, sample_weight), **kwargs
+        )
 
 
 def map_batches(program, arrays, batch_size=32, verbose=0):

@@ -11,10 +11,10 @@ from blogkeras.arguments import (
     as_numpy,
     check_boolean,
     check_integer,
-    check_number,
 )
 from blogkeras.denoising.base import (
     DenoisingModel,
+    check_sigma,
     row_mean,
     warn_if_untrained,
 )
@@ -113,7 +113,9 @@ class AnnealedScoreMatching(DenoisingModel):
         if falling and np.asarray(sigmas)[0] < np.asarray(sigmas)[-1]:
             sigmas = list(sigmas)[::-1]
         levels = check_levels("sigmas", sigmas, above=0)
-        sigma0 = check_number("sigma0", sigma0, above=0)
+        for level in levels:
+            check_sigma("sigmas", level)
+        sigma0 = check_sigma("sigma0", sigma0)
         # The ends of `np.geomspace` are rounded, so they may miss sigma0.
         if not levels[-1] * (1 - 1e-6) <= sigma0 <= levels[0] * (1 + 1e-6):
             raise ValueError(
@@ -127,11 +129,11 @@ class AnnealedScoreMatching(DenoisingModel):
         self.allow_piecewise = allow_piecewise
         self._build_if_known()
 
-    def _build_network(self, shape):
-        inputs = keras.KerasTensor((None, *shape), "float32")
-        if self.conditional:
-            inputs = [inputs, keras.KerasTensor((None, 1), "float32")]
-        self.network(inputs)
+    def _network_inputs(self, shape):
+        inputs = super()._network_inputs(shape)
+        if not self.conditional:
+            return inputs
+        return [inputs, keras.KerasTensor((None, 1), "float32")]
 
     def _log_density(self, x, sigma, training=False):
         """`sigma` of shape `(rows,)`; not used unless conditional."""
@@ -217,7 +219,7 @@ class AnnealedScoreMatching(DenoisingModel):
                 "Expected no sigma: the network does not take it. Received: "
                 f"sigma={sigma}"
             )
-        return check_number("sigma", sigma, above=0)
+        return check_sigma("sigma", sigma)
 
     def denoise(self, x, sigma=None, batch_size=256, verbose=0):
         """x + σ₀² ∇log_density(x), the denoiser's jump.

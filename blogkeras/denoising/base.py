@@ -11,9 +11,12 @@ from blogkeras.arguments import (
     as_numpy,
     check_finite,
     check_integer,
+    check_number,
+    row_weights,
 )
+from blogkeras.denoising.energy import check_scalars
 from blogkeras.loops import ProgramCache
-from blogkeras.models import CompositeModel, map_batches
+from blogkeras.models import TargetlessModel, map_batches
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The noise of `evaluate` has seeds of its own, far from those of `fit`.
@@ -22,7 +25,36 @@ _EVALUATION = 2**20
 _START = 2**31 - 1
 
 
-class DenoisingModel(CompositeModel):
+class RowModel(TargetlessModel):
+    """A model of rows of numbers. Abstract.
+
+    Subclasses have `row_shape`, the shape of one row.
+    """
+
+    def _check_data(self, x):
+        check = self._check_rows if self.built else check_rows
+        if not is_array(x):
+            check_source(x)
+            # A data set that is divided among replicas has no `take`.
+            is_set = hasattr(x, "take") or isinstance(x, keras.utils.PyDataset)
+            for batch in _batches(x, 1) if is_set else ():
+                check(batch)
+            return x, None
+        # Lists, and tables such as those of pandas.
+        x = x if ops.is_tensor(x) else as_numpy(x)
+        return x, len(check(x))
+
+    def _check_rows(self, x):
+        x = check_rows(x)
+        if x.shape[1:] != self.row_shape:
+            raise ValueError(
+                f"Expected rows of shape {self.row_shape}. Received: x of "
+                f"shape {x.shape}"
+            )
+        return x
+
+
+class DenoisingModel(RowModel):
     """A model that is trained on data with Gaussian noise. Abstract.
 
     Subclasses have `last_sigma`, the σ of the density that they give.
@@ -65,8 +97,13 @@ class DenoisingModel(CompositeModel):
                 "Expected rows of a fixed shape (rows, ...). Received: "
                 f"input_shape={input_shape}"
             )
-        if not self.network.built:
-            self._build_network(shape)
+        inputs = self._network_inputs(shape)
+        self._check_outputs(
+            self.network.compute_output_spec(inputs)
+            if self.network.built
+            else self.network(inputs),
+            shape,
+        )
         if self._moments_built:
             return
         self._moments_built = True
@@ -87,8 +124,13 @@ class DenoisingModel(CompositeModel):
             (), "zeros", "int32", trainable=False, name="num_adapted"
         )
 
-    def _build_network(self, shape):
-        self.network(keras.KerasTensor((None, *shape), "float32"))
+    def _network_inputs(self, shape):
+        """What the network takes, for rows of a shape."""
+        return keras.KerasTensor((None, *shape), "float32")
+
+    def _check_outputs(self, outputs, shape):
+        """Raises a `ValueError` where a network gives something else."""
+        check_scalars(outputs)
 
     @property
     def row_shape(self):
@@ -134,23 +176,19 @@ class DenoisingModel(CompositeModel):
                 f"Expected rows of shape {self._row_shape}. Received: rows of "
                 f"shape {mean.shape}"
             )
+        variance = np.maximum(squares / count - mean**2, 0).mean()
+        if variance > np.finfo("float32").max:
+            raise ValueError(
+                "Expected numbers with squares that float32 can hold; scale "
+                f"the data. Received: x with the variance {variance:.3g}"
+            )
         self.mean.assign(mean)
-        self.variance.assign(np.maximum(squares / count - mean**2, 0).mean())
+        self.variance.assign(variance)
         self.num_adapted.assign(count)
 
-    def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
-        """As in Keras; `y` is not used in the loss.
-
-        Sample weights, one for each row, need a `y`, since Keras drops them
-        otherwise: `fit(x, x, sample_weight=...)`.
-        """
-        # Lists, and tables such as those of pandas.
-        if isinstance(x, list) or hasattr(x, "__array__"):
-            x = x if ops.is_tensor(x) else as_numpy(x)
-            check_rows(x)
+    def _before_fit(self, x):
         if not self.built or not int(ops.convert_to_numpy(self.num_adapted)):
             self.adapt(x)
-        return super().fit(x, y, batch_size, epochs, **kwargs)
 
     # Training
 
@@ -176,10 +214,7 @@ class DenoisingModel(CompositeModel):
             sample_weight: `None`, `(rows,)` or `(rows, 1)`.
         """
         if sample_weight is not None:
-            sample_weight = ops.cast(
-                ops.reshape(sample_weight, (-1,)), "float32"
-            )
-            each = each * sample_weight
+            each = each * row_weights(sample_weight)
         self.denoising_loss.update_state(error)
         loss = ops.mean(each)
         for value in self.losses:
@@ -221,15 +256,6 @@ class DenoisingModel(CompositeModel):
         scale = ops.sqrt(self.variance.value)
         start = self.mean.value + scale * backend.normal(shape, seed=seed)
         return ops.convert_to_numpy(start)
-
-    def _check_rows(self, x):
-        x = check_rows(x)
-        if x.shape[1:] != self.row_shape:
-            raise ValueError(
-                f"Expected rows of shape {self.row_shape}. Received: x of "
-                f"shape {x.shape}"
-            )
-        return x
 
     def get_config(self):
         return {
@@ -284,9 +310,29 @@ def row_mean(x):
     return ops.mean(ops.reshape(x, (ops.shape(x)[0], -1)), axis=-1)
 
 
+def check_source(x):
+    """Raises a `ValueError` for what cannot give rows."""
+    if x is None or isinstance(x, (str, bytes, dict, tuple, set)):
+        raise ValueError(
+            "Expected rows: an array, a list, a data set or a generator. "
+            f"Received: x of type {type(x).__name__}"
+        )
+
+
+def check_sigma(name, value):
+    """A number above 0 whose square is neither 0 nor infinite in float32."""
+    value = check_number(name, value, above=0)
+    return check_number(name, value, 1e-18, 1e18)
+
+
 def check_seed_number(seed):
     """An integer or `None`, which a config can store."""
     return None if seed is None else check_integer("seed", seed)
+
+
+def is_array(x):
+    """Whether data are an array, a tensor, a list or a table."""
+    return isinstance(x, list) or ops.is_tensor(x) or hasattr(x, "__array__")
 
 
 def has_rows(x):
@@ -322,7 +368,8 @@ def input_shape_of(network):
 
 
 def _batches(x, limit):
-    if isinstance(x, np.ndarray) or ops.is_tensor(x):
+    x = as_numpy(x) if isinstance(x, list) else x
+    if is_array(x):
         # In pieces: they are converted to float64.
         for start in range(0, len(x), 4096):
             yield x[start : start + 4096]

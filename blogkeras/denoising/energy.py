@@ -12,6 +12,7 @@ from blogkeras.arguments import (
     check_choice,
     check_integer,
     check_layer,
+    shapes_agree,
 )
 
 # Names of Keras's layers and operations whose second derivative is zero almost
@@ -44,7 +45,7 @@ def log_density_and_score(log_density, x, **kwargs):
     """
 
     def total(x):
-        values = as_scalars(log_density(x, **kwargs))
+        values = as_scalars(log_density(x, **kwargs), ops.shape(x)[0])
         return ops.sum(values), values
 
     # Of a loss on the gradient the gradient is of second order.
@@ -53,14 +54,32 @@ def log_density_and_score(log_density, x, **kwargs):
     return values, gradient
 
 
-def as_scalars(values):
-    """`(rows,)` or `(rows, 1)` as float32 of shape `(rows,)`."""
-    shape = tuple(values.shape)
-    if len(shape) not in (1, 2) or (len(shape) == 2 and shape[1] != 1):
+def check_scalars(values, rows=None):
+    """Raises a `ValueError` unless there is one number for each row.
+
+    Args:
+        values: Anything.
+        rows: Integer or tensor. The number of rows; checked where it is known.
+    """
+    shape = getattr(values, "shape", None)
+    rows = rows if isinstance(rows, int) else None
+    if shape is None or not any(
+        shapes_agree(tuple(shape), known) for known in ((rows,), (rows, 1))
+    ):
+        received = type(values).__name__
+        if shape is not None:
+            received = f"output of shape {tuple(shape)}"
+        if rows is not None:
+            received += f" for {rows} rows"
         raise ValueError(
             "Expected one number for each row, of shape (rows,) or (rows, 1). "
-            f"Received: output of shape {shape}"
+            f"Received: {received}"
         )
+
+
+def as_scalars(values, rows=None):
+    """`(rows,)` or `(rows, 1)` as float32 of shape `(rows,)`."""
+    check_scalars(values, rows)
     return ops.cast(ops.reshape(values, (-1,)), "float32")
 
 
@@ -74,6 +93,12 @@ def check_network(network, allow_piecewise=False, name="network"):
     """
     check_layer(name, network)
     check_boolean("allow_piecewise", allow_piecewise)
+    for x in getattr(network, "inputs", None) or ():
+        if "float" not in x.dtype:
+            raise ValueError(
+                "Expected a network of floating-point inputs: integers have "
+                f"no gradient. Received: {name} with an input of {x.dtype}"
+            )
     for part in _parts(network):
         if isinstance(part, layers.BatchNormalization) and part.trainable:
             raise ValueError(

@@ -9,10 +9,13 @@ from blogkeras.arguments import (
     check_boolean,
     check_integer,
     check_layer,
-    check_number,
+    shapes_agree,
 )
 from blogkeras.denoising.base import (
     DenoisingModel,
+    check_sigma,
+    check_source,
+    is_array,
     row_mean,
     warn_if_untrained,
 )
@@ -32,7 +35,7 @@ class _OneNoise(DenoisingModel):
             sigma, keras.optimizers.schedules.LearningRateSchedule
         )
         if not scheduled:
-            sigma = check_number("sigma", sigma, above=0)
+            sigma = check_sigma("sigma", sigma)
         is_auto = isinstance(annealing_steps, str) and annealing_steps == "auto"
         if not is_auto:
             annealing_steps = check_integer(
@@ -111,9 +114,10 @@ _Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 def _steps_per_epoch(x, batch_size, kwargs):
     """Steps in an epoch of `fit`; an error where they are unknown."""
+    check_source(x)
     if kwargs.get("steps_per_epoch") is not None:
         return check_integer("steps_per_epoch", kwargs["steps_per_epoch"], 1)
-    if isinstance(x, list) or ops.is_tensor(x) or hasattr(x, "__array__"):
+    if is_array(x):
         rows = int(len(x) * (1 - kwargs.get("validation_split", 0.0)))
         return -(-rows // (batch_size or 32))
     number = None
@@ -377,14 +381,18 @@ class DenoisingAutoencoder(_OneNoise):
         super().__init__(network, sigma, annealing_steps, seed, **kwargs)
         self._build_if_known()
 
+    def _check_outputs(self, outputs, shape):
+        received = getattr(outputs, "shape", [type(outputs).__name__])
+        if not shapes_agree(tuple(received)[1:], shape):
+            raise ValueError(
+                f"Expected rows of shape {tuple(shape)} from the network, like "
+                f"its input. Received: output of shape {tuple(received)}"
+            )
+
     def call(self, inputs, training=None):
         x = ops.cast(inputs, "float32")
         outputs = self.network(x, training=training)
-        if tuple(outputs.shape[1:]) != tuple(x.shape[1:]):
-            raise ValueError(
-                f"Expected rows of shape {tuple(x.shape[1:])} from the "
-                f"network, like its input. Received: {tuple(outputs.shape[1:])}"
-            )
+        self._check_outputs(outputs, x.shape[1:])
         return ops.cast(outputs, "float32")
 
     def compute_output_spec(self, inputs, training=None):

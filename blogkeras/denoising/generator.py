@@ -5,10 +5,12 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import check_integer, check_layer, check_number
+from blogkeras.arguments import check_integer, check_layer, row_weights
 from blogkeras.denoising.base import (
     DenoisingModel,
+    RowModel,
     check_no_losses,
+    check_sigma,
     evaluation_seed,
     input_shape_of,
     row_mean,
@@ -16,7 +18,7 @@ from blogkeras.denoising.base import (
 )
 from blogkeras.denoising.energy import check_network, log_density_and_score
 from blogkeras.loops import ProgramCache
-from blogkeras.models import CompositeModel, map_batches
+from blogkeras.models import map_batches
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The step number that the latent vectors of `sample` are drawn with.
@@ -24,7 +26,7 @@ _SAMPLE = 2**31 - 2
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class DenoisingGenerator(CompositeModel):
+class DenoisingGenerator(RowModel):
     """Trains a generator until its noisy samples are as likely as noisy data.
 
     Given is a model of log p̂, the density of the data with noise N(0, σ²); it
@@ -122,7 +124,7 @@ class DenoisingGenerator(CompositeModel):
             )
         if sigma is None:
             sigma = data_density.last_sigma
-        sigma = check_number("sigma", sigma, above=0)
+        sigma = check_sigma("sigma", sigma)
         latent_shape = input_shape_of(generator)
         if latent_shape is None:
             raise ValueError(
@@ -149,6 +151,11 @@ class DenoisingGenerator(CompositeModel):
         for density in (self.data_density, self.model_density):
             if not density.built:
                 density(rows)
+
+    @property
+    def row_shape(self):
+        """The shape of one latent vector."""
+        return self.latent_shape
 
     def call(self, inputs, training=None):
         return ops.cast(
@@ -278,7 +285,7 @@ class DenoisingGenerator(CompositeModel):
         generator_loss = generator_loss - ops.stop_gradient(generator_loss)
         each = density_loss + generator_loss
         if sample_weight is not None:
-            each = each * ops.cast(ops.reshape(sample_weight, (-1,)), "float32")
+            each = each * row_weights(sample_weight)
         self.density_loss.update_state(density_loss)
         self.divergence.update_state(log_q - log_p)
         loss = ops.mean(each)

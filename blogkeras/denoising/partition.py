@@ -182,7 +182,9 @@ def _evaluate(log_density, x, verbose):
     batch_size = min(len(x), 16_384)
     program = programs_of(log_density).get(
         ("partition", batch_size, x.shape[1:]),
-        lambda: compiler(log_density)(lambda x: as_scalars(log_density(x))),
+        lambda: compiler(log_density)(
+            lambda x: as_scalars(log_density(x), x.shape[0])
+        ),
     )
     values = map_batches(program, [x.astype("float32")], batch_size, verbose)
     return values.astype("float64")

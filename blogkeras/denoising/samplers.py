@@ -27,6 +27,8 @@ from blogkeras.typing import Tensor
 
 def _positive(name, value):
     value = check_number(name, value, above=0)
+    # Beyond these, float32 holds zero or an infinity.
+    value = check_number(name, value, 1e-37, 3e38)
     return ops.convert_to_tensor(value, "float32")
 
 

@@ -1,4 +1,4 @@
-"""Checks of what the user gives: pixels, latent variables, weights."""
+"""Checks of what the user gives: pixels and latent variables."""
 
 import types
 
@@ -16,7 +16,7 @@ def check_data(x, config):
             "Expected pictures: an array, a tensor or a data set of them. "
             f"Received: x of type {type(x).__name__}"
         )
-    if isinstance(x, (np.ndarray, list)) or ops.is_tensor(x):
+    if isinstance(x, list) or ops.is_tensor(x) or hasattr(x, "__array__"):
         return check_pixels(x, config)
     if isinstance(x, types.GeneratorType):
         first = next(x)
@@ -117,30 +117,6 @@ def check_latents(z, num, config):
             )
         return z, rows.pop()
     return z, check_integer("num", 1 if num is None else num, 1)
-
-
-def check_weights(weight, x):
-    """`weight`, after an array was checked: one number for each picture."""
-    if weight is None or not hasattr(x, "shape"):
-        return weight
-    weight = as_numpy(weight)
-    if weight.shape not in ((len(x),), (len(x), 1)):
-        raise ValueError(
-            "Expected one weight for each picture. Received: "
-            f"sample_weight.shape={weight.shape} and {len(x)} pictures"
-        )
-    check_finite("sample_weight", weight)
-    return weight
-
-
-def row_weight(weight):
-    """Sample weights as a vector; a ValueError if a picture has several."""
-    if any(size not in (None, 1) for size in weight.shape[1:]):
-        raise ValueError(
-            "Expected one weight for each picture. Received: "
-            f"sample_weight.shape={tuple(weight.shape)}"
-        )
-    return ops.reshape(weight, (-1,))
 
 
 def _gathered(x):

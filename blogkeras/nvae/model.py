@@ -13,17 +13,16 @@ from blogkeras.arguments import (
     check_integer,
     check_number,
     check_seed,
+    row_weights,
 )
 from blogkeras.loops import ProgramCache
-from blogkeras.models import CompositeModel
+from blogkeras.models import TargetlessModel
 from blogkeras.nvae import objective, verbs
 from blogkeras.nvae.checks import (
     check_data,
     check_latents,
     check_pixels,
     check_shape,
-    check_weights,
-    row_weight,
 )
 from blogkeras.nvae.convolution import Convolution, SpectralPenalty
 from blogkeras.nvae.distributions import noise, picture_sum, pixels
@@ -46,7 +45,7 @@ class _RowLoss(keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class NVAE(CompositeModel):
+class NVAE(TargetlessModel):
     """A deep hierarchical variational autoencoder for pictures.
 
     Latent variables come in groups z_1 … z_L, drawn one after another at
@@ -103,6 +102,8 @@ class NVAE(CompositeModel):
         [Vahdat & Kautz, 2020](https://arxiv.org/abs/2007.03898);
         [blog post 7574](https://kexue.fm/archives/7574)
     """
+
+    ROW = "picture"
 
     def __init__(
         self,
@@ -251,7 +252,7 @@ class NVAE(CompositeModel):
         config = self.config
         kl, reconstruction = y_pred["kl"], -y_pred["log_likelihood"]
         if sample_weight is not None:
-            sample_weight = row_weight(sample_weight)
+            sample_weight = row_weights(sample_weight, self.ROW)
         total = ops.sum(kl, axis=-1)
         for metric, values in (
             (self.nelbo, reconstruction + total),
@@ -283,33 +284,9 @@ class NVAE(CompositeModel):
 
     # The values of pixels are checked here, before they enter a compiled step.
 
-    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    def _check_data(self, x):
         x = check_data(x, self.config)
-        sample_weight = check_weights(sample_weight, x)
-        if kwargs.get("class_weight") is not None:
-            raise ValueError(
-                "Expected no class_weight: pictures have no classes here. Give "
-                "sample_weight. Received: class_weight="
-                f"{kwargs['class_weight']!r}"
-            )
-        known = kwargs.get("validation_data")
-        if isinstance(known, (tuple, list)):
-            check_data(known[0], self.config)
-        elif known is not None:
-            kwargs["validation_data"] = check_data(known, self.config)
-        if sample_weight is not None and y is None:
-            # Without `y`, Keras would ignore the sample weights.
-            y = np.zeros(len(x), "float32")
-        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
-
-    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
-        x = check_data(x, self.config)
-        sample_weight = check_weights(sample_weight, x)
-        if sample_weight is not None and y is None:
-            y = np.zeros(len(x), "float32")
-        return super().evaluate(
-            x, y, *args, sample_weight=sample_weight, **kwargs
-        )
+        return x, len(x) if isinstance(x, np.ndarray) else None
 
     # Verbs
 

@@ -62,9 +62,11 @@ class Backbone:
 
     def __call__(self, ids, segments=None, training=None):
         """`(batch, length)` tokens to `(batch, length, dim)` vectors."""
-        return self._sequence(
+        vectors = self._sequence(
             self.model(self._inputs(ids, segments), training=training)
         )
+        self._check_length(vectors.shape[1], ids.shape[1])
+        return vectors
 
     def _inputs(self, ids, segments):
         def value(role):
@@ -90,16 +92,27 @@ class Backbone:
             )
         return sequences[0]
 
+    def _check_length(self, length, tokens):
+        if None not in (length, tokens) and length != tokens:
+            raise ValueError(
+                f"Expected `{self.name}` to give one vector for each token. "
+                f"Received: {self.name}={self.model.name!r} with {length} "
+                f"vectors for {tokens} tokens"
+            )
+
     def _dim(self):
         if isinstance(self.model, keras.Sequential):
-            outputs = self.model.outputs
+            inputs, outputs = self.model.inputs, self.model.outputs
         else:
             try:
-                outputs = self.model.output
+                inputs, outputs = self.model.input, self.model.output
             except (AttributeError, ValueError):
-                ids = keras.KerasTensor((None, 8), "int32")
-                outputs = self.model.compute_output_spec(ids)
-        return self._sequence(outputs).shape[-1]
+                inputs = keras.KerasTensor((None, 8), "int32")
+                outputs = self.model.compute_output_spec(inputs)
+        tokens = tree.flatten(inputs)[0].shape[1]
+        vectors = self._sequence(outputs)
+        self._check_length(vectors.shape[1], tokens)
+        return vectors.shape[-1]
 
 
 def _roles(name, model):

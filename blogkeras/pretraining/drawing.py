@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
+from blogkeras.arguments import shapes_agree
 from blogkeras.ops import sample_categorical
 from blogkeras.state import draw_rows
 
@@ -13,9 +14,34 @@ FREQUENCIES = ("uniform", "unigram")
 
 def draws_without_network(generator):
     """Whether a generator is a name or a function, and no network."""
-    return isinstance(generator, str) or (
-        callable(generator) and not isinstance(generator, keras.layers.Layer)
+    is_function = callable(generator) and not isinstance(
+        generator, (keras.layers.Layer, type)
     )
+    return isinstance(generator, str) or is_function
+
+
+def checked_logits(logits, positions, size):
+    """What a function gives as logits, float32.
+
+    Args:
+        logits: Anything.
+        positions: `(batch, K)`, the masked positions.
+        size: Integer. The number of tokens in the vocabulary.
+
+    Raises:
+        ValueError: unless it is a tensor or array of the shape `(size,)` or
+            `(batch, K, size)`.
+    """
+    shape = tuple(getattr(logits, "shape", ()))
+    expected = (*positions.shape, size)
+    known = len(shape) == 3 and shapes_agree(shape, expected)
+    if not (known or shape == (size,)):
+        raise ValueError(
+            "Expected the generator to give logits of the shape (vocabulary,) "
+            f"or (batch, positions, vocabulary), ({size},) or {expected} here. "
+            f"Received: {type(logits).__name__} of shape {shape}"
+        )
+    return ops.cast(logits, "float32")
 
 
 def frequency_logits(counts, never):

@@ -9,7 +9,11 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.arguments import check_boolean, check_choice, check_number
 from blogkeras.models import map_batches
-from blogkeras.pretraining.drawing import draw_tokens, frequency_logits
+from blogkeras.pretraining.drawing import (
+    checked_logits,
+    draw_tokens,
+    frequency_logits,
+)
 from blogkeras.pretraining.heads import (
     BinaryHead,
     MaskedTokenHead,
@@ -21,7 +25,7 @@ from blogkeras.pretraining.language_model import MaskedLanguageModel
 from blogkeras.pretraining.masking import TokenMasking, put
 from blogkeras.pretraining.token_model import (
     TokenModel,
-    row_weights,
+    sequence_weights,
     weighted_mean,
 )
 from blogkeras.pretraining.tying import (
@@ -150,7 +154,7 @@ class ElectraPretrainer(TokenModel):
         allow_original: bool = True,
         masking: Any = None,
         embedding: Any = None,
-        pad_token: int | None = 0,
+        pad_token: int = 0,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -321,7 +325,11 @@ class ElectraPretrainer(TokenModel):
                 gathered(vectors, positions), self._generation.table
             )
         if callable(self.generator):
-            return self.generator(masked["token_ids"], positions)
+            return checked_logits(
+                self.generator(masked["token_ids"], positions),
+                positions,
+                self.vocabulary_size,
+            )
         counts = ops.ones((self.vocabulary_size,))
         if self.token_counts is not None:
             counts = ops.convert_to_tensor(self.token_counts)
@@ -365,7 +373,7 @@ class ElectraPretrainer(TokenModel):
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         ids = self._prepared(x)[0]
-        rows = row_weights(sample_weight)
+        rows = sequence_weights(sample_weight)
         at_masks = y_pred["mask_weights"] * rows
         at_tokens = ops.cast(ids != self.pad_token, "float32") * rows
         logits, labels = y_pred["discriminator_logits"], y_pred["labels"]

@@ -22,7 +22,7 @@ from blogkeras.pretraining.heads import (
 from blogkeras.pretraining.pairs import change_pairs
 from blogkeras.pretraining.token_model import (
     TokenModel,
-    row_weights,
+    sequence_weights,
     weighted_mean,
 )
 
@@ -101,7 +101,7 @@ class MaskedLanguageModel(TokenModel):
         masking: Any = None,
         embedding: Any = None,
         head: Any = None,
-        pad_token: int | None = 0,
+        pad_token: int = 0,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
@@ -192,7 +192,7 @@ class MaskedLanguageModel(TokenModel):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        rows = row_weights(sample_weight)
+        rows = sequence_weights(sample_weight)
         weights = y_pred["mask_weights"] * rows
         losses = y_pred["masked_losses"]
         loss = weighted_mean(losses, weights)

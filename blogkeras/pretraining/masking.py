@@ -117,7 +117,7 @@ class TokenMasking(keras.layers.Layer):
         mask_token_rate: float = 0.8,
         random_token_rate: float = 0.1,
         num_positions: int | None = None,
-        pad_token: int | None = 0,
+        pad_token: int = 0,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:

@@ -5,15 +5,20 @@ import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
-from blogkeras.arguments import as_numpy, check_integer, check_integers
-from blogkeras.models import CompositeModel
+from blogkeras.arguments import (
+    as_numpy,
+    check_integer,
+    check_integers,
+    row_weights,
+)
+from blogkeras.models import TargetlessModel
 from blogkeras.pretraining.masking import TokenMasking
 from blogkeras.state import NumberedDraws
 
 INPUTS = ("token_ids", "segment_ids", "word_ids")
 
 
-class TokenModel(CompositeModel):
+class TokenModel(TargetlessModel):
     """A model of tokens whose loss is its own: `fit(tokens)`.
 
     Subclasses call `_set_masking` and `_set_means`, and set `takes_segments`
@@ -21,6 +26,7 @@ class TokenModel(CompositeModel):
     """
 
     PARTS: tuple[str, ...] = ()
+    ROW = "sequence"
 
     def _set_masking(
         self,
@@ -97,8 +103,8 @@ class TokenModel(CompositeModel):
             elif _short(x):
                 received = repr(x)
             raise ValueError(
-                "Expected tokens, [tokens, segments], or a dict with "
-                "'token_ids' and, where there are any, 'segment_ids' and "
+                "Expected an array of tokens, [tokens, segments], or a dict "
+                "with 'token_ids' and, where there are any, 'segment_ids' and "
                 "'word_ids'; what is padding is known by `pad_token`. "
                 f"Received: {received}"
             )
@@ -151,65 +157,22 @@ class TokenModel(CompositeModel):
     # NaN, the last row of the table or an error of the device. So `fit` and
     # the like look at what they are given before they begin.
 
-    def _check(self, x):
+    def _check_data(self, x):
+        if hasattr(x, "__array__") and not ops.is_tensor(x):
+            x = np.asarray(x)
+        batch = x
         if hasattr(x, "element_spec"):  # a tf.data.Dataset
-            x = _inputs(next(iter(x.take(1)), None))
+            batch = _inputs(next(iter(x.take(1)), None))
             # TensorFlow's tensors, on the JAX backend too.
-            x = tree.map_structure(np.asarray, x)
+            batch = tree.map_structure(np.asarray, batch)
         elif isinstance(x, keras.utils.PyDataset):
-            x = _inputs(x[0])
-        if _is_data(x):
-            self._split(x)
-
-    def _with_targets(self, x, y, sample_weight):
-        """Checks the data; returns the `y` to hand to Keras.
-
-        Keras forgets sample weights where there are no targets. So the tokens
-        stand in for them, which `compute_loss` does not look at.
-        """
-        self._check(x)
-        if sample_weight is not None:
-            row_weights(np.asarray(sample_weight))
-            if y is None and _is_data(x):
-                return self._split(x)[0]
-        return y
-
-    def fit(self, x=None, y=None, *args, **kwargs):
-        if kwargs.get("class_weight") is not None:
-            raise ValueError(
-                "Expected no `class_weight`: sequences have no classes. Give "
-                "`sample_weight`, one number for each sequence. Received: "
-                f"class_weight={kwargs['class_weight']!r}"
-            )
-        y = self._with_targets(x, y, kwargs.get("sample_weight"))
-        validation = kwargs.get("validation_data")
-        if isinstance(validation, (list, tuple)) and len(validation):
-            first, second, weight = (*validation, None, None)[:3]
-            second = self._with_targets(first, second, weight)
-            if weight is not None:
-                kwargs["validation_data"] = first, second, weight
-        else:
-            self._check(validation)
-        if hasattr(x, "element_spec"):
-            # Keras warns of each data set that it does not shuffle.
-            kwargs.setdefault("shuffle", False)
-        return super().fit(x, y, *args, **kwargs)
-
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        y = self._with_targets(x, y, kwargs.get("sample_weight"))
-        return super().evaluate(x, y, *args, **kwargs)
-
-    def predict(self, x, *args, **kwargs):
-        self._check(x)
-        return super().predict(x, *args, **kwargs)
-
-    def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
-        y = self._with_targets(x, y, sample_weight)
-        return super().train_on_batch(x, y, sample_weight, **kwargs)
-
-    def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
-        y = self._with_targets(x, y, sample_weight)
-        return super().test_on_batch(x, y, sample_weight, **kwargs)
+            batch = _inputs(x[0])
+        if not _is_data(batch):
+            return x, None
+        tokens = self._split(batch)[0]
+        if not len(tokens):
+            raise ValueError("Expected at least one sequence. Received: none")
+        return x, len(tokens) if batch is x else None
 
     def _added_losses(self):
         """What layers gave to `add_loss`, regularizers included."""
@@ -259,17 +222,11 @@ def weighted_mean(values, weights):
     return ops.sum(values * weights) / total
 
 
-def row_weights(sample_weight):
+def sequence_weights(sample_weight):
     """Sample weights `(batch, 1)`, or 1."""
     if sample_weight is None:
         return 1.0
-    shape = sample_weight.shape
-    if not shape or any(size not in (None, 1) for size in shape[1:]):
-        raise ValueError(
-            "Expected one weight for each sequence. Received: sample_weight of "
-            f"shape {tuple(shape)}"
-        )
-    return ops.cast(ops.reshape(sample_weight, [-1, 1]), "float32")
+    return row_weights(sample_weight, "sequence")[:, None]
 
 
 def as_masking(

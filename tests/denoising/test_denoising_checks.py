@@ -1,0 +1,116 @@
+"""Which networks, data and numbers the denoising models refuse, and when."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from blogkeras.denoising import (
+    AnnealedScoreMatching,
+    DenoisingAutoencoder,
+    DenoisingDensityEstimator,
+    langevin,
+    mlp_log_density,
+)
+
+X = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
+
+
+def network(*behind, **options):
+    return keras.Sequential([keras.Input((2,), **options), *behind])
+
+
+def estimator(**kwargs):
+    model = DenoisingDensityEstimator(
+        mlp_log_density((2,), (4,)), 0.5, seed=0, **kwargs
+    )
+    model.compile("sgd", run_eagerly=True)
+    return model
+
+
+def several_outputs(structure):
+    inputs = keras.Input((2,))
+    return keras.Model(
+        inputs, structure(layers.Dense(1)(inputs), layers.Dense(1)(inputs))
+    )
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: network(layers.Dense(3)),
+        lambda: network(layers.Dense(1), layers.Reshape((1, 1))),
+        lambda: several_outputs(lambda a, b: [a, b]),
+        lambda: several_outputs(lambda a, b: {"a": a, "b": b}),
+    ],
+)
+def test_one_number_for_each_row_from_the_start(make):
+    with pytest.raises(ValueError, match="one number for each row"):
+        DenoisingDensityEstimator(make(), 0.5)
+    with pytest.raises(ValueError, match="one number for each row"):
+        AnnealedScoreMatching(make(), [1.0, 0.1])
+
+
+def test_rows_like_the_input_from_the_start():
+    with pytest.raises(ValueError, match=r"rows of shape \(2,\)"):
+        DenoisingAutoencoder(network(layers.Dense(3)), 0.5)
+
+
+def test_integers_have_no_gradient():
+    embed = network(
+        layers.Embedding(9, 3), layers.Flatten(), layers.Dense(1), dtype="int32"
+    )
+    with pytest.raises(ValueError, match="floating-point inputs"):
+        DenoisingDensityEstimator(embed, 0.5)
+
+
+@pytest.mark.parametrize("sigma", [1e-30, 1e30])
+def test_sigma_whose_square_float32_cannot_hold(sigma):
+    with pytest.raises(ValueError, match="`sigma`"):
+        DenoisingDensityEstimator(mlp_log_density((2,), (4,)), sigma)
+    with pytest.raises(ValueError, match="`sigmas`"):
+        AnnealedScoreMatching(
+            mlp_log_density((2,), (4,)), sorted([sigma, 0.1]), 0.1
+        )
+
+
+def test_step_size_that_float32_cannot_hold():
+    with pytest.raises(ValueError, match="`step_size`"):
+        langevin(lambda x: -ops.sum(x**2, -1), X, 3, 1e-60)
+
+
+def test_variance_that_float32_cannot_hold():
+    with pytest.raises(ValueError, match="scale the data"):
+        estimator().fit(X * 1e30, verbose=0)
+
+
+@pytest.mark.parametrize("data", [None, "rows", {"x": X}, (X, X)])
+def test_what_gives_no_rows(data):
+    with pytest.raises(ValueError, match="Expected rows: an array"):
+        estimator().fit(data)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [(X[:, :1], r"rows of shape \(2,\)"), (X * np.nan, "finite")],
+)
+def test_later_data_are_checked_too(bad, message):
+    model = estimator()
+    model.fit(X, verbose=0)
+    for call in (
+        lambda: model.fit(bad, verbose=0),
+        lambda: model.evaluate(bad, verbose=0),
+        lambda: model.predict(bad, verbose=0),
+        lambda: model.train_on_batch(bad),
+        lambda: model.test_on_batch(bad),
+        lambda: model.fit(X, validation_data=(bad,), verbose=0),
+        lambda: model.fit(X, validation_data=bad, verbose=0),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_weights_count_without_targets():
+    model = estimator()
+    logs = model.fit(X, sample_weight=np.zeros(8), verbose=0).history
+    assert logs["loss"] == [0.0]
