@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_boolean,
     check_integer,
@@ -300,7 +301,7 @@ class AnnealedScoreMatching(DenoisingModel):
         """
         num_steps = check_integer("num_steps", num_steps, minimum=1)
         warn_if_untrained(self)
-        x = as_numpy(x)
+        x = as_numpy(as_numbers(x, "x"))
         known = np.broadcast_to(check_mask(mask, x), x.shape)
         # NaN often marks what is missing.
         filled = np.where(known, x, 0)

@@ -8,6 +8,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_finite,
     check_integer,
@@ -344,7 +345,7 @@ def has_rows(x):
 
 def check_rows(x, dtype="float32"):
     """Rows of finite numbers, of any numeric dtype, as floats."""
-    x = as_numpy(x)
+    x = as_numpy(as_numbers(x, "x"))
     if not has_rows(x):
         raise ValueError(
             "Expected numbers of shape (rows, ...), at least one row. "

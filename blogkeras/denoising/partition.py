@@ -10,6 +10,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_choice,
     check_finite,
@@ -187,6 +188,8 @@ def _evaluate(log_density, x, verbose):
         ),
     )
     values = map_batches(program, [x.astype("float32")], batch_size, verbose)
+    # −∞ is the logarithm of 0; NaN and +∞ are of no density.
+    check_finite("log_density(x)", np.where(values == -np.inf, 0, values))
     return values.astype("float64")
 
 
@@ -244,7 +247,11 @@ def _quadrature(log_density, bounds, num_points, verbose):
     points = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
     values = _evaluate(log_density, points.reshape(-1, len(axes)), verbose)
     values = values.reshape(points.shape[:-1])
-    check_finite("log_density(x)", np.where(values == -np.inf, 0, values))
+    if values.max() == -np.inf:
+        raise ValueError(
+            "Expected a density that is above 0 somewhere in the box. "
+            f"Received: a log-density of -inf everywhere in {bounds}"
+        )
 
     def integrate(values, log_step):
         weights = np.ones(values.shape)
@@ -333,7 +340,7 @@ def _annealed(
     steps = 1000 if num_steps is None else num_steps
     steps = check_integer("num_steps", steps, minimum=1)
     if samples is not None:
-        samples = as_numpy(samples).astype("float64")
+        samples = as_numpy(as_numbers(samples, "samples")).astype("float64")
         if samples.shape[1:] != mean.shape or len(samples) < 2:
             raise ValueError(
                 f"Expected two or more samples of shape {mean.shape} each. "

@@ -17,6 +17,7 @@ NumPy in float64 on every backend.
 import numpy as np
 
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_finite,
     check_integer,
@@ -52,7 +53,7 @@ class ToyDensity:
             sigma: Float ≥ 0. Standard deviation of the noise.
         """
         sigma = check_number("sigma", sigma, minimum=0)
-        x = as_numpy(x)
+        x = as_numpy(as_numbers(x, "x"))
         if x.ndim != 2 or x.shape[1] != 2:
             raise ValueError(
                 "Expected points of the plane, of shape (n, 2). Received: "

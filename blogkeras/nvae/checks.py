@@ -6,7 +6,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from blogkeras.arguments import as_numpy, check_finite, check_integer
+from blogkeras.arguments import (
+    as_numbers,
+    as_numpy,
+    check_finite,
+    check_integer,
+)
 
 
 def check_data(x, config):
@@ -96,8 +101,8 @@ def check_latents(z, num, config):
             + (f" and length {len(z)}" if hasattr(z, "__len__") else "")
         )
     z = [
-        None if x is None else as_numpy(x).astype("float32", copy=False)
-        for x in [*z, *[None] * (len(shapes) - len(z))]
+        x if x is None else _numbers(x, f"z[{i}]").astype("float32", copy=False)
+        for i, x in enumerate([*z, *[None] * (len(shapes) - len(z))])
     ]
     rows = {len(x) for x in z if x is not None and x.ndim}
     for i, (x, shape) in enumerate(zip(z, shapes, strict=True)):
@@ -130,13 +135,17 @@ def _gathered(x):
             )
         batches = x
     else:
-        return as_numpy(x)
-    parts = [as_numpy(_pictures(batch)) for batch in batches]
+        return _numbers(x, "x")
+    parts = [_numbers(_pictures(batch), "x") for batch in batches]
     if not parts:
         raise ValueError(
             f"Expected at least one batch of pictures. Received: {x}"
         )
     return np.concatenate(parts)
+
+
+def _numbers(x, name):
+    return as_numpy(as_numbers(x, name))
 
 
 def _pictures(batch):

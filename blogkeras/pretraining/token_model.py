@@ -132,6 +132,8 @@ class TokenModel(TargetlessModel):
         check_integers("tokens", tokens, 0, self.vocabulary_size - 1)
         if parts[1] is not None:
             check_integers("segments", parts[1])
+        if parts[2] is not None:
+            check_integers("word_ids", parts[2], minimum=-(2**31))
         return parts
 
     def _prepared(self, x):

@@ -10,7 +10,9 @@ from blogkeras.denoising import (
     DenoisingAutoencoder,
     DenoisingDensityEstimator,
     langevin,
+    log_partition,
     mlp_log_density,
+    toy_densities,
 )
 
 X = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
@@ -114,3 +116,53 @@ def test_weights_count_without_targets():
     model = estimator()
     logs = model.fit(X, sample_weight=np.zeros(8), verbose=0).history
     assert logs["loss"] == [0.0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        lambda x: None,
+        lambda x: (ops.sum(x, -1), ops.sum(x, -1)),
+        lambda x: ops.sum(x),
+        lambda x: ops.sum(x)[None],
+        lambda x: ops.sum(x, -1)[:3],
+    ],
+)
+def test_a_log_density_gives_one_number_for_each_row(values):
+    with pytest.raises(ValueError, match=r"one number for each row.* 8 rows"):
+        langevin(values, X, 3, 0.1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_no_density_has_no_integral(value):
+    def log_density(x):
+        return ops.where(x[:, 0] > 0, value, -ops.sum(x**2, -1))
+
+    for arguments in (
+        {"method": "quadrature", "bounds": [(-1, 1)] * 2, "num_points": 5},
+        {
+            "method": "importance",
+            "mean": np.zeros(2),
+            "scale": 1.0,
+            "num_samples": 16,
+        },
+    ):
+        with pytest.raises(ValueError, match=r"finite.*log_density\(x\)"):
+            log_partition(log_density, **arguments)
+
+
+def test_a_density_of_zero():
+    with pytest.raises(ValueError, match="above 0 somewhere"):
+        log_partition(
+            lambda x: 0 * ops.sum(x, -1) - np.inf,
+            "quadrature",
+            bounds=[(-1, 1)],
+            num_points=5,
+        )
+
+
+def test_texts_are_no_points():
+    with pytest.raises(ValueError, match="Expected numbers in `x`"):
+        toy_densities.rings.log_density(np.array([["a", "b"]]))
+    with pytest.raises(ValueError, match="Expected numbers in `x`"):
+        estimator().log_density([[1.0], [1.0, 2.0]])
