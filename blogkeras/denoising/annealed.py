@@ -116,6 +116,11 @@ class AnnealedScoreMatching(DenoisingModel):
         levels = check_levels("sigmas", sigmas, above=0)
         for level in levels:
             check_sigma("sigmas", level)
+        if len(levels) < 2:
+            raise ValueError(
+                "Expected two or more sigmas; for one, take "
+                f"DenoisingDensityEstimator. Received: sigmas={sigmas}"
+            )
         sigma0 = check_sigma("sigma0", sigma0)
         # The ends of `np.geomspace` are rounded, so they may miss sigma0.
         if not levels[-1] * (1 - 1e-6) <= sigma0 <= levels[0] * (1 + 1e-6):

@@ -155,11 +155,15 @@ def run_chains(
     )
     limit = EXPLODED * max(1.0, float(ops.max(ops.abs(x))))
     chain = init(x)
-    if not np.isfinite(ops.convert_to_numpy(chain[1])).all():
-        raise ValueError(
-            "Expected finite log-densities at the starting points. Received: "
-            f"{ops.convert_to_numpy(chain[1])[:3]} ..."
-        )
+    for what, values in zip(
+        ("log-densities", "scores"), chain[1:], strict=True
+    ):
+        values = ops.convert_to_numpy(values)
+        if not np.isfinite(values).all():
+            raise ValueError(
+                f"Expected finite {what} at the starting points. Received: "
+                f"{values[:3]} ..."
+            )
     state = (
         chain,
         ops.zeros((), "float32"),
@@ -180,7 +184,9 @@ def run_chains(
                 f"{int(broken.sum())} of {len(broken)} chains, the largest "
                 f"‖x‖ before it {norms.max():.3g}. Take a smaller step_size; "
                 "if none helps, log_density may be an energy, which has the "
-                f"opposite sign. {_received_step_size(constants)}"
+                "opposite sign, or be finite on a part of the space only, "
+                "where `mala` and `hmc` stay inside. "
+                f"{_received_step_size(constants)}"
             )
 
     state = run_steps(

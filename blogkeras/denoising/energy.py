@@ -55,7 +55,7 @@ def log_density_and_score(log_density, x, **kwargs):
 
 
 def check_scalars(values, rows=None):
-    """Raises a `ValueError` unless there is one number for each row.
+    """Raises a `ValueError` unless there is one real number for each row.
 
     Args:
         values: Anything.
@@ -75,6 +75,12 @@ def check_scalars(values, rows=None):
             "Expected one number for each row, of shape (rows,) or (rows, 1). "
             f"Received: {received}"
         )
+    dtype = keras.backend.standardize_dtype(values.dtype)
+    if "float" not in dtype:
+        raise ValueError(
+            "Expected floating-point numbers: integers have no gradient. "
+            f"Received: output of dtype {dtype}"
+        )
 
 
 def as_scalars(values, rows=None):
@@ -93,12 +99,7 @@ def check_network(network, allow_piecewise=False, name="network"):
     """
     check_layer(name, network)
     check_boolean("allow_piecewise", allow_piecewise)
-    for x in getattr(network, "inputs", None) or ():
-        if "float" not in x.dtype:
-            raise ValueError(
-                "Expected a network of floating-point inputs: integers have "
-                f"no gradient. Received: {name} with an input of {x.dtype}"
-            )
+    check_inputs(network, name)
     for part in _parts(network):
         if isinstance(part, layers.BatchNormalization) and part.trainable:
             raise ValueError(
@@ -119,6 +120,16 @@ def check_network(network, allow_piecewise=False, name="network"):
                 f"Received: {name} with {part.name!r}"
             )
     return network
+
+
+def check_inputs(network, name):
+    """Raises a `ValueError` for a network whose known inputs are integers."""
+    for x in getattr(network, "inputs", None) or ():
+        if "float" not in x.dtype:
+            raise ValueError(
+                "Expected a network of floating-point inputs: integers have "
+                f"no gradient. Received: {name} with an input of {x.dtype}"
+            )
 
 
 def _parts(network):

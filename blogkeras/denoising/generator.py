@@ -16,7 +16,12 @@ from blogkeras.denoising.base import (
     row_mean,
     warn_if_untrained,
 )
-from blogkeras.denoising.energy import check_network, log_density_and_score
+from blogkeras.denoising.energy import (
+    check_inputs,
+    check_network,
+    check_scalars,
+    log_density_and_score,
+)
 from blogkeras.loops import ProgramCache
 from blogkeras.models import map_batches
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
@@ -102,7 +107,7 @@ class DenoisingGenerator(RowModel):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        check_layer("generator", generator)
+        check_inputs(check_layer("generator", generator), "generator")
         check_layer("data_density", data_density)
         check_network(model_density, allow_piecewise=True, name="model_density")
         if isinstance(model_density, DenoisingModel):
@@ -111,19 +116,13 @@ class DenoisingGenerator(RowModel):
                 "`mlp_log_density((2,))`: it is trained here, without the "
                 f"data's moments. Received: model_density={model_density!r}"
             )
-        if model_density is data_density:
-            raise ValueError(
-                "Expected two densities. Received: model_density is "
-                "data_density"
-            )
-        own = getattr(data_density, "sigma", None)
-        if sigma is None and own is None:
+        if sigma is None:
+            sigma = getattr(data_density, "last_sigma", None)
+        if sigma is None:
             raise ValueError(
                 "Expected sigma, since data_density has none. Received: "
                 "sigma=None"
             )
-        if sigma is None:
-            sigma = data_density.last_sigma
         sigma = check_sigma("sigma", sigma)
         latent_shape = input_shape_of(generator)
         if latent_shape is None:
@@ -138,19 +137,37 @@ class DenoisingGenerator(RowModel):
         self.sigma = sigma
         self.seed = None if seed is None else check_integer("seed", seed)
         self.latent_shape = tuple(latent_shape)
-        data_density.trainable = False
         self.draws = NumberedDraws(self, seed)
         self.density_loss = keras.metrics.Mean(name="density_loss")
         self.divergence = keras.metrics.Mean(name="divergence")
         self._programs = ProgramCache(size=4)
         self.build((None, *latent_shape))
+        self._check_apart()
+        data_density.trainable = False
+
+    def _check_apart(self):
+        """The given density is frozen, so no part of it can be trained."""
+        frozen = {id(v) for v in self.data_density.variables}
+        for name in ("generator", "model_density"):
+            shared = [
+                v for v in getattr(self, name).variables if id(v) in frozen
+            ]
+            if shared:
+                raise ValueError(
+                    f"Expected {name} to share no weights with data_density, "
+                    "which is frozen; keras.models.clone_model copies a "
+                    f"network. Received: {shared[0].path!r} in both"
+                )
 
     def build(self, input_shape):
         rows = self.generator(keras.KerasTensor(input_shape, "float32"))
         rows = keras.KerasTensor(rows.shape, "float32")
         for density in (self.data_density, self.model_density):
-            if not density.built:
-                density(rows)
+            check_scalars(
+                density.compute_output_spec(rows)
+                if density.built
+                else density(rows)
+            )
 
     @property
     def row_shape(self):

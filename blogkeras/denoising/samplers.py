@@ -248,7 +248,8 @@ def check_mask(mask, x):
     shapes = {x.shape: mask, x.shape[1:]: mask}
     if x.ndim > 2:
         for shape in (x.shape[1:-1], x.shape[:-1]):
-            shapes[shape] = mask[..., None]
+            # Where two readings fit, that of one whole row is meant.
+            shapes.setdefault(shape, mask[..., None])
     if mask.shape not in shapes:
         raise ValueError(
             f"Expected a mask of the shape of x, {x.shape}, or of one row. "

@@ -16,27 +16,27 @@ from blogkeras.arguments import (
 
 def check_data(x, config):
     """`x`, after arrays or the first batch of a data set were checked."""
-    if x is None or isinstance(x, (dict, str)):
+    is_array = isinstance(x, list) or hasattr(x, "__array__")
+    if is_array or ops.is_tensor(x):
+        return check_pixels(x, config)
+    is_set = hasattr(x, "__iter__") or isinstance(x, keras.utils.PyDataset)
+    if not is_set or isinstance(x, (dict, str, bytes)):
         raise ValueError(
             "Expected pictures: an array, a tensor or a data set of them. "
             f"Received: x of type {type(x).__name__}"
         )
-    if isinstance(x, list) or ops.is_tensor(x) or hasattr(x, "__array__"):
-        return check_pixels(x, config)
-    if isinstance(x, types.GeneratorType):
-        first = next(x)
-        check_pixels(_pictures(first), config)
-        return _chain(first, x)
-    if isinstance(x, keras.utils.PyDataset):
-        check_pixels(_pictures(x[0]), config)
-    else:
-        for batch in x:
-            # A distributed data set gives one piece for each replica; these
-            # are not checked.
-            if ops.is_tensor(_pictures(batch)):
-                check_pixels(_pictures(batch), config)
-            break
-    return x
+    if isinstance(x, tuple):
+        raise ValueError("Expected pictures as one tensor. Received: a tuple")
+    batches = [x[0]] if isinstance(x, keras.utils.PyDataset) else iter(x)
+    for batch in batches:
+        first = _pictures(batch)
+        # A distributed data set gives one piece for each replica; these are
+        # not checked.
+        if not hasattr(first, "values") or isinstance(first, dict):
+            check_pixels(first, config)
+        # What was taken from a generator is put back.
+        return _chain(batch, x) if isinstance(x, types.GeneratorType) else x
+    raise ValueError("Expected at least one batch of pictures. Received: none")
 
 
 def check_pixels(x, config):

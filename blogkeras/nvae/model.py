@@ -168,6 +168,11 @@ class NVAE(TargetlessModel):
                 "Expected no loss: the model has its own, the negative "
                 f"evidence lower bound. Received: loss={loss!r}"
             )
+        if kwargs.get("loss_weights") is not None:
+            raise ValueError(
+                "Expected no loss_weights: the loss is the model's own. "
+                f"Received: loss_weights={kwargs['loss_weights']!r}"
+            )
         super().compile(optimizer, **kwargs)
         self._programs.clear()
         # All shapes are known here. If the optimizer made its variables in the

@@ -9,11 +9,13 @@ from blogkeras.denoising import (
     AnnealedScoreMatching,
     DenoisingAutoencoder,
     DenoisingDensityEstimator,
+    DenoisingGenerator,
     langevin,
     log_partition,
     mlp_log_density,
     toy_densities,
 )
+from blogkeras.denoising.samplers import check_mask
 
 X = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
 
@@ -166,3 +168,83 @@ def test_texts_are_no_points():
         toy_densities.rings.log_density(np.array([["a", "b"]]))
     with pytest.raises(ValueError, match="Expected numbers in `x`"):
         estimator().log_density([[1.0], [1.0, 2.0]])
+
+
+def test_a_score_that_is_not_finite_at_the_start():
+    # The gradient of the norm at 0 is 0/0.
+    with pytest.raises(ValueError, match="finite scores"):
+        langevin(lambda x: -ops.sqrt(ops.sum(x**2, -1)), 0 * X, 3, 0.1)
+
+
+def test_where_the_density_ends():
+    with pytest.raises(FloatingPointError, match="part of the space"):
+        langevin(
+            lambda x: ops.where(x[:, 0] > 0, -ops.sum(x**2, -1), -np.inf),
+            abs(X),
+            20,
+            1.0,
+            seed=0,
+        )
+
+
+def test_integers_are_no_log_densities():
+    with pytest.raises(ValueError, match="no gradient"):
+        langevin(lambda x: ops.cast(ops.sum(x, -1), "int32"), X, 3, 0.1)
+
+
+def test_two_sigmas_at_least():
+    with pytest.raises(ValueError, match="two or more"):
+        AnnealedScoreMatching(mlp_log_density((2,), (4,)), [0.1])
+
+
+@pytest.mark.parametrize("units", [2, 5])
+def test_the_densities_of_a_generator(units):
+    good = mlp_log_density((2,), (4,))
+    generator = network(layers.Dense(2))
+    densities = [network(layers.Dense(units)), good]
+    for pair in (densities, densities[::-1]):
+        with pytest.raises(ValueError, match="one number for each row"):
+            DenoisingGenerator(generator, *pair, 0.1)
+    with pytest.raises(ValueError, match="incompatible"):
+        DenoisingGenerator(
+            network(layers.Dense(units + 1)),
+            good,
+            mlp_log_density((2,), (4,)),
+            0.1,
+        )
+
+
+def test_a_mask_that_can_be_read_in_two_ways_is_of_one_row():
+    mask = np.eye(4, dtype="bool")
+    np.testing.assert_array_equal(
+        np.broadcast_to(check_mask(mask, np.zeros((4, 4, 4))), (4, 4, 4)),
+        np.broadcast_to(mask, (4, 4, 4)),
+    )
+
+
+def test_a_generator_of_integers():
+    generator = network(
+        layers.Embedding(9, 2), layers.Flatten(), layers.Dense(2), dtype="int32"
+    )
+    with pytest.raises(ValueError, match="floating-point inputs"):
+        DenoisingGenerator(
+            generator,
+            mlp_log_density((2,), (4,)),
+            mlp_log_density((2,), (4,)),
+            0.1,
+        )
+
+
+def test_what_is_frozen_is_not_trained():
+    given = estimator()
+    with pytest.raises(ValueError, match="share no weights"):
+        DenoisingGenerator(network(layers.Dense(2)), given, given.network)
+    assert given.trainable
+
+
+def test_sigma_of_an_annealed_density():
+    given = AnnealedScoreMatching(mlp_log_density((2,), (4,)), [1.0, 0.1], 0.2)
+    model = DenoisingGenerator(
+        network(layers.Dense(2)), given, mlp_log_density((2,), (4,))
+    )
+    assert model.sigma == 0.2

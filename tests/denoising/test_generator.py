@@ -234,7 +234,7 @@ def test_bad_arguments():
             DenoisingGenerator(make(), p, q, sigma)
     with pytest.raises(ValueError, match="shape of its input"):
         DenoisingGenerator(layers.Dense(2), p, q, 0.1)
-    with pytest.raises(ValueError, match="two densities"):
+    with pytest.raises(ValueError, match="share no weights"):
         DenoisingGenerator(make(), q, q, 0.1)
     model = small()
     for steps in (0, 1.0, "2", None, True):
