@@ -52,7 +52,7 @@ class ToyDensity:
             x: `(n, 2)`.
             sigma: Float ≥ 0. Standard deviation of the noise.
         """
-        sigma = check_number("sigma", sigma, minimum=0)
+        sigma = check_number("sigma", sigma, 0, 1e150)
         x = as_numpy(as_numbers(x, "x"))
         if x.ndim != 2 or x.shape[1] != 2:
             raise ValueError(

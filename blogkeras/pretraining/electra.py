@@ -8,6 +8,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import check_boolean, check_choice, check_number
+from blogkeras.backend.scopes import no_autocast
 from blogkeras.models import map_batches
 from blogkeras.pretraining.drawing import (
     checked_logits,
@@ -216,6 +217,9 @@ class ElectraPretrainer(TokenModel):
             self.delta = self.add_weight(
                 self._generation.table.shape,
                 "zeros",
+                keras.backend.result_type(
+                    self._generation.table.dtype, "float32"
+                ),
                 autocast=False,
                 name="delta",
             )
@@ -223,6 +227,7 @@ class ElectraPretrainer(TokenModel):
             self.token_counts = self.add_weight(
                 (self.vocabulary_size,),
                 "ones",
+                "float32",
                 trainable=False,
                 autocast=False,
                 aggregation="mean",
@@ -251,13 +256,17 @@ class ElectraPretrainer(TokenModel):
         """Writes stop_gradient(E) + Δ into the discriminator's own table."""
         if self.delta is None:
             return
-        delta = ops.convert_to_tensor(self.delta)
-        if backend.is_concrete(delta):
-            self._discrimination.table.assign(self._table(delta))
+        table = self._table()
+        if backend.is_concrete(table):
+            self._discrimination.table.assign(table)
 
-    def _table(self, delta):
-        table = self._generation.table
-        return ops.stop_gradient(ops.convert_to_tensor(table)) + delta
+    def _table(self):
+        # Of half precision, too, Δ is float32, and the sum is rounded once.
+        with no_autocast():
+            table = ops.convert_to_tensor(self._generation.table)
+            delta = ops.convert_to_tensor(self.delta)
+        table = ops.stop_gradient(ops.cast(table, delta.dtype)) + delta
+        return ops.cast(table, self._discrimination.table.dtype)
 
     # While the discriminator's table is E + Δ, it is computed and not trained.
     # `trainable` of the layer stays as it is, because the discriminator is to
@@ -361,7 +370,7 @@ class ElectraPretrainer(TokenModel):
         else:
             vectors, loss = call_with_table(
                 self._discrimination,
-                self._table(ops.convert_to_tensor(self.delta)),
+                self._table(),
                 ids,
                 segments,
                 training=training,

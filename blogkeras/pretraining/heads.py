@@ -69,7 +69,8 @@ class MaskedTokenHead(layers.Layer):
         h = self.normalization(self.dense(vectors))
         table = ops.cast(table, h.dtype)
         logits = ops.matmul(h, ops.transpose(table))
-        return ops.cast(logits, "float32") + self.bias
+        bias = ops.cast(self.bias, "float32")
+        return ops.cast(logits, "float32") + bias
 
     def compute_output_spec(self, vectors, table):
         shape = (*vectors.shape[:-1], self.vocabulary_size)

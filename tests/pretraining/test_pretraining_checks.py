@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from kit import close_in_ulps, value
 
 from blogkeras import ElectraPretrainer, MaskedLanguageModel
 
@@ -73,3 +74,63 @@ def test_no_sequences(verb):
     model = compiled(MaskedLanguageModel(encoder(), mask_token=4))
     with pytest.raises(ValueError, match="at least one sequence"):
         getattr(model, verb)(IDS[:0])
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "bfloat16", "float64"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_disentangled_table_under_all_policies(policy, own):
+    def network():
+        tokens = keras.Input((LENGTH,), dtype="int32")
+        h = layers.Embedding(VOCABULARY, 8, dtype=policy)(tokens)
+        return keras.Model(tokens, layers.Dense(8, dtype=policy)(h))
+
+    model = compiled(
+        ElectraPretrainer(
+            network(),
+            network(),
+            mask_token=4,
+            sharing="disentangled",
+            dtype=policy if own else "float32",
+        )
+    )
+    logs = model.fit(IDS, verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
+    tables = [
+        value(x.layers[1].embeddings, "float32")
+        for x in (model.generator, model.discriminator)
+    ]
+    delta = value(model.delta, "float32")
+    assert delta.any()
+    close_in_ulps(tables[1], tables[0] + delta, 1, "bfloat16")
+
+
+@pytest.mark.parametrize("policy", ["float16", "float64"])
+def test_masks_and_pairs_under_all_policies(policy):
+    tokens = keras.Input((LENGTH,), dtype="int32")
+    h = layers.Embedding(VOCABULARY, 8, dtype=policy)(tokens)
+    model = compiled(
+        MaskedLanguageModel(
+            keras.Model(tokens, h),
+            mask_token=4,
+            pairs="sentence_order",
+            dtype=policy,
+        )
+    )
+    segments = (np.arange(LENGTH) > LENGTH // 2).astype("int32") + 0 * IDS
+    data = {"token_ids": IDS, "segment_ids": segments}
+    logs = model.fit(data, verbose=0).history
+    # No better than chance before training.
+    assert abs(logs["masked_loss"][0] - np.log(VOCABULARY)) < 0.3
+    assert abs(logs["pair_loss"][0] - np.log(2)) < 0.1
+    assert model.fill_mask({**data, "token_ids": 4 + 0 * IDS})[2].shape[1] == 5
+
+
+def test_frequencies_are_counted_in_float32():
+    model = ElectraPretrainer(
+        "unigram", encoder(), mask_token=4, dtype="bfloat16"
+    )
+    model.token_counts.assign(301 + 0 * model.token_counts)
+    compiled(model).train_on_batch(IDS)
+    # In bfloat16 there is no odd number above 256.
+    assert value(model.token_counts)[5] == 305
+    assert value(model.token_counts)[0] == 301
