@@ -28,7 +28,7 @@ class Center(TargetlessModel):
         return x, len(x) if isinstance(x, np.ndarray) else None
 
     def call(self, x):
-        return ops.square(x[:, 0] - self.center)
+        return ops.square(ops.subtract(x[:, 0], self.center))
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
