@@ -10,6 +10,13 @@ def _unchanged(x):
     return x
 
 
+def _at(condition, t):
+    """The condition at one position, `(batch, 1, dim)`, or None."""
+    if condition is None or condition.shape[1] == 1:
+        return condition
+    return ops.take(condition, ops.reshape(t, [1]), axis=1)
+
+
 class PixelAttention(layers.Layer):
     """The post's PixelAtt: logits of each code from the codes before it.
 
@@ -19,6 +26,8 @@ class PixelAttention(layers.Layer):
     empty cache of keys and values for `num` maps, and `step` takes a position,
     the codes before it and the cache, and returns the logits of the position
     and the cache with this position in it.
+
+    A condition is `(batch, 1, dim)`, or `(batch, positions, dim)`.
     """
 
     def __init__(
@@ -65,7 +74,7 @@ class PixelAttention(layers.Layer):
         for index, axis in enumerate(self.axes):
             h = h + axis(places[index])
         if condition is not None:
-            h = h + condition[:, None]
+            h = h + condition
         return self.normalizations[0](h)
 
     def call(self, codes, condition, drop=_unchanged):
@@ -86,7 +95,7 @@ class PixelAttention(layers.Layer):
     def step(self, t, before, condition, cache):
         token = ops.where(t == 0, 0, before + 1)
         place = ops.take(self._places, ops.reshape(t, [1]), axis=1)
-        h = self._embed(token[:, None], place, condition)
+        h = self._embed(token[:, None], place, _at(condition, t))
         new = []
         for block, norm, pair in zip(
             self.blocks, self.normalizations[1:], cache, strict=True
@@ -207,11 +216,13 @@ class PixelCNN(layers.Layer):
             dense.build(wide)
 
     def _forward(self, h, condition, convolve, drop=_unchanged):
-        """From the first convolution to the logits; `convolve(layer, h)`."""
+        """From the first convolution to the logits; `convolve(layer, h)`.
+
+        The condition can be broadcast to the hidden vectors h.
+        """
         h = convolve(self.first, h)
         if condition is not None:
-            axes = [1] * (len(h.shape) - 2)
-            h = h + ops.reshape(condition, [-1, *axes, self.dim])
+            h = h + condition
         h = ops.relu(h)
         for reduce, convolution, widen in zip(
             self.narrow, self.convolutions, self.widen, strict=True
@@ -222,6 +233,10 @@ class PixelCNN(layers.Layer):
         return self.head(h)
 
     def call(self, codes, condition, drop=_unchanged):
+        if condition is not None:
+            one = condition.shape[1] == 1
+            shape = (1, 1) if one else self.code_shape
+            condition = ops.reshape(condition, [-1, *shape, self.dim])
         return self._forward(
             self.tokens(codes), condition, lambda layer, h: layer(h), drop
         )
@@ -241,6 +256,8 @@ class PixelCNN(layers.Layer):
             new.append(maps)
             return h
 
+        if condition is not None:
+            condition = _at(condition, t)[:, 0]
         logits = self._forward(self.tokens(before), condition, convolve)
         return logits, tuple(new)
 

@@ -58,6 +58,11 @@ class CodePrior(CompositeModel):
         code_shape: Shape of a code map, such as `(8, 8)`.
         architecture: `"attention"` or `"convolution"`.
         num_classes: Integer, or `None` for no condition.
+        label_shape: Shape of the labels of one map. By default a map has one
+            label. With a shape such as `(4, 4)` it has a map of labels, the
+            codes of a coarser map, say, as in VQ-VAE-2. Its sizes divide those
+            of `code_shape`; each label is embedded and added at the positions
+            that it covers.
         dim: Integer. Size of the hidden vectors.
         num_layers: Integer.
         num_heads: Integer that divides `dim`; for attention.
@@ -68,7 +73,7 @@ class CodePrior(CompositeModel):
             had not stopped.
 
     Input shape:  codes `(batch, *code_shape)`, integers; with `num_classes`
-        also labels `(batch,)`.
+        also labels `(batch, *label_shape)`.
     Output shape: logits `(batch, *code_shape, num_codes)`, float32.
 
     Raises:
@@ -103,6 +108,7 @@ class CodePrior(CompositeModel):
         num_layers: int = 4,
         num_heads: int = 8,
         *,
+        label_shape: Sequence[int] = (),
         dropout: float = 0.0,
         seed: int | None = None,
         **kwargs: Any,
@@ -115,6 +121,7 @@ class CodePrior(CompositeModel):
         num_heads = check_integer("num_heads", num_heads, minimum=1)
         if num_classes is not None:
             num_classes = check_integer("num_classes", num_classes, minimum=1)
+        self.label_shape = _label_shape(label_shape, code_shape, num_classes)
         check_choice("architecture", architecture, ARCHITECTURES)
         if architecture == "convolution" and len(code_shape) != 2:
             raise ValueError(
@@ -234,10 +241,24 @@ class CodePrior(CompositeModel):
             self._split(x)
 
     def _condition(self, labels):
-        """`(batch, dim)`, or None."""
+        """`(batch, 1, dim)`, `(batch, positions, dim)` or None."""
         if labels is None:
             return None
-        return self.classes(ops.reshape(labels, [-1]))  # also of (batch, 1)
+        if not self.label_shape:
+            labels = ops.reshape(labels, [-1, 1])  # also of (batch, 1)
+            return self.classes(labels)
+        if tuple(labels.shape[1:]) != self.label_shape:
+            raise ValueError(
+                f"Expected maps of labels of shape {self.label_shape}. "
+                f"Received: labels.shape={tuple(labels.shape)}"
+            )
+        condition = self.classes(labels)
+        for axis, (size, labels_along) in enumerate(
+            zip(self.code_shape, self.label_shape, strict=True)
+        ):
+            condition = ops.repeat(condition, size // labels_along, axis + 1)
+        positions = math.prod(self.code_shape)
+        return ops.reshape(condition, [-1, positions, self.dim])
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
@@ -285,7 +306,8 @@ class CodePrior(CompositeModel):
                 probable codes take `top_k=1`.
             top_k: Integer from 1 to `num_codes`: draw among this many of the
                 most probable codes. Defaults to all.
-            labels: Integers `(num,)`, or one for all; with `num_classes`.
+            labels: Integers `(num, *label_shape)`, or `label_shape` for all
+                maps; with `num_classes`.
             seed: Integer, or a `keras.random.SeedGenerator`.
             known: Integers `(num, *code_shape)`, or `code_shape` for all maps:
                 the codes that are given, and -1 where one is to be drawn. A
@@ -325,12 +347,13 @@ class CodePrior(CompositeModel):
         if labels is not None:
             check_integers("labels", labels, 0, self.num_classes - 1)
             labels = as_numpy(labels).astype("int32")
-            if labels.shape not in ((), (1,), (num,)):
+            shapes = [(n, *self.label_shape) for n in (1, num)]
+            if labels.shape not in (self.label_shape, *shapes):
                 raise ValueError(
-                    f"Expected {num} labels, or one for all. Received: "
-                    f"labels={labels}"
+                    f"Expected {num} labels, or one for all, of shape "
+                    f"{self.label_shape}. Received: labels={labels}"
                 )
-            labels = np.broadcast_to(labels, (num,))
+            labels = np.broadcast_to(labels, (num, *self.label_shape))
             arguments.append(ops.convert_to_tensor(labels))
         sampler = self._samplers.get(
             (num, top_k),
@@ -379,6 +402,7 @@ class CodePrior(CompositeModel):
             "code_shape": self.code_shape,
             "architecture": self.architecture,
             "num_classes": self.num_classes,
+            "label_shape": self.label_shape,
             "dim": self.dim,
             "num_layers": self.num_layers,
             "num_heads": self.num_heads,
@@ -417,7 +441,24 @@ def _draw(logits, u, temperature, top_k):
     return ops.cast(drawn, "int32")
 
 
-def _shape(code_shape):
+def _label_shape(label_shape, code_shape, num_classes):
+    """The shape of the labels as a tuple of integers, if it fits the codes."""
+    empty = isinstance(label_shape, (tuple, list)) and not len(label_shape)
+    sizes = () if empty else _shape(label_shape, "label_shape")
+    if sizes and (
+        num_classes is None
+        or len(sizes) != len(code_shape)
+        or any(n % m for n, m in zip(code_shape, sizes, strict=True))
+    ):
+        raise ValueError(
+            "Expected sizes of `label_shape` that divide those of the code "
+            "maps, together with `num_classes`. Received: label_shape="
+            f"{label_shape}, code_shape={code_shape}, num_classes={num_classes}"
+        )
+    return sizes
+
+
+def _shape(code_shape, name="code_shape"):
     """The shape of a code map as a tuple of integers."""
     try:
         sizes = tuple(code_shape)
@@ -426,6 +467,6 @@ def _shape(code_shape):
     if not sizes or isinstance(code_shape, (str, bytes, dict)):
         raise ValueError(
             "Expected the shape of a code map, such as (8, 8). Received: "
-            f"code_shape={code_shape!r}"
+            f"{name}={code_shape!r}"
         )
-    return tuple(check_integer("code_shape", size, minimum=1) for size in sizes)
+    return tuple(check_integer(name, size, minimum=1) for size in sizes)

@@ -149,6 +149,7 @@ row(
         "code_shape": Kind(3, "22", (), (0, 2), (2.0, 2), ((2, 2),), (True, 2)),
         "architecture": choice(),
         "num_classes": integer(1, none=True),
+        "label_shape": Kind(3, "22", (2, 2), (0,), (2.0, 2), ((2, 2),)),
         "dim": integer(1),
         "num_layers": integer(1),
         "num_heads": integer(1),

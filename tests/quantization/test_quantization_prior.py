@@ -63,6 +63,46 @@ def test_what_follows_has_the_models_probabilities():
     np.testing.assert_allclose(shares, p / p.sum(), atol=0.03)
 
 
+@each_kind
+@slow_on_jax
+def test_a_map_of_labels_is_added_where_its_labels_are(kind, tmp_path):
+    shape, labels = (4, 6), RNG.integers(0, 3, (5, 2, 3)).astype("int32")
+    codes = RNG.integers(0, CODES, (5, *shape)).astype("int32")
+    model = make(kind, shape, num_classes=3, label_shape=(2, 3))
+    before = value(model([codes, labels]))
+    # A label has a say at the positions that it covers, and after them.
+    other = labels.copy()
+    other[:, 1, 2] = (labels[:, 1, 2] + 1) % 3  # covers rows 2-3, columns 4-5
+    changed = np.abs(value(model([codes, other])) - before).max(-1) > 1e-6
+    first = np.ravel_multi_index((2, 4), shape)
+    assert not changed.reshape(5, -1)[:, :first].any()
+    assert changed[:, 2, 4].all()
+    # Equal labels everywhere are one label of the whole map.
+    single = make(kind, shape, num_classes=3)
+    for a, b in zip(model.variables, single.variables, strict=True):
+        if a.shape == b.shape:
+            b.assign(a.value)
+    np.testing.assert_allclose(
+        value(model([codes, np.full((5, 2, 3), 2)])),
+        value(single([codes, np.full(5, 2)])),
+        atol=1e-5,
+    )
+    # Sampling position by position follows the same logits.
+    model.fit([codes, labels], verbose=0)
+    drawn = model.sample(5, top_k=1, labels=labels, seed=0)
+    best = value(model([drawn, labels])).argmax(-1)
+    np.testing.assert_array_equal(best, drawn)
+    model.save(tmp_path / "prior.keras")
+    loaded = keras.saving.load_model(tmp_path / "prior.keras")
+    np.testing.assert_allclose(
+        value(loaded([codes, labels])), value(model([codes, labels])), atol=1e-6
+    )
+    with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
+        model([codes, labels[:, :1]])
+    with pytest.raises(ValueError, match=r"of shape \(2, 3\)"):
+        model.sample(5, labels=labels[:2])
+
+
 def test_dropout_keeps_the_mean():
     x = ops.ones((400, 100))
     found = value(prior._dropped(x, 0.25, seed=3))
@@ -106,6 +146,9 @@ def test_bad_arguments():
     for kwargs, message in (
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"seed": "1"}, "seed='1'"),
+        ({"label_shape": (3, 2)}, "num_classes=None"),
+        ({"label_shape": (2, 2), "num_classes": 3}, r"label_shape=\(2, 2\)"),
+        ({"label_shape": (3,), "num_classes": 3}, r"label_shape=\(3,\)"),
     ):
         with pytest.raises(ValueError, match=message):
             make(**kwargs)
