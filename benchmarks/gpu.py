@@ -110,6 +110,8 @@ def trained_by(method=None):
     def make(size):
         body = encoder(size)
         h = layers.GlobalAveragePooling1D()(body.output)
+        if method == "rdrop":  # it compares two dropout masks
+            h = layers.Dropout(0.1)(h)
         outputs = layers.Dense(2, activation="softmax", dtype="float32")(h)
         model = keras.Model(body.input, outputs)
         compiled(model, loss="sparse_categorical_crossentropy")

@@ -232,6 +232,10 @@ PASSES = {
     "gradient_penalty": "6",
     "noise_stability": "9",
     "vat": "6 + 3 iters",
+    "trades": "7 + 2K",
+    "smart": "7 + 2K",
+    "rdrop": "6",
+    "awp": "6",
 }
 
 
