@@ -14,6 +14,8 @@ from blogkeras.arguments import (
     check_verbose,
 )
 
+_LARGEST = 2**31 - 1  # tokens are of int32
+
 
 def token_blocks(
     lines: Iterable[str],
@@ -115,7 +117,7 @@ def token_blocks(
     check_boolean("pairs", pairs)
     check_boolean("join", join)
     start, end = (
-        [] if token is None else [check_integer(name, token, minimum=0)]
+        [] if token is None else [check_integer(name, token, 0, _LARGEST)]
         for name, token in (
             ("start_token", start_token),
             ("end_token", end_token),
@@ -128,7 +130,7 @@ def token_blocks(
         )
     length = check_integer("length", length, minimum=5 if pairs else 3)
     batch_size = check_integer("batch_size", batch_size, minimum=1)
-    pad_token = check_integer("pad_token", pad_token, minimum=0)
+    pad_token = check_integer("pad_token", pad_token, 0, _LARGEST)
     seed = check_integer("seed", seed, minimum=0)
     position = check_integer("position", position, minimum=0)
     texts = _tokenized(lines, tokenize, words, check_verbose(verbose))
@@ -194,7 +196,7 @@ def _tokenized(lines, tokenize, words, verbose):
             )
         parts = [] if not line.strip() else [line]
         if parts and words is not None:
-            parts = words(line)
+            parts = _words(words, line)
         tokens = [_tokens(tokenize, part) for part in parts]
         numbers = np.repeat(np.arange(len(tokens)), [len(t) for t in tokens])
         flat = np.concatenate([*tokens, []])
@@ -202,6 +204,18 @@ def _tokenized(lines, tokenize, words, verbose):
         if bar is not None and (number % 256 == 0 or number == len(lines)):
             bar.update(number)
     return texts
+
+
+def _words(words, line):
+    """The words of a line, a list of strings."""
+    given = words(line)
+    parts = list(given) if isinstance(given, Iterable) else [given]
+    if not all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            "Expected `words` to give a list of strings. "
+            f"Received: {given!r} for {line!r}"
+        )
+    return parts
 
 
 def _tokens(tokenize, text):
@@ -212,7 +226,12 @@ def _tokens(tokenize, text):
     except (TypeError, ValueError):  # lists of different lengths
         tokens = np.array(None)
     if tokens.ndim != 1 or (
-        tokens.size and (tokens.dtype.kind not in "iu" or tokens.min() < 0)
+        tokens.size
+        and (
+            tokens.dtype.kind not in "iu"
+            or tokens.min() < 0
+            or tokens.max() > _LARGEST
+        )
     ):
         raise ValueError(
             "Expected `tokenize` to give a list of integers, at least 0, such "

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 from kit import TENSORFLOW, close_in_ulps, value
 
-from blogkeras import ElectraPretrainer, MaskedLanguageModel
+from blogkeras import ElectraPretrainer, MaskedLanguageModel, token_blocks
 
 VOCABULARY, LENGTH = 23, 12
 # JAX has float64 only where it is asked for.
@@ -136,3 +136,18 @@ def test_frequencies_are_counted_in_float32():
     # In bfloat16 there is no odd number above 256.
     assert value(model.token_counts)[5] == 305
     assert value(model.token_counts)[0] == 301
+
+
+@pytest.mark.parametrize(
+    ("tokens", "arguments", "message"),
+    [
+        ([2**31], {}, "`tokenize`"),
+        ([5], {"start_token": 2**31}, "`start_token`"),
+        ([5], {"pad_token": 2**31}, "`pad_token`"),
+        ([5], {"words": lambda line: None}, "`words` to give"),
+        ([5], {"words": lambda line: [1, 2]}, "`words` to give"),
+    ],
+)
+def test_what_makes_no_blocks(tokens, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        token_blocks(["a b"], lambda text: tokens, 4, **arguments)
