@@ -522,6 +522,30 @@ def finds_what_comparing_with_every_document_finds(
     assert count <= result.num_exact <= len(documents)
 
 
+@holds_for("TransportClassifier")
+def shares_are_those_of_the_nearest_classes(
+    cls,
+    library=libraries(),
+    cost=COSTS,
+    weights=WEIGHTS,
+    k=st.integers(1, 6),
+    voting=st.sampled_from(["uniform", "distance"]),
+):
+    vectors, documents, query = library
+    labels = np.arange(len(documents)) % 2
+    classifier = cls(k, vectors, cost, weights, voting).fit(documents, labels)
+    shares = number(classifier.predict_proba([query, documents[0]]))
+    assert shares.shape == (2, len(set(labels)))
+    close(shares.sum(1), [1, 1], 1e-12, 1)
+    assert np.all(shares >= 0)
+    near = classifier.index.search(query, k).indices
+    if voting == "uniform":
+        counts = np.bincount(labels[near], minlength=shares.shape[1])
+        close(shares[0], counts / len(near), 1e-12, 1)
+    predicted = classifier.predict([query])
+    assert predicted[0] == np.argmax(shares[0])
+
+
 @holds_for("inverse_document_frequency")
 def is_the_log_of_a_share(function, library=libraries(), seed=SEEDS):
     _, documents, _ = library
