@@ -206,7 +206,7 @@ KINDS = {
     "iters": "count",
     "seed": "seed",
 }
-ALLOWED = {("PGD", "step_size"): (None,)}
+ALLOWED = {(name, "step_size"): (None,) for name in ("PGD", "TRADES", "SMART")}
 
 
 def table():
@@ -232,7 +232,11 @@ def test_each_argument_of_each_method(cls, name):
     [
         ("adversarial_training", "model", ("model", None, layers.Dense(2))),
         ("adversarial_training", "embedding_name", (3, "", ["a"], True)),
-        ("adversarial_training", "epsilon", WRONG["number"]),
+        (
+            "adversarial_training",
+            "epsilon",  # `None` is the method's own
+            [value for value in WRONG["number"] if value is not None],
+        ),
         ("adversarial_training", "method", (3, None, "magic", FGM, ["fgm"])),
         ("adversarial_training", "padding_mask", (3, "", ["a"])),
         ("virtual_adversarial_training", "model", ("model", None)),
