@@ -96,8 +96,9 @@ class TargetlessModel(CompositeModel):
         return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
-        # `fit` has checked its validation data already.
-        if not kwargs.get("_use_cached_eval_dataset"):
+        # `fit` has checked its validation data already. It calls this with a
+        # private argument of Keras.
+        if not any(name.startswith("_") for name in kwargs):
             x, y, sample_weight = self._checked(x, y, sample_weight)
         return super().evaluate(
             x, y, *args, sample_weight=sample_weight, **kwargs

@@ -42,7 +42,7 @@ class TransportClassifier:
 
     Raises:
         ValueError: in `fit` and later, on arguments out of range, documents
-            that `TransportIndex` refuses, and as many labels as there are not
+            that `TransportIndex` refuses, and another number of labels than of
             documents.
 
     Example:
