@@ -219,8 +219,9 @@ def test_schedule_and_start_step():
 
 
 ALL = sorted(blogkeras.adversarial.METHODS)
-# FGM and the penalty stand in test_adversarial, FreeLB climbs as PGD does.
-SELDOM = ("fgm", "fgsm", "gradient_penalty", "pgd")
+# FGM and the penalty stand in test_adversarial, FreeLB climbs as PGD does,
+# SMART and TRADES as VAT and it do.
+SELDOM = ("fgm", "fgsm", "gradient_penalty", "pgd", "smart", "trades")
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_integers_are_perturbed_as_the_numbers_they_are_cast_to(
     "name",
     [
         n if n in ("fgm", "gradient_penalty") else seldom(n)
-        for n in sorted(METHODS)
+        for n in sorted(set(METHODS) - {"awp", "rdrop"})  # perturb no input
     ],
 )
 def test_every_method_sees_integers_as_floats(name):
