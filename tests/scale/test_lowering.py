@@ -155,10 +155,12 @@ def test_sampling_lowers(architecture, platform):
     model, _ = code_prior(architecture)()
     model.build()
 
+    known = keras.ops.convert_to_tensor(model._known_codes(None, 4))
+
     def sample(values, u):
         mapping = zip(model.variables, values, strict=True)
         with keras.StatelessScope([*mapping]):
-            return model._sample(3, u, 0.9)
+            return model._sample(3, u, 0.9, known)
 
     exported = jax.export.export(jax.jit(sample), platforms=[platform])(
         [v.value for v in model.variables], np.ones((6, 4), "float32")
