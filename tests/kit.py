@@ -25,6 +25,10 @@ def slow_on_jax(test):
     return pytest.mark.verify(test) if JAX else test
 
 
+# The same for a whole file: `pytestmark = SLOW_FILE_ON_JAX`.
+SLOW_FILE_ON_JAX = [pytest.mark.verify] if JAX else []
+
+
 def value(x, dtype=None):
     """A NumPy array of anything."""
     return np.asarray(ops.convert_to_numpy(x), dtype)

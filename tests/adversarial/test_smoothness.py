@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import SLOW_FILE_ON_JAX
 
 import blogkeras
 from blogkeras import (
@@ -25,6 +26,8 @@ from blogkeras import (
 )
 from blogkeras.adversarial import norms
 from blogkeras.adversarial.sites import InputSite
+
+pytestmark = SLOW_FILE_ON_JAX
 
 RNG = np.random.default_rng(5)
 X = RNG.uniform(size=(6, 3))

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
+from kit import SLOW_FILE_ON_JAX
 
 from blogkeras.denoising import (
     AnnealedScoreMatching,
@@ -16,6 +17,8 @@ from blogkeras.denoising import (
     toy_densities,
 )
 from blogkeras.denoising.samplers import check_mask
+
+pytestmark = SLOW_FILE_ON_JAX
 
 X = np.random.default_rng(0).normal(size=(8, 2)).astype("float32")
 

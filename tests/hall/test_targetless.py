@@ -4,9 +4,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from kit import SLOW_FILE_ON_JAX
 
 from blogkeras.arguments import row_weights
 from blogkeras.models import TargetlessModel
+
+pytestmark = SLOW_FILE_ON_JAX
 
 X = np.arange(8, dtype="float32")[:, None]
 WEIGHTS = np.array([0, 0, 0, 0, 0, 0, 2, 1], "float32")

@@ -4,9 +4,11 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from kit import TENSORFLOW, close_in_ulps, value
+from kit import SLOW_FILE_ON_JAX, TENSORFLOW, close_in_ulps, value
 
 from blogkeras import ElectraPretrainer, MaskedLanguageModel, token_blocks
+
+pytestmark = SLOW_FILE_ON_JAX
 
 VOCABULARY, LENGTH = 23, 12
 # JAX has float64 only where it is asked for.

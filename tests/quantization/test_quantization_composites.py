@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
-from kit import nearest_rows, slow_on_jax, value
+from kit import SLOW_FILE_ON_JAX, nearest_rows, slow_on_jax, value
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -17,6 +17,8 @@ from blogkeras.quantization import (
     ResidualVectorQuantizer,
     VectorQuantizer,
 )
+
+pytestmark = SLOW_FILE_ON_JAX
 
 RNG = np.random.default_rng(0)
 ON_JAX = keras.backend.backend() == "jax"

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import nearest_rows, value
+from kit import SLOW_FILE_ON_JAX, nearest_rows, value
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -13,6 +13,8 @@ from blogkeras.quantization import (
     VectorQuantizer,
     gradients,
 )
+
+pytestmark = SLOW_FILE_ON_JAX
 
 RNG = np.random.default_rng(0)
 ON_JAX = keras.backend.backend() == "jax"

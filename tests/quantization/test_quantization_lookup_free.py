@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
-from kit import slow_on_jax, value
+from kit import SLOW_FILE_ON_JAX, slow_on_jax, value
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -15,6 +15,8 @@ from blogkeras.quantization import (
     GroupedQuantizer,
     LookupFreeQuantizer,
 )
+
+pytestmark = SLOW_FILE_ON_JAX
 
 RNG = np.random.default_rng(0)
 ON_JAX = keras.backend.backend() == "jax"

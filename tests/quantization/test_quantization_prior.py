@@ -4,9 +4,11 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import slow_on_jax, value
+from kit import SLOW_FILE_ON_JAX, slow_on_jax, value
 
 from blogkeras.quantization import CodePrior, prior
+
+pytestmark = SLOW_FILE_ON_JAX
 
 RNG = np.random.default_rng(0)
 ON_JAX = keras.backend.backend() == "jax"

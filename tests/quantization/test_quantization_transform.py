@@ -4,10 +4,12 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import nearest_rows, value
+from kit import SLOW_FILE_ON_JAX, nearest_rows, value
 
 from blogkeras import backend
 from blogkeras.quantization import VectorQuantizer
+
+pytestmark = SLOW_FILE_ON_JAX
 
 RNG = np.random.default_rng(0)
 ON_JAX = keras.backend.backend() == "jax"
