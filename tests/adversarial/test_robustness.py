@@ -278,6 +278,7 @@ def test_batch_size_changes_nothing():
     np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
 
 
+@slow_on_jax
 def test_eager_is_the_same():
     compiled, eager = token_model(), token_model(run_eagerly=True)
     eager.set_weights(compiled.get_weights())

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, value
+from kit import TENSORFLOW, slow_on_jax, value
 
 from blogkeras import backend
 from blogkeras.denoising import (
@@ -268,6 +268,7 @@ def test_a_keras_schedule():
         small(decay, annealing_steps=3)
 
 
+@slow_on_jax
 def test_resumed_is_uninterrupted(tmp_path):
     whole = compiled(small(0.1, annealing_steps=8))
     whole.fit(X, batch_size=16, epochs=4, shuffle=False, verbose=0)

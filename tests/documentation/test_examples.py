@@ -67,6 +67,7 @@ def reviews(tmp_path):
     return path
 
 
+@pytest.mark.verify
 @pytest.mark.skipif(not ON_TENSORFLOW, reason="bert4keras runs on TensorFlow")
 def test_the_demo_writes_one_table_and_one_figure(tmp_path, reviews):
     """In a process of its own, as `make demo STEPS=2` runs it."""

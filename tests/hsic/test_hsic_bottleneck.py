@@ -72,6 +72,7 @@ def test_loss_is_the_papers():
         )
 
 
+@slow_on_jax
 def test_each_layer_is_trained_by_itself():
     """A layer moves the same with and without layers after it or before it."""
     both = bottleneck()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from keras import ops
+from kit import slow_on_jax, value
 
 from blogkeras import backend
 from blogkeras.transport import (
@@ -22,8 +23,6 @@ from blogkeras.transport import (
     word_mover_distance,
     word_rotator_distance,
 )
-
-from kit import value  # isort: skip
 
 RNG = np.random.default_rng(0)
 
@@ -225,6 +224,7 @@ def test_gradients_near_and_at_equal_texts(cls):
     np.testing.assert_array_equal(np.isfinite(at), True)
 
 
+@slow_on_jax
 def test_training_reaches_equal_texts():
     """It stalled where the distance was taken for rounding."""
     rng = np.random.default_rng(0)

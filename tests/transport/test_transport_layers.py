@@ -52,6 +52,7 @@ def test_layers_are_the_functions(cls, function):
     assert (below <= expected + 1e-5).all()
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     ("cls", "function"),
     [
@@ -196,6 +197,7 @@ def pairs():
     return [x, y], np.repeat([0.0, 1.0], 32).astype("float32")
 
 
+@slow_on_jax
 def test_a_siamese_model_trains_end_to_end_under_xla():
     model = siamese(regularization=0.02)
     model.compile(keras.optimizers.Adam(0.02), "mse", jit_compile=True)
