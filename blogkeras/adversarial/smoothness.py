@@ -30,25 +30,74 @@ def _check_initial_norm(name, value):
     return check_number(name, value, above=0, maximum=1)
 
 
-class _Smoothness(LabelFreeMethod):
-    """The loss, and how far the prediction moves within a ball at worst."""
+class TRADES(LabelFreeMethod):
+    """Accuracy traded for robustness: the loss at x, the prediction around it.
+
+        loss = L(f(x), y) + λ max_{‖δ‖ ≤ ε} KL(f(x) ‖ f(x + δ))
+
+    The maximum is looked for by `steps` steps of projected ascent, as in `PGD`,
+    from a random δ. Labels are in the first term alone, so rows of sample
+    weight 0 count in the second one as well. Both predictions have a gradient.
+    KL is the mean over all rows (of outputs with positions: over all that are
+    not padding); of independent labels it is the mean of theirs, and of numbers
+    it is the squared difference. State (BatchNormalization) and metrics are
+    those of the clean pass.
+
+    Symbols: ε is `epsilon`, λ is `weight` (the paper's β, or 1/λ).
+
+    Args:
+        epsilon: Float ≥ 0, or a schedule. Radius of the ball.
+        weight: Float ≥ 0.
+        steps: Integer ≥ 1.
+        step_size: Float ≥ 0, as a share of ε. Defaults to 2.5 / steps.
+        initial_norm: Float in (0, 1], as a share of ε: the norm of the first δ.
+        norm_scope: `"batch"`, `"sample"`, `"token"` or `"coordinate"`: what
+            shares one norm. `"coordinate"` is the paper's maximum norm.
+        bounds: `(low, high)`, the range of a floating input, such as (0, 1) of
+            images: a perturbed value does not leave it. `None`: no bounds.
+        from_logits: Boolean. Whether the model gives logits. `None` reads it
+            off the compiled loss.
+        seed: Integer, `None` or a `keras.random.SeedGenerator`.
+        start_step: Integer. Before this many updates ε is 0.
+        output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`: what the output
+            is. `None` reads it off the compiled loss, which is not possible for
+            a loss function of your own.
+
+    Raises:
+        ValueError: on numbers out of range and unknown strings, here and when
+            an attribute is changed; and when the method is installed, where the
+            loss does not say what the output is, or where there are bounds and
+            no input is perturbed.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten()])
+    >>> model.add(layers.Dense(10, "softmax"))
+    >>> model.compile("adam", "sparse_categorical_crossentropy")
+    >>> method = TRADES(0.1, norm_scope="coordinate", bounds=(0, 1))
+    >>> model = adversarial_training(model, method=method)
+
+    Reference:
+        [Zhang et al., 2019](https://arxiv.org/abs/1901.08573);
+        [blog post 7466](https://kexue.fm/archives/7466) has its relative, VAT
+    """
 
     symmetric = False
 
     def __init__(
         self,
-        epsilon,
-        weight,
-        steps,
-        step_size,
-        initial_norm,
-        norm_scope,
-        bounds,
-        from_logits,
-        seed,
-        start_step,
-        output_kind,
-    ):
+        epsilon: float = 1.0,
+        weight: float = 6.0,
+        steps: int = 3,
+        step_size: float | None = None,
+        initial_norm: float = 0.1,
+        norm_scope: str = "sample",
+        bounds: Any = None,
+        from_logits: Any = None,
+        seed: int | None = 0,
+        start_step: int = 0,
+        output_kind: str | None = None,
+    ) -> None:
         super().__init__(epsilon, start_step, output_kind, from_logits)
         self.weight = weight
         self.steps = steps
@@ -130,88 +179,7 @@ class _Smoothness(LabelFreeMethod):
         return total / backend.num_replicas()
 
 
-class TRADES(_Smoothness):
-    """Accuracy traded for robustness: the loss at x, the prediction around it.
-
-        loss = L(f(x), y) + λ max_{‖δ‖ ≤ ε} KL(f(x) ‖ f(x + δ))
-
-    The maximum is looked for by `steps` steps of projected ascent, as in `PGD`,
-    from a random δ. Labels are in the first term alone, so rows of sample
-    weight 0 count in the second one as well. Both predictions have a gradient.
-    KL is the mean over all rows (of outputs with positions: over all that are
-    not padding); of independent labels it is the mean of theirs, and of numbers
-    it is the squared difference. State (BatchNormalization) and metrics are
-    those of the clean pass.
-
-    Symbols: ε is `epsilon`, λ is `weight` (the paper's β, or 1/λ).
-
-    Args:
-        epsilon: Float ≥ 0, or a schedule. Radius of the ball.
-        weight: Float ≥ 0.
-        steps: Integer ≥ 1.
-        step_size: Float ≥ 0, as a share of ε. Defaults to 2.5 / steps.
-        initial_norm: Float in (0, 1], as a share of ε: the norm of the first δ.
-        norm_scope: `"batch"`, `"sample"`, `"token"` or `"coordinate"`: what
-            shares one norm. `"coordinate"` is the paper's maximum norm.
-        bounds: `(low, high)`, the range of a floating input, such as (0, 1) of
-            images: a perturbed value does not leave it. `None`: no bounds.
-        from_logits: Boolean. Whether the model gives logits. `None` reads it
-            off the compiled loss.
-        seed: Integer, `None` or a `keras.random.SeedGenerator`.
-        start_step: Integer. Before this many updates ε is 0.
-        output_kind: `"softmax"`, `"sigmoid"` or `"numbers"`: what the output
-            is. `None` reads it off the compiled loss, which is not possible for
-            a loss function of your own.
-
-    Raises:
-        ValueError: on numbers out of range and unknown strings, here and when
-            an attribute is changed; and when the method is installed, where the
-            loss does not say what the output is, or where there are bounds and
-            no input is perturbed.
-
-    Example:
-
-    >>> model = keras.Sequential([keras.Input((8, 8, 1)), layers.Flatten()])
-    >>> model.add(layers.Dense(10, "softmax"))
-    >>> model.compile("adam", "sparse_categorical_crossentropy")
-    >>> method = TRADES(0.1, norm_scope="coordinate", bounds=(0, 1))
-    >>> model = adversarial_training(model, method=method)
-
-    Reference:
-        [Zhang et al., 2019](https://arxiv.org/abs/1901.08573);
-        [blog post 7466](https://kexue.fm/archives/7466) has its relative, VAT
-    """
-
-    def __init__(
-        self,
-        epsilon: float = 1.0,
-        weight: float = 6.0,
-        steps: int = 3,
-        step_size: float | None = None,
-        initial_norm: float = 0.1,
-        norm_scope: str = "sample",
-        bounds: Any = None,
-        from_logits: Any = None,
-        seed: int | None = 0,
-        start_step: int = 0,
-        output_kind: str | None = None,
-    ) -> None:
-        super().__init__(
-            epsilon,
-            weight,
-            steps,
-            step_size,
-            initial_norm,
-            norm_scope,
-            bounds,
-            from_logits,
-            seed,
-            start_step,
-            output_kind,
-        )
-
-
-class SMART(_Smoothness):
+class SMART(TRADES):
     """Smoothness-inducing regularization: fine-tuning that stays smooth.
 
         loss = L(f(x), y) + λ max_{‖δ‖ ≤ ε} D(f(x), f(x + δ))

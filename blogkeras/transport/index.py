@@ -1,8 +1,6 @@
 """Finds the exact nearest documents with few exact distances."""
 
-import itertools
 import json
-import zipfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +17,13 @@ from blogkeras.arguments import (
 )
 from blogkeras.files import replace_file
 from blogkeras.transport import exact, measures
+from blogkeras.transport.index_file import (
+    VERSION,
+    WEIGHTS,
+    counts_of,
+    read,
+    require,
+)
 from blogkeras.transport.weighting import (
     check_documents,
     inverse_document_frequency,
@@ -26,18 +31,6 @@ from blogkeras.transport.weighting import (
 )
 from blogkeras.typing import Tensor
 
-WEIGHTS = ("uniform", "norm", "idf")
-# 1, without a number: no counts of words. 2: with them.
-VERSION = 2
-_ARRAYS = {
-    "vectors": "f",
-    "idf": "f",
-    "ids": "i",
-    "counts": "i",
-    "masses": "f",
-    "starts": "i",
-    "centroids": "f",
-}
 _BLOCK = 2**20  # numbers of vectors in float64 at a time
 
 
@@ -494,7 +487,7 @@ class TransportIndex:
         path = check_path("path", path)
         with open(path, "rb") as file:
             try:
-                config, arrays = _read(file)
+                config, arrays = read(file)
                 return cls._from_arrays(config, arrays)
             # Readers of NumPy and of zip files raise undocumented types of
             # errors on damaged files, at least ten.
@@ -511,26 +504,26 @@ class TransportIndex:
         index._by_id = config["by_id"]
         index.vectors, index._ids = arrays["vectors"], arrays["ids"]
         index._starts = arrays["starts"]
-        _require(index.vectors.ndim == 2, "`vectors` are not (words, dim)")
+        require(index.vectors.ndim == 2, "`vectors` are not (words, dim)")
         check_finite("vectors", index.vectors)
         index._check_words()
         index.idf = index._check_idf(arrays["idf"])
         index._word_weights = index._weights_of(index.vectors, index.idf)
         weights = np.append(index._word_weights, 1.0)[index._ids]
-        _require((weights > 0).all(), "words without mass have mass")
+        require((weights > 0).all(), "words without mass have mass")
         masses, counts = arrays["masses"], arrays.get("counts")
-        _require(masses.shape == weights.shape, "`masses` do not fit the ids")
+        require(masses.shape == weights.shape, "`masses` do not fit the ids")
         if counts is None:
-            counts = _counts_of(masses / weights, index._starts)
-        _require(counts.shape == weights.shape, "`counts` do not fit the ids")
-        _require((counts >= 1).all(), "`counts` are below 1")
-        _require(index._by_id or (counts == 1).all(), "`counts` exceed 1")
+            counts = counts_of(masses / weights, index._starts)
+        require(counts.shape == weights.shape, "`counts` do not fit the ids")
+        require((counts >= 1).all(), "`counts` are below 1")
+        require(index._by_id or (counts == 1).all(), "`counts` exceed 1")
         index._counts = counts
         index._weigh_documents()
         for name in ("masses", "centroids"):
             computed = getattr(index, f"_{name}")
             scale = np.abs(computed).max(initial=0)
-            _require(
+            require(
                 arrays[name].shape == computed.shape
                 and np.allclose(arrays[name], computed, 1e-9, 1e-9 * scale),
                 f"`{name}` do not follow from vectors and documents",
@@ -540,8 +533,8 @@ class TransportIndex:
     def _check_words(self):
         """Raises unless ids and starts are those of documents."""
         ids, starts = self._ids, self._starts
-        _require(ids.ndim == starts.ndim == 1, "`ids` or `starts` has two axes")
-        _require(
+        require(ids.ndim == starts.ndim == 1, "`ids` or `starts` has two axes")
+        require(
             len(starts) > 1
             and starts[0] == 0
             and starts[-1] == len(ids)
@@ -549,23 +542,23 @@ class TransportIndex:
             "`starts` are not those of documents of the ids",
         )
         num_words = len(self.vectors)
-        _require(-1 <= ids.min() and ids.max() < num_words, "`ids` too large")
+        require(-1 <= ids.min() and ids.max() < num_words, "`ids` too large")
         empty = np.zeros(len(ids), bool)
         empty[starts[:-1]] = np.diff(starts) == 1
-        _require(empty[ids < 0].all(), "the empty word stands beside others")
+        require(empty[ids < 0].all(), "the empty word stands beside others")
         if self._by_id:
             rises = np.diff(ids) > 0
             rises[starts[1:-1] - 1] = True  # from one document to the next
         else:
             # Each word vector belongs to one document.
             rises = np.diff(ids[ids >= 0]) > 0
-        _require(rises.all(), "`ids` do not increase within a document")
+        require(rises.all(), "`ids` do not increase within a document")
 
     def _check_idf(self, idf):
         if self.weighting != "idf":
-            _require(idf.size == 0, "there is an `idf` that is not used")
+            require(idf.size == 0, "there is an `idf` that is not used")
             return None
-        _require(idf.shape == (len(self.vectors),), "`idf` does not fit")
+        require(idf.shape == (len(self.vectors),), "`idf` does not fit")
         occurring = np.bincount(self._ids[self._ids >= 0], minlength=len(idf))
         expected = np.log(len(self) / np.maximum(occurring, 1))
         # Words without mass are not stored, so these cannot be checked: words
@@ -573,87 +566,11 @@ class TransportIndex:
         unknown = (occurring == 0) & (idf == 0)
         if self.cost == "cosine":
             unknown |= ~self.vectors.any(1) & (idf >= 0) & np.isfinite(idf)
-        _require(
+        require(
             (np.isclose(idf, expected, 1e-9, 1e-12) | unknown).all(),
             "`idf` does not follow from the documents",
         )
         return idf
-
-
-def _read(file):
-    """`(config, arrays)` of a file, each array of the right kind."""
-    _require(zipfile.is_zipfile(file), "there is no archive of arrays")
-    file.seek(0)
-    with np.load(file, allow_pickle=False) as data:
-        config = _config(data["config"])
-        names = set(_ARRAYS)
-        if config["version"] == 1:
-            names.remove("counts")
-        _require(
-            set(data.files) == {"config", *names},
-            f"the arrays are {sorted(data.files)}",
-        )
-        arrays = {name: data[name] for name in names}
-    for name, array in arrays.items():
-        if _ARRAYS[name] == "i":
-            right = array.dtype.kind in "iu"
-            right = right and (array < 2**62).all()
-            arrays[name] = array.astype("int64")
-        else:
-            right = array.dtype in ("float64", "float32")
-            if name != "vectors":
-                right = right and array.dtype == "float64"
-        _require(right, f"`{name}` has the dtype {array.dtype}")
-        if array.dtype.kind == "f" and not array.dtype.isnative:
-            arrays[name] = array.astype(array.dtype.newbyteorder("="))
-    return config, arrays
-
-
-def _config(array):
-    _require(array.shape == () and array.dtype.kind == "U", "`config` is none")
-    config = json.loads(str(array))
-    _require(isinstance(config, dict), "`config` is none")
-    config.setdefault("version", 1)
-    version = check_integer("version", config["version"], minimum=1)
-    _require(
-        version <= VERSION,
-        f"the format's version is {version}: it needs a newer blogkeras",
-    )
-    _require(
-        set(config) == {"version", "cost", "weights", "by_id"},
-        f"`config` has {sorted(config)}",
-    )
-    check_choice("cost", config["cost"], measures.COSTS)
-    check_choice("weights", config["weights"], WEIGHTS)
-    _require(isinstance(config["by_id"], bool), "`by_id` is no truth value")
-    _require(
-        config["by_id"] or config["weights"] != "idf",
-        '"idf" weighs vectors without ids',
-    )
-    return config
-
-
-def _counts_of(ratios, starts):
-    """The least integers with these ratios, document by document.
-
-    Files of version 1 have no counts. A common factor makes no difference.
-    """
-    factors = np.arange(1, 1001)
-    counts = []
-    for first, last in itertools.pairwise(starts):
-        ratio = ratios[first:last, None]
-        ratio = ratio / ratio.min()
-        multiples = ratio * factors
-        whole = np.abs(multiples - np.round(multiples)) <= 1e-9 * multiples
-        whole = whole.all(0)
-        _require(whole.any(), "`masses` do not follow from the weights")
-        counts.append(np.round(multiples[:, whole.argmax()]).astype("int64"))
-    return np.concatenate(counts)
-
-
-def _require(condition, otherwise):
-    if not condition:
-        raise ValueError(otherwise)
 
 
 def _documents_of_vectors(documents, dim=None):
