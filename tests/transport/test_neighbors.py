@@ -70,6 +70,12 @@ def test_documents_come_and_go(by_id, tmp_path):
     index = TransportIndex(documents[:12], vectors, verbose=0)
     index.add(documents[12:25])
     index.remove([3, 24, 0])
+    fewer = [*documents[1:3], *documents[4:24]]
+    np.testing.assert_allclose(
+        index.kneighbors(queries, 5)[0],
+        TransportIndex(fewer, vectors, verbose=0).kneighbors(queries, 5)[0],
+        atol=1e-12,
+    )
     index.add(documents[25:])
     index.remove(np.array([], "int64"))
     left = [*documents[1:3], *documents[4:24], *documents[25:]]
