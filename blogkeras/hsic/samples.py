@@ -428,8 +428,7 @@ def _distance_blocks(x, coincident):
             # look with a limit for all pairs, which is seldom passed.
             limit = share * (norms[start : start + step] + largest)[:, None]
             near = ~(d > limit)
-            near[:, :width] &= np.tri(width, dtype=bool).T
-            near[:, :width][np.diag_indices(width)] = False
+            near[:, :width] &= ~np.tri(width, dtype=bool)  # pairs i < j
             rows, places = np.nonzero(near) if near.any() else _NONE
             size = norms[start + rows] + norms[start + places]
             true = ~(d[rows, places] > share * size)
