@@ -3,6 +3,7 @@
 from blogkeras.hsic.bottleneck import HSICBottleneck
 from blogkeras.hsic.fourier import fourier_hsic
 from blogkeras.hsic.independence_test import HSICTest, hsic_test
+from blogkeras.hsic.joint import dhsic, dhsic_test
 from blogkeras.hsic.kernels import (
     CosineKernel,
     DeltaKernel,
@@ -45,6 +46,8 @@ __all__ = [
     "block_hsic",
     "cka",
     "compare_layers",
+    "dhsic",
+    "dhsic_test",
     "fourier_hsic",
     "hsic",
     "hsic_from_kernels",

@@ -9,7 +9,7 @@ from blogkeras import backend
 from blogkeras.arguments import check_integer, check_seed
 from blogkeras.hsic.grams import rescale
 from blogkeras.hsic.kernels import GaussianKernel, LinearKernel
-from blogkeras.hsic.statistic import compilable, prepare
+from blogkeras.hsic.tiles import compilable, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
 from blogkeras.typing import Tensor
@@ -96,8 +96,9 @@ def _frequencies(gram, count, seed):
         return x, None
     if not isinstance(gram.kernel, GaussianKernel):
         raise ValueError(
-            "Random Fourier features are those of GaussianKernel (LinearKernel "
-            f"needs none). Received: {gram.kernel!r}"
+            "Expected GaussianKernel, of which random Fourier features are, or "
+            "LinearKernel, which needs none. For labels take their one-hot "
+            f"codes with LinearKernel(). Received: {gram.kernel!r}"
         )
     # exp(−d²) is the mean of cos(w·(x₁ − x₂)) over w ~ N(0, 2I).
     shape = (x.shape[-1], count)

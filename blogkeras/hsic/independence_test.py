@@ -1,6 +1,7 @@
 """The test of independence by HSIC."""
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -13,7 +14,8 @@ from blogkeras.arguments import check_choice, check_integer, check_verbose
 from blogkeras.hsic.fourier import covariances, fourier_variables, waves
 from blogkeras.hsic.grams import Gram
 from blogkeras.hsic.kernels import CustomKernel
-from blogkeras.hsic.statistic import TILE, hsic_of_blocks, prepare
+from blogkeras.hsic.statistic import hsic_of_blocks
+from blogkeras.hsic.tiles import TILE, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul, map_blocks
 from blogkeras.typing import Tensor
@@ -29,7 +31,7 @@ _programs = ProgramCache(size=32)
 
 
 class HSICTest(NamedTuple):
-    """The result of `hsic_test`.
+    """The result of `hsic_test` and `dhsic_test`.
 
     Attributes:
         statistic: Float.
@@ -134,9 +136,7 @@ def hsic_test(
     size = SIZES[approximation] if size is None else size
     if size is not None:
         size = check_integer("size", size, minimum=2)
-    if seed is None:
-        seed = int(np.random.default_rng().integers(2**31))
-    seed = check_integer("seed", seed, minimum=0)
+    seed = seed_of(seed)
     shapes = [tuple(np.shape(t)) for t in (x, y)]
     if not all(len(shape) in (1, 2) for shape in shapes):
         raise ValueError(
@@ -154,15 +154,18 @@ def hsic_test(
         pair, grams = fourier_variables(
             x, y, kernel_x, kernel_y, size, seed, "float32"
         )
-        program, draw = _program(_fourier_moments), _program(_fourier_draws)
+        program, draw = program_of(_fourier_moments), program_of(_fourier_draws)
     else:
         grams, _ = prepare(x, y, kernel_x, kernel_y, None, "biased", "float32")
         kernels = tuple(gram.kernel for gram in grams)
         pair = [gram.features for gram in grams]
-        program = _program(_moments, kernels)
+        program = program_of(_moments, kernels)
         if null == "permutation":
-            pair = _program(_centered_matrices, kernels)(*pair)
-            program, draw = _program(_matrix_moments), _program(_matrix_draws)
+            pair = program_of(_centered_matrices, kernels)(*pair)
+            program, draw = (
+                program_of(_matrix_moments),
+                program_of(_matrix_draws),
+            )
     statistic, mean, variance, constant = (
         float(value) for value in program(*pair)
     )
@@ -172,17 +175,32 @@ def hsic_test(
     if null == "gamma":
         return _gamma_test(statistic, mean, variance, grams)
     if approximation == "fourier":
-        pair = [_program(_centered_waves)(*variable) for variable in pair]
-    draws = _permute(draw, pair, num_permutations, seed, verbose)
-    # Draws that differ by rounding errors only count as equal.
-    extreme = np.sum(draws >= statistic * (1 - 1e-5))
-    p_value = (1 + extreme) / (1 + num_permutations)
+        pair = [program_of(_centered_waves)(*variable) for variable in pair]
+    n, rng = pair[0].shape[0], np.random.default_rng(seed)
+    orders = (rng.permutation(n) for _ in itertools.count())
+    draws = permuted(draw, pair, orders, num_permutations, verbose)
     return HSICTest(
-        _rescaled(statistic, grams), float(p_value), _rescaled(draws, grams)
+        rescaled(statistic, grams),
+        permutation_p_value(statistic, draws),
+        rescaled(draws, grams),
     )
 
 
-def _rescaled(values, grams):
+def seed_of(seed):
+    """A seed for NumPy: the one given, or a new one."""
+    if seed is None:
+        seed = int(np.random.default_rng().integers(2**31))
+    return check_integer("seed", seed, minimum=0)
+
+
+def permutation_p_value(statistic, draws):
+    """The share of draws that are as large, with the statistic among them."""
+    # Draws that differ by rounding errors only count as equal.
+    extreme = np.sum(draws >= statistic * (1 - 1e-5))
+    return float((1 + extreme) / (1 + len(draws)))
+
+
+def rescaled(values, grams):
     """`rescale` in float64."""
     exponent = sum(gram.exponent for gram in grams)
     for gram in grams:
@@ -197,7 +215,7 @@ def _gamma_test(statistic, mean, variance, grams):
 
     shape, scale = mean**2 / variance, variance / mean
     p_value = float(gammaincc(shape, max(statistic, 0) / scale))
-    statistic, scale = (_rescaled(v, grams) for v in (statistic, scale))
+    statistic, scale = (rescaled(v, grams) for v in (statistic, scale))
     return HSICTest(statistic, p_value, (shape, scale))
 
 
@@ -205,7 +223,7 @@ def _block_test(x, y, kernel_x, kernel_y, size):
     from scipy.special import stdtr
 
     values, grams = hsic_of_blocks(x, y, kernel_x, kernel_y, size, "unbiased")
-    values = _rescaled(ops.convert_to_numpy(values), grams)
+    values = rescaled(ops.convert_to_numpy(values), grams)
     count = len(values)
     if count < 2:
         raise ValueError(
@@ -220,23 +238,31 @@ def _block_test(x, y, kernel_x, kernel_y, size):
     return HSICTest(statistic, p_value, values)
 
 
-def _permute(draw, pair, num_permutations, seed, verbose):
-    rng = np.random.default_rng(seed)
-    n, draws = pair[0].shape[0], []
+def permuted(draw, arrays, orders, count, verbose):
+    """The statistic in `count` orders of the samples, `(count,)`.
+
+    Args:
+        draw: Function of `*arrays` and of a chunk of orders.
+        arrays: List of tensors.
+        orders: Iterator of integer arrays of one shape, without end.
+        count: Integer.
+        verbose: As in `hsic_test`.
+    """
+    draws = []
     progress = keras.utils.Progbar(
-        num_permutations, verbose=verbose, unit_name="permutation"
+        count, verbose=verbose, unit_name="permutation"
     )
-    chunk = min(CHUNK, num_permutations)
-    for start in range(0, num_permutations, chunk):
+    chunk = min(CHUNK, count)
+    for start in range(0, count, chunk):
         # The last chunk has full size too, so that one program is enough.
-        orders = np.stack([rng.permutation(n) for _ in range(chunk)])
-        found = draw(*pair, ops.convert_to_tensor(orders.astype("int32")))
-        draws.append(ops.convert_to_numpy(found))
-        progress.update(min(start + chunk, num_permutations))
-    return np.concatenate(draws)[:num_permutations]
+        some = np.stack(list(itertools.islice(orders, chunk)))
+        values = draw(*arrays, ops.convert_to_tensor(some.astype("int32")))
+        draws.append(ops.convert_to_numpy(values))
+        progress.update(min(start + chunk, count))
+    return np.concatenate(draws)[:count]
 
 
-def _program(fn, kernels=None):
+def program_of(fn, kernels=None):
     """`fn`, compiled, unless a kernel is a function of the user's."""
     if kernels is not None:
         if any(isinstance(kernel, CustomKernel) for kernel in kernels):

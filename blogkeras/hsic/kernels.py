@@ -27,6 +27,7 @@ from blogkeras.hsic.samples import (
     floating,
     from_center,
     is_array,
+    is_categorical,
     median_bandwidth,
     median_distance,
     numbers,
@@ -52,8 +53,11 @@ class Kernel:
     compiled programs can be reused: a bandwidth is contained in the features.
 
     HSIC does not change when a constant is added to a kernel, so the features
-    of most kernels are centred.
+    of most kernels are centred. HSIC of more than two variables does change:
+    `uncentered` is the kernel for it.
     """
+
+    left_out = 0.0  # the number that `rows` lacks in each element
 
     def of_array(self, name, x, weight, dtype):
         """The `Gram` of a NumPy array, whose features are made in float64.
@@ -87,6 +91,10 @@ class Kernel:
         if index is not None:
             some = ops.take(features, index, axis=-2)
         return self.similarity(some, features)
+
+    def uncentered(self):
+        """The same kernel, with features that are not centred."""
+        return self
 
     @property
     def key(self):
@@ -184,6 +192,10 @@ class DistanceKernel(Kernel):
             bandwidth = ops.cast(bandwidth, dtype)[..., None, None]
         return Gram(self, x / bandwidth / self.scale(x.shape[-1]), dtype)
 
+    @property
+    def left_out(self):
+        return 0.0 if self.bandwidth is None else 1.0
+
     def exponent(self, x1, x2, equal=None):
         """log K of features; `x2=None` is `x1`; see `squared_distances`."""
         raise NotImplementedError
@@ -201,9 +213,7 @@ class DistanceKernel(Kernel):
                 features,
                 equal=index[:, None] == everyone,
             )
-        if self.bandwidth is None:
-            return ops.exp(exponent)
-        return ops.expm1(exponent)
+        return ops.expm1(exponent) if self.left_out else ops.exp(exponent)
 
     def __call__(self, x1, x2):
         if self.bandwidth is None:
@@ -323,6 +333,8 @@ class _PlainGaussian(GaussianKernel):
     computed by differences.
     """
 
+    left_out = 0.0
+
     def similarity(self, x1, x2):
         if x1.shape[-1] == 1:  # by differences
             return super().similarity(x1, x2)
@@ -406,8 +418,26 @@ class LinearKernel(Kernel):
         x = centered(x / size[..., None, None], weight)
         return Gram(self, x, dtype, factors=(size, size))
 
+    def uncentered(self):
+        return _UncenteredLinear()
+
     def similarity(self, x1, x2):
         return full_precision_matmul(x1, ops.swapaxes(x2, -1, -2))
+
+
+class _UncenteredLinear(LinearKernel):
+    def of_array(self, name, x, weight, dtype):
+        x = known_numbers(name, x, weight).astype("float64")
+        x, exponent, sizes = scaled_sets(x)
+        factors = () if sizes is None else (as_factors(sizes, dtype),) * 2
+        x = ops.convert_to_tensor(x.astype(dtype))
+        return Gram(self, x, dtype, 2 * exponent, factors)
+
+    def of_tensor(self, x, weight, dtype):
+        x = ops.cast(x, dtype)
+        size = power_of_two(x)
+        x = x / size[..., None, None]
+        return Gram(self, x, dtype, factors=(size, size))
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -502,10 +532,24 @@ class CosineKernel(Kernel):
         x = ops.where(size > unit, x, 0.0)
         return LinearKernel().of_tensor(x, weight, dtype)
 
+    def uncentered(self):
+        return _UncenteredCosine()
+
     def similarity(self, x1, x2):
         return full_precision_matmul(
             normalize(x1), ops.swapaxes(normalize(x2), -1, -2)
         )
+
+
+class _UncenteredCosine(CosineKernel):
+    def of_array(self, name, x, weight, dtype):
+        x = known_numbers(name, x, weight).astype("float64")
+        # Directions have no size, so that float32 can hold them.
+        size = np.abs(x).max(axis=-1, keepdims=True, initial=0.0)
+        x = (x / np.where(size > 0, size, 1)).astype(dtype)
+        return Gram(self, ops.convert_to_tensor(x), dtype)
+
+    of_tensor = Kernel.of_tensor
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -604,16 +648,23 @@ class PrecomputedKernel(Kernel):
             x = np.where(keep[..., None] & keep[..., None, :], x, 0.0)
         require_finite(name, x)
 
-        def centred(x, keep):
-            used = x if keep is None else x[keep][:, keep]
-            # A number added to the whole matrix does not change HSIC.
-            with np.errstate(over="ignore"):
-                return x - (np.median(used) if used.size else 0.0)
-
-        x, exponent, sizes = scaled_sets(each_sample(centred, x, keep))
+        x, exponent, sizes = scaled_sets(self.centred(x, keep))
         x = ops.convert_to_tensor(x.astype(dtype))
         factors = () if sizes is None else (as_factors(sizes, dtype),)
         return Gram(self, x, dtype, exponent, factors)
+
+    def centred(self, x, keep):
+        """A number added to the whole matrix does not change HSIC."""
+
+        def less_median(x, keep):
+            used = x if keep is None else x[keep][:, keep]
+            with np.errstate(over="ignore"):
+                return x - (np.median(used) if used.size else 0.0)
+
+        return each_sample(less_median, x, keep)
+
+    def uncentered(self):
+        return _UncenteredMatrix()
 
     def of_tensor(self, x, weight, dtype):
         check_square("the kernel matrix", x)
@@ -632,6 +683,11 @@ class PrecomputedKernel(Kernel):
             "Expected hsic(matrix, y, kernel_x=PrecomputedKernel()). Received: "
             "a call of the kernel"
         )
+
+
+class _UncenteredMatrix(PrecomputedKernel):
+    def centred(self, x, keep):
+        return x
 
 
 def check_square(name, x):
@@ -658,14 +714,17 @@ class CustomKernel(Kernel):
         return CustomKernel, id(self.fn)
 
 
-def as_kernel(kernel):
-    """A `Kernel` for what the user passed; `None` is the default.
+def as_kernel(kernel, values=None):
+    """A `Kernel` for what the user passed; `None` is the default for `values`.
 
-    The post's form is narrower by √2 than the standard one. With the median
+    Strings and categories have no distance: they are equal or not. For numbers,
+    the post's form is narrower by √2 than the standard one. With the median
     distance as bandwidth it also finds dependence on a small scale (rotated
     uniforms), and finds smooth dependence less often; see docs/hsic.md.
     """
     if kernel is None:
+        if values is not None and is_categorical(values):
+            return DeltaKernel()
         return GaussianKernel(form="blog")
     if isinstance(kernel, Kernel):
         return kernel

@@ -23,13 +23,8 @@ from blogkeras.hsic.kernels import (
     serialize,
 )
 from blogkeras.hsic.samples import is_array
-from blogkeras.hsic.statistic import (
-    ESTIMATORS,
-    alignment,
-    hsic,
-    prepare,
-    statistics,
-)
+from blogkeras.hsic.statistic import ESTIMATORS, alignment, hsic
+from blogkeras.hsic.tiles import prepare, statistics
 
 LINEAR = LinearKernel()
 

@@ -39,6 +39,30 @@ def is_array(x):
     )
 
 
+def is_categorical(x):
+    """Whether a variable is of names: strings, or a table's categories.
+
+    Numerals are names as well if they are strings. A column that holds strings
+    beside other things is not of names: there None may be a missing number.
+    """
+    dtypes = getattr(x, "dtypes", getattr(x, "dtype", None))
+    several = hasattr(dtypes, "__iter__") and not isinstance(dtypes, str)
+    dtypes = list(dtypes) if several else [dtypes]
+    names = {str(dtype).lower().partition("(")[0] for dtype in dtypes}
+    if names and names <= {"category", "categorical", "enum"}:
+        return True
+    if not is_array(x):
+        return names == {"<dtype: 'string'>"}
+    x = np.asarray(x)
+    return x.dtype.kind in "US" or (
+        x.dtype.kind == "O" and x.size > 0 and all(map(_is_string, x.flat))
+    )
+
+
+def _is_string(value):
+    return isinstance(value, (str, bytes))
+
+
 def columns(x):
     """`(n,)` becomes `(n, 1)`."""
     return x[:, None] if len(x.shape) == 1 else x
@@ -70,15 +94,19 @@ def numbers(name, x):
         ValueError: on what is no number.
     """
     x = np.asarray(x)
-    if x.dtype.kind not in "biuf":
+    given = x
+    if x.dtype.kind in "USO" and any(map(_is_string, x.flat)):
+        x = None  # numerals are labels, too
+    elif x.dtype.kind not in "biuf":
         try:
             x = x.astype("float64")
         except (TypeError, ValueError):
             x = None
     if x is None or x.dtype.kind not in "biuf":
         raise ValueError(
-            f"Expected numbers in `{name}`; for labels of another kind take "
-            f"DeltaKernel(). Received: {name} of another dtype"
+            f"Expected numbers in `{name}`; for labels take DeltaKernel(), for "
+            "which missing ones are a label, too. Received: "
+            f"{name} of dtype {given.dtype}, such as {given.ravel()[:3]}"
         )
     if x.ndim == 0:
         raise ValueError(

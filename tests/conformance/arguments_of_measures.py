@@ -63,6 +63,25 @@ row(
         "verbose": verbose(),
     },
 )
+LISTS = {
+    "variables": Kind(
+        X, [X], 3, "text", [X, Y[:5]], [X, np.full((8, 2), NAN)], [X, 3.0]
+    ),
+    "kernels": Kind(
+        "gaussian", 3, [None], [None, 3], blogkeras.LinearKernel(), none=True
+    ),
+}
+row(blogkeras.dhsic, {"variables": [X, Y]}, {**LISTS, "mask": MASK})
+row(
+    blogkeras.dhsic_test,
+    {"variables": [X, Y], "num_permutations": 3},
+    {
+        **LISTS,
+        "num_permutations": integer(1),
+        "seed": seed(),
+        "verbose": verbose(),
+    },
+)
 GRAM = X @ X.T
 row(
     blogkeras.hsic_from_kernels,

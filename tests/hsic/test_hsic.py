@@ -41,7 +41,7 @@ from blogkeras.hsic import (
     median_bandwidth,
     nhsic,
     samples,
-    statistic,
+    tiles,
 )
 
 # Closed forms
@@ -418,9 +418,9 @@ def test_float64_and_half_precision():
 def test_tiles(monkeypatch):
     """Tiles of 8 rows, the last one short; then as a program of its own."""
     kernel = GaussianKernel(1.0, form="standard")
-    monkeypatch.setattr(statistic, "TILE", 1)
-    monkeypatch.setattr(statistic, "EAGER_TILE", 1)
-    statistic._programs.clear()
+    monkeypatch.setattr(tiles, "TILE", 1)
+    monkeypatch.setattr(tiles, "EAGER_TILE", 1)
+    tiles._programs.clear()
     k, l = gaussian(X, 1.0), gaussian(Y, 1.0)  # noqa: E741
     found = value(hsic(X[:39], Y[:39], kernel, kernel, "unbiased"))
     expected = definition(k[:39, :39], l[:39, :39], "unbiased")
@@ -438,8 +438,8 @@ def test_tiles(monkeypatch):
     other = GaussianKernel(2.0, form="standard")
     hsic(X, Y, other, other, mask=MASK)
     hsic(X[:9], Y[:9], lambda a, b: other(a, b), other)
-    assert len(statistic._programs) == 2
-    statistic._programs.clear()
+    assert len(tiles._programs) == 2
+    tiles._programs.clear()
 
 
 @pytest.mark.skipif(not JAX, reason="XLA's analyses are at hand in JAX")

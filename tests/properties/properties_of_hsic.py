@@ -250,6 +250,39 @@ def p_values_are_probabilities(
     assert again.p_value == result.p_value
 
 
+@holds_for("dhsic", cases=SETS, short=2)
+def several_variables(function, x=X, y=Y, seed=SEEDS):
+    rng = np.random.default_rng(seed)
+    z = rng.normal(size=(SETS, ROWS, 1)) * 10.0 ** rng.integers(-9, 9)
+    value = number(function([x, y, z]))
+    assert value.shape == (SETS,)
+    assert value.min() >= -1e-4
+    assert value.max() <= 1.0001
+    close(function([z, x, y]), value, 1e-4)
+    order = rng.permutation(ROWS)
+    close(function([x[:, order], y[:, order], z[:, order]]), value, 1e-4)
+    # A constant changes nothing, and of two variables it is HSIC.
+    pair = number(function([x, y]))
+    close(pair, blogkeras.hsic(x, y), 1e-4)
+    close(function([x, np.full_like(z, z[0, 0, 0]), y]), pair, 1e-4)
+    mask = mask_of("any", seed, (SETS, ROWS))
+    hidden = [np.where(mask[..., None], a, np.nan) for a in (x, y, z)]
+    close(function(hidden, mask=mask), function([x, y, z], mask=mask), 1e-4)
+
+
+@holds_for("dhsic_test", short=1, slow_on_jax=True)
+def p_values_of_several_variables(
+    function, x=arrays((8, 2), 1e30, FLOATS), y=arrays((8,), 1e30), seed=SEEDS
+):
+    labels = np.random.default_rng(seed).integers(0, 2, 8).astype(str)
+    options = {"num_permutations": 19, "seed": seed}
+    result = function([x, labels, y], **options)
+    assert 1 / 20 <= number(result.p_value) <= 1
+    assert -1e-5 <= number(result.statistic) <= 1.0001
+    assert number(result.null).shape == (19,)
+    assert function([x, labels, y], **options).p_value == result.p_value
+
+
 KERNELS = {
     "GaussianKernel": {"bandwidth": 1.5, "form": "standard"},
     "LaplacianKernel": {"bandwidth": 0.5},
