@@ -17,10 +17,9 @@ from blogkeras.hsic.layers import (
     CKA,
     HSICLoss,
     HSICRegularization,
-    LayerSimilarity,
-    compare_layers,
 )
 from blogkeras.hsic.samples import median_bandwidth
+from blogkeras.hsic.similarity import LayerSimilarity, compare_layers
 from blogkeras.hsic.statistic import (
     block_hsic,
     cka,

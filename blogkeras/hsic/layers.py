@@ -1,7 +1,7 @@
-"""HSIC in Keras: a loss, a regularization, a metric, a comparison of layers."""
+"""HSIC in Keras: a loss, a regularization and a metric."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
@@ -11,9 +11,7 @@ from blogkeras import backend
 from blogkeras.arguments import (
     check_boolean,
     check_choice,
-    check_integer,
     check_number,
-    check_verbose,
 )
 from blogkeras.hsic.grams import rescale
 from blogkeras.hsic.kernels import (
@@ -326,176 +324,6 @@ class CKA(keras.metrics.Metric):
                 for k, v in config.items()
             }
         )
-
-
-class LayerSimilarity(NamedTuple):
-    """The result of `compare_layers`.
-
-    Attributes:
-        matrix: NumPy array `(layers of a, layers of b)` of debiased CKA.
-        layers_a: Names, one for each row.
-        layers_b: Names, one for each column.
-
-    Example:
-
-    >>> model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
-    >>> similarity = compare_layers(model, model, np.random.rand(16, 3))
-    >>> similarity.matrix.shape
-    (1, 1)
-
-    Reference:
-        [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414)
-    """
-
-    matrix: Any
-    layers_a: list
-    layers_b: list
-
-
-def compare_layers(
-    model_a: keras.layers.Layer,
-    model_b: keras.layers.Layer,
-    data: Any,
-    *,
-    kernel: Any = LINEAR,
-    batch_size: int = 256,
-    path: Any = None,
-    verbose: str | int = 0,
-) -> LayerSimilarity:
-    """CKA of every layer of one model with every layer of another.
-
-    The debiased CKA of minibatches, as in `CKA`, for all pairs of layers at
-    once: each batch's kernel matrices are centered once, and all their inner
-    products are one matrix product.
-
-    Args:
-        model_a: A built Sequential or functional model.
-        model_b: Likewise; may be the same one.
-        data: Array, or list or dict of arrays, for the models' inputs; or an
-            iterable of batches `x`, `(x, y)` or `(x, y, sample_weight)` such as
-            a `tf.data.Dataset`.
-        kernel: Kernel of all layers; linear by default, `None` is a Gaussian of
-            median bandwidth.
-        batch_size: Integer ≥ 4, for arrays.
-        path: Where to write a heat map, if anywhere; the ending is the format.
-        verbose: 1 shows a progress bar.
-
-    Returns:
-        `LayerSimilarity`, a named tuple `(matrix, layers_a, layers_b)`: the
-        matrix `(layers of a, layers of b)` in NumPy, and the layers' names.
-
-    Raises:
-        ValueError: for models that are not built or not functional, on data of
-            other shapes, and without a batch of 4 samples.
-
-    Example:
-
-    >>> model = keras.Sequential(
-    ...     [keras.Input((3,)), layers.Dense(4, "tanh"), layers.Dense(2)]
-    ... )
-    >>> similarity = compare_layers(model, model, np.random.rand(64, 3))
-    >>> similarity.matrix.diagonal().round(3)
-    array([1., 1.])
-
-    Reference:
-        [Kornblith et al., 2019](https://arxiv.org/abs/1905.00414);
-        [Nguyen et al., 2021](https://arxiv.org/abs/2010.15327)
-    """
-    as_kernel(kernel)
-    batch_size = check_integer("batch_size", batch_size, minimum=4)
-    verbose = check_verbose(verbose)
-    same = model_a is model_b
-    names_a, outputs_a = _taps(model_a, "model_a")
-    names_b, outputs_b = _taps(model_b, "model_b")
-    cross = np.zeros((len(names_a), len(names_b)))
-    own_a, own_b = np.zeros(len(names_a)), np.zeros(len(names_b))
-    used = 0
-    batches, count = _batches(data, batch_size)
-    progress = keras.utils.Progbar(count, verbose=verbose, unit_name="batch")
-    for batch in batches:
-        a = _centered(outputs_a.predict_on_batch(batch), kernel)
-        if a is not None:
-            b = a
-            if not same:
-                b = _centered(outputs_b.predict_on_batch(batch), kernel)
-            cross += a @ b.T
-            own_a += np.sum(a * a, axis=1)
-            own_b += np.sum(b * b, axis=1)
-            used += 1
-        progress.add(1)
-    if not used:
-        raise ValueError(
-            "Expected at least one batch of 4 or more samples. Received: none"
-        )
-    norm = np.sqrt(own_a[:, None] * own_b)
-    matrix = np.divide(cross, norm, out=np.zeros_like(cross), where=norm > 0)
-    if path is not None:
-        from blogkeras import report
-
-        report.heat_map(
-            path,
-            matrix,
-            names_a,
-            names_b,
-            ylabel=model_a.name,
-            xlabel=model_b.name,
-            title="CKA",
-        )
-    return LayerSimilarity(matrix, names_a, names_b)
-
-
-def _taps(model, name):
-    """Names of the layers, and a model of all their outputs."""
-    try:
-        layers = [
-            layer
-            for layer in model.layers
-            if not isinstance(layer, keras.layers.InputLayer)
-            and isinstance(layer.output, keras.KerasTensor)
-        ]
-        outputs = [layer.output for layer in layers]
-        sequential = isinstance(model, keras.Sequential)
-        inputs = model.inputs[0] if sequential else model.input
-        return [layer.name for layer in layers], keras.Model(inputs, outputs)
-    except (AttributeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"Expected `{name}` to be a built Sequential or functional model, "
-            "whose layers have outputs. Wrap a subclassed one, or build it by "
-            f"calling it. Received: {model!r} ({error})"
-        ) from error
-
-
-def _batches(data, batch_size):
-    arrays = data.values() if isinstance(data, dict) else data
-    arrays = list(arrays) if isinstance(data, (dict, list, tuple)) else [data]
-    if all(isinstance(a, np.ndarray) for a in arrays):
-
-        def part(start):
-            stop = start + batch_size
-            return keras.tree.map_structure(lambda a: a[start:stop], data)
-
-        starts = range(0, len(arrays[0]), batch_size)
-        return map(part, starts), len(starts)
-    return (keras.utils.unpack_x_y_sample_weight(b)[0] for b in data), None
-
-
-def _centered(outputs, kernel):
-    """U-centered kernel matrices, `(layers, n²)`; ⟨a, b⟩ / n(n−3) is HSIC."""
-    rows = []
-    for output in keras.tree.flatten(outputs):
-        features = np.reshape(output, (len(output), -1))
-        n = len(features)
-        if n < 4:
-            return None
-        (gram, _), _ = prepare(features, features, kernel, None, None, "biased")
-        matrix = ops.convert_to_numpy(gram.matrix()).astype("float64")
-        matrix = np.ldexp(matrix, gram.exponent)
-        np.fill_diagonal(matrix, 0)
-        sums = matrix.sum(axis=1) / (n - 2)
-        matrix += sums.sum() / (n - 1) - sums - sums[:, None]
-        np.fill_diagonal(matrix, 0)
-        rows.append(matrix.ravel() / math.sqrt(n * (n - 3)))
-    return np.stack(rows)
 
 
 def as_kernel_or_none(kernel):

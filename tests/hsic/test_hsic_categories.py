@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from hsic_reference import LINEAR, value
-from kit import tensorflow_only
+from kit import slow_on_jax, tensorflow_only
 
 from blogkeras.hsic import (
     DeltaKernel,
@@ -59,6 +59,7 @@ def test_strings_have_the_delta_kernel(name):
     assert value(hsic(X, STRINGS[name])) == pytest.approx(expected, rel=1e-6)
 
 
+@slow_on_jax
 def test_measures_and_tests_take_strings():
     for function, options in (
         (cka, {}),
