@@ -13,6 +13,7 @@ from blogkeras.hsic.kernels import (
     PolynomialKernel,
     PrecomputedKernel,
 )
+from blogkeras.hsic.lasso import HSICLasso
 from blogkeras.hsic.layers import (
     CKA,
     HSICLoss,
@@ -34,6 +35,7 @@ __all__ = [
     "DeltaKernel",
     "GaussianKernel",
     "HSICBottleneck",
+    "HSICLasso",
     "HSICLoss",
     "HSICRegularization",
     "HSICTest",

@@ -99,7 +99,8 @@ def compare_layers(
     same = model_a is model_b
     taps_a = _taps(model_a, "model_a")
     taps_b = taps_a if same else _taps(model_b, "model_b")
-    cross, own_a, own_b = 0.0, 0.0, 0.0
+    # Zeros; the layers' names are known after the first batch.
+    cross = own_a = own_b = np.zeros(())
     used = 0
     batches, count = _batches(data, batch_size)
     progress = keras.utils.Progbar(count, verbose=verbose, unit_name="batch")

@@ -82,6 +82,23 @@ row(
         "verbose": verbose(),
     },
 )
+row(
+    blogkeras.HSICLasso,
+    {"seed": 0},
+    {
+        "n_features_to_select": Kind(
+            0, 9, 1.5, -0.5, True, "4", NAN, [2], none=True, hint="int | float"
+        ),
+        "target": choice(),
+        "kernel_x": kernel(),
+        "kernel_y": kernel(),
+        "block_size": integer(2, none=True),
+        "num_shuffles": integer(1),
+        "seed": seed(),
+        "verbose": verbose(),
+    },
+    lambda result: result.fit(X, Y[:, 0]),
+)
 GRAM = X @ X.T
 row(
     blogkeras.hsic_from_kernels,

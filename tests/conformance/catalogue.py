@@ -176,6 +176,11 @@ ESTIMATORS = [
         {"k": 2, "vectors": None, "voting": "distance"},
         lambda: ([toy.DENSE[:2], toy.DENSE[2:3], toy.DENSE[3:5]], [1, 0, 1]),
     ),
+    (
+        blogkeras.HSICLasso,
+        {"n_features_to_select": 2, "target": "classification"},
+        lambda: (toy.DENSE[:8], [1, 0, 1, 1, 0, 2, 0, 2]),
+    ),
 ]
 # (class, function that makes one): what functions return
 RECORDS = [

@@ -283,6 +283,25 @@ def p_values_of_several_variables(
     assert function([x, labels, y], **options).p_value == result.p_value
 
 
+@holds_for("HSICLasso", short=2, slow_on_jax=True)
+def selects_the_same_in_any_order_and_unit(
+    function, x=arrays((12, 4), 1e30, FLOATS), seed=SEEDS
+):
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, 12).astype(str)
+    selector = function(2).fit(x, labels)
+    cka = number(selector.relevance_)
+    assert np.all((cka > -1e-5) & (cka < 1 + 1e-5))
+    support = selector.get_support()
+    assert support.sum() <= 2
+    assert np.all((number(selector.coef_) > 0) == support)
+    order, columns = rng.permutation(12), rng.permutation(4)
+    other = function(2).fit(2.0 * x[order][:, columns], labels[order])
+    close(other.relevance_, cka[columns], 1e-4)
+    if support.any():
+        close(selector.transform(x), x[:, support], 0)
+
+
 KERNELS = {
     "GaussianKernel": {"bandwidth": 1.5, "form": "standard"},
     "LaplacianKernel": {"bandwidth": 0.5},
