@@ -1,18 +1,9 @@
 """Two devices on one machine, fixed seeds, the default policy in each test."""
 
 import gc
-import os
 import sys
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Compiling the small programs of the tests takes longer than running them.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=2 "
-    "--xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true",
-)
-
+import compiler_flags  # noqa: F401, before Keras
 import keras
 import pytest
 import toy
