@@ -11,6 +11,7 @@ from keras import layers, ops
 from blogkeras import backend
 from blogkeras.arguments import (
     as_numpy,
+    check_boolean,
     check_choice,
     check_integer,
     check_integers,
@@ -63,6 +64,11 @@ class CodePrior(CompositeModel):
             codes of a coarser map, say, as in VQ-VAE-2. Its sizes divide those
             of `code_shape`; each label is embedded and added at the positions
             that it covers.
+        variable_length: Boolean. If true, maps end where they like, in
+            row-major order: -1 stands at every position after the last code,
+            and at all of them where there is no code. The network learns one
+            more symbol, the end; a map's likelihood counts its codes and its
+            end. A map that is full has no end.
         dim: Integer. Size of the hidden vectors.
         num_layers: Integer.
         num_heads: Integer that divides `dim`; for attention.
@@ -74,11 +80,12 @@ class CodePrior(CompositeModel):
 
     Input shape:  codes `(batch, *code_shape)`, integers; with `num_classes`
         also labels `(batch, *label_shape)`.
-    Output shape: logits `(batch, *code_shape, num_codes)`, float32.
+    Output shape: logits `(batch, *code_shape, num_codes)`, float32; with
+        `variable_length` the last of `num_codes + 1` is that of the end.
 
     Raises:
         ValueError: on numbers out of range, on a `dim` that the heads do not
-            divide, and on codes or labels out of range.
+            divide, on codes or labels out of range, and on a code after -1.
 
     Example:
 
@@ -109,6 +116,7 @@ class CodePrior(CompositeModel):
         num_heads: int = 8,
         *,
         label_shape: Sequence[int] = (),
+        variable_length: bool = False,
         dropout: float = 0.0,
         seed: int | None = None,
         **kwargs: Any,
@@ -140,13 +148,15 @@ class CodePrior(CompositeModel):
         self.dim = dim
         self.num_layers = num_layers
         self.num_heads = num_heads
+        self.variable_length = check_boolean("variable_length", variable_length)
+        symbols = num_codes + self.variable_length
         self.dropout = check_number("dropout", dropout, minimum=0, below=1)
         self.seed = None if seed is None else check_integer("seed", seed)
         if self.dropout:
             self._draws = NumberedDraws(self, self.seed)
         if architecture == "attention":
             self.network = PixelAttention(
-                num_codes,
+                symbols,
                 code_shape,
                 dim,
                 num_layers,
@@ -156,7 +166,7 @@ class CodePrior(CompositeModel):
             )
         else:
             self.network = PixelCNN(
-                num_codes,
+                symbols,
                 code_shape,
                 dim,
                 num_layers,
@@ -187,7 +197,7 @@ class CodePrior(CompositeModel):
                 f"Expected code maps of shape {self.code_shape}. Received: "
                 f"codes.shape={tuple(codes.shape)}"
             )
-        codes, condition = ops.cast(codes, "int32"), self._condition(labels)
+        codes, condition = self._symbols(codes), self._condition(labels)
         if not training or not self.dropout:
             return self.network(codes, condition)
         seed = self._draws.next_step()
@@ -204,10 +214,30 @@ class CodePrior(CompositeModel):
                 f"num_classes={self.num_classes}"
             )
         codes, labels = parts[0], (parts[1] if len(parts) == 2 else None)
-        check_integers("codes", codes, 0, self.num_codes - 1)
+        lowest = -1 if self.variable_length else 0
+        check_integers("codes", codes, lowest, self.num_codes - 1)
+        if self.variable_length:
+            _check_ends(codes, len(self.code_shape))
         if labels is not None:
             check_integers("labels", labels, 0, self.num_classes - 1)
         return codes, labels
+
+    def _symbols(self, codes):
+        """Codes as the network takes them: the end in place of each -1."""
+        codes = ops.cast(codes, "int32")
+        if not self.variable_length:
+            return codes
+        return ops.where(codes < 0, self.num_codes, codes)
+
+    def _counted(self, codes):
+        """Which positions of `(batch, positions)` count: the codes, an end."""
+        if not self.variable_length:
+            return None
+        # The position after a code counts; the first one always does.
+        before = ops.concatenate(
+            [ops.zeros_like(codes[:, :1]), codes[:, :-1]], axis=1
+        )
+        return before >= 0
 
     # In a compiled step values are not known, and JAX returns NaN for labels
     # that are out of range. So arrays are checked before.
@@ -265,8 +295,11 @@ class CodePrior(CompositeModel):
     ):
         positions = math.prod(self.code_shape)
         # One row of codes for each map, so that a weight for each map fits.
-        y = ops.reshape(self._split(x)[0], [-1, positions])
-        y_pred = ops.reshape(y_pred, [-1, positions, self.num_codes])
+        codes = ops.reshape(self._split(x)[0], [-1, positions])
+        y, counted = self._symbols(codes), self._counted(codes)
+        y_pred = ops.reshape(y_pred, [-1, positions, y_pred.shape[-1]])
+        if counted is not None:
+            backend.set_keras_mask(y_pred, counted)
         weight = sample_weight
         if weight is not None:
             if any(size not in (None, 1) for size in weight.shape[1:]):
@@ -280,12 +313,25 @@ class CodePrior(CompositeModel):
         nats = keras.losses.sparse_categorical_crossentropy(
             y, y_pred, from_logits=True
         )
+        if counted is not None:
+            nats = ops.where(counted, nats, 0.0)
         self.nats.update_state(ops.sum(nats, axis=-1), weight)
         return loss
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         codes = self._split(x)[0]
-        return super().compute_metrics(x, codes, y_pred, sample_weight)
+        if self.variable_length:
+            flat = ops.reshape(codes, [-1, math.prod(self.code_shape)])
+            counted = ops.reshape(self._counted(flat), ops.shape(codes))
+            backend.set_keras_mask(y_pred, counted)
+        if sample_weight is not None:
+            # A metric has a value for each code, a weight is one for each map.
+            ones = [1] * len(self.code_shape)
+            sample_weight = ops.reshape(sample_weight, [-1, *ones])
+            sample_weight = ops.broadcast_to(sample_weight, ops.shape(codes))
+        return super().compute_metrics(
+            x, self._symbols(codes), y_pred, sample_weight
+        )
 
     def sample(
         self,
@@ -310,14 +356,16 @@ class CodePrior(CompositeModel):
                 maps; with `num_classes`.
             seed: Integer, or a `keras.random.SeedGenerator`.
             known: Integers `(num, *code_shape)`, or `code_shape` for all maps:
-                the codes that are given, and -1 where one is to be drawn. A
+                the codes that are given, and -1 where one is to be drawn. With
+                `variable_length` a map does not end before a given code. A
                 drawn code follows from all codes before it in row-major order.
                 So what comes after the given codes, such as the lower rows, has
                 exactly the model's distribution; codes that are drawn before a
                 given one do not look ahead to it.
 
         Returns:
-            NumPy array of int32, `(num, *code_shape)`.
+            NumPy array of int32, `(num, *code_shape)`; with `variable_length`
+            -1 after a map's end.
         """
         num = check_integer("num", num, minimum=1)
         temperature = check_number("temperature", temperature, above=0)
@@ -362,6 +410,7 @@ class CodePrior(CompositeModel):
             ),
         )
         codes = ops.convert_to_numpy(sampler(*arguments))
+        codes = np.where(codes == self.num_codes, -1, codes)
         return codes.T.reshape(num, *self.code_shape)
 
     def _known_codes(self, known, num):
@@ -381,14 +430,24 @@ class CodePrior(CompositeModel):
     def _sample(self, top_k, u, temperature, known, labels=None):
         """`(positions, num)` codes from as many uniform numbers."""
         positions, num = u.shape
-        condition = self._condition(labels)
+        condition, end = self._condition(labels), self.num_codes
+        if self.variable_length:
+            # No end at a position with a given code, or before one.
+            later = ops.cumsum(ops.flip(ops.cast(known >= 0, "int32"), 0), 0)
+            goes_on = ops.flip(later, 0) > 0
 
         def body(t, state):
             codes, cache = state
             # At t = 0 there is no code before; the networks ignore this value.
             before = ops.take(codes, ops.maximum(t - 1, 0), axis=0)
             logits, cache = self.network.step(t, before, condition, cache)
+            if self.variable_length:
+                never = ops.where(np.arange(end + 1) == end, -np.inf, logits)
+                logits = ops.where(goes_on[t][:, None], never, logits)
             drawn = _draw(logits, u[t], temperature, top_k)
+            if self.variable_length:
+                ended = ops.logical_and(t > 0, before == end)
+                drawn = ops.where(ended, end, drawn)
             drawn = ops.where(known[t] < 0, drawn, known[t])
             return ops.slice_update(codes, [t, 0], drawn[None]), cache
 
@@ -403,6 +462,7 @@ class CodePrior(CompositeModel):
             "architecture": self.architecture,
             "num_classes": self.num_classes,
             "label_shape": self.label_shape,
+            "variable_length": self.variable_length,
             "dim": self.dim,
             "num_layers": self.num_layers,
             "num_heads": self.num_heads,
@@ -439,6 +499,20 @@ def _draw(logits, u, temperature, top_k):
     if top_k is not None:
         drawn = ops.take_along_axis(chosen, drawn[:, None], axis=-1)[:, 0]
     return ops.cast(drawn, "int32")
+
+
+def _check_ends(codes, rank):
+    """Raises where a code comes after -1, if the values are known."""
+    if not backend.is_concrete(codes) or len(codes.shape) != 1 + rank:
+        return
+    codes = as_numpy(codes)
+    flat = codes.reshape(len(codes), -1)
+    wrong = ((flat[:, :-1] < 0) & (flat[:, 1:] >= 0)).any(axis=1)
+    if wrong.any():
+        raise ValueError(
+            "Expected -1 only after the last code of a map. Received: a code "
+            f"after -1 in row {wrong.argmax()}"
+        )
 
 
 def _label_shape(label_shape, code_shape, num_classes):

@@ -150,6 +150,7 @@ row(
         "architecture": choice(),
         "num_classes": integer(1, none=True),
         "label_shape": Kind(3, "22", (2, 2), (0,), (2.0, 2), ((2, 2),)),
+        "variable_length": boolean(),
         "dim": integer(1),
         "num_layers": integer(1),
         "num_heads": integer(1),

@@ -83,7 +83,7 @@ def test_a_map_of_labels_is_added_where_its_labels_are(kind, tmp_path):
     single = make(kind, shape, num_classes=3)
     for a, b in zip(model.variables, single.variables, strict=True):
         if a.shape == b.shape:
-            b.assign(a.value)
+            b.assign(value(a))
     np.testing.assert_allclose(
         value(model([codes, np.full((5, 2, 3), 2)])),
         value(single([codes, np.full(5, 2)])),
@@ -120,7 +120,7 @@ def test_dropout_is_of_training_and_goes_on_when_resumed(kind, tmp_path):
     for a, b in zip(
         models[0].trainable_variables, plain.trainable_variables, strict=True
     ):
-        b.assign(a.value)
+        b.assign(value(a))
     np.testing.assert_allclose(
         value(models[0](MAPS)), value(plain(MAPS)), atol=1e-6
     )
@@ -164,3 +164,88 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             model.sample(2, known=known)
+
+
+# Maps that end: -1 after the last code.
+ENDED = np.array([[3, 1, -1], [0, 2, 4], [-1, -1, -1], [2, -1, -1]], "int32")
+COUNTED = np.array([[1, 1, 1], [1, 1, 1], [1, 0, 0], [1, 1, 0]])
+
+
+def log_probabilities(model, codes):
+    logits = value(model(codes), "f8")
+    logits -= logits.max(-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+@each_kind
+def test_codes_and_the_end_of_a_map_count(kind):
+    shape = (3,) if kind == "attention" else (1, 3)
+    model = make(kind, shape, variable_length=True)
+    codes = ENDED.reshape(-1, *shape)
+    model.compile(
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=["accuracy"],
+        run_eagerly=not ON_JAX,
+    )
+    log_p = log_probabilities(model, codes).reshape(4, 3, CODES + 1)
+    target = np.where(ENDED < 0, CODES, ENDED)
+    each = -np.take_along_axis(log_p, target[..., None], -1)[..., 0] * COUNTED
+    weight = np.array([1.0, 2.0, 0.5, 0.0])
+    hit = (log_p.argmax(-1) == target) * COUNTED
+    counted = COUNTED * weight[:, None]
+    logs = model.evaluate(
+        codes, codes, sample_weight=weight, verbose=0, return_dict=True
+    )
+    expected = {
+        "loss": (each * weight[:, None]).sum() / COUNTED.sum(),
+        "nats": (each.sum(1) * weight).sum() / weight.sum(),
+        "accuracy": (hit * counted).sum() / counted.sum(),
+    }
+    assert logs == pytest.approx(expected, rel=1e-5)
+
+
+@each_kind
+def test_samples_end_as_often_as_the_model_says(kind):
+    shape = (2,) if kind == "attention" else (1, 2)
+    model = make(kind, shape, variable_length=True)
+    model.fit(ENDED[:, :2].reshape(-1, *shape), epochs=2, verbose=0)
+    first = np.array([[code, -1] for code in range(-1, CODES)], "int32")
+    log_p = log_probabilities(model, first.reshape(-1, *shape))
+    p = np.exp(log_p).reshape(CODES + 1, 2, CODES + 1)
+    num = 4000
+    drawn = model.sample(num, seed=0).reshape(num, 2)
+    # Probabilities of no code, of each single code, and of each pair.
+    pairs = p[0, 0, :CODES, None] * p[1:, 1]
+    expected = [p[0, 0, CODES], *pairs[:, CODES], *pairs[:, :CODES].ravel()]
+    assert sum(expected) == pytest.approx(1, abs=1e-5)
+    found = [np.all(drawn == -1, axis=1).mean()]
+    found += [np.all(drawn == [c, -1], axis=1).mean() for c in range(CODES)]
+    found += [
+        np.all(drawn == [a, b], axis=1).mean()
+        for a in range(CODES)
+        for b in range(CODES)
+    ]
+    assert sum(found) == pytest.approx(1)
+    np.testing.assert_allclose(found, expected, atol=0.03)
+
+
+def test_a_map_does_not_end_before_a_given_code():
+    model = make(shape=(3,), variable_length=True)
+    # A network that says the end everywhere.
+    model.network.head.bias.assign([0.0] * CODES + [50.0])
+    assert np.all(model.sample(20, seed=0) == -1)
+    drawn = model.sample(20, seed=0, known=[-1, 4, -1])
+    assert np.all(drawn[:, 0] >= 0)
+    assert np.all(drawn[:, 1:] == [4, -1])
+    again = CodePrior.from_config(model.get_config())
+    assert again.variable_length
+
+
+def test_no_code_comes_after_the_end():
+    model = make(shape=(3,), variable_length=True)
+    with pytest.raises(ValueError, match="row 1"):
+        model.fit(np.array([[1, 2, -1], [1, -1, 2]]))
+    with pytest.raises(ValueError, match="at least -1"):
+        model.fit(np.array([[1, 2, -2]]))
+    with pytest.raises(ValueError, match="at least 0"):
+        make(shape=(3,)).fit(ENDED)
