@@ -333,8 +333,11 @@ def probe(body, source, run, seeds):
     start = body.get_weights()
     steps = EPOCHS * (len(x) // BATCH)
     keras.utils.set_random_seed(0)
-    output = layers.Dense(2, activation="softmax")(body.output[:, 0])
-    model = keras.Model(body.input, output)
+    # Called as one layer: the names inside of a loaded model may be those that
+    # Keras gives to new operations.
+    inputs = keras.Input((LENGTH,), dtype="int32")
+    output = layers.Dense(2, activation="softmax")(body(inputs)[:, 0])
+    model = keras.Model(inputs, output)
     head = model.layers[-1].get_weights()
     found = []
     for seed in range(seeds):

@@ -253,7 +253,8 @@ def test_two_replicas_are_one_large_batch(name):
         keras.distribution.set_distribution(None)
     assert toy.difference(weights[1], start) > 1e-4
     assert toy.difference(weights[1], weights[2]) <= 2e-6
-    assert logs[1]["loss"] == pytest.approx(logs[2]["loss"], rel=1e-4)
+    # The bottleneck's loss is a difference of terms of order 1.
+    assert logs[1]["loss"] == pytest.approx(logs[2]["loss"], abs=5e-5)
 
 
 # Metric
