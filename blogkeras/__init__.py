@@ -60,6 +60,7 @@ from blogkeras.hsic import (
     hsic,
     hsic_from_kernels,
     hsic_test,
+    kci_test,
     median_bandwidth,
     nhsic,
 )
@@ -209,6 +210,7 @@ __all__ = [
     "hsic_from_kernels",
     "hsic_test",
     "inverse_document_frequency",
+    "kci_test",
     "keep_blocks",
     "langevin",
     "log_partition",

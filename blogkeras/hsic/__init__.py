@@ -1,6 +1,7 @@
 """HSIC (post 6910): the statistic, a test, losses and a training scheme."""
 
 from blogkeras.hsic.bottleneck import HSICBottleneck
+from blogkeras.hsic.conditional import kci_test
 from blogkeras.hsic.fourier import fourier_hsic
 from blogkeras.hsic.independence_test import HSICTest, hsic_test
 from blogkeras.hsic.joint import dhsic, dhsic_test
@@ -53,6 +54,7 @@ __all__ = [
     "hsic",
     "hsic_from_kernels",
     "hsic_test",
+    "kci_test",
     "median_bandwidth",
     "nhsic",
 ]

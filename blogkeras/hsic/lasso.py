@@ -30,7 +30,7 @@ from blogkeras.hsic.kernels import (
     known_labels,
     known_numbers,
 )
-from blogkeras.hsic.samples import codes_of, is_categorical
+from blogkeras.hsic.samples import codes_of, in_deviations, is_categorical
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
 from blogkeras.typing import Tensor
@@ -266,19 +266,9 @@ def _features(x, kernel):
     elif strings:
         kernel = DeltaKernel()
     else:
-        kernel, x = PAPERS, _in_deviations("X", x)
+        x = known_numbers("X", x, None).astype("float64")
+        kernel, x = PAPERS, in_deviations(x)
     return kernel.of_array("X", x, None, "float32")
-
-
-def _in_deviations(name, x):
-    """Numbers `(..., n, dim)` about their mean, in standard deviations."""
-    x = known_numbers(name, x, None).astype("float64")
-    size = np.abs(x).max(axis=-2, keepdims=True)
-    # Equal numbers become exactly 1, so that their deviation is exactly 0.
-    x = x / np.where(size > 0, size, 1)
-    x = x - x.mean(axis=-2, keepdims=True)
-    deviation = np.sqrt(np.square(x).mean(axis=-2, keepdims=True))
-    return x / np.where(deviation > 1e-15, deviation, 1)
 
 
 def _target(y, n, target, kernel):
@@ -306,7 +296,8 @@ def _target(y, n, target, kernel):
                 f"target='auto' and y of dtype {y.dtype}"
             )
     if target == "regression":
-        y = _in_deviations("y", y)[None]
+        y = known_numbers("y", y, None).astype("float64")
+        y = in_deviations(y)[None]
         return PAPERS.of_array("y", y, None, "float32")
     codes = codes_of(y)
     counts = np.bincount(codes)

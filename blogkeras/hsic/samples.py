@@ -163,6 +163,19 @@ def from_center(x, keep=None):
     return each_sample(shifted, x, keep)
 
 
+def in_deviations(x):
+    """Float64 `(..., n, dim)` about their mean, in standard deviations.
+
+    Constant features become 0.
+    """
+    size = np.abs(x).max(axis=-2, keepdims=True)
+    # Equal numbers become exactly 1, so that their deviation is exactly 0.
+    x = x / np.where(size > 0, size, 1)
+    x = x - x.mean(axis=-2, keepdims=True)
+    deviation = np.sqrt(np.square(x).mean(axis=-2, keepdims=True))
+    return x / np.where(deviation > 1e-15, deviation, 1)
+
+
 def exponent_of(x):
     """The exponent of the power of two of the largest of some numbers."""
     largest = np.abs(x[np.isfinite(x)]).max(initial=0.0)

@@ -99,6 +99,19 @@ row(
     },
     lambda result: result.fit(X, Y[:, 0]),
 )
+row(
+    blogkeras.kci_test,
+    {**DATA, "z": X[:, :1]},
+    {
+        **DATA_KINDS,
+        "z": DATA_KINDS["y"],
+        "kernel_z": kernel(),
+        "null": choice(),
+        "epsilon": number(above=0),
+        "num_draws": integer(1),
+        "seed": seed(),
+    },
+)
 GRAM = X @ X.T
 row(
     blogkeras.hsic_from_kernels,

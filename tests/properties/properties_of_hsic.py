@@ -283,6 +283,26 @@ def p_values_of_several_variables(
     assert function([x, labels, y], **options).p_value == result.p_value
 
 
+@holds_for("kci_test", short=2, slow_on_jax=True)
+def p_values_given_a_variable(
+    function,
+    x=arrays((12, 2), 1e30, FLOATS),
+    y=arrays((12,), 1e30),
+    z=arrays((12, 1), 1e30, FLOATS + INTEGERS),
+    null=st.sampled_from(["gamma", "spectral"]),
+    seed=SEEDS,
+):
+    options = {"null": null, "num_draws": 19, "seed": seed}
+    result = function(x, y, z, **options)
+    least = 1 / 20 if null == "spectral" else 0.0
+    assert least <= number(result.p_value) <= 1
+    assert number(result.statistic) >= -1e-6
+    number(result.null)
+    assert function(x, y, z, **options).p_value == result.p_value
+    labels = np.random.default_rng(seed).integers(0, 2, 12).astype(str)
+    assert 0 <= number(function(x, labels, z, **options).p_value) <= 1
+
+
 @holds_for("HSICLasso", short=2, slow_on_jax=True)
 def selects_the_same_in_any_order_and_unit(
     function, x=arrays((12, 4), 1e30, FLOATS), seed=SEEDS
