@@ -10,6 +10,7 @@ import keras
 from blogkeras import training
 from blogkeras.adversarial.base import (
     AdversarialMethod,
+    Hook,
     check_name,
     check_strength,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Robustness",
     "VirtualAdversarialTraining",
     "adversarial_training",
+    "describe_training",
     "evaluate_robustness",
     "plain_training",
     "virtual_adversarial_training",
@@ -78,7 +80,15 @@ def adversarial_training(
     makes the loss larger. A second call replaces the first, `plain_training`
     undoes it. Everything else (`evaluate`, `predict`, callbacks, `save`) is as
     before. A saved, cloned or pickled model trains as in Keras: call this again
-    after loading.
+    after loading. `describe_training` says what is perturbed.
+
+    The logs of `fit`, and the history, have the parts of the loss beside it, as
+    means over the epoch: `clean_loss`, and `adversarial_loss` at the perturbed
+    values (of FreeLB: at the last of its points), or the `penalty` that is
+    added to the clean loss. A part that no pass of the step computes, as the
+    clean loss of an attack from a random start, is left out. A name that a
+    metric has already gets the prefix `training_`. The list that
+    `train_on_batch` returns is Keras's own; its dict has them.
 
     Args:
         model: A `keras.Model` with Keras's own train step.
@@ -231,6 +241,47 @@ def plain_training(model: keras.layers.Layer) -> keras.Model:
     _check_model(model)
     training.uninstall(model)
     return model
+
+
+def describe_training(model: keras.layers.Layer) -> str:
+    """Says in one line what a training step of `fit` perturbs.
+
+    The layer or input is that which `adversarial_training` found or was given,
+    by the path under which it can be named as `embedding_name`. In a model that
+    cannot be traced ahead, such as a subclassed one, it is found in the first
+    step.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        String: the method with its arguments, and the place.
+
+    Raises:
+        ValueError: if `model` is no `keras.Model`.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.Embedding(9, 2, name="words")(tokens)
+    >>> h = layers.GlobalAveragePooling1D()(h)
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> model = adversarial_training(model, method=FGSM(0.01))
+    >>> describe_training(model).split(" perturbs ")[1]
+    "the embedding matrix of layer 'words', 9 x 2"
+    >>> describe_training(plain_training(model))
+    "Keras's own training step perturbs nothing"
+
+    Reference:
+        [blog post 7234](https://kexue.fm/archives/7234)
+    """
+    _check_model(model)
+    hook = training.installed(model)
+    if hook is None:
+        return "Keras's own training step perturbs nothing"
+    if not isinstance(hook, Hook):
+        return f"{hook!r} perturbs nothing that is known"
+    return hook.describe(model)
 
 
 def _check_model(model):

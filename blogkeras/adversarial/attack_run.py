@@ -253,7 +253,7 @@ class _Inference:
             loss, y_pred = _forward(model, x, y, sample_weight)
             updates = [_current(scope, v) for v in model.metrics_variables]
         self._scopes.append(scope)
-        return loss, training.Evaluation(loss, y_pred, updates)
+        return loss, training.Evaluation(loss, y_pred, updates, {})
 
 
 class Tally:

@@ -13,6 +13,9 @@ from blogkeras.arguments import check_choice, check_integer, check_number
 from blogkeras.arguments import check_seed as check_any_seed
 
 SITES = ("matrix", "output")
+# Parts of a loss, by their names in the logs: the loss without perturbation
+# and penalty, the loss at the perturbed values, and what is added to the first.
+CLEAN, ADVERSARIAL, PENALTY = "clean_loss", "adversarial_loss", "penalty"
 NORM_SCOPES = ("batch", "sample", "token", "coordinate")
 
 
@@ -134,6 +137,10 @@ class AdversarialMethod:
         self.site = site
         self.start_step = start_step
 
+    # The names of the parts that a step's loss may have, for the logs of `fit`;
+    # their values are `evaluation.parts`.
+    parts: tuple[str, ...] = ()
+
     # How each attribute is checked, when it is set and when it is changed.
     checks = {
         "epsilon": check_strength,
@@ -185,6 +192,10 @@ class AdversarialMethod:
     def check(self, site):
         """Raises a `ValueError` if the method cannot work at this site."""
 
+    def describe(self, model, site):
+        """What a step perturbs, as `describe_training` says it."""
+        return f"{self!r} perturbs {site.describe(model)}"
+
     def hook(self, model, name=None, padding_mask=None):
         """The hook for `training.install`."""
         return Hook(self, model, name, padding_mask)
@@ -216,6 +227,14 @@ class Hook:
     @property
     def version(self):
         return self.method.version
+
+    @property
+    def parts(self):
+        return self.method.parts
+
+    def describe(self, model):
+        """What a step perturbs."""
+        return self.method.describe(model, self._site)
 
     def __call__(self, objective, weights):
         if self.method.site != self._kind:
@@ -260,6 +279,8 @@ class Attack(AdversarialMethod):
         self.clean_weight = clean_weight
         self.bounds = bounds
 
+    parts = (CLEAN, ADVERSARIAL)
+
     checks = {
         **AdversarialMethod.checks,
         "norm_scope": check_norm_scope,
@@ -299,9 +320,11 @@ class Attack(AdversarialMethod):
         evaluation, gradients = objective.value_and_grad(
             lambda weights: objective(weights, **kwargs), moved
         )
+        objective.parts[ADVERSARIAL] = evaluation.loss
         if not self.clean_weight:
             return evaluation, gradients
         other, clean_gradients = objective.value_and_grad(objective, weights)
+        objective.parts[CLEAN] = other.loss
         return mixed(
             [evaluation, other],
             [gradients, clean_gradients],
@@ -312,15 +335,31 @@ class Attack(AdversarialMethod):
         """origin + delta, within the bounds."""
         return bounded(shifted(origin, delta), origin, self.bounds)
 
-    def slope(self, objective, weights, site, origin, point):
-        """The gradient of the loss at a point of the site, float32."""
+    def slope(self, objective, weights, site, origin, point=None):
+        """The gradient of the loss at a point, by default the origin, float32.
+
+        At the origin the loss is the clean one, which the logs show.
+        """
+        is_clean = point is None
+        point = origin if is_clean else point
 
         def attack(point):
             moved, kwargs = site.at(objective, weights, point)
             return objective(moved, **kwargs)
 
-        _, g = objective.value_and_grad(attack, point)
+        evaluation, g = objective.value_and_grad(attack, point)
+        if is_clean:
+            objective.parts[CLEAN] = evaluation.loss
         return site_gradients(g, origin, site)
+
+
+def with_penalty(evaluation, penalty):
+    """An evaluation whose loss has a penalty more."""
+    clean = evaluation.loss
+    penalty = ops.cast(penalty, clean.dtype)
+    return evaluation._replace(
+        loss=clean + penalty, parts={CLEAN: clean, PENALTY: penalty}
+    )
 
 
 def mixed(evaluations, gradients, shares):

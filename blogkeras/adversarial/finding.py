@@ -96,6 +96,14 @@ class DeferredSite(Site):
             ) from error
         return finder.choose([layer for layer, _ in survey.look_ups], x)
 
+    def describe(self, model):
+        if self._site is not None:
+            return self._site.describe(model)
+        name = self._finder.name
+        if name is not None:
+            return f"{name!r}, which is looked for in the first step"
+        return "what the first step finds: the token embedding or the inputs"
+
     def at(self, objective, weights, point):
         return self._site.at(objective, weights, point)
 

@@ -11,11 +11,14 @@ from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.adversarial.base import (
+    CLEAN,
+    PENALTY,
     AdversarialMethod,
     check_count,
     check_norm_scope,
     check_positive,
     check_seed,
+    with_penalty,
 )
 from blogkeras.adversarial.norms import (
     random_units,
@@ -57,6 +60,8 @@ class LabelFreeMethod(AdversarialMethod):
         for each in tree.flatten(output_kind):
             check_output_arguments(each, None)
         self.from_logits = from_logits
+
+    parts = (CLEAN, PENALTY)
 
     checks = {
         **AdversarialMethod.checks,
@@ -200,13 +205,13 @@ class VirtualAdversarialTraining(LabelFreeMethod):
         point = shifted(origin, scaled(self.strength(objective), d))
 
         def total(weights):
-            loss, evaluation = objective(weights)
+            _, evaluation = objective(weights)
             target = self._target(objective, evaluation, site)
             divergence, _ = self._divergence(
                 objective, weights, site, point, target
             )
-            loss = loss + ops.cast(divergence, loss.dtype)
-            return loss, evaluation._replace(loss=loss)
+            evaluation = with_penalty(evaluation, divergence)
+            return evaluation.loss, evaluation
 
         return objective.value_and_grad(total, weights)
 
@@ -308,12 +313,13 @@ class NoiseStability(LabelFreeMethod):
 
         def penalized(weights):
             origin = site.origin(objective, weights)
-            loss, evaluation = objective(weights)
+            _, evaluation = objective(weights)
             squared = self.estimate(objective, weights, site, origin)
             (penalty,) = scaled(epsilon, [0.5 * squared])
-            penalty = penalty / backend.num_replicas()
-            loss = loss + ops.cast(penalty, loss.dtype)
-            return loss, evaluation._replace(loss=loss)
+            evaluation = with_penalty(
+                evaluation, penalty / backend.num_replicas()
+            )
+            return evaluation.loss, evaluation
 
         return second_order_gradients(objective, penalized, weights)
 

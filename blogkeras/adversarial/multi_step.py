@@ -5,6 +5,8 @@ from typing import Any
 from keras import ops
 
 from blogkeras.adversarial.base import (
+    ADVERSARIAL,
+    CLEAN,
     Attack,
     check_not_negative,
     check_seed,
@@ -112,9 +114,11 @@ class PGD(Attack):
         epsilon = self.strength(objective)
         radius = epsilon if self.random_start else 0.0
         delta = start(objective, site, origin, self, radius)
-        for _ in range(self.steps):
+        for step in range(self.steps):
             delta = offsets(origin, delta, self.bounds)
             point = self.point(origin, delta)
+            if step == 0 and not self.random_start:
+                point = None
             g = self.slope(objective, weights, site, origin, point)
             delta = ascend(delta, g, self, site, epsilon)
         return delta
@@ -228,6 +232,9 @@ class FreeLB(Attack):
             gradients.append(site.merge(objective, of_weights, of_point))
             g = site_gradients(of_point, origin, site)
             delta = ascend(delta, g, self, site, epsilon)
+        if not self.initial_norm:
+            objective.parts[CLEAN] = evaluations[0].loss
+        objective.parts[ADVERSARIAL] = evaluations[-1].loss
         return mixed(evaluations, gradients, [1 / self.steps] * self.steps)
 
 

@@ -65,7 +65,7 @@ class FGM(Attack):
     """
 
     def perturbation(self, objective, weights, site, origin):
-        g = self.slope(objective, weights, site, origin, origin)
+        g = self.slope(objective, weights, site, origin)
         return scaled(self.strength(objective), units(g, self.norm_scope, site))
 
 
@@ -124,6 +124,6 @@ class FGSM(Attack):
         )
 
     def perturbation(self, objective, weights, site, origin):
-        g = self.slope(objective, weights, site, origin, origin)
+        g = self.slope(objective, weights, site, origin)
         signs = [ops.sign(zero_if_not_finite(x)) for x in g]
         return scaled(self.strength(objective), signs)

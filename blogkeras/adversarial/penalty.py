@@ -6,7 +6,12 @@ import weakref
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.adversarial.base import AdversarialMethod
+from blogkeras.adversarial.base import (
+    CLEAN,
+    PENALTY,
+    AdversarialMethod,
+    with_penalty,
+)
 from blogkeras.adversarial.norms import scaled, site_gradients
 from blogkeras.arguments import check_choice
 from blogkeras.ops import safe_sqrt
@@ -67,6 +72,8 @@ class GradientPenalty(AdversarialMethod):
         super().__init__(epsilon, site, start_step)
         self.form = form
 
+    parts = (CLEAN, PENALTY)
+
     checks = {
         **AdversarialMethod.checks,
         "form": functools.partial(check_choice, choices=FORMS),
@@ -100,9 +107,10 @@ class GradientPenalty(AdversarialMethod):
                 ],
             )
             # Each replica adds its share.
-            penalty = penalty / backend.num_replicas()
-            loss = evaluation.loss + ops.cast(penalty, evaluation.loss.dtype)
-            return loss, evaluation._replace(loss=loss)
+            evaluation = with_penalty(
+                evaluation, penalty / backend.num_replicas()
+            )
+            return evaluation.loss, evaluation
 
         return second_order_gradients(objective, penalized, weights)
 

@@ -5,6 +5,7 @@ from typing import Any
 from keras import ops
 
 from blogkeras import backend
+from blogkeras.adversarial.base import with_penalty
 from blogkeras.adversarial.label_free import LabelFreeMethod
 from blogkeras.adversarial.sites import Site
 from blogkeras.ops import masked_mean
@@ -78,6 +79,9 @@ class RDrop(LabelFreeMethod):
             _check_random(model)
         return Site()
 
+    def describe(self, model, site):
+        return f"{self!r} perturbs nothing: two passes differ by dropout"
+
     def gradients(self, objective, weights, site):
         _check_random(objective.model)
         alpha = self.strength(objective)
@@ -97,8 +101,10 @@ class RDrop(LabelFreeMethod):
             # With α = 0 the step is that of plain training.
             share = ops.cast(ops.where(alpha > 0, 0.5, 0.0), loss.dtype)
             loss = loss + share * (other - loss)
-            loss = loss + ops.cast(penalty, loss.dtype)
-            return loss, second._replace(loss=loss, y_pred=first.y_pred)
+            evaluation = with_penalty(
+                second._replace(loss=loss, y_pred=first.y_pred), penalty
+            )
+            return evaluation.loss, evaluation
 
         return objective.value_and_grad(total, weights)
 

@@ -14,6 +14,7 @@ from blogkeras.adversarial.survey import (
     is_embedding,
     is_float,
     is_look_up,
+    named_layers,
     try_survey_step,
 )
 
@@ -55,6 +56,10 @@ class Site:
             point_gradients: Gradients of the point given to `at`.
         """
         return gradients
+
+    def describe(self, model):
+        """The place in words."""
+        return "nothing"
 
     # True where the replicas' gradients are to be added, since all replicas
     # share the matrix. False where each replica has samples of its own.
@@ -128,6 +133,9 @@ class OutputSite(Site):
     def padding(self):
         return self._step.masks[0]
 
+    def describe(self, model):
+        return f"the outputs of layer {path_of(self.layer, model)!r}"
+
     def _perturbed(self, output, args, kwargs):
         """The tensors of an output that are perturbed."""
         if is_embedding(self.layer):
@@ -173,6 +181,13 @@ class MatrixSite(Site):
             f"{self.layer.name!r} with weights "
             f"{[(v.name, v.dtype) for v in self.layer.variables]}"
         )
+
+    def describe(self, model):
+        matrix = f"the embedding matrix of layer {path_of(self.layer, model)!r}"
+        if not self.layer.built:
+            return matrix
+        rows, columns = self.variable().shape
+        return f"{matrix}, {rows} x {columns}"
 
     def origin(self, objective, weights):
         variable = self.variable()
@@ -266,6 +281,11 @@ class InputSite(Site):
         self._padding = Padding(padding_mask)
         self._step = threading.local()  # a thread for each replica
 
+    def describe(self, model):
+        if self.index is None:
+            return "all floating inputs that are not masks"
+        return f"the input {self.index!r}"
+
     def _indices(self, objective):
         leaves = describe(objective.model, objective.data[0])
         if isinstance(self.index, int):
@@ -332,6 +352,12 @@ class InputSite(Site):
 
     def padding(self):
         return self._step.masks[0]
+
+
+def path_of(layer, model):
+    """The path of a layer in a model, by which it can be named."""
+    paths = (p for p, other in named_layers(model) if other is layer)
+    return next(paths, layer.name)
 
 
 def masked(tensors, masks):

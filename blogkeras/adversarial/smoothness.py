@@ -12,6 +12,7 @@ from blogkeras.adversarial.base import (
     check_not_negative,
     check_seed,
     check_steps,
+    with_penalty,
 )
 from blogkeras.adversarial.label_free import LabelFreeMethod
 from blogkeras.adversarial.multi_step import ascend, start
@@ -129,12 +130,12 @@ class TRADES(LabelFreeMethod):
         point = self._worst(objective, weights, site, origin)
 
         def total(weights):
-            loss, evaluation = objective(weights)
+            _, evaluation = objective(weights)
             clean = self.predictions(objective, evaluation, site)
             moved = self._predictions_at(objective, weights, site, point)
             penalty = self.weight * self._apart(clean, moved)
-            loss = loss + ops.cast(penalty, loss.dtype)
-            return loss, evaluation._replace(loss=loss)
+            evaluation = with_penalty(evaluation, penalty)
+            return evaluation.loss, evaluation
 
         return objective.value_and_grad(total, weights)
 

@@ -4,6 +4,8 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.adversarial.base import (
+    ADVERSARIAL,
+    CLEAN,
     AdversarialMethod,
     Attack,
 )
@@ -80,6 +82,8 @@ class AdversarialWeightPerturbation(AdversarialMethod):
         self.attack = attack
         self.start_step = start_step
 
+    parts = (CLEAN, ADVERSARIAL)
+
     checks = {
         "epsilon": AdversarialMethod.checks["epsilon"],
         "attack": _check_attack,
@@ -114,30 +118,41 @@ class AdversarialWeightPerturbation(AdversarialMethod):
             )
         return None
 
+    def describe(self, model, site):
+        weights = "all trainable weights of two or more axes"
+        if self.attack is None:
+            return f"{self!r} perturbs {weights}"
+        return f"{self!r} perturbs {site.describe(model)}, and {weights}"
+
     def check(self, site):
         if self.attack is not None:
             self.attack.check(site)
 
     def gradients(self, objective, weights, site):
-        kwargs, attack = {}, self.attack
+        attack, at = self.attack, None
         if attack is not None:
             origin = site.origin(objective, weights)
             attack.check(site)
             delta = attack.perturbation(objective, weights, site, origin)
-            weights, kwargs = site.at(
-                objective, weights, attack.point(origin, delta)
-            )
+            at = attack.point(origin, delta)
+            weights, _ = site.at(objective, weights, at)
 
         def loss(weights):
+            # What `at` returns holds for one evaluation.
+            kwargs = {} if at is None else site.at(objective, weights, at)[1]
             return objective(weights, **kwargs)
 
-        _, gradients = objective.value_and_grad(loss, weights)
+        first, gradients = objective.value_and_grad(loss, weights)
+        if attack is None:
+            objective.parts[CLEAN] = first.loss
         strength = self.strength(objective)
         moved = [
             _uphill(w, g, strength)
             for w, g in zip(weights, gradients, strict=True)
         ]
-        return objective.value_and_grad(loss, moved)
+        evaluation, gradients = objective.value_and_grad(loss, moved)
+        objective.parts[ADVERSARIAL] = evaluation.loss
+        return evaluation, gradients
 
 
 def _uphill(weight, gradient, strength):

@@ -22,6 +22,7 @@ Plain training is the hook
 and gives the weights of Keras's own `fit` to the bit.
 
 - `objective.py`: the loss of a batch as a pure function;
+- `parts.py`: the parts of a loss, in the logs;
 - `perturbation.py`: layers whose outputs pass through functions;
 - `steps.py`: the train step of each backend;
 - `installation.py`: installs a hook in a model, and removes it;

@@ -6,6 +6,7 @@ import types
 import keras
 
 from blogkeras import backend
+from blogkeras.training.parts import drop_parts, replace_parts, show_parts
 from blogkeras.training.steps import keep_state, make_step
 
 
@@ -22,6 +23,8 @@ def install(model, hook):
         hook: Pure function, see `blogkeras.training`. It may have an
             attribute `version`: where that has changed, the step is traced
             anew, since a compiled step keeps the numbers it was traced with.
+            And an attribute `parts`, the names of parts of its loss, which
+            are then in the logs of `fit`, as means over the epoch.
     """
     if not isinstance(model, keras.Model):
         raise ValueError(
@@ -57,13 +60,18 @@ def install(model, hook):
                 type(self).make_train_function(self, force=True)
             finally:
                 del self.train_step
+            step = keep_state(self, self.train_function)
             self.train_function = _keep_version(
-                self, hook, keep_state(self, self.train_function)
+                self, hook, show_parts(self, step)
             )
 
     make_train_function.hook = hook
     model.make_train_function = types.MethodType(make_train_function, model)
-    _start_anew(model)
+    parts = getattr(hook, "parts", ())
+    model.__dict__.pop("train_on_batch", None)
+    if parts:
+        model.train_on_batch = types.MethodType(_train_on_batch, model)
+    _start_anew(model, parts)
 
 
 def installed(model):
@@ -76,17 +84,32 @@ def uninstall(model):
     """Gives the model back its own train step."""
     if installed(model) is not None:
         del model.make_train_function
+        model.__dict__.pop("train_on_batch", None)
         _start_anew(model)
 
 
-def _start_anew(model):
+def _start_anew(model, parts=()):
     """Drops the compiled step; inside of `fit` a new one takes its place."""
-    if model.train_function is not None:
-        if backend.BACKEND == "jax":
-            # Within `fit` the variables are empty; this fills them.
-            model.jax_state_sync()
+    has_step = model.train_function is not None
+    if has_step and backend.BACKEND == "jax":
+        # Within `fit` the variables are empty; this fills them.
+        model.jax_state_sync()
+    replace_parts(model, parts)
+    if has_step:
         model.train_function = None
         model.make_train_function()
+
+
+def _train_on_batch(
+    self, x, y=None, sample_weight=None, class_weight=None, return_dict=False
+):
+    """Keras's own, whose list does not hold the parts of the loss."""
+    logs = type(self).train_on_batch(
+        self, x, y, sample_weight, class_weight, return_dict=True
+    )
+    if return_dict:
+        return logs
+    return self._flatten_metrics_in_order(drop_parts(self, logs))
 
 
 def _keep_version(model, hook, train_function):

@@ -18,11 +18,14 @@ class Evaluation(NamedTuple):
         loss: Scalar, as `compute_loss` gave it.
         y_pred: The model's outputs.
         updates: The new state; opaque, for `install` to commit.
+        parts: Dict of scalars by name, parts of the loss for the logs. The
+            hook names all that there may be in its attribute `parts`.
     """
 
     loss: Any
     y_pred: Any
     updates: Any
+    parts: Any
 
 
 class Objective:
@@ -32,6 +35,8 @@ class Objective:
         model: The model in training.
         data: `(x, y, sample_weight)` of the batch.
         iterations: Scalar integer tensor, the optimizer's update count.
+        parts: Dict, to which a hook may add losses of passes outside of any
+            gradient, for the logs. Those inside of one are `Evaluation.parts`.
     """
 
     def __init__(self, model, data, state, iterations, loss_scale):
@@ -41,6 +46,7 @@ class Objective:
         self._state = state
         self._loss_scale = loss_scale
         self._scopes = []
+        self.parts = {}
 
     def __call__(self, weights, values=(), perturb=None, data=None):
         """Evaluates the model and its loss; changes nothing.
@@ -97,7 +103,7 @@ class Objective:
                 scope.assigned.get(id(v), (v, value))[1]
                 for v, value in self._state
             ]
-        return loss, Evaluation(loss, y_pred, updates)
+        return loss, Evaluation(loss, y_pred, updates, {})
 
     def after(self, evaluation):
         """The state that an evaluation leaves, for one that follows on it.

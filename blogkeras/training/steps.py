@@ -10,6 +10,7 @@ from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.training.objective import Objective
+from blogkeras.training.parts import find_parts
 
 if backend.BACKEND == "tensorflow":
 
@@ -40,9 +41,18 @@ if backend.BACKEND == "tensorflow":
                 evaluation.loss * backend.num_replicas(),
                 sample_weight=_batch_size(x),
             )
+            parts, tracker = _parts(objective, evaluation), find_parts(model)
+            if parts and tracker is not None:
+                tracker.update_state(
+                    {k: v * backend.num_replicas() for k, v in parts.items()},
+                    sample_weight=_batch_size(x),
+                )
             if variables:
                 optimizer.apply(gradients, variables)
-            return model.compute_metrics(x, y, evaluation.y_pred, sample_weight)
+            logs = model.compute_metrics(x, y, evaluation.y_pred, sample_weight)
+            if parts and tracker is not None:
+                logs = tracker.add_to(logs, parts)
+            return logs
 
         return train_step
 
@@ -133,6 +143,20 @@ elif backend.BACKEND == "jax":
                 evaluation.y_pred,
                 sample_weight,
             )
+            parts, tracker = _parts(objective, evaluation), find_parts(model)
+            if parts and tracker is not None:
+                variables = model.metrics_variables
+                with keras.StatelessScope(
+                    [*zip(variables, metrics, strict=True)]
+                ) as scope:
+                    tracker.update_state(parts, sample_weight=_batch_size(x))
+                    logs = tracker.add_to(logs, parts)
+                metrics = [
+                    value
+                    if (new := scope.get_current_value(v)) is None
+                    else new
+                    for v, value in zip(variables, metrics, strict=True)
+                ]
             return logs, (weights, non_trainable, optimizer_state, metrics)
 
         return train_step
@@ -166,6 +190,10 @@ elif backend.BACKEND == "jax":
                 raise
 
         return kept
+
+
+def _parts(objective, evaluation):
+    return {**objective.parts, **evaluation.parts}
 
 
 def _batch_size(x):

@@ -182,6 +182,7 @@ row(
     },
 )
 row(blogkeras.plain_training, {"model": texts}, {"model": layer()})
+row(blogkeras.describe_training, {"model": texts}, {"model": layer()})
 row(
     blogkeras.evaluate_robustness,
     {

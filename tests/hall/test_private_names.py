@@ -42,6 +42,7 @@ PRIVATE_MODULES = (
 ATTRIBUTES = {
     "model": {
         "_compile_config",
+        "_flatten_metrics_in_order",
         "_get_own_losses",
         "_inputs_struct",
         "_loss_tracker",

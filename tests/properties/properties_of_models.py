@@ -304,6 +304,20 @@ def the_last_call_wins(function, seed=SEEDS):
         close(a, b, 1e-5, 1 + np.abs(a))
 
 
+@holds_for("describe_training", cases=11, short=3)
+def the_line_names_the_method_and_the_place(function, seed=SEEDS):
+    name = sorted(METHODS)[seed % len(METHODS)]
+    model = texts()
+    install(name, model, 0.5)
+    line = function(model)
+    assert line.startswith(f"{name}(epsilon=0.5") and "\n" not in line
+    assert ("'embedding'" in line) == (
+        name not in ("RDrop", "AdversarialWeightPerturbation")
+    )
+    # `texts` makes the same model again and again.
+    blogkeras.plain_training(model)
+
+
 @holds_for(
     "evaluate_robustness", "Robustness", cases=ROWS, short=1, slow_on_jax=True
 )
