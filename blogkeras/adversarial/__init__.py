@@ -11,7 +11,8 @@ from blogkeras import training
 from blogkeras.adversarial.base import (
     AdversarialMethod,
     Hook,
-    check_name,
+    check_masks,
+    check_names,
     check_strength,
 )
 from blogkeras.adversarial.label_free import (
@@ -20,6 +21,7 @@ from blogkeras.adversarial.label_free import (
 )
 from blogkeras.adversarial.multi_step import PGD, FreeLB
 from blogkeras.adversarial.one_step import FGM, FGSM
+from blogkeras.adversarial.own_loop import make_loss_function
 from blogkeras.adversarial.penalty import GradientPenalty
 from blogkeras.adversarial.regularized_dropout import RDrop
 from blogkeras.adversarial.robustness import Robustness, evaluate_robustness
@@ -27,6 +29,7 @@ from blogkeras.adversarial.smoothness import SMART, TRADES
 from blogkeras.adversarial.weight_perturbation import (
     AdversarialWeightPerturbation,
 )
+from blogkeras.arguments import check_boolean
 
 __all__ = [
     "FGM",
@@ -43,6 +46,7 @@ __all__ = [
     "RDrop",
     "Robustness",
     "VirtualAdversarialTraining",
+    "adversarial_loss",
     "adversarial_training",
     "describe_training",
     "evaluate_robustness",
@@ -67,11 +71,12 @@ METHODS = {
 
 def adversarial_training(
     model: keras.layers.Layer,
-    embedding_name: str | None = None,
+    embedding_name: str | list[str] | None = None,
     epsilon: float | None = None,
     method: Any = "fgm",
     *,
     padding_mask: Any = None,
+    joint_norm: bool = False,
 ) -> keras.Model:
     """Makes `fit` train a model adversarially, in place.
 
@@ -95,7 +100,9 @@ def adversarial_training(
         embedding_name: The name or path of the layer to perturb. `None` finds
             the token embedding (the largest vocabulary that is reached from an
             input, at any depth; Keras, KerasHub and bert4keras layers alike);
-            a model without embeddings is perturbed at its floating inputs.
+            a model without embeddings is perturbed at its floating inputs. A
+            list of names: all of them at once, such as the embeddings of words
+            and of positions, or an embedding and a floating input.
         epsilon: Float ≥ 0, or a schedule. Strength; for FGM the norm of the
             perturbation. `None` takes the method's own default: 1, but 0.005
             for `"awp"`.
@@ -108,16 +115,21 @@ def adversarial_training(
             padding, which is then never perturbed (with `site="output"` and at
             floating inputs). `None` takes the Keras mask of the perturbed
             layer's output, else a mask that the model gives to a layer (such as
-            `attention_mask`), else an input with the name of a mask.
+            `attention_mask`), else an input with the name of a mask. Of
+            several places it may be a list, with one for each.
+        joint_norm: Boolean. Of several places: whether one norm goes over all
+            of them (with `norm_scope` `"batch"` or `"sample"`, and in the
+            penalty `form="norm"`), or each has a norm of its own, and so a
+            perturbation of full strength.
 
     Returns:
         The same model.
 
     Raises:
         ValueError: If the layer is not found or not unique (the message lists
-            the candidates), if nothing can be perturbed, if `epsilon` is
-            negative or not a number, if the method is unknown, or if the model
-            has a train step of its own.
+            the candidates), if two names are of one place, if nothing can be
+            perturbed, if `epsilon` is negative or not a number, if the method
+            is unknown, or if the model has a train step of its own.
 
     Example:
 
@@ -134,15 +146,16 @@ def adversarial_training(
     """
     method = _method(method, epsilon)
     _check_model(model)
-    check_name("embedding_name", embedding_name)
-    check_name("padding_mask", padding_mask)
-    training.install(model, method.hook(model, embedding_name, padding_mask))
+    names = check_names("embedding_name", embedding_name)
+    masks = check_masks("padding_mask", padding_mask, names)
+    check_boolean("joint_norm", joint_norm)
+    training.install(model, method.hook(model, names, masks, joint_norm))
     return model
 
 
 def virtual_adversarial_training(
     model: keras.layers.Layer,
-    embedding_name: str | None = None,
+    embedding_name: str | list[str] | None = None,
     epsilon: float = 1.0,
     xi: float = 10.0,
     iters: int = 1,
@@ -183,7 +196,7 @@ def virtual_adversarial_training(
             numbers.
         embedding_name: The name or path of the layer to perturb. `None` finds
             the token embedding; a model without embeddings is perturbed at its
-            floating inputs.
+            floating inputs. A list of names: all of them at once.
         epsilon: Float ≥ 0. Norm of the step, over the batch.
         xi: Float > 0. Norm of the probe that finds its direction.
         iters: Integer ≥ 0. Power iterations; 0 is random noise.
@@ -241,6 +254,82 @@ def plain_training(model: keras.layers.Layer) -> keras.Model:
     _check_model(model)
     training.uninstall(model)
     return model
+
+
+def adversarial_loss(
+    model: keras.layers.Layer,
+    loss: Any = None,
+    method: Any = "fgm",
+    embedding_name: str | list[str] | None = None,
+    epsilon: float | None = None,
+    *,
+    padding_mask: Any = None,
+    joint_norm: bool = False,
+) -> Any:
+    """The loss of a method as a function, for a training loop of your own.
+
+    The function gives the loss, and differentiating it gives the gradients that
+    `fit` would train by after `adversarial_training`. It has two forms:
+
+        result = fn(x, y, sample_weight, step)
+        result, non_trainable = fn.stateless(
+            trainable, non_trainable, x, y, sample_weight, step
+        )
+
+    The first is for `tf.GradientTape`, within `tf.function` or not: the loss is
+    differentiated with respect to `model.trainable_variables`, and the model's
+    state (seeds, BatchNormalization) is assigned. The second is for `jax.grad`,
+    and works like Keras's `stateless_call`: values of the variables come in,
+    and new values of the not trainable ones go out. `result` has the fields
+    `loss`, `y_pred` (the predictions, for metrics) and `parts` (dict of the
+    parts of the loss, as in the logs of `fit`).
+
+    The losses that layers add, and regularizers, are in the loss: do not add
+    `model.losses` again. `step` is the number of the update, such as
+    `optimizer.iterations`: schedules of ε and the random numbers of a method
+    depend on it. The gradient is of first order. Under a TensorFlow
+    distribution strategy the loss is each replica's share of the mean over all,
+    as in `fit`. Scale the loss yourself under `LossScaleOptimizer`.
+
+    Args:
+        model: A `keras.Model`, built. It may have a train step of its own, and
+            call the function there.
+        loss: The loss of the model's one output: a name, a function or a
+            `keras.losses.Loss`. `None` takes that which the model is compiled
+            with, which may be of several outputs.
+        method: As for `adversarial_training`.
+        embedding_name: As for `adversarial_training`.
+        epsilon: As for `adversarial_training`.
+        padding_mask: As for `adversarial_training`.
+        joint_norm: As for `adversarial_training`.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: as `adversarial_training`, and if the model is not built or
+            has neither this nor a compiled loss.
+
+    Example:
+
+    >>> tokens = keras.Input((4,), dtype="int32")
+    >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))
+    >>> model = keras.Model(tokens, layers.Dense(2, "softmax")(h))
+    >>> fn = adversarial_loss(model, "sparse_categorical_crossentropy")
+    >>> x = np.random.randint(0, 9, (32, 4))
+    >>> result = fn(x, x[:, 0] % 2)
+    >>> sorted(result.parts)
+    ['adversarial_loss', 'clean_loss']
+
+    Reference:
+        [blog post 7234](https://kexue.fm/archives/7234)
+    """
+    method = _method(method, epsilon)
+    _check_model(model)
+    names = check_names("embedding_name", embedding_name)
+    masks = check_masks("padding_mask", padding_mask, names)
+    check_boolean("joint_norm", joint_norm)
+    return make_loss_function(model, loss, method, names, masks, joint_norm)
 
 
 def describe_training(model: keras.layers.Layer) -> str:

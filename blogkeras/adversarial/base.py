@@ -9,6 +9,7 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.adversarial.finding import find_site
 from blogkeras.adversarial.norms import bounded, shifted, site_gradients
+from blogkeras.adversarial.several_sites import SeveralSites
 from blogkeras.arguments import check_choice, check_integer, check_number
 from blogkeras.arguments import check_seed as check_any_seed
 
@@ -27,6 +28,31 @@ def check_name(name, value):
             f"Received: {name}={value!r}"
         )
     return value
+
+
+def check_names(name, value):
+    """A name, a list of different names, or `None`."""
+    if not isinstance(value, (list, tuple)):
+        return check_name(name, value)
+    names = [each for each in value if isinstance(each, str) and each]
+    if not names or len(names) < len(value) or len(set(names)) < len(names):
+        raise ValueError(
+            f"Expected `{name}` to be a name, a list of names that differ, or "
+            f"None. Received: {name}={value!r}"
+        )
+    return list(value)
+
+
+def check_masks(name, value, names):
+    """A name or `None`, or a list of these, one for each of several names."""
+    if not isinstance(value, (list, tuple)):
+        return check_name(name, value)
+    if not isinstance(names, list) or len(value) != len(names):
+        raise ValueError(
+            f"Expected `{name}` to be one name, or a list with one for each of "
+            f"the names {names!r}. Received: {name}={value!r}"
+        )
+    return [check_name(name, each) for each in value]
 
 
 def check_strength(name, value):
@@ -196,9 +222,9 @@ class AdversarialMethod:
         """What a step perturbs, as `describe_training` says it."""
         return f"{self!r} perturbs {site.describe(model)}"
 
-    def hook(self, model, name=None, padding_mask=None):
+    def hook(self, model, name=None, padding_mask=None, joint_norm=False):
         """The hook for `training.install`."""
-        return Hook(self, model, name, padding_mask)
+        return Hook(self, model, name, padding_mask, joint_norm)
 
     def __repr__(self):
         arguments = ", ".join(
@@ -213,16 +239,30 @@ class Hook:
     Args:
         method: An `AdversarialMethod`.
         model: A `keras.Model`.
-        name: The layer or input to perturb, or `None`.
-        padding_mask: The name of the input that marks padding, or `None`.
+        name: The layer or input to perturb, a list of these, or `None`.
+        padding_mask: The name of the input that marks padding, or `None`; of
+            several sites also a list of these, one for each.
+        joint_norm: Boolean. One norm over all sites, or one for each.
     """
 
-    def __init__(self, method, model, name, padding_mask):
+    def __init__(self, method, model, name, padding_mask, joint_norm=False):
         self.method = method
-        self._where = (name, padding_mask)
+        self._where = (name, padding_mask, joint_norm)
         self._kind = method.site
-        self._site = method.find_site(model, *self._where)
+        self._site = self._find(model)
         method.check(self._site)
+
+    def _find(self, model):
+        names, masks, joint_norm = self._where
+        if not isinstance(names, (list, tuple)):
+            return self.method.find_site(model, names, masks)
+        if not isinstance(masks, (list, tuple)):
+            masks = [masks] * len(names)
+        sites = [
+            self.method.find_site(model, name, mask)
+            for name, mask in zip(names, masks, strict=True)
+        ]
+        return SeveralSites(sites, joint_norm) if len(sites) > 1 else sites[0]
 
     @property
     def version(self):
@@ -239,7 +279,7 @@ class Hook:
     def __call__(self, objective, weights):
         if self.method.site != self._kind:
             self._kind = self.method.site
-            self._site = self.method.find_site(objective.model, *self._where)
+            self._site = self._find(objective.model)
         changes = vars(self.method)["_version"]
         try:
             return self.method.gradients(objective, weights, self._site)

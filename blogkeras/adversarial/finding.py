@@ -104,8 +104,12 @@ class DeferredSite(Site):
             return f"{name!r}, which is looked for in the first step"
         return "what the first step finds: the token embedding or the inputs"
 
-    def at(self, objective, weights, point):
-        return self._site.at(objective, weights, point)
+    @property
+    def place(self):
+        return None if self._site is None else self._site.place
+
+    def at(self, objective, weights, point, data=None):
+        return self._site.at(objective, weights, point, data)
 
     def mask(self, tensors):
         return self._site.mask(tensors)

@@ -68,14 +68,14 @@ class LabelFreeMethod(AdversarialMethod):
         "site": functools.partial(check_choice, choices=("output",)),
     }
 
-    def hook(self, model, name=None, padding_mask=None):
+    def hook(self, model, name=None, padding_mask=None, joint_norm=False):
         if isinstance(model, keras.Model) and model.compiled:
             outputs = getattr(model, "outputs", None)
             if outputs:
                 # Raise for a loss that cannot be read before training starts.
                 is_list = isinstance(model, keras.Sequential)
                 self._meanings(model, outputs[0] if is_list else model.output)
-        return super().hook(model, name, padding_mask)
+        return super().hook(model, name, padding_mask, joint_norm)
 
     def predictions(self, objective, evaluation, site):
         """Triples `(meaning, output, counted)` of the outputs with a meaning.
@@ -93,7 +93,7 @@ class LabelFreeMethod(AdversarialMethod):
         return [
             (meaning, output, _counted(meaning, output, y, site))
             for meaning, output, y in zip(
-                self._meanings(objective.model, y_pred),
+                self._meanings(objective.model, y_pred, objective.given_loss),
                 outputs,
                 labels,
                 strict=True,
@@ -101,8 +101,10 @@ class LabelFreeMethod(AdversarialMethod):
             if meaning is not None
         ]
 
-    def _meanings(self, model, outputs):
-        return read_outputs(model, outputs, self.output_kind, self.from_logits)
+    def _meanings(self, model, outputs, loss=None):
+        return read_outputs(
+            model, outputs, self.output_kind, self.from_logits, loss
+        )
 
 
 def _counted(meaning, output, y, site):

@@ -16,9 +16,12 @@ def site_gradients(gradients, origin, site):
         for g, x in zip(gradients, origin, strict=True)
     ]
     gradients = site.mask([at_least_float32(g) for g in gradients])
-    if site.shared:
-        gradients = [backend.all_reduce_sum(g) for g in gradients]
-    return gradients
+    return [
+        backend.all_reduce_sum(g) if part.shared else g
+        for group in site.groups(gradients)
+        for part, tensors in group
+        for g in tensors
+    ]
 
 
 def at_least_float32(x):
@@ -85,13 +88,26 @@ def norms(tensors, scope, site):
             ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True))
             for x in tensors
         ]
-    if scope == "sample":
-        norm = sample_norms(tensors)
-        return [per_sample(norm, x) for x in tensors]
-    total = sum(ops.sum(ops.square(x)) for x in tensors)
-    if not site.shared:
-        total = backend.all_reduce_sum(total)
-    return [ops.sqrt(total)] * len(tensors)
+    found = []
+    for group in site.groups(tensors):
+        if scope == "sample":
+            together = [x for _, part in group for x in part]
+            norm = sample_norms(together)
+            found += [per_sample(norm, x) for x in together]
+        else:
+            norm = ops.sqrt(squared_length(group))
+            found += [norm for _, part in group for _ in part]
+    return found
+
+
+def squared_length(group):
+    """The sum of the squares of a group of tensors, over the replicas."""
+    total = 0.0
+    for site, tensors in group:
+        part = sum(ops.sum(ops.square(x)) for x in tensors)
+        # Of what the replicas share each has the same values.
+        total += part if site.shared else backend.all_reduce_sum(part)
+    return total
 
 
 def sample_norms(tensors):

@@ -12,7 +12,11 @@ from blogkeras.adversarial.base import (
     AdversarialMethod,
     with_penalty,
 )
-from blogkeras.adversarial.norms import scaled, site_gradients
+from blogkeras.adversarial.norms import (
+    scaled,
+    site_gradients,
+    squared_length,
+)
 from blogkeras.arguments import check_choice
 from blogkeras.ops import safe_sqrt
 
@@ -92,20 +96,9 @@ class GradientPenalty(AdversarialMethod):
             evaluation, g = objective.value_and_grad(at, origin)
             g = site_gradients(g, origin, site)
             backend.check_second_order(g)
-            squared = sum(ops.sum(ops.square(objective.unscale(x))) for x in g)
-            if not site.shared:
-                squared = backend.all_reduce_sum(squared)
-            # It is not finite where loss scaling overflows. The optimizer skips
-            # that step; the reported loss stays finite.
-            squared = ops.where(ops.isfinite(squared), squared, 0.0)
-            (penalty,) = scaled(
-                epsilon,
-                [
-                    0.5 * squared
-                    if self.form == "squared"
-                    else safe_sqrt(squared)
-                ],
-            )
+            groups = site.groups([objective.unscale(x) for x in g])
+            penalty = sum(map(self._of_group, groups))
+            (penalty,) = scaled(epsilon, [penalty])
             # Each replica adds its share.
             evaluation = with_penalty(
                 evaluation, penalty / backend.num_replicas()
@@ -113,6 +106,13 @@ class GradientPenalty(AdversarialMethod):
             return evaluation.loss, evaluation
 
         return second_order_gradients(objective, penalized, weights)
+
+    def _of_group(self, group):
+        squared = squared_length(group)
+        # It is not finite where loss scaling overflows. The optimizer skips
+        # that step; the reported loss stays finite.
+        squared = ops.where(ops.isfinite(squared), squared, 0.0)
+        return 0.5 * squared if self.form == "squared" else safe_sqrt(squared)
 
 
 def second_order_gradients(objective, penalized, weights):

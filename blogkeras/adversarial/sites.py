@@ -31,8 +31,15 @@ class Site:
         """The unperturbed values, a list of floating tensors."""
         raise NotImplementedError
 
-    def at(self, objective, weights, point):
-        """Arguments that evaluate the objective at `point`.
+    def at(self, objective, weights, point, data=None):
+        """Arguments that evaluate the objective at `point`, once.
+
+        Args:
+            objective: A `training.Objective`.
+            weights: List of tensors.
+            point: List of tensors of the shapes of the origin.
+            data: `(x, y, sample_weight)` in place of the batch, where another
+                site has perturbed inputs already.
 
         Returns:
             `(weights, kwargs)` for `objective(weights, **kwargs)`.
@@ -57,9 +64,18 @@ class Site:
         """
         return gradients
 
+    def groups(self, tensors):
+        """Groups of `(site, tensors)`: those of one group share their norms."""
+        return [[(self, tensors)]]
+
     def describe(self, model):
         """The place in words."""
         return "nothing"
+
+    @property
+    def place(self):
+        """What tells the place from others, and its name; `None`: unknown."""
+        return None
 
     # True where the replicas' gradients are to be added, since all replicas
     # share the matrix. False where each replica has samples of its own.
@@ -115,7 +131,7 @@ class OutputSite(Site):
         )
         return offsets
 
-    def at(self, objective, weights, point):
+    def at(self, objective, weights, point, data=None):
         offsets = iter(point)
 
         def add(output, *args, **kwargs):
@@ -132,6 +148,10 @@ class OutputSite(Site):
 
     def padding(self):
         return self._step.masks[0]
+
+    @property
+    def place(self):
+        return id(self.layer), self.layer.name
 
     def describe(self, model):
         return f"the outputs of layer {path_of(self.layer, model)!r}"
@@ -182,6 +202,10 @@ class MatrixSite(Site):
             f"{[(v.name, v.dtype) for v in self.layer.variables]}"
         )
 
+    @property
+    def place(self):
+        return id(self.layer), self.layer.name
+
     def describe(self, model):
         matrix = f"the embedding matrix of layer {path_of(self.layer, model)!r}"
         if not self.layer.built:
@@ -211,7 +235,7 @@ class MatrixSite(Site):
         shape = (ops.shape(self._step.rows)[0], variable.shape[-1])
         return [ops.zeros(shape, dtype=variable.dtype)]
 
-    def at(self, objective, weights, point):
+    def at(self, objective, weights, point, data=None):
         if self._only_looked_up:
             return weights, {"perturb": {self.layer: self._add(point[0])}}
         variable = self.variable()
@@ -281,6 +305,10 @@ class InputSite(Site):
         self._padding = Padding(padding_mask)
         self._step = threading.local()  # a thread for each replica
 
+    @property
+    def place(self):
+        return "input", self.index
+
     def describe(self, model):
         if self.index is None:
             return "all floating inputs that are not masks"
@@ -334,8 +362,8 @@ class InputSite(Site):
             lambda survey: [{index} for index in indices],
         )
 
-    def at(self, objective, weights, point):
-        x, y, sample_weight = objective.data
+    def at(self, objective, weights, point, data=None):
+        x, y, sample_weight = objective.data if data is None else data
         # `train_on_batch` passes arrays; Keras takes all tensors or all arrays.
         flat = [
             ops.convert_to_tensor(t) if isinstance(t, np.ndarray) else t

@@ -63,6 +63,18 @@ def weighted_sum(gradients, weights):
     return _framework.weighted_sum(gradients, weights)
 
 
+def with_gradients(value, args, gradients):
+    """The value, with given gradients of it with respect to arguments.
+
+    Args:
+        value: Scalar.
+        args: List of tensors.
+        gradients: List of what `value_and_grad` gives: tensors of their shapes,
+            sparse ones, or `None`.
+    """
+    return _framework.with_gradients(value, args, gradients)
+
+
 def second_order():
     """A context in which layers are right to second order, in this thread.
 
@@ -223,6 +235,15 @@ def jit_layer(fn, layer, xla=True):
         xla: As for `jit`.
     """
     return _framework.jit_layer(fn, layer, xla)
+
+
+def as_written(fn):
+    """A decorator: a user's `tf.function` does not rewrite this function.
+
+    TensorFlow would translate its Python conditions and loops, and those of all
+    that it calls, into operations of the graph.
+    """
+    return _framework.as_written(fn)
 
 
 def has_accelerator():

@@ -20,6 +20,23 @@ def dense(gradient):
     return gradient
 
 
+@jax.custom_vjp
+def with_gradients(value, args, gradients):
+    return value
+
+
+def _attach(value, args, gradients):
+    return value, gradients
+
+
+def _attached(gradients, upstream):
+    of_args = [g * ops.cast(upstream, g.dtype) for g in gradients]
+    return upstream, of_args, [ops.zeros_like(g) for g in gradients]
+
+
+with_gradients.defvjp(_attach, _attached)
+
+
 def check_second_order(gradients):
     pass
 
@@ -88,6 +105,10 @@ dropout = keras.random.dropout
 
 def jit(fn, xla=True):
     return jax.jit(fn) if xla else fn
+
+
+def as_written(fn):
+    return fn
 
 
 def has_accelerator():

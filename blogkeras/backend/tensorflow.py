@@ -50,6 +50,22 @@ def weighted_sum(gradients, weights):
     )
 
 
+def with_gradients(value, args, gradients):
+    @tf.custom_gradient
+    def attach(value, *args):
+        def gradient(upstream):
+            return upstream, *(
+                None
+                if g is None
+                else weighted_sum([g], [ops.cast(upstream, g.dtype)])
+                for g in gradients
+            )
+
+        return tf.identity(value), gradient
+
+    return attach(tf.convert_to_tensor(value), *args)
+
+
 def read(variable):
     return tf.convert_to_tensor(variable.value)
 
@@ -414,6 +430,9 @@ def jit_layer(fn, layer, xla=True):
             return fn(*args)
 
     return jit(pure, xla)
+
+
+as_written = tf.autograph.experimental.do_not_convert
 
 
 def has_accelerator():

@@ -75,7 +75,7 @@ class UnreadableLossError(ValueError):
     """Neither a loss nor an argument determines what an output means."""
 
 
-def read_outputs(model, outputs, output_kind=None, from_logits=None):
+def read_outputs(model, outputs, output_kind=None, from_logits=None, loss=None):
     """What each output of a compiled model means, read off its loss.
 
     The loss may be a name, a function, a `functools.partial` of one, a `Loss`
@@ -98,6 +98,7 @@ def read_outputs(model, outputs, output_kind=None, from_logits=None):
             asks the loss.
         from_logits: Boolean, or a list or dict of booleans. `None` asks the
             loss.
+        loss: The loss, where it is not the compiled one.
 
     Returns:
         A list with an `OutputMeaning` for each output, in the order of
@@ -116,7 +117,7 @@ def read_outputs(model, outputs, output_kind=None, from_logits=None):
     OutputMeaning(kind='softmax', from_logits=False, axis=-1, ignore_class=None)
     """
     names = output_names(model, outputs)
-    losses = output_losses(model, outputs)
+    losses = output_losses(model, outputs, loss)
     kinds = spread(output_kind, outputs, model, "output_kind")
     logits = spread(from_logits, outputs, model, "from_logits")
     without_loss = not any(losses)

@@ -42,9 +42,10 @@ def spread(value, outputs, model=None, argument="value"):
     ]
 
 
-def output_losses(model, outputs):
-    """The compiled losses of each flat output, a list of lists."""
-    loss = getattr(model, "loss", None)
+def output_losses(model, outputs, loss=None):
+    """The losses of each flat output, a list of lists; by default compiled."""
+    if loss is None:
+        loss = getattr(model, "loss", None)
     # A `CompileLoss` object holds what the user gave.
     loss = getattr(loss, "_user_loss", loss)
     found = _spread(loss, outputs, model, "loss", several=True)

@@ -39,8 +39,21 @@ class Objective:
             gradient, for the logs. Those inside of one are `Evaluation.parts`.
     """
 
-    def __init__(self, model, data, state, iterations, loss_scale):
+    def __init__(
+        self,
+        model,
+        data,
+        state,
+        iterations,
+        loss_scale,
+        loss=None,
+        given_loss=None,
+    ):
         self.model = model
+        # In place of the compiled one: a `keras.losses.Loss`, and what it was
+        # made of, from which the meaning of the outputs can be read.
+        self._loss = loss
+        self.given_loss = given_loss
         self.data = keras.utils.unpack_x_y_sample_weight(data)
         self.iterations = iterations
         self._state = state
@@ -82,14 +95,7 @@ class Objective:
             # `__call__`; in half precision the two differ.
             forward = model.call if backend.BACKEND == "jax" else model
             y_pred = forward(x, **_training_argument(model.call))
-            self._require_loss()
-            loss = model.compute_loss(
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                **_training_argument(model.compute_loss),
-            )
+            loss = self._compute_loss(x, y, y_pred, sample_weight)
         # Keras recognizes a layer's `add_loss` tensors by `id`. Keep them
         # alive: a deleted tensor's `id` may be given to one of the next
         # evaluation.
@@ -171,6 +177,21 @@ class Objective:
             if candidate is variable:
                 return value
         return ops.convert_to_tensor(variable)
+
+    def _compute_loss(self, x, y, y_pred, sample_weight):
+        model = self.model
+        if self._loss is not None:
+            loss = self._loss(y, y_pred, sample_weight=sample_weight)
+            loss += sum(ops.sum(ops.cast(x, loss.dtype)) for x in model.losses)
+            return loss / backend.num_replicas()
+        self._require_loss()
+        return model.compute_loss(
+            x=x,
+            y=y,
+            y_pred=y_pred,
+            sample_weight=sample_weight,
+            **_training_argument(model.compute_loss),
+        )
 
     def _require_loss(self):
         model = self.model

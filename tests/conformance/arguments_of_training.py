@@ -162,9 +162,23 @@ row(
     {
         "model": layer(),
         "padding_mask": Kind(3, True, "missing", none=True),
-        "embedding_name": Kind(3, True, 1.5, none=True),
+        "embedding_name": Kind(3, True, 1.5, [], ["a", "a"], none=True),
         "epsilon": number(0, none=True),
         "method": Kind("bogus", 3, True, blogkeras.FGM),
+        "joint_norm": boolean(),
+    },
+)
+row(
+    blogkeras.adversarial_loss,
+    {"model": texts, "loss": "sparse_categorical_crossentropy"},
+    {
+        "model": layer(),
+        "loss": Kind(3, True, ["mse"], "msee", none=True),
+        "padding_mask": Kind(3, True, "missing", none=True),
+        "embedding_name": Kind(3, True, 1.5, [], ["a", "a"], none=True),
+        "epsilon": number(0, none=True),
+        "method": Kind("bogus", 3, True, blogkeras.FGM),
+        "joint_norm": boolean(),
     },
 )
 row(

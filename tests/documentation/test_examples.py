@@ -18,6 +18,7 @@ SHORT = {
     "basic_codebooks.py": [
         *("--epochs", "1", "--kinds", "rotation", "DiVeQ-detach, SimVQ"),
     ],
+    "basic_custom_loop.py": ["--epochs", "2"],
     "basic_finite_scalar_quantizer.py": ["--epochs", "1"],
     "basic_virtual_adversarial_training.py": ["--epochs", "10"],
     "basic_nvae.py": ["--steps", "2", "--samples", "2"],

@@ -304,13 +304,28 @@ def the_last_call_wins(function, seed=SEEDS):
         close(a, b, 1e-5, 1 + np.abs(a))
 
 
+@holds_for("adversarial_loss", cases=ROWS, short=1, slow_on_jax=True)
+def the_loss_is_that_of_a_step(function, seed=SEEDS):
+    name = sorted(METHODS)[seed % len(METHODS)]
+    model, x, y, weights = text_batch(seed, 3.0)
+    method = getattr(blogkeras, name)(**METHODS[name])
+    fn = function(model, "sparse_categorical_crossentropy", method)
+    result = fn(x, y, weights, step=model.optimizer.iterations)
+    install(name, model, METHODS[name]["epsilon"])
+    logs = model.train_on_batch(x, y, weights, return_dict=True)
+    # Dropout of the two draws other masks, and drops nothing.
+    close(number(result.loss), logs["loss"], 1e-4, 1 + abs(logs["loss"]))
+    blogkeras.plain_training(model)
+
+
 @holds_for("describe_training", cases=11, short=3)
 def the_line_names_the_method_and_the_place(function, seed=SEEDS):
     name = sorted(METHODS)[seed % len(METHODS)]
     model = texts()
     install(name, model, 0.5)
     line = function(model)
-    assert line.startswith(f"{name}(epsilon=0.5") and "\n" not in line
+    assert line.startswith(f"{name}(epsilon=0.5")
+    assert "\n" not in line
     assert ("'embedding'" in line) == (
         name not in ("RDrop", "AdversarialWeightPerturbation")
     )
