@@ -95,7 +95,7 @@ class Objective:
             # `__call__`; in half precision the two differ.
             forward = model.call if backend.BACKEND == "jax" else model
             y_pred = forward(x, **_training_argument(model.call))
-            loss = self._compute_loss(x, y, y_pred, sample_weight)
+            loss = self._loss_of(x, y, y_pred, sample_weight)
         # Keras recognizes a layer's `add_loss` tensors by `id`. Keep them
         # alive: a deleted tensor's `id` may be given to one of the next
         # evaluation.
@@ -178,7 +178,7 @@ class Objective:
                 return value
         return ops.convert_to_tensor(variable)
 
-    def _compute_loss(self, x, y, y_pred, sample_weight):
+    def _loss_of(self, x, y, y_pred, sample_weight):
         model = self.model
         if self._loss is not None:
             loss = self._loss(y, y_pred, sample_weight=sample_weight)
