@@ -19,6 +19,7 @@ REPOSITORY = ""
 # `pip install --no-deps bert4keras==0.11.5`.
 bert4keras = ["safetensors>=0.4.3"]  # weights in Hugging Face's files
 jax = ["jax>=0.4.35"]
+faiss = ["faiss-cpu>=1.9"]
 examples = [
     *bert4keras,
     "matplotlib>=3.8",
@@ -28,6 +29,7 @@ examples = [
 ]
 test = [
     *examples,
+    *faiss,
     *jax,
     "hypothesis>=6.112,<7",
     "keras-hub>=0.18",
@@ -119,6 +121,7 @@ setup(
     extras_require={
         "bert4keras": bert4keras,
         "jax": jax,
+        "faiss": faiss,
         "examples": examples,
         "test": test,
         "bench": bench,

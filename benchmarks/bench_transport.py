@@ -5,7 +5,9 @@
 Every contender runs on one core, in a process of its own, in turn. Part `N`
 compares 256 pairs of texts of N words (dimension 300, vectors drawn around a
 topic of each pair, lognormal norms), with the same masses and costs for all;
-part `search` looks for the 10 nearest of 10,000 documents. Parts that are
+part `search` looks for the 10 nearest of 10,000 documents, and part `million`,
+which is measured only where `--parts million` asks for it and takes about 3 GiB
+of memory for each of two processes, of a million random ones. Parts that are
 measured stay in `--state`, so that each can be run by itself; the table is
 written from all of them.
 
@@ -25,6 +27,7 @@ import gzip
 import math
 import os
 import pathlib
+import resource
 import sys
 import time
 
@@ -35,8 +38,10 @@ from harness.recording import Measurements
 
 PAGE = page.ROOT / "docs/benchmarks/transport.md"
 SIZES = (8, 32, 128)
-PARTS = (*map(str, SIZES), "search")
+USUAL = (*map(str, SIZES), "search")
+PARTS = (*USUAL, "million")
 PAIRS, DIM, DOCUMENTS = 256, 300, 10_000
+MANY = 1_000_000  # documents of part "million"
 TOLERANCE = 1e-3
 STEP = 0.1  # seconds that a step lasts at least
 # name: (label, environment, whether it is a peer in PEERS)
@@ -59,6 +64,10 @@ SEARCHERS = {
     "index": ("TransportIndex, WMD", JAX, False),
     "index-wrd": ("TransportIndex, WRD", JAX, False),
     "gensim-search": ("gensim wmdistance with every document", {}, True),
+}
+MILLION = {
+    "faiss": ("TransportIndex, WMD, faiss-cpu", JAX, False),
+    "plain": ("TransportIndex, WMD, NumPy alone", JAX, False),
 }
 # label, contender, base, {part: at least}
 RATIOS = [
@@ -245,6 +254,55 @@ def documents(folder):
     return [t for t in texts if len(t)][:DOCUMENTS], table
 
 
+def many_documents(count):
+    """As `documents` at random, drawn all at once."""
+    rng = np.random.default_rng(0)
+    topics, words = rng.normal(size=(200, 50)), 5000
+    table = topics[rng.integers(0, 200, words)]
+    table = (table + 0.7 * rng.normal(size=(words, 50))) * np.exp(
+        0.4 * rng.normal(size=(words, 1))
+    )
+    near = np.argsort(topics @ table.T, axis=1)[:, -100:]
+    parts = [
+        near[
+            rng.integers(200, size=(count, 1)),
+            rng.integers(100, size=(count, n)),
+        ]
+        for n in (6, 4)
+    ]
+    parts.append(rng.integers(0, words, (count, 2)))
+    return np.concatenate(parts, axis=1), table.astype("float32")
+
+
+def prepare_million(name, count):
+    from blogkeras import TransportIndex
+    from blogkeras.transport import first_pass
+
+    if name == "plain":
+        first_pass._MANY = math.inf
+    texts, table = many_documents(count)
+    start = time.perf_counter()
+    index = TransportIndex(
+        list(texts), table, "euclidean", "uniform", verbose=0
+    )
+    built = time.perf_counter() - start
+    queries = np.random.default_rng(1).choice(count, 30, replace=False)
+    turn = iter(np.tile(queries, 1000))
+    found = [index.search(texts[i], 10) for i in queries]
+    share = [result.num_exact / count for result in found]
+    facts = {
+        "pairs": 1,
+        "exact": float(np.mean(share)),
+        "most": max(share),
+        "built": built,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "documents": count,
+        # The same with faiss and without.
+        "sum": float(sum(result.distances.sum() for result in found)),
+    }
+    return lambda: index.search(texts[next(turn)], 10), facts
+
+
 def prepare_search(name, folder):
     texts, table = documents(folder)
     queries = np.random.default_rng(1).choice(len(texts), 30, replace=False)
@@ -293,9 +351,13 @@ def long_enough(run, facts):
     return step, {**facts, "pairs": calls * facts["pairs"]}
 
 
+def contenders_of(part):
+    return {"search": SEARCHERS, "million": MILLION}.get(part, CONTENDERS)
+
+
 def contest(part, options):
     """What is known of a part: `{seconds per pair, facts, data}`."""
-    contenders = SEARCHERS if part == "search" else CONTENDERS
+    contenders = contenders_of(part)
     settings = {}
     for name, (_, own, peer) in contenders.items():
         settings[name] = {**ONE_THREAD, "JAX_PLATFORMS": "cpu", **own}
@@ -310,7 +372,7 @@ def contest(part, options):
             for name, (_, _, peer) in contenders.items()
             if name in options.only and (options.peers or not peer)
         ],
-        ["--part", part],
+        ["--part", part, "--documents", str(options.documents)],
         rounds=options.rounds,
         warm_up=1,
         facts=facts,
@@ -384,6 +446,8 @@ def report(parts):
     ]
     if "search" in parts:
         lines += search_lines(parts["search"])
+    if "million" in parts:
+        lines += million_lines(parts["million"])
     return [*lines, "Regenerate: `make bench-transport`."]
 
 
@@ -411,10 +475,45 @@ def search_lines(part):
     ]
 
 
+def million_lines(part):
+    rows = [
+        [
+            MILLION[name][0],
+            f"{1e3 * np.median(part['seconds'][name]):.3g}",
+            f"{100 * facts['exact']:.4f} %",
+            f"{facts['built']:.0f}",
+            f"{facts['memory']:.1f}",
+        ]
+        for name, facts in part["facts"].items()
+    ]
+    count = next(iter(part["facts"].values()))["documents"]
+    speed = ratio_cell(part["seconds"], "plain", "faiss", None)
+    return [
+        f"The 10 nearest of {count:,} random documents of 12 words, dimension "
+        "50; 30 queries:",
+        "",
+        *page.table(
+            [
+                "contender",
+                "ms per query",
+                "exact distances",
+                "s to build",
+                "GiB at most",
+            ],
+            rows,
+        ),
+        "",
+        *([f"NumPy / faiss: {speed}.", ""] if speed else []),
+    ]
+
+
 def main():
-    parser = command_line.benchmark(__doc__, CONTENDERS | SEARCHERS, PAGE)
+    parser = command_line.benchmark(
+        __doc__, CONTENDERS | SEARCHERS | MILLION, PAGE
+    )
     add = parser.add_argument
-    add("--parts", nargs="*", choices=PARTS, default=PARTS)
+    add("--parts", nargs="*", choices=PARTS, default=USUAL)
+    add("--documents", type=int, default=MANY, help="of part `million`")
     add("--peers", type=pathlib.Path, help="folder with gensim and ott-jax")
     add("--data", help="folder of STS-B, for the search")
     add("--state", type=pathlib.Path, default="results/bench_transport.csv")
@@ -424,6 +523,8 @@ def main():
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         if options.part == "search":
             make, what = prepare_search, options.data
+        elif options.part == "million":
+            make, what = prepare_million, options.documents
         else:
             make, what = prepare, options.part
         return serve(lambda: long_enough(*make(options.worker, what)))

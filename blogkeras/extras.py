@@ -5,6 +5,7 @@ import importlib
 # What installs each library, where that is not `pip install` and its name.
 _COMMANDS = {
     "bert4keras": "pip install --no-deps bert4keras==0.11.5",
+    "faiss": "pip install faiss-cpu",
     "keras_hub": "pip install keras-hub",
     "ot": "pip install pot",
     "sklearn": "pip install scikit-learn",

@@ -18,6 +18,7 @@ from blogkeras.transport.distances import (
 from blogkeras.transport.entropic import SinkhornSolution, sinkhorn
 from blogkeras.transport.index import SearchResult, TransportIndex
 from blogkeras.transport.layers import WordMoverDistance, WordRotatorDistance
+from blogkeras.transport.pairwise import pairwise_distances
 from blogkeras.transport.weighting import (
     all_but_the_top,
     common_components,
@@ -37,6 +38,7 @@ __all__ = [
     "all_but_the_top",
     "common_components",
     "inverse_document_frequency",
+    "pairwise_distances",
     "plot_alignment",
     "relaxed_wasserstein_distances",
     "remove_components",

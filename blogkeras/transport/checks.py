@@ -48,6 +48,43 @@ def check_problem(p, q, D):
     check_mass("q", q)
 
 
+def check_own_costs(p, q, own_costs, arrays):
+    """The costs within each side, `(..., m, m)` and `(..., n, n)`.
+
+    Args:
+        p: `(..., m)`.
+        q: `(..., n)`.
+        own_costs: Pair of arrays.
+        arrays: Function that makes arrays of them.
+    """
+    if not isinstance(own_costs, (list, tuple)) or len(own_costs) != 2:
+        raise ValueError(
+            "Expected `own_costs` to be a pair, the costs within each side. "
+            f"Received: own_costs={own_costs!r}"
+        )
+    own_costs = [arrays(D) for D in own_costs]
+    for mass, D in zip((p, q), own_costs, strict=True):
+        if tuple(D.shape) != (*mass.shape, mass.shape[-1]):
+            raise ValueError(
+                "Expected `own_costs` (..., m, m) and (..., n, n) for p "
+                "(..., m) and q (..., n). Received: shapes "
+                f"{[tuple(D.shape) for D in own_costs]} for p.shape="
+                f"{tuple(p.shape)}, q.shape={tuple(q.shape)}"
+            )
+        check_finite("own_costs", D)
+        if backend.is_concrete(D):
+            values = as_numpy(D)
+            largest = np.abs(values).max(initial=0)
+            if not np.allclose(
+                values, np.swapaxes(values, -1, -2), 1e-5, 1e-5 * largest
+            ):
+                raise ValueError(
+                    "Expected `own_costs` to be symmetric. Received: "
+                    f"own_costs={D!r}"
+                )
+    return tuple(own_costs)
+
+
 def check_shape(name, z, x):
     """Raises a ValueError unless `z` has one entry for each word of `x`."""
     if tuple(z.shape) != tuple(x.shape[:-1]):

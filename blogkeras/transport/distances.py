@@ -1,40 +1,20 @@
 """The distances of post 7388 as functions."""
 
-import dataclasses
 import math
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import (
-    as_numbers,
-    as_numpy,
-    check_choice,
-    check_finite,
-    renamed_argument,
-    renamed_value,
-)
+from blogkeras.arguments import check_finite, renamed_argument
 from blogkeras.loops import ProgramCache
-from blogkeras.transport import exact, measures
-from blogkeras.transport.checks import (
-    check_mass,
-    check_problem,
-    check_settings,
-    check_shape,
-    check_words,
-)
-from blogkeras.transport.entropic import (
-    approximate,
-    as_tensor,
-    length_classes,
-    pad_axis,
-)
+from blogkeras.transport import measures
+from blogkeras.transport.checks import check_own_costs, check_problem
+from blogkeras.transport.entropic import as_tensor
+from blogkeras.transport.problem import Solver, Texts, as_array
 from blogkeras.typing import Tensor
 
-SOLVERS = ("exact", "sinkhorn", "relaxed")
 _BLOCK = 2**17  # numbers in a block of vectors in NumPy
 _programs = ProgramCache(size=16)
 
@@ -46,10 +26,23 @@ def wasserstein_distance(
     solver: str = "exact",
     regularization: float | None = None,
     tolerance: float = 1e-3,
+    *,
+    unbalanced: float | None = None,
+    partial: float | None = None,
+    own_costs: Any = None,
 ) -> Tensor:
     """Earth mover's distance: the least cost of turning `p` into `q`.
 
         min_γ Σ γᵢⱼ Dᵢⱼ   with  Σⱼ γᵢⱼ = pᵢ,  Σᵢ γᵢⱼ = qⱼ,  γ ≥ 0
+
+    One of three options changes the problem:
+
+        unbalanced=ρ   min_γ Σ γᵢⱼ Dᵢⱼ + ρ KL(γ1 ‖ p) + ρ KL(γᵀ1 ‖ q)
+        partial=s      Σⱼ γᵢⱼ ≤ pᵢ,  Σᵢ γᵢⱼ ≤ qⱼ,  Σᵢⱼ γᵢⱼ = s
+        own_costs      V(p, q) − ½ V(p, p) − ½ V(q, q),  the debiased Sinkhorn
+                       divergence, V the optimum of Σ γᵢⱼ Dᵢⱼ + ε KL(γ ‖ p ⊗ q)
+
+    with KL(r ‖ p) = Σ rᵢ log(rᵢ/pᵢ) − rᵢ + pᵢ.
 
     Args:
         p: `(..., m)`, nonnegative, sum 1.
@@ -63,14 +56,24 @@ def wasserstein_distance(
         regularization: Float, or `None` for what `sinkhorn` chooses. Of
             `"sinkhorn"`, relative to max|D|.
         tolerance: Float. Marginal error of `"sinkhorn"`.
+        unbalanced: Float ρ > 0 in units of the costs, or `None`. Mass may be
+            made and lost at this price: no word moves farther than about 2ρ.
+            The result is an upper bound. Of `"sinkhorn"`.
+        partial: Float within (0, 1], or `None`. The share s of the mass that is
+            moved, at the least cost. Of `"exact"` and `"sinkhorn"`.
+        own_costs: Pair of the costs within each side, `(..., m, m)` and
+            `(..., n, n)`, symmetric, for the debiased divergence; or `None`. It
+            is 0 where p and q are the same, for any ε: here relative to the
+            largest of all costs, 0.05 by default. Of `"sinkhorn"`.
 
     Returns:
         `(...)`: NumPy float64 from `"exact"`, else a tensor.
 
     Raises:
-        ValueError: on shapes that do not fit and, outside of compiled
-            functions, on negative or unnormalized weights and on values that
-            are not finite.
+        ValueError: on shapes that do not fit, on more than one of the three
+            options, on a solver that has not the option and, outside of
+            compiled functions, on negative or unnormalized weights and on
+            values that are not finite.
 
     Example:
 
@@ -78,16 +81,35 @@ def wasserstein_distance(
     1.0
 
     Reference:
-        [blog post](https://kexue.fm/archives/7388)
+        [blog post](https://kexue.fm/archives/7388);
+        [Chizat et al., 2018](https://arxiv.org/abs/1607.05816), unbalanced;
+        [Chapel et al., 2020](https://arxiv.org/abs/2002.08276), partial;
+        [Feydy et al., 2019](https://arxiv.org/abs/1810.08278), debiased
 
     Departs from the post: the post's linear program is the same problem,
     solved by `scipy.optimize.linprog`.
     """
-    method = Solver(solver, regularization, tolerance)
-    p, q, D = (_array(a, method.name) for a in (p, q, D))
+    if own_costs is not None and solver != "sinkhorn":
+        raise ValueError(
+            "Expected no `own_costs`, which are for the debiased divergence of "
+            f'solver="sinkhorn". Received: own_costs={own_costs!r}, '
+            f"solver={solver!r}"
+        )
+    method = Solver(
+        solver,
+        regularization,
+        tolerance,
+        unbalanced,
+        partial,
+        own_costs is not None,
+    )
+    p, q, D = (as_array(a, method.name) for a in (p, q, D))
     check_problem(p, q, D)
     check_finite("D", D)
-    return method.distance(p, q, D)
+    if own_costs is None:
+        return method.distance(p, q, D)
+    own_costs = check_own_costs(p, q, own_costs, as_tensor)
+    return method.distance(p, q, D, own_costs)
 
 
 @renamed_argument("idf", "importance")
@@ -101,6 +123,10 @@ def word_mover_distance(
     solver: str = "exact",
     regularization: float | None = None,
     tolerance: float = 1e-3,
+    *,
+    unbalanced: float | None = None,
+    partial: float | None = None,
+    debiased: bool = False,
 ) -> Tensor:
     """Word mover's distance (WMD) between two sequences of vectors.
 
@@ -115,7 +141,8 @@ def word_mover_distance(
     another empty sequence.
 
     Args:
-        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite. One text
+            `(n, dim)` is compared with each of a batch on the other side.
         y: `(m, dim)` or `(..., m, dim)`.
         mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
             and `(..., m)`, true for words that count. Values under it have no
@@ -133,6 +160,15 @@ def word_mover_distance(
         regularization: Float > 0 of `"sinkhorn"`, relative to the largest cost,
             or `None` for what `sinkhorn` chooses.
         tolerance: Float > 0. Marginal error of `"sinkhorn"`.
+        unbalanced: Float ρ > 0 in units of the costs, or `None`. Words may lose
+            mass and get more at this price, see `wasserstein_distance`: no word
+            moves farther than about 2ρ. Of `"sinkhorn"`.
+        partial: Float within (0, 1], or `None`. The share of the mass that is
+            moved, at the least cost: the rest of the words does not count. Of
+            `"exact"` and `"sinkhorn"`.
+        debiased: Boolean. The debiased Sinkhorn divergence, which is 0 between
+            equal texts for any regularization, by default 0.05. Of
+            `"sinkhorn"`.
 
     Returns:
         `(...)`: NumPy float64 from `solver="exact"`, else a float32 tensor.
@@ -156,21 +192,23 @@ def word_mover_distance(
     is the default; its code takes the root of the *mean* over dimensions, which
     is `cost="rms"`.
     """
-    method = Solver(solver, regularization, tolerance)
+    method = Solver(
+        solver, regularization, tolerance, unbalanced, partial, debiased
+    )
     texts = Texts.checked(x, y, mask, cost, weights, importance, method.name)
     if method.name == "exact":
-        return _exact_distance(texts)
+        return _exact_distance(texts, method)
     # On TensorFlow a tape may be recording, which cannot differentiate a
     # compiled program.
     if backend.BACKEND == "jax" and method.name == "sinkhorn":
         return _compiled_distance(texts, method)
-    return method.distance(*texts.problem(ops))
+    return method.distance(*texts.problem(ops, method.debiased))
 
 
 def _compiled_distance(texts, solver):
     """From vectors to the distance in one program for a class of lengths."""
     if not texts.is_concrete():
-        return solver.distance(*texts.problem(ops))
+        return solver.distance(*texts.problem(ops, solver.debiased))
     texts = texts.padded()
     arrays = texts.arrays()
     key = (
@@ -179,12 +217,13 @@ def _compiled_distance(texts, solver):
     )
 
     def distance(*arrays):
-        return solver.distance(*texts.with_arrays(arrays).problem(ops))
+        problem = texts.with_arrays(arrays).problem(ops, solver.debiased)
+        return solver.distance(*problem)
 
     return _programs.get(key, lambda: backend.jit(distance))(*arrays)
 
 
-def _exact_distance(texts):
+def _exact_distance(texts, solver):
     """Solves in blocks: allocating all costs at once takes longer than EMD."""
     lead = texts.x.shape[:-2]
     count = math.prod(lead)
@@ -200,7 +239,7 @@ def _exact_distance(texts):
         some = flat.with_arrays(
             None if a is None else a[block] for a in flat.arrays()
         )
-        distances[block] = exact.solve(*some.problem(np))[0]
+        distances[block] = solver.distance(*some.problem(np))
     return distances.reshape(lead)[()]
 
 
@@ -215,6 +254,10 @@ def word_rotator_distance(
     solver: str = "exact",
     regularization: float | None = None,
     tolerance: float = 1e-3,
+    *,
+    unbalanced: float | None = None,
+    partial: float | None = None,
+    debiased: bool = False,
 ) -> Tensor:
     """Word rotator's distance (WRD) between two sequences of vectors.
 
@@ -227,7 +270,8 @@ def word_rotator_distance(
     to a text.
 
     Args:
-        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite. One text
+            `(n, dim)` is compared with each of a batch on the other side.
         y: `(m, dim)` or `(..., m, dim)`.
         mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
             and `(..., m)`, true for words that count.
@@ -243,6 +287,15 @@ def word_rotator_distance(
         regularization: Float > 0 of `"sinkhorn"`, relative to the largest cost,
             or `None` for what `sinkhorn` chooses.
         tolerance: Float > 0. Marginal error of `"sinkhorn"`.
+        unbalanced: Float ρ > 0 in units of the costs, or `None`. Words may lose
+            mass and get more at this price, see `wasserstein_distance`: no word
+            moves farther than about 2ρ. Of `"sinkhorn"`.
+        partial: Float within (0, 1], or `None`. The share of the mass that is
+            moved, at the least cost: the rest of the words does not count. Of
+            `"exact"` and `"sinkhorn"`.
+        debiased: Boolean. The debiased Sinkhorn divergence, which is 0 between
+            equal texts for any regularization, by default 0.05. Of
+            `"sinkhorn"`.
 
     Returns:
         `(...)`: NumPy float64 from `solver="exact"`, else a float32 tensor.
@@ -263,7 +316,18 @@ def word_rotator_distance(
         [blog post](https://kexue.fm/archives/7388)
     """
     return word_mover_distance(
-        x, y, mask, cost, weights, importance, solver, regularization, tolerance
+        x,
+        y,
+        mask,
+        cost,
+        weights,
+        importance,
+        solver,
+        regularization,
+        tolerance,
+        unbalanced=unbalanced,
+        partial=partial,
+        debiased=debiased,
     )
 
 
@@ -273,12 +337,14 @@ def word_rotator_similarity(
     """1 − WRD, between −1 and 1: how alike two sequences of vectors are.
 
     Args:
-        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite. One text
+            `(n, dim)` is compared with each of a batch on the other side.
         y: `(m, dim)` or `(..., m, dim)`.
         mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
             and `(..., m)`, true for words that count.
-        **options: `cost`, `weights`, `importance`, `solver`, `regularization`
-            and `tolerance` of `word_rotator_distance`.
+        **options: `cost`, `weights`, `importance`, `solver`, `regularization`,
+            `tolerance`, `unbalanced`, `partial` and `debiased` of
+            `word_rotator_distance`.
 
     Returns:
         `(...)`: NumPy float64 from `solver="exact"`, the default, else a
@@ -317,7 +383,8 @@ def word_centroid_distance(
     ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖² of WRD, which has the name `word_rotator_bound`.
 
     Args:
-        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite. One text
+            `(n, dim)` is compared with each of a batch on the other side.
         y: `(m, dim)` or `(..., m, dim)`.
         mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
             and `(..., m)`, true for words that count.
@@ -362,7 +429,8 @@ def word_rotator_bound(
     """The post's lower bound of WRD: ½ ‖Σ wᵢ/Z − Σ w'ⱼ/Z'‖².
 
     Args:
-        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite. One text
+            `(n, dim)` is compared with each of a batch on the other side.
         y: `(m, dim)` or `(..., m, dim)`.
         mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
             and `(..., m)`, true for words that count.
@@ -413,7 +481,7 @@ def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
     Reference:
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf)
     """
-    p, q, D = (_array(a, "exact") for a in (p, q, D))
+    p, q, D = (as_array(a, "exact") for a in (p, q, D))
     check_problem(p, q, D)
     check_finite("D", D)
     return measures.relaxed(np, p, q, D)
@@ -428,11 +496,15 @@ def transport_plan(
     weights: str = "norm",
     importance: Tensor | None = None,
     solver: str = "exact",
+    *,
+    unbalanced: float | None = None,
+    partial: float | None = None,
 ) -> Tensor:
     """The optimal plan of a distance: the mass moved between each two words.
 
     Args:
-        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite.
+        x: `(n, dim)` or `(..., n, dim)`, word vectors, finite. One text
+            `(n, dim)` is compared with each of a batch on the other side.
         y: `(m, dim)` or `(..., m, dim)`.
         mask: `None` or pair `(x_mask, y_mask)` of `None` or booleans `(..., n)`
             and `(..., m)`, true for words that count.
@@ -443,6 +515,11 @@ def transport_plan(
         importance: Pair `(..., n)`, `(..., m)` for `weights="importance"`,
             nonnegative.
         solver: `"exact"`, the network simplex of POT, or `"sinkhorn"`.
+        unbalanced: Float ρ > 0 in units of the costs, or `None`. Words may lose
+            mass and get more at this price, see `wasserstein_distance`. Of
+            `"sinkhorn"`.
+        partial: Float within (0, 1], or `None`. The share of the mass that is
+            moved, at the least cost.
 
     Returns:
         `(..., n, m)`; entry (i, j) is the mass that word i of `x` sends to word
@@ -463,7 +540,7 @@ def transport_plan(
     Reference:
         [blog post](https://kexue.fm/archives/7388)
     """
-    method = Solver(solver)
+    method = Solver(solver, unbalanced=unbalanced, partial=partial)
     if method.name == "relaxed":
         raise ValueError(
             "The relaxed problem has no plan with both marginals. Expected "
@@ -473,223 +550,3 @@ def transport_plan(
     texts = Texts.checked(x, y, mask, cost, weights, importance, method.name)
     xp = np if method.name == "exact" else ops
     return method.plan(*texts.problem(xp))[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Solver:
-    """The checked settings of a solver.
-
-    Attributes:
-        name: `"exact"`, `"sinkhorn"` or `"relaxed"`.
-        regularization: Of `"sinkhorn"`.
-        tolerance: Of `"sinkhorn"`.
-    """
-
-    name: str
-    regularization: float | None = None
-    tolerance: float = 1e-3
-
-    def __post_init__(self):
-        check_choice("solver", self.name, SOLVERS)
-        regularization, tolerance, _ = check_settings(
-            self.regularization, self.tolerance
-        )
-        # Convert to plain floats, so that equal settings are equal keys.
-        object.__setattr__(self, "regularization", regularization)
-        object.__setattr__(self, "tolerance", tolerance)
-
-    def distance(self, p, q, D):
-        """`(...)`: NumPy from NumPy where exact, else a tensor."""
-        if self.name == "exact" and isinstance(D, np.ndarray):
-            lead = D.shape[:-2]
-            flat = [a.reshape((-1, *a.shape[len(lead) :])) for a in (p, q, D)]
-            return exact.solve(*flat)[0].reshape(lead)[()]
-        return self.differentiable_distance(p, q, D)
-
-    def differentiable_distance(self, p, q, D):
-        """The distance as a tensor with a gradient, as the layers need it."""
-        if self.name == "relaxed":
-            return ops.maximum(*measures.relaxed(ops, p, q, D))
-        if self.name == "exact" and not backend.is_concrete(D):
-            _refuse()
-        plan, potentials = self.plan(p, q, D)
-        return envelope(plan, potentials, p, q, D)
-
-    def plan(self, p, q, D):
-        """`(plan, (f, g))`."""
-        if self.name == "sinkhorn":
-            solution = approximate(p, q, D, self.regularization, self.tolerance)
-            return solution.plan, solution.potentials
-        p, q, D = (_array(a, "exact") for a in (p, q, D))
-        lead = D.shape[:-2]
-        flat = [a.reshape((-1, *a.shape[len(lead) :])) for a in (p, q, D)]
-        _, *solution = exact.solve(*flat, duals=True)
-        plan, f, g = (a.reshape((*lead, *a.shape[1:])) for a in solution)
-        return plan, (f, g)
-
-
-def envelope(plan, potentials, p, q, D):
-    """⟨plan, D⟩, with the gradient of the optimum by `D`, `p` and `q`.
-
-    At the optimum the plan and the potentials may be treated as constants: the
-    derivative by D is the plan, the derivatives by p and q are the potentials.
-    """
-    plan, f, g = (
-        ops.stop_gradient(ops.cast(a, D.dtype)) for a in (plan, *potentials)
-    )
-    return (
-        ops.sum(plan * D, axis=(-2, -1))
-        + ops.sum(f * (p - ops.stop_gradient(p)), axis=-1)
-        + ops.sum(g * (q - ops.stop_gradient(q)), axis=-1)
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """Two sequences of word vectors, with the options of their problem.
-
-    Attributes:
-        x: `(..., n, dim)`.
-        y: `(..., m, dim)`.
-        x_mask: `(..., n)`, boolean, or `None`.
-        y_mask: `(..., m)`, likewise.
-        x_mass: `(..., n)`, for `weights` "importance" and "given"; or `None`.
-        y_mass: `(..., m)`, likewise.
-        cost: One of `measures.COSTS`.
-        weights: One of `measures.WEIGHTS`, or "given".
-    """
-
-    x: object
-    y: object
-    x_mask: object
-    y_mask: object
-    x_mass: object
-    y_mass: object
-    cost: str
-    weights: str
-
-    @classmethod
-    def checked(cls, x, y, mask, cost, weights, importance, solver):
-        """Arrays that fit, in NumPy for the exact solver, else tensors."""
-        weights = renamed_value("weights", weights, measures.OLD_WEIGHTS)
-        measures.check_options(cost, weights)
-        x, y = _array(x, solver), _array(y, solver)
-        same = x.shape[:-2] == y.shape[:-2] and x.shape[-1:] == y.shape[-1:]
-        if len(x.shape) < 2 or len(x.shape) != len(y.shape) or not same:
-            raise ValueError(
-                "Expected x (..., n, dim) and y (..., m, dim) with the same "
-                f"leading axes. Received: x.shape={tuple(x.shape)}, "
-                f"y.shape={tuple(y.shape)}"
-            )
-        kind = weights if isinstance(weights, str) else "given"
-        given = importance if kind == "importance" else weights
-        if kind == "importance" and importance is None:
-            raise ValueError(
-                'Expected `importance` with weights="importance": a pair of '
-                "arrays, one number for each word, such as those of "
-                "`inverse_document_frequency`. Received: importance=None"
-            )
-        if kind in ("uniform", "norm"):
-            given = (None, None)
-        pairs = {
-            "mask": (None, None) if mask is None else mask,
-            "importance": given,
-        }
-        for name, pair in pairs.items():
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise ValueError(
-                    f"Expected `{name}` to be a pair, one for each text. "
-                    f"Received: {name}={pair!r}"
-                )
-        masks, masses = [], []
-        for name, z, z_mask, mass in zip(
-            "xy", (x, y), pairs["mask"], given, strict=True
-        ):
-            if z_mask is not None:
-                z_mask = _array(z_mask, solver, "bool")
-                check_shape(f"mask of {name}", z_mask, z)
-            if mass is not None:
-                mass = _array(mass, solver)
-                check_shape(f"weights of {name}", mass, z)
-                check_mass(f"weights of {name}", mass, z_mask, kind == "given")
-            check_words(name, z, z_mask)
-            masks.append(z_mask)
-            masses.append(mass)
-        return cls(x, y, *masks, *masses, cost, kind)
-
-    def arrays(self):
-        return (
-            self.x,
-            self.y,
-            self.x_mask,
-            self.y_mask,
-            self.x_mass,
-            self.y_mass,
-        )
-
-    def with_arrays(self, arrays):
-        return Texts(*arrays, self.cost, self.weights)
-
-    def is_concrete(self):
-        return all(a is None or backend.is_concrete(a) for a in self.arrays())
-
-    def padded(self):
-        """The same texts, padded with masked words to classes of lengths."""
-        n, m = self.x.shape[-2], self.y.shape[-2]
-        sizes = length_classes(n, m)
-        parts = []
-        for z, mask, mass, size in zip(
-            (self.x, self.y),
-            (self.x_mask, self.y_mask),
-            (self.x_mass, self.y_mass),
-            sizes,
-            strict=True,
-        ):
-            if mask is None:
-                mask = ops.ones(z.shape[:-1], "bool")
-            if mass is not None:
-                mass = pad_axis(mass, -1, size)
-            parts.append(
-                (pad_axis(z, -2, size), pad_axis(mask, -1, size), mass)
-            )
-        (x, x_mask, x_mass), (y, y_mask, y_mass) = parts
-        return self.with_arrays((x, y, x_mask, y_mask, x_mass, y_mass))
-
-    def measures(self, xp):
-        """`((p, x), (q, y))`: masses, and vectors that are zero if masked."""
-        return tuple(
-            measures.mass_and_vectors(
-                xp, z, mask, self.cost, self.weights, mass
-            )
-            for z, mask, mass in (
-                (self.x, self.x_mask, self.x_mass),
-                (self.y, self.y_mask, self.y_mass),
-            )
-        )
-
-    def problem(self, xp):
-        """`(p, q, D)`."""
-        (p, x), (q, y) = self.measures(xp)
-        return p, q, measures.cost_matrix(xp, x, y, self.cost)
-
-
-def _array(x, solver, dtype=None):
-    """NumPy float64 for the exact solver, else a tensor."""
-    x = as_numbers(x)
-    if solver != "exact":
-        return as_tensor(x, dtype)
-    if isinstance(x, keras.KerasTensor) or not backend.is_concrete(x):
-        # On TensorFlow NumPy arrays are concrete inside a trace.
-        if not isinstance(x, (np.ndarray, list, tuple, float, int)):
-            _refuse()
-    return np.asarray(
-        as_numpy(x) if ops.is_tensor(x) else x, dtype or "float64"
-    )
-
-
-def _refuse():
-    raise ValueError(
-        "The exact solver runs in NumPy, outside of compiled and traced "
-        'functions: use solver="sinkhorn" there. Received: solver="exact" '
-        "inside a traced function"
-    )

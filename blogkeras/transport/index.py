@@ -17,6 +17,12 @@ from blogkeras.arguments import (
 )
 from blogkeras.files import replace_file
 from blogkeras.transport import exact, measures
+from blogkeras.transport.first_pass import FirstPass
+from blogkeras.transport.index_documents import (
+    as_vectors,
+    documents_of_vectors,
+    numbered,
+)
 from blogkeras.transport.index_file import (
     VERSION,
     WEIGHTS,
@@ -70,6 +76,10 @@ class TransportIndex:
     all at once, and then exact distances in the order of these, until no bound
     is below the k-th distance found.
 
+    With 10,000 documents or more the bounds from centroids are looked up with
+    faiss, where it is installed (`pip install faiss-cpu`); the results are the
+    same.
+
     Args:
         documents: Sequence of documents: arrays `(length, dim)` of word vectors
             or, with `vectors`, sequences of word ids, integers. An empty
@@ -121,16 +131,16 @@ class TransportIndex:
         self._by_id = vectors is not None
         self.idf = None
         if self._by_id:
-            self.vectors = _vectors(vectors, "vectors")
+            self.vectors = as_vectors(vectors, "vectors")
             documents = self._as_ids(documents)
             if weights == "idf":
                 self.idf = inverse_document_frequency(
                     documents, len(self.vectors)
                 )
         else:
-            documents = _documents_of_vectors(documents)
+            documents = documents_of_vectors(documents)
             self.vectors = np.concatenate(documents)
-            documents = _numbered(documents)
+            documents = numbered(documents)
         self._word_weights = self._weights_of(self.vectors, self.idf)
         self._ids, self._counts, self._starts = self._count_words(
             documents, verbose
@@ -213,6 +223,7 @@ class TransportIndex:
             )
             first = last
         self._largest = np.abs(self._centroids).max(initial=0)
+        self._first_pass = FirstPass(self._centroids, self.cost)
 
     def __len__(self):
         return len(self._starts) - 1
@@ -290,10 +301,10 @@ class TransportIndex:
         if self._by_id:
             documents = self._as_ids(documents)
         else:
-            documents = _documents_of_vectors(documents, self.vectors.shape[1])
+            documents = documents_of_vectors(documents, self.vectors.shape[1])
             new = np.concatenate(documents)
             self._weights_of(new)  # raises for huge ones
-            documents = _numbered(documents, len(self.vectors))
+            documents = numbered(documents, len(self.vectors))
             self.vectors = np.concatenate([self.vectors, new])
             self._word_weights = self._weights_of(self.vectors)
         ids, counts, starts = self._count_words(documents, verbose=0)
@@ -356,38 +367,31 @@ class TransportIndex:
 
     def _nearest(self, p, x, k, without=None):
         """A `SearchResult` for masses and vectors; one document may not be."""
-        distances = np.full(len(self), np.inf)
-
-        def solve(numbers):
-            for number in numbers:
-                distances[number] = self._exact(p, x, number)
-
         center = measures.centroid(np, p, x, self.cost)
-        bounds = measures.centroid_bound(np, center, self._centroids, self.cost)
-        if without is not None:
-            bounds[without] = np.inf
-        near = np.argpartition(bounds, k - 1)[:k]
-        solve(near)
-        limit = distances[near].max()
+        near = self._first_pass.nearest(center, k, without)
+        found = {n: self._exact(p, x, n) for n in near.tolist()}
+        best = sorted(found.values())
+        limit = best[-1]
         # A computed bound may exceed the distance by a rounding error, which
         # is relative to the vectors: these may be far larger than the distance.
         largest = max(np.abs(x).max(initial=0), self._largest)
         slack = 1e-6 * (1 + limit) + 1e-12 * largest
-        candidates = np.flatnonzero(bounds <= limit + slack)
+        candidates = self._first_pass.within(center, limit + slack, without)
         bounds = self._relaxed(p, x, candidates)
         order = np.argsort(bounds, kind="stable")
-        best = np.sort(distances[near])
-        num_exact = k
-        for number, bound in zip(candidates[order], bounds[order], strict=True):
+        for number, bound in zip(
+            candidates[order].tolist(), bounds[order], strict=True
+        ):
             if bound > best[-1] + slack:
                 break
-            if distances[number] == np.inf:
-                solve([number])
-                num_exact += 1
-                best = np.sort([*best, distances[number]])[:k]
+            if number not in found:
+                found[number] = self._exact(p, x, number)
+                best = sorted([*best, found[number]])[:k]
+        numbers = np.array(sorted(found), "int64")
+        distances = np.array([found[n] for n in numbers.tolist()])
         # A stable sort: by distance, then by index.
-        indices = np.argsort(distances, kind="stable")[:k]
-        return SearchResult(indices, distances[indices], num_exact)
+        order = np.argsort(distances, kind="stable")[:k]
+        return SearchResult(numbers[order], distances[order], len(found))
 
     def _query(self, query):
         """`(masses, vectors)` of a document, float64."""
@@ -397,7 +401,7 @@ class TransportIndex:
             mass = counts * self._word_weights[words]
             x = self.vectors[words]
         else:
-            x = _vectors(query, "query", self.vectors.shape[1])
+            x = as_vectors(query, "query", self.vectors.shape[1])
             mass = self._weights_of(x)
         has_mass = mass > 0
         if not has_mass.any():
@@ -571,51 +575,6 @@ class TransportIndex:
             "`idf` does not follow from the documents",
         )
         return idf
-
-
-def _documents_of_vectors(documents, dim=None):
-    """Arrays `(length, dim)`, all of one dimension."""
-    documents = [_vectors(d, "documents", dim) for d in documents]
-    dims = {d.shape[1] for d in documents}
-    if len(dims) > 1:
-        raise ValueError(
-            "Expected vectors of one dimension. Received: dimensions "
-            f"{sorted(dims)}"
-        )
-    return documents
-
-
-def _numbered(documents, start=0):
-    """A number for each word of documents whose words are all different."""
-    ends = start + np.cumsum([len(d) for d in documents])
-    return [
-        np.arange(end - len(d), end)
-        for d, end in zip(documents, ends, strict=True)
-    ]
-
-
-def _vectors(x, name, dim=None):
-    try:
-        x = as_numpy(x)
-    except ValueError as error:  # rows of several lengths
-        raise ValueError(
-            f"Expected `{name}` of shape (length, dim). Received: {error}"
-        ) from error
-    if x.size == 0 and x.ndim < 2 and dim:
-        x = np.zeros((0, dim))
-    if (
-        x.ndim != 2
-        or (dim is not None and x.shape[1] != dim)
-        or not x.shape[1]
-        or (x.dtype.kind not in "fiu" and x.dtype.name != "bfloat16")
-    ):
-        size = "dim" if dim is None else dim
-        raise ValueError(
-            f"Expected `{name}` of shape (length, {size}), numbers. Received: "
-            f"shape {x.shape}, dtype {x.dtype}"
-        )
-    check_finite(name, x)
-    return x if x.dtype == "float64" else x.astype("float32")
 
 
 def _below(d, x, y, cost):

@@ -12,7 +12,7 @@ from blogkeras.arguments import (
     shapes_agree,
 )
 from blogkeras.transport import measures
-from blogkeras.transport.distances import Solver
+from blogkeras.transport.problem import Solver
 
 
 class _TransportLayer(keras.layers.Layer):
@@ -26,6 +26,7 @@ class _TransportLayer(keras.layers.Layer):
         regularization,
         tolerance,
         pairwise,
+        options,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -40,10 +41,13 @@ class _TransportLayer(keras.layers.Layer):
                 f"Received: weighting={weighting!r}"
             )
         self.weighting = check_choice("weighting", weighting, measures.WEIGHTS)
-        self._solver = Solver(solver, regularization, tolerance)
+        self._solver = Solver(solver, regularization, tolerance, *options)
         self.solver = self._solver.name
         self.regularization = self._solver.regularization
         self.tolerance = self._solver.tolerance
+        self.unbalanced = self._solver.unbalanced
+        self.partial = self._solver.partial
+        self.debiased = self._solver.debiased
         self.pairwise = check_boolean("pairwise", pairwise)
         self.supports_masking = True
 
@@ -92,7 +96,9 @@ class _TransportLayer(keras.layers.Layer):
         )
         if not self.pairwise:
             d = measures.cost_matrix(ops, x, y, self.cost)
-            distance = self._solver.differentiable_distance(p, q, d)
+            distance = self._solver.differentiable_distance(
+                p, q, d, self._own_costs(x, y)
+            )
         else:
             distance = self._all_pairs(p, q, x, y)
         return ops.cast(distance, self.compute_dtype)
@@ -113,8 +119,22 @@ class _TransportLayer(keras.layers.Layer):
             ops.reshape(q, (a * b, m)),
             ops.reshape(d, (a * b, n, m)),
         ]
-        distance = self._solver.differentiable_distance(*flat)
+        own = self._own_costs(x, y)
+        if own is not None:
+            first = ops.broadcast_to(own[0][:, None], (a, b, n, n))
+            second = ops.broadcast_to(own[1][None], (a, b, m, m))
+            own = (
+                ops.reshape(first, (a * b, n, n)),
+                ops.reshape(second, (a * b, m, m)),
+            )
+        distance = self._solver.differentiable_distance(*flat, own)
         return ops.reshape(distance, (a, b))
+
+    def _own_costs(self, x, y):
+        """The costs within each text, for the divergence alone."""
+        if not self.debiased:
+            return None
+        return tuple(measures.cost_matrix(ops, z, z, self.cost) for z in (x, y))
 
     def compute_mask(self, inputs, previous_mask=None):
         return None
@@ -132,6 +152,9 @@ class _TransportLayer(keras.layers.Layer):
             "regularization": self.regularization,
             "tolerance": self.tolerance,
             "pairwise": self.pairwise,
+            "unbalanced": self.unbalanced,
+            "partial": self.partial,
+            "debiased": self.debiased,
         }
 
 
@@ -167,6 +190,13 @@ class WordMoverDistance(_TransportLayer):
         pairwise: Boolean. Whether every x of the batch is compared with every
             y, for in-batch negatives. Takes batch² · n · m numbers. Under
             `tf.distribute` the batch is that of a replica.
+        unbalanced: Float ρ > 0 in units of the costs, or `None`. Words may lose
+            mass and get more at the price ρ KL(γ1 ‖ p) + ρ KL(γᵀ1 ‖ q).
+        partial: Float within (0, 1], or `None`. The share of the mass that is
+            moved, at the least cost.
+        debiased: Boolean. The debiased Sinkhorn divergence, 0 between equal
+            texts; by default its ε is 0.05, relative to the largest of the
+            costs between and within the texts.
 
     Input shape: `[x, y]` of `(batch, n, dim)` and `(batch, m, dim)`; with
         `weighting="importance"` `[x, y, x_importance, y_importance]`, the
@@ -198,6 +228,9 @@ class WordMoverDistance(_TransportLayer):
         regularization: float | None = None,
         tolerance: float = 1e-3,
         pairwise: bool = False,
+        unbalanced: float | None = None,
+        partial: float | None = None,
+        debiased: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -207,6 +240,7 @@ class WordMoverDistance(_TransportLayer):
             regularization,
             tolerance,
             pairwise,
+            (unbalanced, partial, debiased),
             **kwargs,
         )
 
@@ -234,6 +268,13 @@ class WordRotatorDistance(_TransportLayer):
         tolerance: Float > 0. Marginal error at which Sinkhorn stops.
         pairwise: Boolean. Whether every x of the batch is compared with every
             y, for in-batch negatives.
+        unbalanced: Float ρ > 0 in units of the costs, or `None`. Words may lose
+            mass and get more at the price ρ KL(γ1 ‖ p) + ρ KL(γᵀ1 ‖ q).
+        partial: Float within (0, 1], or `None`. The share of the mass that is
+            moved, at the least cost.
+        debiased: Boolean. The debiased Sinkhorn divergence, 0 between equal
+            texts; by default its ε is 0.05, relative to the largest of the
+            costs between and within the texts.
 
     Input shape: `[x, y]` of `(batch, n, dim)` and `(batch, m, dim)`; with
         `weighting="importance"` `[x, y, x_importance, y_importance]`, the
@@ -264,6 +305,9 @@ class WordRotatorDistance(_TransportLayer):
         regularization: float | None = None,
         tolerance: float = 1e-3,
         pairwise: bool = False,
+        unbalanced: float | None = None,
+        partial: float | None = None,
+        debiased: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -273,5 +317,6 @@ class WordRotatorDistance(_TransportLayer):
             regularization,
             tolerance,
             pairwise,
+            (unbalanced, partial, debiased),
             **kwargs,
         )

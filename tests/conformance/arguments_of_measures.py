@@ -224,21 +224,56 @@ PROBLEM = {
     "D": Kind("text", D[:2], np.full((3, 3), NAN), np.full((3, 3), INF)),
 }
 BOTH = {"x": VECTORS, "y": VECTORS[:2]}
+BATCH = np.stack([VECTORS[:2], VECTORS[1:3]])
+PROBLEMS = {
+    "unbalanced": number(above=0, none=True),
+    "partial": number(above=0, maximum=1, none=True),
+    "debiased": boolean(),
+}
 for function in (
     blogkeras.word_mover_distance,
     blogkeras.word_rotator_distance,
 ):
-    row(function, BOTH, {**WORDS, **WORD_OPTIONS, **SETTINGS})
+    row(function, BOTH, {**WORDS, **WORD_OPTIONS, **SETTINGS, **PROBLEMS})
+row(
+    blogkeras.pairwise_distances,
+    {"x": BATCH},
+    {
+        "x": Kind("text", 3, [], np.ones(3), [np.ones(3)]),
+        "y": Kind("text", 3, [], np.ones((2, 3, 5)), none=True),
+        "mask": Kind(True, 3, (None,), none=True),
+        **WORD_OPTIONS,
+        **SETTINGS,
+        **PROBLEMS,
+        "verbose": verbose(),
+    },
+)
 row(blogkeras.word_rotator_similarity, BOTH, {**WORDS, "options": FREE})
 row(blogkeras.word_rotator_bound, BOTH, WORDS)
 row(blogkeras.word_centroid_distance, BOTH, {**WORDS, **WORD_OPTIONS})
 row(
     blogkeras.transport_plan,
     BOTH,
-    {**WORDS, **WORD_OPTIONS, "solver": SOLVER},
+    {
+        **WORDS,
+        **WORD_OPTIONS,
+        "solver": SOLVER,
+        "unbalanced": number(above=0, none=True),
+        "partial": number(above=0, maximum=1, none=True),
+    },
 )
 PQD = {"p": P, "q": P, "D": D}
-row(blogkeras.wasserstein_distance, PQD, {**PROBLEM, **SETTINGS})
+row(
+    blogkeras.wasserstein_distance,
+    PQD,
+    {
+        **PROBLEM,
+        **SETTINGS,
+        "unbalanced": number(above=0, none=True),
+        "partial": number(above=0, maximum=1, none=True),
+        "own_costs": Kind(3, "cost", [D], (D, D), none=True),
+    },
+)
 row(blogkeras.relaxed_wasserstein_distances, PQD, PROBLEM)
 row(
     blogkeras.sinkhorn,
@@ -259,6 +294,7 @@ for cls in (blogkeras.WordMoverDistance, blogkeras.WordRotatorDistance):
             "weighting": choice(),
             **SETTINGS,
             "pairwise": boolean(),
+            **PROBLEMS,
             "kwargs": FREE,
         },
     )

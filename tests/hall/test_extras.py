@@ -64,6 +64,7 @@ def lines():
         ("sklearn.datasets", None, "scikit-learn"),
         ("bert4keras", None, "--no-deps bert4keras==0.11.5"),
         ("keras_hub", None, "keras-hub"),
+        ("faiss", None, "faiss-cpu"),
     ],
 )
 def test_a_missing_library_is_named_with_its_cure(

@@ -480,6 +480,41 @@ def layer_refuses_inputs_that_do_not_agree(
         layer()(inputs)
 
 
+@holds_for("pairwise_distances")
+def each_pair_has_its_distance(
+    function,
+    x=stacks(3, (3, 2), 1e6),
+    y=stacks(2, (2, 2), 1e6),
+    cost=COSTS,
+    weights=WEIGHTS,
+):
+    options = {"cost": cost, "weights": weights}
+    matrix = number(function(x, y, **options))
+    own = number(function(x, **options))
+    assert own.shape == (3, 3)
+    scale = 1 + max(np.abs(x).max(), np.abs(y).max())
+    for i, text in enumerate(x):
+        alone = blogkeras.word_mover_distance(text, y, **options)
+        close(matrix[i], alone, 1e-9, scale)
+        alone = blogkeras.word_mover_distance(text, x, **options)
+        close(own[i], np.where(np.arange(3) == i, 0, alone), 1e-9, scale)
+    close(own, own.T, 0)
+
+
+@holds_for(*DISTANCES)
+def a_part_costs_no_more_than_the_whole(
+    function, pair=pairs(largest=1e6), share=st.sampled_from([0.25, 0.5, 1.0])
+):
+    part, whole = (
+        number(function(*pair, pair.mask, partial=s)) for s in (share, 1.0)
+    )
+    distance = number(function(*pair, pair.mask))
+    close(whole, distance, 1e-9, 1 + pair.scale)
+    # The dearest share is left out first.
+    assert 0 <= part + 1e-9 * pair.scale
+    assert part <= share * whole + 1e-9 * (1 + pair.scale)
+
+
 @st.composite
 def libraries(draw):
     """Vectors of words, documents of their ids and a query."""

@@ -596,7 +596,7 @@ def test_errors():
         ("`solver`", wasserstein_distance, (p, q, D, "simplex")),
         ("above 0", wasserstein_distance, (p, q, D, "sinkhorn", 0.0)),
         ("leading axes", word_mover_distance, (X, Y[:, :4])),
-        ("leading axes", word_mover_distance, (X, Y[None])),
+        ("leading axes", word_mover_distance, (X[None], Y[None, None])),
         ("finite", word_mover_distance, (X * np.inf, Y)),
         ("mask of x", word_mover_distance, (X, Y, (np.ones(4, bool), None))),
         ("`cost`", word_mover_distance, (X, Y, None, "manhattan")),
