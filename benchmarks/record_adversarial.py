@@ -149,7 +149,7 @@ def classifier(words, classes):
     return keras.Model(bert.inputs, outputs)
 
 
-def run(task, method, seed, splits):
+def run(task, method, seed, splits, place="Embedding-Token"):
     """One training: the accuracies (valid, test)."""
     import keras
 
@@ -183,7 +183,7 @@ def run(task, method, seed, splits):
         jit_compile=True,
     )
     if method is not None:
-        blogkeras.adversarial_training(model, "Embedding-Token", method=method)
+        blogkeras.adversarial_training(model, place, method=method)
     best = -1.0, -1.0
     for _ in range(epochs):
         rows = epoch_rows(rng, weight, steps, task)

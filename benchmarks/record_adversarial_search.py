@@ -208,7 +208,8 @@ def main():
         nonlocal left
         task, phase, name, strength, seed = run
         start = time.monotonic()
-        valid, test = base.run(task, make(name, strength), seed, splits)
+        place = None if name in ("R-Drop", "AWP") else "Embedding-Token"
+        valid, test = base.run(task, make(name, strength), seed, splits, place)
         durations.append((time.monotonic() - start) / 60)
         left -= 1
         record.append(

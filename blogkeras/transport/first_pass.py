@@ -116,4 +116,6 @@ class FirstPass:
             squared = squared * dim if self._cost == "rms" else squared
         # A sum of dim products in float32, of vectors that were rounded.
         size = np.sum(np.square(center / self._largest)) + self._longest
-        return float(squared * (1 + 1e-6) + (dim + 16) * 2.0**-21 * size)
+        slack = 1e-30 + (dim + 16) * 2.0**-21 * size
+        # faiss leaves out what is exactly at the radius.
+        return float(squared * (1 + 1e-6) + slack)

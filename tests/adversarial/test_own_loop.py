@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import JAX, TENSORFLOW, jax_only, tensorflow_only, value
+from kit import TENSORFLOW, jax_only, tensorflow_only, value
 
 import blogkeras
 from blogkeras import (
@@ -122,12 +122,7 @@ METHODS = [
     RDrop(2.0),
     AdversarialWeightPerturbation(0.1, attack=FGM(0.5)),
 ]
-QUICK = (FGM, RDrop) if JAX else (FGM, GradientPenalty, FreeLB, RDrop)
-MARKS = {
-    method: pytest.mark.verify
-    for method in METHODS
-    if not isinstance(method, QUICK)
-}
+MARKS = {method: pytest.mark.verify for method in METHODS[1:]}
 
 
 @pytest.mark.parametrize(
@@ -234,6 +229,7 @@ def test_the_call_assigns_the_state():
     )
 
 
+@pytest.mark.verify
 @tensorflow_only
 def test_in_a_train_step_of_its_own():
     import tensorflow as tf

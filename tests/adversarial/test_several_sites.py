@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import SLOW_FILE_ON_JAX
 
 from blogkeras import (
     FGM,
@@ -22,6 +23,7 @@ from blogkeras import (
     describe_training,
 )
 
+pytestmark = SLOW_FILE_ON_JAX
 RNG = np.random.default_rng(3)
 A = RNG.normal(size=(4, 2)).astype("float32")
 B = RNG.normal(size=(4, 3)).astype("float32")
@@ -115,6 +117,7 @@ def test_noise_at_two_inputs():
     np.testing.assert_allclose(one / other, 25 / 9, rtol=1e-4)
 
 
+@pytest.mark.verify
 def test_compiled():
     model = two_inputs(run_eagerly=False, jit_compile=True)
     expected = 0.5 * 34**0.5 / 2

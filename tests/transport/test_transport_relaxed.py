@@ -5,7 +5,7 @@ import numpy as np
 import ot
 import pytest
 from keras import ops
-from kit import TENSORFLOW, value
+from kit import SLOW_FILE_ON_JAX, TENSORFLOW, value
 from scipy.special import logsumexp
 
 from blogkeras import (
@@ -19,6 +19,7 @@ from blogkeras import (
     word_rotator_similarity,
 )
 
+pytestmark = SLOW_FILE_ON_JAX
 RNG = np.random.default_rng(11)
 X = RNG.normal(size=(5, 3))
 Y = RNG.normal(size=(4, 3)) + 0.5
@@ -61,7 +62,12 @@ def own_divergence(p, q, costs, epsilon):
 # Partial
 
 
-@pytest.mark.parametrize("share", [0.1, 0.6, 1.0])
+def verified(first, *rest):
+    """Parameters, the first of which is in `make test`."""
+    return [first, *(pytest.param(x, marks=pytest.mark.verify) for x in rest)]
+
+
+@pytest.mark.parametrize("share", verified(0.6, 0.1, 1.0))
 def test_partial_is_that_of_pot(share):
     expected = ot.partial.partial_wasserstein2(P, Q, D, m=share)
     found = wasserstein_distance(P, Q, D, partial=share)
@@ -105,7 +111,7 @@ def test_the_nearest_words_are_moved():
 # Unbalanced
 
 
-@pytest.mark.parametrize("penalty", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("penalty", verified(1.0, 0.05, 20.0))
 def test_unbalanced_is_that_of_pot(penalty):
     epsilon = 0.05 * D.max()
     plan = ot.unbalanced.sinkhorn_unbalanced(
@@ -155,7 +161,7 @@ def test_what_is_far_is_not_moved():
 # Debiased
 
 
-@pytest.mark.parametrize("regularization", [None, 0.5, 0.02])
+@pytest.mark.parametrize("regularization", verified(None, 0.5, 0.02))
 def test_the_divergence_by_hand(regularization):
     epsilon = (regularization or 0.05) * max(D.max(), DXX.max(), DYY.max())
     expected = own_divergence(P, Q, (D, DXX, DYY), epsilon)
@@ -165,7 +171,7 @@ def test_the_divergence_by_hand(regularization):
     np.testing.assert_allclose(float(found), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("cost", ["euclidean", "cosine"])
+@pytest.mark.parametrize("cost", verified("cosine", "euclidean"))
 def test_the_divergence_of_equal_texts_is_zero(cost):
     options = {"cost": cost, "debiased": True, **SINKHORN}
     turned = X[::-1].copy()
@@ -178,6 +184,7 @@ def test_the_divergence_of_equal_texts_is_zero(cost):
     assert float(word_mover_distance(X, Y, **options)) > 0.01
 
 
+@pytest.mark.verify
 def test_the_divergence_tends_to_the_distance():
     exact = float(wasserstein_distance(P, Q, D))
     found = wasserstein_distance(
@@ -276,7 +283,7 @@ LENGTHS = [5, 2, 3]
 MASK = np.arange(5) < np.array(LENGTHS)[:, None]
 
 
-VERIFIED = [pytest.param(OPTIONS[0], marks=pytest.mark.verify), *OPTIONS[1:]]
+VERIFIED = verified(*OPTIONS[::-1])
 
 
 @pytest.mark.parametrize("options", VERIFIED, ids=str)
