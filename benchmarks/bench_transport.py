@@ -286,7 +286,7 @@ def prepare_million(name, count):
         list(texts), table, "euclidean", "uniform", verbose=0
     )
     built = time.perf_counter() - start
-    queries = np.random.default_rng(1).choice(count, 30, replace=False)
+    queries = np.random.default_rng(1).choice(count, 5, replace=False)
     turn = iter(np.tile(queries, 1000))
     found = [index.search(texts[i], 10) for i in queries]
     share = [result.num_exact / count for result in found]
@@ -490,7 +490,7 @@ def million_lines(part):
     speed = ratio_cell(part["seconds"], "plain", "faiss", None)
     return [
         f"The 10 nearest of {count:,} random documents of 12 words, dimension "
-        "50; 30 queries:",
+        "50; 5 queries:",
         "",
         *page.table(
             [

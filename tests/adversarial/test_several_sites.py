@@ -192,9 +192,10 @@ def test_an_embedding_and_an_input():
     model = words_and_positions(extra=True)
     pixels = RNG.normal(size=(2, 2)).astype("float32")
     data = (TOKENS, pixels)
-    found = rise(model, FGM(0.5), ["words", "pixels"], data, Y[:2])
-    # At the input the gradient is ½ at each of four numbers.
-    np.testing.assert_allclose(found, 0.5 * (WORDS + 1), rtol=1e-4)
+    for names in (["words", "pixels"], ["pixels", "words"]):
+        found = rise(model, FGM(0.5), names, data, Y[:2])
+        # At the input the gradient is ½ at each of four numbers.
+        np.testing.assert_allclose(found, 0.5 * (WORDS + 1), rtol=1e-4)
     adversarial_training(model, ["words", "pixels"])
     line = describe_training(model)
     assert "'words', 5 x 3 and the input 'pixels'" in line
