@@ -6,8 +6,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from blogkeras.arguments import as_numpy, check_verbose
+from blogkeras.arguments import as_numpy, check_verbose, renamed_value
+from blogkeras.transport import measures
 from blogkeras.transport.distances import word_mover_distance
+from blogkeras.transport.problem import Solver
 from blogkeras.typing import Tensor
 
 _BLOCK = 2**20  # numbers in the vectors and costs of a block of pairs
@@ -80,6 +82,10 @@ def pairwise_distances(
         [blog post](https://kexue.fm/archives/7388)
     """
     verbose = check_verbose(verbose)
+    # A single text has no pair, whose distance would check them.
+    Solver(solver, regularization, tolerance, unbalanced, partial, debiased)
+    weights = renamed_value("weights", weights, measures.OLD_WEIGHTS)
+    measures.check_options(cost, weights)
     is_symmetric = y is None
     given = weights if isinstance(weights, (list, tuple)) else importance
     masks, masses = (
@@ -116,23 +122,20 @@ def pairwise_distances(
             # A shape of its own would be compiled anew.
             i, j = (np.resize(part, size) for part in (i, j))
         (a, a_mask, a_mass), (b, b_mask, b_mass) = first.take(i), second.take(j)
-        options = {}
-        if given is not None:
-            name = "importance" if given is importance else "weights"
-            options[name] = (a_mass, b_mass)
-        options.setdefault("weights", weights)
+        pair: Any = None if given is None else (a_mass, b_mass)
         distances = word_mover_distance(
             a,
             b,
             (a_mask, b_mask),
             cost,
+            pair if given is weights else weights,
+            None if given is weights else pair,
             solver=solver,
             regularization=regularization,
             tolerance=tolerance,
             unbalanced=unbalanced,
             partial=partial,
             debiased=debiased,
-            **options,
         )
         distances = np.asarray(
             distances

@@ -152,7 +152,8 @@ def test_the_progress_bar(capsys):
         ),
         ((TEXTS,), {"weights": "rare"}, "Received: weights='rare'"),
         ((TEXTS,), {"weights": "importance"}, "Expected `importance`"),
-        ((TEXTS,), {"solver": "simplex"}, "Received: solver="),
+        ((TEXTS[:1],), {"solver": "simplex"}, "Received: solver="),
+        ((TEXTS[:1],), {"cost": "manhattan"}, "Received: cost="),
         ((np.ones((2, 3, 4)) * np.nan,), {}, "finite"),
         (
             (np.ones((2, 3, 4)), None, (np.ones((2, 4)), None)),
@@ -160,7 +161,7 @@ def test_the_progress_bar(capsys):
             "mask of `x`",
         ),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_errors(args, options, message):
     with pytest.raises(ValueError, match=message):
