@@ -73,6 +73,17 @@ def test_definition():
     assert value(found) == pytest.approx(joint(matrices[:3]), rel=1e-4)
 
 
+def test_peer():
+    """hyppo 0.5.2: dHsic(gamma=1 / (2 · 1.5²)).statistic(X, Y[, Z])."""
+    fixed = [GaussianKernel(1.5, form="standard")] * 3
+    for variables, theirs in (
+        ([X, Y], 0.011406164447279044),
+        ([X, Y, Z], 0.02033324246600149),
+    ):
+        found = dhsic(variables, fixed[: len(variables)])
+        assert value(found) == pytest.approx(theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("tensors", [False] if JAX else [False, True])
 def test_kernels_are_about_the_origin(tensors):
     """Beside two others: a kernel plus a number is another kernel."""
