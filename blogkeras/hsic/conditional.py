@@ -80,8 +80,8 @@ def kci_test(
         z: `(n,)` or `(n, dim_z)`, what is known.
         kernel_x: A kernel, as in `hsic`. `None` is that of the paper's program,
             for features divided by their standard deviation: the standard
-            Gaussian with σ² = dim_x · w², w = 1.2 for n < 200, 0.7 for
-            n < 1200 and 0.4 from there on. Of strings it is `DeltaKernel()`.
+            Gaussian with σ² = w² · max(dim_x, dim_z), and w = 1.2 for n < 200,
+            0.7 for n < 1200, else 0.4. Of strings it is `DeltaKernel()`.
         kernel_y: Likewise.
         kernel_z: Likewise. In the kernel of (x, z) the default one has twice
             its σ; one that is given is used for both.
@@ -112,8 +112,8 @@ def kci_test(
     True
 
     Departs from the paper:
-        The σ of a variable goes with its own number of features; in the
-        program it is always that of z.
+        A variable with more features than z has a σ for as many; in the
+        program σ² is w² · dim_z for all.
 
     Reference:
         [Zhang et al., 2011](https://arxiv.org/abs/1202.3775)
@@ -137,10 +137,11 @@ def kci_test(
             "Expected at least 6 samples, as many of `x` as of `y` and `z`. "
             f"Received: {received}"
         )
-    of_z, _ = _matrix("z", z, kernel_z, centered=True)
-    smooth, scale_z = _matrix("z", z, kernel_z, factor=2.0)
-    of_x, scale_x = _matrix("x", x, kernel_x)
-    of_y, scale_y = _matrix("y", y, kernel_y)
+    dim = shapes["z"][1] if len(shapes["z"]) > 1 else 1
+    of_z, _ = _matrix("z", z, kernel_z, dim, centered=True)
+    smooth, scale_z = _matrix("z", z, kernel_z, dim, factor=2.0)
+    of_x, scale_x = _matrix("x", x, kernel_x, dim)
+    of_y, scale_y = _matrix("y", y, kernel_y, dim)
     nothing = (1.0, 0.0) if null == "gamma" else np.zeros(num_draws)
     if any(np.ptp(matrix) == 0 for matrix in (of_x, of_y)):
         return HSICTest(0.0, 1.0, nothing)
@@ -166,13 +167,14 @@ def kci_test(
     return HSICTest(statistic, permutation_p_value(total, draws), draws * unit)
 
 
-def _matrix(name, x, kernel, factor=1.0, centered=False):
+def _matrix(name, x, kernel, dim, factor=1.0, centered=False):
     """A kernel matrix in float64, to be multiplied by a scale, and the scale.
 
     Args:
         name: String.
         x: `(n,)` or `(n, dim)`.
         kernel: As the user gave it.
+        dim: Integer. The number of features of z.
         factor: What the bandwidth of the default kernel is multiplied by.
         centered: Whether a linear kernel is about the data's centre.
     """
@@ -182,9 +184,8 @@ def _matrix(name, x, kernel, factor=1.0, centered=False):
         n = len(x)
         x = in_deviations(x) * math.sqrt((n - 1) / n)
         width = 1.2 if n < 200 else 0.7 if n < 1200 else 0.4
-        kernel = GaussianKernel(
-            width * factor, form="standard", per_dimension=True
-        )
+        width *= factor * math.sqrt(max(x.shape[1], dim))
+        kernel = GaussianKernel(width, form="standard")
     kernel = as_kernel(kernel, x)
     if not centered or isinstance(kernel, PrecomputedKernel):
         kernel = kernel.uncentered()

@@ -27,6 +27,7 @@ THEIRS = {
     "independent": (Y, 0.09908712632420413, 1.0689293374747615),
     "dependent": (W, 0.019997905303371533, 2.595031431395904),
 }
+THEIRS_WITH_3 = 7.08698369235039e-05, 0.04553537626364653
 # Kernels of float32 against a ridge of 1e-3.
 TOLERANCE = 1e-3 if JAX else 1e-7
 
@@ -129,12 +130,20 @@ def test_units_do_not_matter():
     assert found.p_value == pytest.approx(linear.p_value, rel=rel)
 
 
-def test_features_have_the_bandwidth_of_their_number():
+def test_bandwidth_by_number_of_features():
+    """Those of z for all; of x alone if x has more."""
     x = np.concatenate([X, RNG.normal(size=(80, 3))], axis=1)
     wide = gaussian(scaled(x), 2 * 1.2) * gaussian(scaled(Z), 2.4)
     expected = paper(wide, gaussian(scaled(Y), 1.2), gaussian(scaled(Z), 1.2))
     found = kci_test(x, Y, Z)
     assert found.p_value == pytest.approx(expected[1], rel=TOLERANCE)
+    # causal-learn, as above.
+    z = np.concatenate([Z, X + Y, X * Y], axis=1)
+    found = kci_test(X, W, z)
+    assert found.p_value == pytest.approx(THEIRS_WITH_3[0], rel=0.01)
+    assert found.statistic * 80 == pytest.approx(
+        THEIRS_WITH_3[1], rel=TOLERANCE
+    )
 
 
 def test_labels():
