@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import replica_run
+from kit import replica_run, slow_on_jax
 
 import blogkeras
 from blogkeras import (
@@ -159,6 +159,7 @@ def classifier(dropout=0.0):
     ],
     ids=lambda method: type(method).__name__,
 )
+@slow_on_jax
 def test_the_clean_loss_is_that_of_the_model(method):
     model, rows = classifier(), (toy.TOKENS[:8], toy.LABELS[:8])
     expected = toy.batch_loss(model, *rows)
