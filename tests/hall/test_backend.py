@@ -42,6 +42,37 @@ def test_value_and_grad_of_second_order():
     assert (float(loss), float(gradient)) == (144, 144)
 
 
+def test_given_gradients():
+    """d/dx of 2 v(x, y)², with v = 3 and the gradients 5 and 7 of v."""
+
+    def fn(args):
+        v = backend.with_gradients(
+            ops.convert_to_tensor(3.0),
+            [args["x"], args["y"]],
+            [ops.full((2,), 5.0), ops.full((), 7.0)],
+        )
+        return 2 * v**2, None
+
+    args = {"x": ops.zeros((2,)), "y": ops.zeros(())}
+    (loss, _), gradients = backend.value_and_grad(fn, args)
+    assert float(loss) == 18
+    np.testing.assert_array_equal(value(gradients["x"]), [60, 60])
+    assert float(gradients["y"]) == 84
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow's autograph")
+def test_a_function_stays_as_it_is_written():
+    import tensorflow as tf
+
+    @backend.as_written
+    def branch(x):
+        # Autograph would make a condition of the graph of it.
+        return 1 if x else 2
+
+    with pytest.raises(tf.errors.OperatorNotAllowedInGraphError):
+        tf.function(lambda x: branch(x))(tf.constant(True))
+
+
 def test_what_is_differentiated_is_known():
     """Recorded on TensorFlow, not concrete on JAX."""
     x = ops.convert_to_tensor(2.0)
