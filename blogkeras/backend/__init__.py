@@ -15,6 +15,12 @@ from keras import tree
 # There is no public name for the mask that a tensor carries along.
 from keras.src.backend import get_keras_mask, set_keras_mask  # noqa: F401
 
+# Nor for anything else that is kept with a tensor.
+from keras.src.backend.common.tensor_attributes import (  # noqa: F401
+    get_tensor_attr,
+    set_tensor_attr,
+)
+
 from blogkeras.backend.scopes import RecordingScope  # noqa: F401
 from blogkeras.extras import require
 

@@ -1,13 +1,19 @@
 """Distillation, a baseline of module replacement."""
 
 import inspect
+import itertools
 from typing import Any
 
 import keras
 from keras import ops, tree
 
 from blogkeras import backend
-from blogkeras.arguments import check_layer, check_number
+from blogkeras.arguments import (
+    check_choice,
+    check_integer,
+    check_layer,
+    check_number,
+)
 from blogkeras.graph import freeze
 from blogkeras.models import CompositeModel
 from blogkeras.outputs import (
@@ -18,6 +24,15 @@ from blogkeras.outputs import (
     output_names,
     read_outputs,
     spread,
+)
+from blogkeras.theseus.hidden import (
+    KINDS,
+    HiddenLoss,
+    call_with_hidden,
+    check_pair,
+    hidden_shapes,
+    inputs_of,
+    read_pairs,
 )
 
 
@@ -47,6 +62,25 @@ class Distillation(CompositeModel):
     Without labels (`fit(x)`) the divergence alone is learned: α T² D.
     `evaluate` gives the plain loss; without labels, the divergence.
 
+    With `hidden`, the student also learns what lies inside of the teacher: the
+    mean over pairs of layers, times `hidden_weight`, of the distance of the
+    teacher's hidden state z and the student's s, by its kind:
+
+    - `"mse"`: the mean of (z - W s)²; W, a Dense layer of the distillation, is
+      there only where the sizes differ (FitNets, TinyBERT);
+    - `"cosine"`: 1 - cos(z, s) (DistilBERT; half of the patient loss);
+    - `"relation"`: KL(softmax(Z Zᵀ/√d) ‖ softmax(S Sᵀ/√d)) over all positions,
+      for vectors that are cut into `hidden_heads` (MiniLM); for any sizes;
+    - `"attention"`: the same divergence of layers whose output is attention
+      itself, probabilities `(batch, heads, positions, positions)`.
+
+    It is a mean over positions; masked positions and sample weights count as in
+    the loss. With `weight=0` the outputs are not compared, and may differ: two
+    backbones without heads, say, trained by `fit(x)`.
+
+    Where `x` is a dict, teacher and student each take their own inputs out of
+    it, by name. So they may have different tokenizers.
+
     Args:
         teacher: Trained model. It is frozen (`trainable = False`), here and
             again by `compile`, and runs as in inference. Whether it returns
@@ -61,11 +95,21 @@ class Distillation(CompositeModel):
             of these for several outputs: what the outputs are, where that
             cannot be read off the loss (a function of your own) or is to be
             different.
+        hidden: `"blocks"`: the ends of the blocks of two transformers, evenly
+            mapped; or a list of pairs, a layer of the teacher and one of the
+            student, by name or the layers themselves, anywhere inside of the
+            models. A third entry is the pair's own kind. Of a layer with
+            several outputs the first one counts.
+        hidden_loss: `"mse"`, `"cosine"`, `"relation"` or `"attention"`.
+        hidden_weight: Float ≥ 0.
+        hidden_heads: Integer that divides the sizes; of `"relation"`.
 
     Raises:
         ValueError: by `compile`, or at the latest in the first step, where
             neither the loss nor an argument determines what an output means,
-            and where they contradict each other.
+            and where they contradict each other; where a layer of `hidden` is
+            not found or is called several times, or the shapes of a pair do not
+            fit.
 
     Example:
 
@@ -79,7 +123,9 @@ class Distillation(CompositeModel):
     >>> student = distillation.detach()
 
     Reference:
-        [Hinton et al., 2015](https://arxiv.org/abs/1503.02531)
+        [Hinton et al., 2015](https://arxiv.org/abs/1503.02531);
+        [Sun et al., 2019](https://arxiv.org/abs/1908.09355), patient;
+        [Wang et al., 2020](https://arxiv.org/abs/2002.10957), MiniLM
     """
 
     def __init__(
@@ -90,6 +136,11 @@ class Distillation(CompositeModel):
         weight: float = 0.5,
         from_logits: Any = None,
         output_kind: str | None = None,
+        *,
+        hidden: Any = None,
+        hidden_loss: str = "mse",
+        hidden_weight: float = 1.0,
+        hidden_heads: int = 1,
         **kwargs: Any,
     ) -> None:
         super().__init__(**{"autocast": False, **kwargs})
@@ -110,8 +161,39 @@ class Distillation(CompositeModel):
         self.teacher, self.student = teacher, student
         self.from_logits, self.output_kind = from_logits, output_kind
         self._loss_weights = None
+        self.hidden_loss = check_choice("hidden_loss", hidden_loss, KINDS)
+        self.hidden_weight = check_number("hidden_weight", hidden_weight, 0)
+        self.hidden_heads = check_integer("hidden_heads", hidden_heads, 1)
+        self.hidden = None
+        if hidden is not None:
+            self.hidden = read_pairs(hidden, hidden_loss, teacher, student)
+            self._make_hidden_maps()
         self.supports_masking = True
         self.built = student.built
+
+    def _hidden_names(self, side):
+        """The teacher's layers, side 0, or the student's, side 1."""
+        return [pair[side] for pair in self.hidden]
+
+    def _make_hidden_maps(self):
+        """A Dense layer for each pair whose sizes differ."""
+        self.hidden_maps = [None] * len(self.hidden)
+        models = self.teacher, self.student
+        if not all(getattr(model, "inputs", None) for model in models):
+            return  # sizes are not known yet
+        shapes = [
+            hidden_shapes(model, self._hidden_names(side))
+            for side, model in enumerate(models)
+        ]
+        for index, (z, s) in enumerate(zip(*shapes, strict=True)):
+            *names, kind = self.hidden[index]
+            sizes = kind in ("cosine", "attention")
+            check_pair(names, kind, z, s, self.hidden_heads, sizes)
+            if kind == "mse" and z[-1] != s[-1]:
+                self.hidden_maps[index] = keras.layers.Dense(
+                    z[-1], dtype="float32", name=f"hidden_map_{index}"
+                )
+                self.hidden_maps[index].build(s)
 
     @property
     def output_names(self):
@@ -130,13 +212,30 @@ class Distillation(CompositeModel):
             self, *args, **kwargs
         )
         self._loss_weights = given.arguments.get("loss_weights")
+        if not self._compares_outputs:
+            return
         # Check now, if the outputs are known already.
         outputs, target = map(known_outputs, (self.student, self.teacher))
         if outputs is not None and target is not None:
             self._meanings(target, outputs)
 
+    @property
+    def _compares_outputs(self):
+        return self.hidden is None or self.weight > 0
+
     def call(self, inputs, training=False):
-        return self.student(inputs, training=training)
+        inputs = _own_inputs(self.student, inputs)
+        if self.hidden is None or not training:
+            return self.student(inputs, training=training)
+        outputs, hidden = call_with_hidden(
+            self.student, self._hidden_names(1), inputs, training
+        )
+        # Kept with the prediction, which `compute_loss` is given: replicas of
+        # TensorFlow trace one model in several threads.
+        backend.set_tensor_attr(
+            tree.flatten(outputs)[0], "_blogkeras_hidden", hidden
+        )
+        return outputs
 
     def compute_mask(self, inputs, previous_mask=None):
         return None  # set by the student's layers
@@ -147,23 +246,66 @@ class Distillation(CompositeModel):
         # Each is a mean over the replica's part of the batch.
         others = sum(ops.sum(loss) for loss in self.losses)
         others = others / backend.num_replicas()
-        if y is None:
-            return others + self.weight * self._divergence(
-                x, None, y_pred, sample_weight
+        if self.hidden is not None and training:
+            inside = self.hidden_weight * self._hidden_distance(
+                x, y_pred, sample_weight
             )
+        else:
+            inside = 0.0
+        if y is None:
+            loss = others + inside
+            if self._compares_outputs:
+                loss += self.weight * self._divergence(
+                    x, None, y_pred, sample_weight
+                )
+            return loss
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if not training:
             return loss
+        if not self._compares_outputs:
+            return loss + ops.cast(inside, loss.dtype)
         soft = self._divergence(x, y, y_pred, sample_weight)
         return (
             (1 - self.weight) * loss
             + self.weight * others
             + self.weight * ops.cast(soft, loss.dtype)
+            + ops.cast(inside, loss.dtype)
         )
+
+    def _hidden_distance(self, x, y_pred, sample_weight):
+        """The mean over the pairs of layers, a scalar."""
+        hidden = backend.get_tensor_attr(
+            tree.flatten(y_pred)[0], "_blogkeras_hidden"
+        )
+        if hidden is None:  # the prediction is not that of `call`
+            own = _own_inputs(self.student, x)
+            _, hidden = call_with_hidden(
+                self.student, self._hidden_names(1), own, training=True
+            )
+        own = _own_inputs(self.teacher, x)
+        _, targets = call_with_hidden(self.teacher, self._hidden_names(0), own)
+        reduction = self._reductions(y_pred)[0]
+        total = 0.0
+        for pair, z, s, mapped in zip(
+            self.hidden, targets, hidden, self.hidden_maps, strict=True
+        ):
+            *names, kind = pair
+            sizes = kind != "relation" and mapped is None
+            shapes = tuple(z.shape), tuple(s.shape)
+            check_pair(names, kind, *shapes, self.hidden_heads, sizes)
+            mask = backend.get_keras_mask(s)
+            if mapped is not None:
+                s = mapped(s)
+                if mask is not None:
+                    backend.set_keras_mask(s, mask)
+            distance = HiddenLoss(kind, self.hidden_heads, reduction)
+            weights = _row_weights(sample_weight, s)
+            total += distance(ops.stop_gradient(z), s, weights)
+        return total / len(self.hidden)
 
     def _divergence(self, x, y, y_pred, sample_weight):
         """T² D of teacher and student, summed over the outputs, a scalar."""
-        target = self.teacher(x, training=False)
+        target = self.teacher(_own_inputs(self.teacher, x), training=False)
         meanings = self._meanings(target, y_pred)
         parts = zip(
             tree.flatten(target),
@@ -282,6 +424,10 @@ class Distillation(CompositeModel):
             "weight": self.weight,
             "from_logits": self.from_logits,
             "output_kind": self.output_kind,
+            "hidden": self.hidden,
+            "hidden_loss": self.hidden_loss,
+            "hidden_weight": self.hidden_weight,
+            "hidden_heads": self.hidden_heads,
         }
 
     @classmethod
@@ -290,6 +436,58 @@ class Distillation(CompositeModel):
         for name in ("teacher", "student"):
             config[name] = keras.saving.deserialize_keras_object(config[name])
         return cls(**config)
+
+
+def _own_inputs(model, x):
+    """What a model takes of a dict of inputs, by name; all else as it is.
+
+    Raises:
+        ValueError: where one is missing.
+    """
+    inputs = getattr(model, "inputs", None)
+    if not isinstance(x, dict) or not inputs:
+        return x
+    names = [tensor.name for tensor in inputs]
+    missing = [name for name in names if name not in x]
+    if missing:
+        raise ValueError(
+            f"Expected inputs named {names} for the model {model.name!r}. "
+            f"Received: {sorted(x)}"
+        )
+    own = {name: x[name] for name in names}
+    if isinstance(inputs_of(model), dict):
+        return own
+    return list(own.values()) if len(names) > 1 else own[names[0]]
+
+
+def _row_weights(weights, s):
+    """Sample weights for a hidden state: one for each row, or each position."""
+    if weights is None:
+        return None
+    flat = tree.flatten(weights)
+    if len(flat) != 1:
+        raise ValueError(
+            "Expected one weight for each row with `hidden`. Received: sample "
+            "weights of several outputs"
+        )
+    weights = flat[0]
+    positions = s.shape[1:-1] if len(s.shape) < 4 else s.shape[2:3]
+    while len(weights.shape) > 1 and weights.shape[-1] == 1:
+        weights = weights[..., 0]
+    if len(weights.shape) == 1:
+        ones = [1] * len(positions)
+        return ops.reshape(weights, [-1, *ones]) if ones else weights
+    if all(
+        a == b or None in (a, b)
+        for a, b in itertools.zip_longest(
+            weights.shape[1:], positions, fillvalue=-1
+        )
+    ):
+        return weights
+    raise ValueError(
+        "Expected one sample weight for each row, or for each position of the "
+        f"hidden states, with `hidden`. Received: {tuple(weights.shape)}"
+    )
 
 
 def _read_if_told(model, outputs, *arguments):

@@ -42,10 +42,13 @@ def perturbed(perturb):
     """Within, and in this thread, layers' outputs pass through functions.
 
     Args:
-        perturb: Dict `{layer: fn}`, as in `Objective.__call__`.
+        perturb: Dict `{layer: fn}`, as in `Objective.__call__`. Functions of a
+            `perturbed` around this one stay, and come first.
     """
     before = getattr(_local, "perturb", {})
-    _local.perturb = {id(layer): fn for layer, fn in perturb.items()}
+    _local.perturb = dict(before)
+    for layer, fn in perturb.items():
+        _local.perturb[id(layer)] = _after(before.get(id(layer)), fn)
     methods = {layer: _called_method(layer) for layer in perturb}
     for layer, method in methods.items():
         stand_in = layer.__dict__.get(method)
@@ -62,6 +65,17 @@ def perturbed(perturb):
             stand_in.users -= 1
             if not stand_in.users:
                 object.__delattr__(layer, method)
+
+
+def _after(first, second):
+    """One function of both, where there is a first."""
+    if first is None:
+        return second
+
+    def both(output, *args, **kwargs):
+        return second(first(output, *args, **kwargs), *args, **kwargs)
+
+    return both
 
 
 def _called_method(layer):

@@ -279,6 +279,10 @@ row(
         "weight": number(0, maximum=1),
         "from_logits": Kind("True", 1, 0.5, none=True),
         "output_kind": choice(none=True),
+        "hidden": Kind(3, "x", (1, 2), ["x"], [("a", "b")], none=True),
+        "hidden_loss": choice(),
+        "hidden_weight": number(0),
+        "hidden_heads": integer(1),
         "kwargs": FREE,
     },
 )

@@ -1,0 +1,328 @@
+"""Distillation of hidden states and attention (TinyBERT, MiniLM, post 7575)."""
+
+import keras
+import numpy as np
+import pytest
+import toy
+from keras import layers, ops
+from kit import replicated, value
+
+from blogkeras import training
+from blogkeras.theseus import Distillation, bert_of_theseus
+
+JAX = keras.backend.backend() == "jax"
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(1, 11, (8, 5)).astype("int32")
+IDS[:4, 3:] = 0  # padding
+LABELS = RNG.integers(0, 3, 8).astype("int32")
+WEIGHTS = np.array([1.0, 2.0, 0.5, 0.0, 1.0, 1.0, 3.0, 0.25], "float32")
+
+
+@keras.saving.register_keras_serializable(package="toy")
+class Attention(layers.Layer):
+    """Returns attention of two heads, and what is attended to."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def build(self, shape):
+        self.query = layers.Dense(shape[-1], name="query")
+        self.query.build(shape)
+
+    def compute_mask(self, inputs, previous_mask):
+        return None
+
+    def call(self, x):
+        q, k = (
+            ops.reshape(h, [-1, x.shape[1], 2, x.shape[2] // 2])
+            for h in (self.query(x), x)
+        )
+        scores = ops.softmax(ops.einsum("bthd,bshd->bhts", q, k))
+        return scores, ops.einsum("bhts,bsd->btd", scores, x)
+
+
+def wide():
+    return keras.initializers.RandomNormal(stddev=1.0)
+
+
+def make(dim, prefix, blocks=1, seed=0, name="ids"):
+    """Embedding, blocks, attention that is not used, mean, classes."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((5,), dtype="int32", name=name)
+    x = layers.Embedding(
+        11, dim, mask_zero=True, embeddings_initializer=wide()
+    )(inputs)
+    for i in range(blocks):
+        x = layers.Dense(
+            dim,
+            "tanh",
+            kernel_initializer=wide(),
+            name=prefix + str(i),
+        )(x)
+    _, x = Attention(name=prefix + "scores")(x)
+    outputs = layers.Dense(3, "softmax")(layers.GlobalAveragePooling1D()(x))
+    return keras.Model(inputs, outputs, name=prefix)
+
+
+def body(model, name):
+    """The part of a model up to a layer."""
+    return keras.Model(model.inputs[0], model.get_layer(name).output)
+
+
+def distillation(teacher, student, pairs, **kwargs):
+    keras.utils.set_random_seed(1)
+    model = Distillation(teacher, student, hidden=pairs, **kwargs)
+    if model.weight:
+        return model
+    model.compile(keras.optimizers.SGD(0.1), run_eagerly=not JAX)
+    return model
+
+
+def inside(model, name):
+    output = keras.tree.flatten(model.get_layer(name).output)[0]
+    return value(keras.Model(model.inputs[0], output)(IDS), "f8")
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def distances(kind, z, s, kernel=None):
+    """Of each position, by the formulas of the docstring."""
+    if kind == "mse":
+        return ((z - s @ kernel) ** 2).mean(-1)
+    if kind == "cosine":
+        norms = np.linalg.norm(z, axis=-1) * np.linalg.norm(s, axis=-1)
+        return 1 - (z * s).sum(-1) / norms
+    if kind == "attention":
+        return (z * (np.log(z) - np.log(s))).sum(-1).mean(1)
+    found = []
+    for x in (z, s):
+        x = x.reshape(*x.shape[:2], 2, -1)
+        scores = np.einsum("bthd,bshd->bhts", x, x) / x.shape[-1] ** 0.5
+        found.append(
+            log_softmax(np.where(IDS[:, None, None] > 0, scores, -1e9))
+        )
+    z, s = found
+    return (np.exp(z) * (z - s)).sum(-1).mean(1)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine", "relation", "attention"])
+def test_each_kind_by_its_formula(kind):
+    teacher = make(6, "t", seed=1)
+    student = make(6 if kind == "cosine" else 4, "s", seed=2)
+    names = ("tscores", "sscores") if kind == "attention" else ("t0", "s0")
+    model = distillation(
+        teacher,
+        student,
+        [names],
+        hidden_loss=kind,
+        hidden_weight=2.0,
+        hidden_heads=2,
+        weight=0.0,
+    )
+    z, s = inside(teacher, names[0]), inside(student, names[1])
+    kernel = None
+    if kind == "mse":
+        kernel = value(model.hidden_maps[0].kernel, "f8")
+    each = distances(kind, z, s, kernel)
+    # The layer of attention hands on no mask.
+    mask = np.ones(IDS.shape) if kind == "attention" else IDS > 0
+    weights = WEIGHTS[:, None] * mask
+    expected = 2 * (each * weights).sum() / mask.sum()
+    # Without labels there is nothing but the hidden states.
+    model.loss = None
+    found = model.compute_loss(
+        IDS, None, model(IDS, training=True), ops.convert_to_tensor(WEIGHTS)
+    )
+    assert float(value(found)) == pytest.approx(expected, rel=2e-5)
+
+
+def test_it_is_added_to_the_loss_in_training_alone():
+    teacher, student = make(4, "t", seed=1), make(4, "s", seed=2)
+    start = student.get_weights()
+    logs, tests = [], []
+    for weight in (0.0, 3.0):
+        student.set_weights(start)
+        pairs = [("t0", "s0"), ("t0", "s0", "cosine")]
+        model = Distillation(
+            teacher, student, hidden=pairs, hidden_weight=weight
+        )
+        model.compile(
+            keras.optimizers.SGD(0.0),
+            "sparse_categorical_crossentropy",
+            jit_compile=JAX,
+        )
+        tests.append(model.evaluate(IDS, LABELS, verbose=0))
+        logs.append(model.train_on_batch(IDS, LABELS))
+    z, s = inside(teacher, "t0"), inside(student, "s0")
+    mask = IDS > 0
+    each = distances("mse", z, s, np.eye(4)) + distances("cosine", z, s)
+    hidden = (each / 2 * mask).sum() / mask.sum()
+    assert logs[1] - logs[0] == pytest.approx(3 * hidden, rel=1e-4)
+    assert tests[0] == tests[1]
+
+
+def test_a_student_learns_what_is_inside(tmp_path):
+    teacher = make(6, "t", 4, seed=1)
+    student = body(make(4, "s", 2, seed=2), "s1")
+    pairs = [("t1", "s0"), ("t3", "s1", "relation")]
+    model = distillation(teacher, student, pairs, weight=0.0, hidden_heads=2)
+    model.compile(keras.optimizers.Adam(0.03), jit_compile=JAX)
+    before = teacher.get_weights()
+    losses = model.fit(
+        IDS, batch_size=4, epochs=15, shuffle=False, verbose=0
+    ).history["loss"]
+    assert losses[-1] < 0.5 * losses[0]
+    for a, b in zip(before, teacher.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert model.detach() is student
+    path = tmp_path / "model.keras"
+    model.save(path)
+    again = keras.saving.load_model(path, safe_mode=False)
+    kwargs = {"batch_size": 4, "shuffle": False, "verbose": 0}
+    ours, theirs = (m.fit(IDS, **kwargs) for m in (model, again))
+    assert ours.history["loss"] == pytest.approx(
+        theirs.history["loss"], rel=1e-5
+    )
+
+
+def test_two_replicas_are_one():
+    def build():
+        teacher, student = make(6, "t", seed=1), make(4, "s", seed=2)
+        model = distillation(teacher, student, [("t0", "s0")])
+        model.compile(
+            keras.optimizers.SGD(0.5),
+            "sparse_categorical_crossentropy",
+            jit_compile=JAX,
+        )
+        return model
+
+    found = []
+    for new in (build, lambda: replicated(build)):
+        model = new()
+        model.fit(
+            # As many padded positions on each replica.
+            IDS[[0, 1, 4, 5, 2, 3, 6, 7]],
+            LABELS,
+            sample_weight=WEIGHTS,
+            batch_size=8,
+            shuffle=False,
+            verbose=0,
+        )
+        found.append(toy.weights(model))
+        keras.distribution.set_distribution(None)
+    assert toy.difference(*found) <= 2e-6
+
+
+def blocks(number, dim):
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(11, dim)(inputs)
+    for i in range(number):
+        x = layers.Dense(dim, "tanh", name=f"transformer_layer_{i}")(x)
+    return keras.Model(inputs, x)
+
+
+def test_blocks_are_mapped_evenly():
+    head = [layers.GlobalAveragePooling1D(), layers.Dense(3, "softmax")]
+    model = bert_of_theseus(
+        blocks(5, 4), blocks(2, 4), head, method="distillation", hidden="blocks"
+    )
+    assert model.hidden == [
+        ["transformer_layer_1", "transformer_layer_0", "mse"],
+        ["transformer_layer_4", "transformer_layer_1", "mse"],
+    ]
+    with pytest.raises(ValueError, match="2 and 1 blocks"):
+        Distillation(blocks(1, 4), blocks(2, 4), hidden="blocks")
+
+
+def test_each_model_takes_its_own_inputs():
+    teacher = make(4, "t", seed=1, name="their_ids")
+    student = body(make(4, "s", seed=2, name="our_ids"), "s0")
+    model = distillation(teacher, student, [("t0", "s0")], weight=0.0)
+    data = {"their_ids": IDS, "our_ids": IDS[::-1].copy()}
+    z = inside(teacher, "t0")
+    s = value(student(IDS[::-1]), "f8")
+    mask = IDS[::-1] > 0
+    expected = (((z - s) ** 2).mean(-1) * mask).sum() / mask.sum()
+    assert model.train_on_batch(data) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="their_ids"):
+        model.train_on_batch({"our_ids": IDS})
+
+
+class Subclassed(keras.Model):
+    """An inner layer that no graph knows."""
+
+    def __init__(self, twice=False):
+        super().__init__()
+        self.embed = layers.Embedding(11, 4)
+        self.inner = layers.Dense(4, "tanh", name="inner")
+        self.twice = twice
+
+    def call(self, x):
+        x = self.inner(self.embed(x))
+        return self.inner(x) if self.twice else x
+
+
+def test_layers_inside_of_a_subclassed_model():
+    teacher, student = make(4, "t", seed=1), Subclassed()
+    student(IDS)
+    model = distillation(
+        teacher, student, [(teacher.get_layer("t0"), student.inner)], weight=0.0
+    )
+    s = value(student.inner(student.embed(IDS)), "f8")
+    expected = ((inside(teacher, "t0") - s) ** 2).mean()
+    assert model.train_on_batch(IDS) == pytest.approx(expected, rel=1e-5)
+    twice = Subclassed(twice=True)
+    twice(IDS)
+    model = distillation(teacher, twice, [("t0", "inner")], weight=0.0)
+    with pytest.raises(ValueError, match="called 2 times"):
+        model.train_on_batch(IDS)
+    # A functional model has no map to a size that is not known in time.
+    model = distillation(
+        make(6, "t", seed=1), student, [("t0", "inner")], weight=0.0
+    )
+    with pytest.raises(ValueError, match="same size"):
+        model.train_on_batch(IDS)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "kwargs", "message"),
+    [
+        ("block", {}, "list of pairs"),
+        ([("t0",)], {}, "list of pairs"),
+        ([("t0", "s0", "mae")], {}, "mae"),
+        ([("t0", "s7")], {}, "'s7', of which it has 0"),
+        ([("tscores", "s0")], {}, "same positions"),
+        ([("t0", "s0", "cosine")], {}, "same positions"),
+        ([("t0", "s0", "attention")], {}, "attention"),
+        ([("t0", "s0", "relation")], {"hidden_heads": 4}, "hidden_heads=4"),
+        ([("t0", "s0")], {"hidden_loss": "l1"}, "hidden_loss"),
+        ([("t0", "s0")], {"hidden_weight": -1.0}, "hidden_weight"),
+    ],
+)
+def test_bad_pairs(hidden, kwargs, message):
+    teacher, student = make(6, "t"), make(4, "s")
+    with pytest.raises(ValueError, match=message):
+        Distillation(teacher, student, hidden=hidden, **kwargs)
+
+
+def test_weights_that_fit_no_hidden_state():
+    teacher, student = make(6, "t"), body(make(4, "s"), "s0")
+    model = distillation(teacher, student, [("t0", "s0")], weight=0.0)
+    with pytest.raises(ValueError, match=r"\(8, 4\)"):
+        model.train_on_batch(IDS, None, np.ones((8, 4)))
+
+
+def test_functions_around_a_recording_stay():
+    layer = layers.Dense(2, kernel_initializer="ones")
+    layer.build((None, 3))
+    seen = []
+    with training.perturbed({layer: lambda x, *_: x + 1}):
+        with training.perturbed({layer: lambda x, *_: seen.append(x) or 2 * x}):
+            assert np.all(value(layer(np.ones((1, 3)))) == 8)
+        assert np.all(value(layer(np.ones((1, 3)))) == 4)
+    assert np.all(value(seen[0]) == 4)
+    assert np.all(value(layer(np.ones((1, 3)))) == 3)
