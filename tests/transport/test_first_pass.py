@@ -62,9 +62,10 @@ def test_all_within_a_distance_and_no_other(use_faiss, cost, size):
     )
 
 
-def test_documents_that_are_nearly_equal(use_faiss):
-    """Differences far below float32's digits of the vectors."""
-    centroids = 1000 + 1e-6 * RNG.normal(size=(50, 4))
+@pytest.mark.parametrize("noise", [1e-6, 1e-4, 3e-4])
+def test_documents_that_are_nearly_equal(use_faiss, noise):
+    """Differences at and below the last digit of float32 of the vectors."""
+    centroids = 1000 + noise * RNG.normal(size=(50, 4))
     center = centroids[7]
     bounds = scan(centroids, center, "euclidean")
     limit = np.median(bounds)
