@@ -16,8 +16,8 @@ class FirstPass:
     """Finds documents whose centroid is near, by faiss where it is installed.
 
     faiss compares in float32. What it finds is a little too much, by a bound of
-    the rounding error, and is compared again in float64: the documents within a
-    distance are the same with faiss and without.
+    the rounding error, and what is at the edge is compared again in float64:
+    the documents within a distance are the same with faiss and without.
 
     Args:
         centroids: `(documents, dim)`, float64.
@@ -34,34 +34,12 @@ class FirstPass:
     def __getstate__(self):
         return {**vars(self), "_index": None}
 
-    def nearest(self, center, k, without=None):
-        """The numbers of `k` documents that are near, `(k,)`."""
+    def of(self, center):
+        """The search from one centroid: an object that finds documents."""
         index = self._faiss(center)
         if index is None:
-            bounds = self._bounds(center)
-            if without is not None:
-                bounds[without] = np.inf
-            return np.argpartition(bounds, k - 1)[:k]
-        extra = without is not None
-        _, found = index.search(self._scaled(center)[None], k + extra)
-        return found[0][found[0] != without][:k] if extra else found[0]
-
-    def within(self, center, limit, without=None):
-        """The numbers of all documents of a bound of at most `limit`, sorted.
-
-        The bound is `measures.centroid_bound`.
-        """
-        index = self._faiss(center)
-        if index is None:
-            found = np.flatnonzero(self._bounds(center) <= limit)
-        else:
-            _, _, found = index.range_search(
-                self._scaled(center)[None], self._radius(center, limit)
-            )
-            found = np.sort(found)
-            bounds = self._bounds(center, self._centroids[found])
-            found = found[bounds <= limit]
-        return found if without is None else found[found != without]
+            return _Scan(self._bounds(center))
+        return _LookUp(self, index, center)
 
     def _bounds(self, center, centroids=None):
         if centroids is None:
@@ -105,8 +83,12 @@ class FirstPass:
         """Vectors as faiss takes them, of a size of 1."""
         return np.ascontiguousarray(x / self._largest, "float32")
 
-    def _radius(self, center, limit):
-        """The squared distance of scaled vectors, for a bound of `limit`."""
+    def _radii(self, center, limit):
+        """Squared distances of scaled vectors, for a bound of `limit`.
+
+        What faiss has computed is certainly within it up to the first one, and
+        certainly is not from the second one on.
+        """
         dim = len(center)
         limit = max(limit, 0.0)
         if self._cost == "cosine":
@@ -116,6 +98,55 @@ class FirstPass:
             squared = squared * dim if self._cost == "rms" else squared
         # A sum of dim products in float32, of vectors that were rounded.
         size = np.sum(np.square(center / self._largest)) + self._longest
-        slack = 1e-30 + (dim + 16) * 2.0**-21 * size
+        slack = squared * 1e-6 + (dim + 16) * 2.0**-21 * size
         # faiss leaves out what is exactly at the radius.
-        return float(squared * (1 + 1e-6) + slack)
+        return squared - slack, float(squared + slack + 1e-30)
+
+
+class _Scan:
+    """All bounds, computed with NumPy."""
+
+    def __init__(self, bounds):
+        self._bounds = bounds
+
+    def nearest(self, k, without=None):
+        """The numbers of `k` documents that are near, `(k,)`."""
+        bounds = self._bounds
+        if without is not None:
+            bounds = bounds.copy()
+            bounds[without] = np.inf
+        return np.argpartition(bounds, k - 1)[:k]
+
+    def within(self, limit, without=None):
+        """The numbers of all documents of a bound of at most `limit`, sorted.
+
+        The bound is `measures.centroid_bound`.
+        """
+        found = np.flatnonzero(self._bounds <= limit)
+        return found if without is None else found[found != without]
+
+
+class _LookUp:
+    """The same by faiss."""
+
+    def __init__(self, documents, index, center):
+        self._documents, self._index = documents, index
+        self._center = center
+        self._scaled = documents._scaled(center)[None]
+
+    def nearest(self, k, without=None):
+        extra = without is not None
+        _, found = self._index.search(self._scaled, k + extra)
+        return found[0][found[0] != without][:k] if extra else found[0]
+
+    def within(self, limit, without=None):
+        inner, outer = self._documents._radii(self._center, limit)
+        _, squared, found = self._index.range_search(self._scaled, outer)
+        # Only those at the edge are compared again.
+        edge = found[squared > inner]
+        bounds = self._documents._bounds(
+            self._center, self._documents._centroids[edge]
+        )
+        found = np.concatenate([found[squared <= inner], edge[bounds <= limit]])
+        found = np.sort(found)
+        return found if without is None else found[found != without]

@@ -368,7 +368,8 @@ class TransportIndex:
     def _nearest(self, p, x, k, without=None):
         """A `SearchResult` for masses and vectors; one document may not be."""
         center = measures.centroid(np, p, x, self.cost)
-        near = self._first_pass.nearest(center, k, without)
+        search = self._first_pass.of(center)
+        near = search.nearest(k, without)
         found = {n: self._exact(p, x, n) for n in near.tolist()}
         best = sorted(found.values())
         limit = best[-1]
@@ -376,7 +377,7 @@ class TransportIndex:
         # is relative to the vectors: these may be far larger than the distance.
         largest = max(np.abs(x).max(initial=0), self._largest)
         slack = 1e-6 * (1 + limit) + 1e-12 * largest
-        candidates = self._first_pass.within(center, limit + slack, without)
+        candidates = search.within(limit + slack, without)
         bounds = self._relaxed(p, x, candidates)
         order = np.argsort(bounds, kind="stable")
         for number, bound in zip(

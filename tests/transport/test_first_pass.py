@@ -46,17 +46,17 @@ def test_all_within_a_distance_and_no_other(use_faiss, cost, size):
     centroids = size * RNG.normal(size=(300, 7))
     center = size * RNG.normal(size=7)
     bounds = scan(centroids, center, cost)
-    search = FirstPass(centroids, cost)
+    search = FirstPass(centroids, cost).of(center)
     # Limits that are bounds themselves, to the last bit.
     for limit in np.sort(bounds)[[0, 3, 80, 299]]:
-        found = search.within(center, limit)
+        found = search.within(limit)
         inside = np.flatnonzero(bounds <= limit * (1 - 1e-12))
         outside = np.flatnonzero(bounds > limit * (1 + 1e-12))
         assert set(inside) <= set(found.tolist())
         assert not set(outside) & set(found.tolist())
         np.testing.assert_array_equal(found, np.sort(found))
     assert use_faiss == [7]
-    near = search.nearest(center, 4)
+    near = search.nearest(4)
     np.testing.assert_allclose(
         np.sort(bounds[near]), np.sort(bounds)[:4], rtol=1e-4
     )
@@ -69,7 +69,7 @@ def test_documents_that_are_nearly_equal(use_faiss, noise):
     center = centroids[7]
     bounds = scan(centroids, center, "euclidean")
     limit = np.median(bounds)
-    found = FirstPass(centroids, "euclidean").within(center, limit)
+    found = FirstPass(centroids, "euclidean").of(center).within(limit)
     np.testing.assert_array_equal(found, np.flatnonzero(bounds <= limit))
 
 
@@ -114,11 +114,11 @@ def test_copies_and_files(use_faiss, tmp_path):
 def test_a_query_beyond_the_range_of_float32(use_faiss):
     search = FirstPass(RNG.normal(size=(20, 3)), "euclidean")
     center = np.array([1e60, 0.0, 0.0])
-    assert len(search.within(center, 2e60)) == 20
+    assert len(search.of(center).within(2e60)) == 20
     assert use_faiss == []
     # Documents of zero vectors alone.
     search = FirstPass(np.zeros((20, 3)), "cosine")
-    assert len(search.within(np.zeros(3), 0.0)) == 20
+    assert len(search.of(np.zeros(3)).within(0.0)) == 20
 
 
 def test_without_faiss(monkeypatch):
@@ -144,5 +144,5 @@ def test_centroids_are_compared_in_blocks(monkeypatch):
     monkeypatch.setattr(first_pass, "_BLOCK", 21)
     centroids, center = RNG.normal(size=(50, 7)), RNG.normal(size=7)
     bounds = scan(centroids, center, "cosine")
-    found = FirstPass(centroids, "cosine").within(center, np.median(bounds))
+    found = FirstPass(centroids, "cosine").of(center).within(np.median(bounds))
     assert len(found) == 25
