@@ -253,6 +253,11 @@ def _own_kernel(name, kernel):
 
 def _features(x, kernel):
     """The `Gram` of all features, `(d, n, 1)`: a sample set for each."""
+    if hasattr(x, "toarray"):
+        raise ValueError(
+            "Expected a dense `X`: sparse input is not supported, give "
+            f"X.toarray(). Received: {type(x).__name__}"
+        )
     strings = is_categorical(x)
     x = np.asarray(x)
     if x.ndim != 2 or not x.size:
@@ -273,6 +278,11 @@ def _features(x, kernel):
 
 def _target(y, n, target, kernel):
     """The `Gram` of the target, `(1, n, dim)`."""
+    if y is None:
+        raise ValueError(
+            "Expected a target: HSICLasso requires y to be passed, but the "
+            "target y is None. Received: y=None"
+        )
     strings = is_categorical(y)
     y = known_labels("y", y)
     if y.ndim != 2 or len(y) != n:

@@ -97,6 +97,8 @@ def numbers(name, x):
     given = x
     if x.dtype.kind in "USO" and any(map(_is_string, x.flat)):
         x = None  # numerals are labels, too
+    elif x.dtype.kind == "c":
+        x = None  # it would become its real part
     elif x.dtype.kind not in "biuf":
         try:
             x = x.astype("float64")

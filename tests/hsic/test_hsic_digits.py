@@ -330,6 +330,8 @@ def test_what_is_no_number_is_refused():
     x = np.arange(10.0)
     with pytest.raises(ValueError, match="Expected numbers in `x`; for labels"):
         hsic(np.array(list("abcdefghij")), x, LINEAR)
+    with pytest.raises(ValueError, match="Expected numbers in `y`"):
+        hsic(x, x + 1j)
     with pytest.raises(ValueError, match="Received: shape \\(\\)"):
         hsic(3.0, x)
     with pytest.raises(ValueError, match="Expected finite numbers in `y`"):

@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.sparse
 import sklearn.feature_selection
 import sklearn.linear_model
 import sklearn.model_selection
@@ -266,5 +267,9 @@ def test_errors(capsys):
         HSICLasso(2).fit(Y, Y)
     with pytest.raises(ValueError, match="finite numbers in `X`"):
         HSICLasso(2).fit(np.where(X > 2, np.nan, X), Y)
+    with pytest.raises(ValueError, match="requires y to be passed"):
+        HSICLasso(2).fit(X, None)
+    with pytest.raises(ValueError, match="sparse input is not supported"):
+        HSICLasso(2).fit(scipy.sparse.csr_matrix(X), Y)
     HSICLasso(2, verbose=1).fit(X, Y)
     assert "2/2" in capsys.readouterr().out
