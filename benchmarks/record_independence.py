@@ -50,7 +50,10 @@ METHODS = {
         *("ours, gamma", "ours, permutations", "hyppo Hsic, χ²"),
         "causal-learn KCI, gamma",
     ],
-    "joint": ["ours, permutations", "hyppo dHsic, permutations"],
+    "joint": [
+        *("ours, permutations", "ours, standard form, permutations"),
+        "hyppo dHsic, permutations",
+    ],
     "conditional": [
         *("ours, gamma", "ours, spectral", "causal-learn KCI, gamma"),
     ],
@@ -119,7 +122,10 @@ def p_value(question, method):
 
     permuted = {"num_permutations": PERMUTATIONS, "seed": 0}
     if question == "joint":
-        return lambda *v: b.dhsic_test(list(v), **permuted).p_value
+        kernel = None
+        if "standard" in method:
+            kernel = b.GaussianKernel(form="standard")
+        return lambda *v: b.dhsic_test(v, [kernel] * 3, **permuted).p_value
     if question == "conditional":
         null = method.removeprefix("ours, ")
         return lambda *v: b.kci_test(*v, null=null, seed=0).p_value
