@@ -6,7 +6,7 @@ Every contender runs on one core, in a process of its own, in turn. Part `N`
 compares 256 pairs of texts of N words (dimension 300, vectors drawn around a
 topic of each pair, lognormal norms), with the same masses and costs for all;
 part `search` looks for the 10 nearest of 10,000 documents, and part `million`,
-which is measured only where `--parts million` asks for it and takes about 3 GiB
+which is measured only where `--parts million` asks for it and takes about 5 GiB
 of memory for each of two processes, of a million random ones. Parts that are
 measured stay in `--state`, so that each can be run by itself; the table is
 written from all of them.

@@ -147,10 +147,10 @@ def classifier(dropout=0.0):
 @pytest.mark.parametrize(
     "method",
     [
-        NoiseStability(0.5),
+        pytest.param(NoiseStability(0.5), marks=pytest.mark.verify),
         VirtualAdversarialTraining(0.5),
         TRADES(0.5, steps=1),
-        SMART(0.5),
+        pytest.param(SMART(0.5), marks=pytest.mark.verify),
         FGM(0.5),
         FGSM(0.5),
         FreeLB(0.5, initial_norm=0),
@@ -343,12 +343,11 @@ def test_no_retracing_for_the_parts():
             return super().perturbation(*args)
 
     method, model = Counting(0.5), linear(run_eagerly=False)
+    adversarial_training(model, method=method)
     for _ in range(3):
-        fit(model, method, epochs=2, x=X[:4], y=Y[:4])
-        traces = method.traces
-        model.evaluate(X, Y, verbose=0)
         model.fit(X[:4], Y[:4], batch_size=2, epochs=2, verbose=0)
-        assert method.traces == traces <= 6
+        model.evaluate(X, Y, verbose=0)
+    assert 1 <= method.traces <= 2
 
 
 def test_parts_of_a_method_of_your_own():

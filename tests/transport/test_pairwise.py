@@ -63,6 +63,7 @@ def test_a_collection_with_itself(monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.verify
 def test_blocks_of_sinkhorn(monkeypatch):
     expected = by_one(TEXTS, TEXTS)
     monkeypatch.setattr(pairwise, "_BLOCK", 300)  # four pairs
