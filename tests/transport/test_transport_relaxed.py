@@ -317,7 +317,10 @@ def test_layers_keep_their_options(options):
     for j in range(2):
         expected = value(aligned([A, np.stack([B[j]] * 3)]))
         np.testing.assert_allclose(
-            all_pairs[:, j], expected, rtol=1e-3, atol=1e-5
+            # Pairs that are solved together stop together.
+            all_pairs[:, j],
+            expected,
+            rtol=5e-3,
         )
 
 
