@@ -293,11 +293,8 @@ class Distillation(CompositeModel):
             sizes = kind != "relation" and mapped is None
             shapes = tuple(z.shape), tuple(s.shape)
             check_pair(names, kind, *shapes, self.hidden_heads, sizes)
-            mask = backend.get_keras_mask(s)
             if mapped is not None:
                 s = mapped(s)
-                if mask is not None:
-                    backend.set_keras_mask(s, mask)
             distance = HiddenLoss(kind, self.hidden_heads, reduction)
             weights = _row_weights(sample_weight, s)
             total += distance(ops.stop_gradient(z), s, weights)

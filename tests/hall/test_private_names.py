@@ -24,6 +24,10 @@ IMPORTED = {
     "keras._tf_keras.keras": {"backend", "losses"},
     "keras.src.backend": {"get_keras_mask", "set_keras_mask"},
     "keras.src.backend.common": {"global_state"},
+    "keras.src.backend.common.tensor_attributes": {
+        "get_tensor_attr",
+        "set_tensor_attr",
+    },
     "keras.src.legacy.saving": {"legacy_h5_format"},
     "keras.src.trainers.data_adapters.data_adapter": {"DataAdapter"},
     "ot.lp.emd_wrap": {"emd_c"},
