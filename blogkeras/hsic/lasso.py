@@ -196,9 +196,7 @@ class HSICLasso:
         return self
 
     def _get_support_mask(self):
-        from sklearn.utils.validation import check_is_fitted
-
-        check_is_fitted(self, "coef_")
+        require("sklearn.utils.validation").check_is_fitted(self, "coef_")
         return self.coef_ > 0
 
     def __sklearn_tags__(self):
