@@ -87,7 +87,8 @@ class CountPrograms(keras.callbacks.Callback):
         self.counts.append(programs(self.model.train_function))
 
     def check(self):
-        assert 1 <= self.counts[0] <= self.most
+        # JAX does not count a program that it does not keep for fast calls.
+        assert (0 if JAX else 1) <= self.counts[0] <= self.most
         assert self.counts[1] == self.counts[0]
 
 
