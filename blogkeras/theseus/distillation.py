@@ -246,17 +246,22 @@ class Distillation(CompositeModel):
         # Each is a mean over the replica's part of the batch.
         others = sum(ops.sum(loss) for loss in self.losses)
         others = others / backend.num_replicas()
+        # The teacher runs once, for its hidden states and its predictions.
+        target, inside = None, 0.0
         if self.hidden is not None and training:
-            inside = self.hidden_weight * self._hidden_distance(
-                x, y_pred, sample_weight
+            target, states = call_with_hidden(
+                self.teacher,
+                self._hidden_names(0),
+                _own_inputs(self.teacher, x),
             )
-        else:
-            inside = 0.0
+            inside = self.hidden_weight * self._hidden_distance(
+                states, x, y_pred, sample_weight
+            )
         if y is None:
             loss = others + inside
             if self._compares_outputs:
                 loss += self.weight * self._divergence(
-                    x, None, y_pred, sample_weight
+                    x, None, y_pred, sample_weight, target
                 )
             return loss
         loss = super().compute_loss(x, y, y_pred, sample_weight, training)
@@ -264,7 +269,7 @@ class Distillation(CompositeModel):
             return loss
         if not self._compares_outputs:
             return loss + ops.cast(inside, loss.dtype)
-        soft = self._divergence(x, y, y_pred, sample_weight)
+        soft = self._divergence(x, y, y_pred, sample_weight, target)
         return (
             (1 - self.weight) * loss
             + self.weight * others
@@ -272,8 +277,13 @@ class Distillation(CompositeModel):
             + ops.cast(inside, loss.dtype)
         )
 
-    def _hidden_distance(self, x, y_pred, sample_weight):
-        """The mean over the pairs of layers, a scalar."""
+    def _hidden_distance(self, states, x, y_pred, sample_weight):
+        """The mean over the pairs of layers, a scalar.
+
+        Args:
+            states: The teacher's hidden states, one for each pair.
+            x, y_pred, sample_weight: As for `compute_loss`.
+        """
         hidden = backend.get_tensor_attr(
             tree.flatten(y_pred)[0], "_blogkeras_hidden"
         )
@@ -282,12 +292,10 @@ class Distillation(CompositeModel):
             _, hidden = call_with_hidden(
                 self.student, self._hidden_names(1), own, training=True
             )
-        own = _own_inputs(self.teacher, x)
-        _, targets = call_with_hidden(self.teacher, self._hidden_names(0), own)
         reduction = self._reductions(y_pred)[0]
         total = 0.0
         for pair, z, s, mapped in zip(
-            self.hidden, targets, hidden, self.hidden_maps, strict=True
+            self.hidden, states, hidden, self.hidden_maps, strict=True
         ):
             *names, kind = pair
             sizes = kind != "relation" and mapped is None
@@ -300,9 +308,13 @@ class Distillation(CompositeModel):
             total += distance(ops.stop_gradient(z), s, weights)
         return total / len(self.hidden)
 
-    def _divergence(self, x, y, y_pred, sample_weight):
-        """T² D of teacher and student, summed over the outputs, a scalar."""
-        target = self.teacher(_own_inputs(self.teacher, x), training=False)
+    def _divergence(self, x, y, y_pred, sample_weight, target=None):
+        """T² D of teacher and student, summed over the outputs, a scalar.
+
+        `target` is the teacher's prediction, where it is known already.
+        """
+        if target is None:
+            target = self.teacher(_own_inputs(self.teacher, x), training=False)
         meanings = self._meanings(target, y_pred)
         parts = zip(
             tree.flatten(target),

@@ -166,6 +166,27 @@ def test_it_is_added_to_the_loss_in_training_alone():
     assert tests[0] == tests[1]
 
 
+def test_each_model_runs_once_in_a_step():
+    teacher, student = make(4, "t", seed=1), make(4, "s", seed=2)
+    model = Distillation(teacher, student, hidden=[("t0", "s0")])
+    model.compile(
+        keras.optimizers.SGD(0.1),
+        "sparse_categorical_crossentropy",
+        run_eagerly=True,
+    )
+    model.train_on_batch(IDS, LABELS)  # builds
+    calls = []
+
+    def count(output, *args, **kwargs):
+        calls.append(output.shape)
+        return output
+
+    watched = [teacher.get_layer("t0"), student.get_layer("s0")]
+    with training.perturbed(dict.fromkeys(watched, count)):
+        model.train_on_batch(IDS, LABELS)
+    assert len(calls) == 2
+
+
 def test_a_student_learns_what_is_inside(tmp_path):
     teacher = make(6, "t", 4, seed=1)
     student = body(make(4, "s", 2, seed=2), "s1")
