@@ -145,11 +145,8 @@ def adversarial_training(
         [blog post 7234](https://kexue.fm/archives/7234)
     """
     method = _method(method, epsilon)
-    _check_model(model)
-    names = check_names("embedding_name", embedding_name)
-    masks = check_masks("padding_mask", padding_mask, names)
-    check_boolean("joint_norm", joint_norm)
-    training.install(model, method.hook(model, names, masks, joint_norm))
+    where = _where(model, embedding_name, padding_mask, joint_norm)
+    training.install(model, method.hook(model, *where))
     return model
 
 
@@ -325,11 +322,8 @@ def adversarial_loss(
         [blog post 7234](https://kexue.fm/archives/7234)
     """
     method = _method(method, epsilon)
-    _check_model(model)
-    names = check_names("embedding_name", embedding_name)
-    masks = check_masks("padding_mask", padding_mask, names)
-    check_boolean("joint_norm", joint_norm)
-    return make_loss_function(model, loss, method, names, masks, joint_norm)
+    where = _where(model, embedding_name, padding_mask, joint_norm)
+    return make_loss_function(model, loss, method, *where)
 
 
 def describe_training(model: keras.layers.Layer) -> str:
@@ -379,6 +373,14 @@ def _check_model(model):
             "Expected `model` to be a `keras.Model`, since the training step "
             f"of `fit` is what changes. Received: model={model!r}"
         )
+
+
+def _where(model, embedding_name, padding_mask, joint_norm):
+    """What a method is told of the places that it perturbs, checked."""
+    _check_model(model)
+    names = check_names("embedding_name", embedding_name)
+    masks = check_masks("padding_mask", padding_mask, names)
+    return names, masks, check_boolean("joint_norm", joint_norm)
 
 
 def _method(method, epsilon):
