@@ -2,14 +2,13 @@
 
 from blogkeras.hsic.bottleneck import HSICBottleneck
 from blogkeras.hsic.conditional import kci_test
+from blogkeras.hsic.distance_kernels import GaussianKernel, LaplacianKernel
 from blogkeras.hsic.fourier import fourier_hsic
 from blogkeras.hsic.independence_test import HSICTest, hsic_test
 from blogkeras.hsic.joint import dhsic, dhsic_test
 from blogkeras.hsic.kernels import (
     CosineKernel,
     DeltaKernel,
-    GaussianKernel,
-    LaplacianKernel,
     LinearKernel,
     PolynomialKernel,
     PrecomputedKernel,

@@ -8,17 +8,14 @@ import numpy as np
 from keras import ops
 
 from blogkeras.arguments import check_choice, check_integer, check_number
+from blogkeras.hsic.distance_kernels import GaussianKernel
 from blogkeras.hsic.independence_test import (
     HSICTest,
     permutation_p_value,
     seed_of,
 )
-from blogkeras.hsic.kernels import (
-    GaussianKernel,
-    PrecomputedKernel,
-    as_kernel,
-    known_numbers,
-)
+from blogkeras.hsic.kernel import known_numbers
+from blogkeras.hsic.kernels import PrecomputedKernel, as_kernel
 from blogkeras.hsic.samples import (
     columns,
     float_dtype,

@@ -7,8 +7,9 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import check_integer, check_seed
+from blogkeras.hsic.distance_kernels import GaussianKernel
 from blogkeras.hsic.grams import rescale
-from blogkeras.hsic.kernels import GaussianKernel, LinearKernel
+from blogkeras.hsic.kernels import LinearKernel
 from blogkeras.hsic.tiles import compilable, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul

@@ -19,16 +19,16 @@ from blogkeras.arguments import (
     check_verbose,
 )
 from blogkeras.extras import require
+from blogkeras.hsic.distance_kernels import GaussianKernel
 from blogkeras.hsic.grams import Gram
+from blogkeras.hsic.kernel import known_numbers
 from blogkeras.hsic.kernels import (
     CustomKernel,
     DeltaKernel,
-    GaussianKernel,
     LinearKernel,
     PrecomputedKernel,
     as_kernel,
     known_labels,
-    known_numbers,
 )
 from blogkeras.hsic.samples import codes_of, in_deviations, is_categorical
 from blogkeras.loops import ProgramCache

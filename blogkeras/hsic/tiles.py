@@ -6,13 +6,13 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.arguments import as_numbers, as_numpy
 from blogkeras.hsic.grams import Gram
+from blogkeras.hsic.kernel import require_finite
 from blogkeras.hsic.kernels import (
     CustomKernel,
     LinearKernel,
     PrecomputedKernel,
     as_kernel,
     check_square,
-    require_finite,
 )
 from blogkeras.hsic.samples import (
     check_mask_shape,
