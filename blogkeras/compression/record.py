@@ -1,10 +1,12 @@
 """The rows of a compression report: columns, a table, a figure."""
 
 import dataclasses
+import re
 
 import numpy as np
 
 from blogkeras import report
+from blogkeras.arguments import check_choice
 from blogkeras.extras import require
 
 # What is drawn on the horizontal axis of a panel, where it is known.
@@ -13,6 +15,7 @@ _COSTS = {
     "training seconds": "seconds of training, all phases",
 }
 
+_LESS_IS_BETTER = re.compile("loss|error|mse|mae|perplexity|divergence")
 
 # An accuracy on a few thousand samples is uncertain by about 0.01. An axis that
 # is stretched to smaller differences would show noise as if it were a result.
@@ -75,11 +78,54 @@ class CompressionReport(report.Rows):
         )
         shown.print_rows(title or f"Compression (batches of {self.batch_size})")
 
+    def frontier(self, metric=None, cost="milliseconds", mode="auto"):
+        """The models of the Pareto frontier, from the cheapest on.
+
+        Those that no other one beats: each model that costs as much or less is
+        worse. Models whose metric or cost is not a number are left out.
+
+        Args:
+            metric: Its name; the last one of `evaluate` by default.
+            cost: Name of a column, of which less is better.
+            mode: `"max"` if more of the metric is better, `"min"` if less is;
+                `"auto"` is `"min"` for names that contain `loss`, `error`,
+                `mse`, `mae`, `perplexity` or `divergence`, else `"max"`.
+
+        Returns:
+            List of names.
+
+        Example:
+
+        >>> rows = [
+        ...     {"model": "12", "milliseconds": 9.0, "accuracy": 0.93},
+        ...     {"model": "6", "milliseconds": 5.0, "accuracy": 0.90},
+        ...     {"model": "3", "milliseconds": 3.0, "accuracy": 0.91},
+        ... ]
+        >>> CompressionReport(rows, batch_size=32).frontier()
+        ['3', '12']
+        """
+        check_choice("mode", mode, ("auto", "min", "max"))
+        metric = self._metric(metric)
+        if mode == "auto":
+            mode = "min" if _LESS_IS_BETTER.search(metric) else "max"
+        sign = -1 if mode == "min" else 1
+        costs = np.asarray(self.column(cost), float)
+        gains = sign * np.asarray(self.column(metric), float)
+        known = np.flatnonzero(np.isfinite(costs) & np.isfinite(gains))
+        names, best = [], -np.inf
+        # Of equal costs the better one comes first.
+        for i in known[np.lexsort((-gains[known], costs[known]))]:
+            if gains[i] > best:
+                best = gains[i]
+                names.append(self.rows[i]["model"])
+        return names
+
     def plot(self, path, metric=None):
         """Draws a metric over the latency into a file (needs matplotlib).
 
         Where the training time is known, a second panel draws the metric over
-        that.
+        that. The rows of `compare_depths` are drawn as a line for each method,
+        with the numbers of blocks, and the Pareto frontier behind them.
 
         Args:
             path: Ends in `.png` or `.svg`.
@@ -88,9 +134,7 @@ class CompressionReport(report.Rows):
         Returns:
             `path`.
         """
-        if metric is None:
-            names = [n for n in self.rows[0] if n != "training seconds"]
-            metric = names[-1]
+        metric = self._metric(metric)
         self.column(metric)  # or a ValueError
         costs = {k: v for k, v in _COSTS.items() if k in self.rows[0]}
         figure = require("matplotlib.figure").Figure(
@@ -98,14 +142,10 @@ class CompressionReport(report.Rows):
         )
         panels = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
         for axes, (cost, label) in zip(panels, costs.items(), strict=True):
-            for row, marker in zip(self.rows, "osD^vP*X" * 9, strict=False):
-                axes.scatter(
-                    row[cost],
-                    row[metric],
-                    s=80,
-                    marker=marker,
-                    label=f"{row['model']}: {row['parameters']:,} parameters",
-                )
+            if "method" in self.rows[0]:
+                self._draw_methods(axes, cost, metric)
+            else:
+                self._draw_models(axes, cost, metric)
             axes.set_xlabel(
                 label.format(batch_size=self.batch_size), fontsize=12
             )
@@ -123,3 +163,54 @@ class CompressionReport(report.Rows):
             frameon=False,
         )
         return report.save_figure(figure, path)
+
+    def _metric(self, name):
+        names = [n for n in self.rows[0] if n != "training seconds"]
+        return names[-1] if name is None else name
+
+    def _draw_models(self, axes, cost, metric):
+        for row, marker in zip(self.rows, "osD^vP*X" * 9, strict=False):
+            axes.scatter(
+                row[cost],
+                row[metric],
+                s=80,
+                marker=marker,
+                label=f"{row['model']}: {row['parameters']:,} parameters",
+            )
+
+    def _draw_methods(self, axes, cost, metric):
+        """A line for each method, over the frontier of all models."""
+        frontier = self.frontier(metric, cost)
+        points = [
+            (row[cost], row[metric])
+            for name in frontier
+            for row in self.rows
+            if row["model"] == name
+        ]
+        axes.step(
+            *zip(*points, strict=True),
+            where="post",
+            color="lightgray",
+            linewidth=6,
+            label="Pareto frontier",
+        )
+        methods = dict.fromkeys(self.column("method"))
+        for method, marker in zip(methods, "osD^vP*X" * 9, strict=False):
+            rows = [row for row in self.rows if row["method"] == method]
+            rows = sorted(rows, key=lambda row: row["blocks"])
+            axes.plot(
+                [row[cost] for row in rows],
+                [row[metric] for row in rows],
+                marker=marker,
+                markersize=8,
+                label=method,
+            )
+            for row in rows:
+                if np.isfinite([row[cost], row[metric]]).all():
+                    axes.annotate(
+                        f"{row['blocks']}",
+                        (row[cost], row[metric]),
+                        xytext=(6, 5),
+                        textcoords="offset points",
+                        fontsize=10,
+                    )

@@ -312,6 +312,39 @@ row(
     {"blocks": integer(1), "count": integer(1, more=[4])},
 )
 row(
+    blogkeras.compare_depths,
+    {
+        "predecessor": stack,
+        "classifier": lambda: [
+            layers.GlobalAveragePooling1D(),
+            layers.Dense(4, "softmax"),
+        ],
+        "depths": [1],
+        "train": lambda: lambda model: None,
+        "x": toy.TOKENS[:8, :5],
+        "y": toy.LABELS[:8],
+        "loss": "sparse_categorical_crossentropy",
+        "rounds": 1,
+        "verbose": 0,
+    },
+    {
+        "predecessor": layer(),
+        "classifier": FREE,
+        "depths": Kind(1, "1", [], [0], [1.5], [True], [1, 1]),
+        "train": Kind("fit", 3),
+        "x": FREE,
+        "y": FREE,
+        "loss": FREE,
+        "metrics": FREE,
+        "methods": Kind("one", ["one"], [], {}, 3),
+        "successor": Kind("two", 2, none=True),
+        "models": Kind({"another": 1}, none=True),
+        "batch_size": integer(1),
+        "rounds": integer(1),
+        "verbose": verbose(),
+    },
+)
+row(
     blogkeras.compression_report,
     {"models": lambda: {"a": sequential()}, "x": X, "y": toy.LABELS[:8]},
     {

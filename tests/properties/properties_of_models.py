@@ -562,6 +562,34 @@ def a_report_says_what_evaluate_says(_, seed=SEEDS):
             assert isinstance(value, str) or number(value) >= 0
 
 
+@holds_for("compare_depths", cases=8, short=1, slow_on_jax=True)
+def untrained_successors_are_the_first_blocks(
+    function, seed=SEEDS, depth=st.integers(1, 4)
+):
+    model, x, _ = drawn_transformer(seed)
+    y = np.random.default_rng(seed).random((8, 5, 2)).astype("float32")
+    models = {}
+    report = function(
+        *(model, None, [depth], lambda model: None, x, y),
+        loss="mse",
+        methods="direct",
+        models=models,
+        rounds=1,
+        verbose=0,
+    )
+    expected = number(blogkeras.keep_blocks(model, depth)(x))
+    close(models[report.rows[1]["model"]](x), expected, 1e-6)
+    loss = np.square(expected.astype("float64") - y).mean()
+    close(report.rows[1]["loss"], loss, 1e-4, 1 + loss)
+    with refuses():
+        function(
+            *(model, None, [depth, 5], lambda model: None, x, y),
+            loss="mse",
+            methods="direct",
+            verbose=0,
+        )
+
+
 # Texts
 
 
