@@ -49,8 +49,10 @@ demo-e5: $(VENV)/.examples # the same with a real 12-layer transformer
 test: $(VENV)/.test # the whole suite, TensorFlow and JAX side by side
 	@BIN=$(BIN) sh tests/run.sh
 
+# The short tests tell XLA not to optimize; trainings of minutes need it to.
 verify: $(VENV)/.test $(VENV)/.sonnet # long statistical checks, dm-sonnet
 	@for backend in tensorflow jax; do \
+		XLA_FLAGS=--xla_force_host_platform_device_count=2 \
 		PYTHONPATH=$(VENV)/sonnet KERAS_BACKEND=$$backend \
 		$(RUN) -m pytest -q -m 'verify or matrix' || exit 1; done
 
