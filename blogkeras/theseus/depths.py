@@ -40,9 +40,11 @@ def compare_depths(
     no other one beats in quality and time.
 
     Args:
-        predecessor: The large transformer, trained, as for `bert_of_theseus`.
-            It will be frozen.
-        classifier: The trained model or layers after it, or `None`, as there.
+        predecessor: The large transformer, trained: an object of bert4keras or
+            a functional model. It will be frozen.
+        classifier: Model or layer, or a list of them, trained with the
+            predecessor, from its output to the prediction; `None` where the
+            transformers include their heads.
         depths: Integers ≥ 1, the successors' numbers of blocks.
         train: Function of a model, which compiles and fits it. For
             `"theseus"` it is called twice: with a `Theseus`, and with the
@@ -61,9 +63,10 @@ def compare_depths(
         models: Dict that takes the finished models by name, as they come. After
             an interrupt give it again: what it has is not trained anew (and its
             training time is not known, NaN).
-        batch_size: As for `compression_report`.
-        rounds: Likewise.
-        verbose: Likewise; each model's name is said before its training.
+        batch_size: Integer ≥ 1, for `evaluate` and the latency.
+        rounds: Integer ≥ 1, the latency's.
+        verbose: `"auto"`, 0, 1 or 2; but for 0 each model's name is said before
+            its training.
 
     Returns:
         A `CompressionReport`, whose rows have two columns more, `"method"` and
