@@ -11,6 +11,7 @@ from blogkeras.arguments import (
     check_sample_weight,
     check_verbose,
 )
+from blogkeras.state import separate
 
 
 class CompositeModel(keras.Model):
@@ -90,6 +91,8 @@ class TargetlessModel(CompositeModel):
         elif known is not None:
             kwargs["validation_data"] = self._check_data(known)[0]
         self._before_fit(x)
+        if self.optimizer is not None:
+            separate([*self.variables, *self.optimizer.variables])
         if hasattr(x, "element_spec") or hasattr(x, "__next__"):
             # Keras warns of each data set that it does not shuffle.
             kwargs.setdefault("shuffle", False)

@@ -179,6 +179,20 @@ def snapshot(variables):
     return [np.array(ops.convert_to_numpy(v.value)) for v in variables]
 
 
+def separate(variables):
+    """Gives each variable an array of its own.
+
+    At the end of `fit` Keras hands the moving averages of an optimizer to the
+    weights. On JAX both then have the same array, and the first step of the
+    next `fit`, which gives its arrays away, would be refused.
+    """
+    taken = set()
+    for variable in variables:
+        if id(variable.value) in taken:
+            variable.assign(ops.copy(variable.value))
+        taken.add(id(variable.value))
+
+
 def base_seed(seed):
     """A scalar of int32 from what Keras takes as a seed."""
     seed = check_seed("seed", seed)

@@ -109,3 +109,26 @@ def test_no_class_weights(model):
 
 def test_a_generator_is_not_to_be_shuffled(model):
     model.fit(((X,) for _ in range(2)), steps_per_epoch=2, verbose=0)
+
+
+def test_fit_twice_with_averages_of_weights():
+    """Keras 3.15 alone fails here on JAX: two variables have one array.
+
+    With rate r, momentum m and the gradient 2 (c − x̄): the weight takes over
+    its average after each `fit`; the average begins with the first step.
+    """
+    model = Center()
+    rate, momentum = 0.125, 0.5
+    model.compile(
+        keras.optimizers.SGD(rate, use_ema=True, ema_momentum=momentum)
+    )
+    center, average = 0.0, None
+    for _ in range(2):
+        model.fit(X, batch_size=8, epochs=2, verbose=0)
+        for _ in range(2):
+            center -= rate * 2 * (center - 3.5)
+            if average is None:
+                average = center
+            average = momentum * average + (1 - momentum) * center
+        center = average
+        assert model.center.numpy() == pytest.approx(center, rel=1e-6)
