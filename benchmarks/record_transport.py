@@ -262,11 +262,10 @@ def bert_score(x, y, weights):
     if not (len(x) and len(y)):
         return 0.0
     cosines = x @ y.T
+    best = cosines.max(1), cosines.max(0)
     recall, precision = (
-        np.average(best, weights=w if np.any(w) else None)
-        for best, w in zip(
-            (cosines.max(1), cosines.max(0)), weights, strict=True
-        )
+        np.average(values, weights=w if np.any(w) else None)
+        for values, w in zip(best, weights, strict=True)
     )
     total = precision + recall
     return 2 * precision * recall / total if total else 0.0
