@@ -150,7 +150,8 @@ def theseus(size):
     return model, x, integers(2, x.shape[:2])
 
 
-def vqvae(size):
+def vqvae(size, quantizer=None):
+    """`quantizer` makes one of the number of codes and the dimension."""
     side, dim = size["image"], size["dim"]
     encoder = keras.Sequential(
         [
@@ -166,8 +167,11 @@ def vqvae(size):
             layers.Conv2DTranspose(3, 4, 2, "same"),
         ]
     )
-    quantizer = blogkeras.VectorQuantizer(size["codes"], ema_decay=0.99)
-    model = blogkeras.VQVAE(encoder, quantizer, decoder)
+    if quantizer is None:
+        codes = blogkeras.VectorQuantizer(size["codes"], ema_decay=0.99)
+    else:
+        codes = quantizer(size["codes"], dim)
+    model = blogkeras.VQVAE(encoder, codes, decoder)
     return compiled(model), normal((size["batch"], side, side, 3)), None
 
 

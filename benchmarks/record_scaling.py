@@ -102,12 +102,41 @@ def fourier(size):
     return functools.partial(blogkeras.fourier_hsic, seed=0), x, y
 
 
+def codebook(**options):
+    return lambda codes, dim: blogkeras.VectorQuantizer(codes, **options)
+
+
+def residual(codes, dim):
+    return blogkeras.ResidualVectorQuantizer(4, codes)
+
+
+def bits(codes, dim):
+    return blogkeras.LookupFreeQuantizer(dim)
+
+
+def scalars(codes, dim):
+    return blogkeras.FiniteScalarQuantizer([5] * dim)
+
+
+# What the options of a quantizer add to the step of a VQ-VAE.
+QUANTIZERS = {
+    "VQVAE, learned codes": codebook(),
+    "VQVAE, moving averages": codebook(ema_decay=0.99),
+    "VQVAE, rotation": codebook(gradient="rotation"),
+    "VQVAE, DiVeQ": codebook(gradient="diveq"),
+    "VQVAE, SimVQ": codebook(codebook_transform="linear"),
+    "VQVAE, SimVQ diagonal": codebook(codebook_transform="diagonal"),
+    "VQVAE, look-up in 8 dimensions": codebook(codebook_dim=8),
+    "VQVAE, 4 residual stages": residual,
+    "VQVAE, LFQ": bits,
+    "VQVAE, FSQ": scalars,
+}
 METHODS = {"plain": None, **{n: n for n in blogkeras.adversarial.METHODS}}
 # XLA counts the body of a loop once. Of these the products are counted, as
 # often as they are computed.
-LOOPS = ("VQVAE", "hsic", "fourier_hsic")
+LOOPS = ("VQVAE", *QUANTIZERS, "hsic", "fourier_hsic")
 # Of these a program is compiled, which takes some seconds.
-MEMORY = (*METHODS, "ELECTRA")
+MEMORY = (*METHODS, "ELECTRA", "VQVAE", *QUANTIZERS)
 # What the other methods cost beside plain training does not depend on these.
 FEW = {axis: TEXT[axis] for axis in ("batch", "length")}
 # {case: (what is lowered, its maker in gpu.py, {axis: values})}
@@ -131,6 +160,15 @@ CASES = {
             "dim": (16, 32, 128),
         },
     ),
+    **{
+        name: (
+            step,
+            functools.partial(gpu.vqvae, quantizer=make),
+            # Bits and scalars have no codebook.
+            {"codes": (512,) if make in (bits, scalars) else (512, 8192)},
+        )
+        for name, make in QUANTIZERS.items()
+    },
     "CodePrior": (step, gpu.code_prior, {"batch": (8, 16, 64)}),
     "DenoisingDensityEstimator": (
         step,
@@ -185,7 +223,9 @@ def record(options):
         changes = () if value == BASE[axis] else ((axis, value),)
         small = value != max(CASES[case][-1][axis])
         memory = case in MEMORY and (
-            not changes or (small and axis in ("batch", "length"))
+            not changes
+            or (small and axis in ("batch", "length"))
+            or case in QUANTIZERS
         )
         rows.append(case, axis, value, *count(case, changes, memory))
 
@@ -212,11 +252,11 @@ def counted(rows):
     }
 
 
-def memory(rows):
-    """`{case: {batch: bytes}}`."""
+def memory(rows, axis="batch"):
+    """`{case: {value of this axis: bytes}}`."""
     found = {}
     for row in rows:
-        if row["axis"] == "batch" and row["bytes"]:
+        if row["axis"] == axis and row["bytes"]:
             values = found.setdefault(row["case"], {})
             values[float(row["value"])] = float(row["bytes"])
     return found
@@ -277,8 +317,33 @@ def tables(rows):
         ],
     )
     yield ""
+    yield from page.table(
+        ["VQ-VAE with", "GFLOP, K = 512", "8192", "MB, K = 512", "8192"],
+        [
+            [
+                name.removeprefix("VQVAE, "),
+                *(
+                    f"{found[name]['codes'][k] / 1e9:.3f}"
+                    if k in found[name]["codes"]
+                    else ""
+                    for k in (512, 8192)
+                ),
+                *(
+                    f"{bytes_by_codes[k] / 1e6:.1f}"
+                    if k in bytes_by_codes
+                    else ""
+                    for k in (512, 8192)
+                ),
+            ]
+            for name in QUANTIZERS
+            for bytes_by_codes in [memory(rows, "codes")[name]]
+        ],
+    )
+    yield ""
     cells = []
     for case, axes in found.items():
+        if case in QUANTIZERS:
+            continue
         for axis, points in axes.items():
             numbers = [
                 f"{x:g}: {y / 1e9:.3g}" for x, y in sorted(points.items())
