@@ -16,9 +16,9 @@ from blogkeras.arguments import (
     check_layer,
     check_number,
 )
+from blogkeras.hsic.distance_kernels import GaussianKernel
 from blogkeras.hsic.layers import flat, gather, gathered
 from blogkeras.hsic.statistic import Resolvent
-from blogkeras.ops import squared_distances
 
 READOUTS = ("unformatted", "format")
 # Decay of the counts of units and classes, per step.
@@ -246,10 +246,11 @@ class HSICBottleneck(keras.Model):
 
     def resolvent(self, x, weight):
         """The `Resolvent` of the kernel matrix of a batch's rows `x`."""
-        # K − 1 in place of K: equal when centered, and more precise for large
-        # σ.
-        x = x / (self.bandwidth * math.sqrt(2 * x.shape[-1]))
-        return Resolvent(ops.expm1(-squared_distances(x)), weight, self.epsilon)
+        kernel = GaussianKernel(
+            self.bandwidth, form="standard", per_dimension=True
+        )
+        x = x / (self.bandwidth * kernel.scale(x.shape[-1]))
+        return Resolvent(kernel.rows(x, None), weight, self.epsilon)
 
     # In a compiled step values are not known, so arrays are checked before.
 
