@@ -171,25 +171,34 @@ def annealed_langevin(
         levels = check_levels("temperatures", temperatures, minimum=0)
     steps_per_level = check_integer("steps_per_level", steps_per_level, 1)
     epsilon = check_number("step_size", step_size, above=0)
+    step_sizes = epsilon * np.ones_like(levels)
+    if conditional:
+        with np.errstate(over="ignore", under="ignore"):
+            step_sizes *= (levels / levels[-1]) ** 2
+    if not (step_sizes.min() >= 1e-37 and step_sizes.max() <= 3e38):
+        raise ValueError(
+            "Expected step sizes that float32 can hold at every level. "
+            f"Received: step_size={epsilon}, which makes them from "
+            f"{step_sizes.min():g} to {step_sizes.max():g}"
+        )
     x = as_numpy(as_numbers(x, "x"))
     known = np.zeros(x.shape, "bool")
     if mask is not None:
         known = known | check_mask(mask, x)
     noise = levels if conditional else np.zeros_like(levels)
     if known_sigmas is not None:
+        if np.shape(known_sigmas) != levels.shape:
+            raise ValueError(
+                f"Expected {len(levels)} known_sigmas, one for each level. "
+                f"Received: known_sigmas={known_sigmas!r}"
+            )
         noise = np.asarray(
             [check_number("known_sigmas", s, minimum=0) for s in known_sigmas]
         )
-        if len(noise) != len(levels):
-            raise ValueError(
-                f"Expected {len(levels)} known_sigmas, one for each level. "
-                f"Received: {len(noise)}"
-            )
     ones = np.ones_like(levels)
-    # One row for each level: step size, temperature, σ, noise on the known.
-    table = [epsilon * ones, levels, ones, noise]
-    if conditional:
-        table = [epsilon * (levels / levels[-1]) ** 2, ones, levels, noise]
+    temperatures, sigmas = (ones, levels) if conditional else (levels, ones)
+    # One row for each level.
+    table = [step_sizes, temperatures, sigmas, noise]
 
     def schedule(index, table, known, mask):
         row = ops.take(table, index // steps_per_level, axis=0)

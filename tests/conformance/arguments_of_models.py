@@ -329,7 +329,7 @@ row(
         "sigmas": Kind("text", [], [-1.0], [NAN], none=True),
         "steps_per_level": integer(1),
         "mask": FREE,
-        "known_sigmas": FREE,
+        "known_sigmas": Kind(0.1, "text", [0.1], [-1.0, 1.0], none=True),
     },
 )
 SIGMA = number(above=0)

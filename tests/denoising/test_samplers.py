@@ -366,6 +366,9 @@ def test_bad_arguments():
         annealed_langevin(f, x, 0.1, [1.0, 2.0])
     with pytest.raises(ValueError, match="known_sigmas"):
         annealed_langevin(f, x, 0.1, [2.0, 1.0], known_sigmas=[1.0])
+    for step_size, sigmas in ((1.0, [1e25, 1e-15]), (1e-40, [1.0])):
+        with pytest.raises(ValueError, match="that float32 can hold"):
+            annealed_langevin(lambda x, s: f(x), x, step_size, sigmas=sigmas)
     with pytest.raises(ValueError, match="seed"):
         langevin(f, x, 5, 0.1, seed=1.5)
     with pytest.raises(ValueError, match="allow_non_finite"):
