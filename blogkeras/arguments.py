@@ -164,10 +164,14 @@ def check_finite(name, values):
     """Raises a `ValueError` where known values hold NaN or an infinity."""
     if not backend.is_concrete(values):
         return
-    values = as_numpy(values)
+    # JAX shows its memory to NumPy, where Keras's conversion would copy it.
+    is_jax = backend.BACKEND == "jax"
+    values = np.asarray(values) if is_jax else as_numpy(values)
     if values.dtype.kind in "iub":
         return
-    finite = np.isfinite(values.astype("float64", copy=False))
+    if values.dtype.kind != "f":  # bfloat16, which NumPy does not know
+        values = values.astype("float32")
+    finite = np.isfinite(values)
     if not finite.all():
         raise ValueError(
             f"Expected finite numbers in `{name}`. Received: "

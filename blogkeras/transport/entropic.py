@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops, tree
 
 from blogkeras import backend
-from blogkeras.arguments import as_numbers, check_finite
+from blogkeras.arguments import as_numbers, as_numpy, check_finite
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
 from blogkeras.transport.checks import check_problem, check_settings
@@ -22,6 +22,7 @@ _APART = 0.05  # bounds that differ by more than this, relatively, ask for it
 _CLOSE = 1e-6  # bounds that are as close as this, in units of max|D|, do not
 _STRIDE = 5  # iterations between two looks at the error
 _PATIENCE = 10  # iterations after which over-relaxation is from 1/2 at 2/3
+_SHORT = 8  # words of a text; two such have a program of their own
 _BLOCK = 2**15  # costs at work at a time on a CPU
 _FAR = 1e30
 _programs = ProgramCache(size=16)
@@ -80,9 +81,10 @@ def sinkhorn(
     solved in blocks that fit into the cache.
 
     Outside of a compiled function the solver is compiled by itself. That takes
-    seconds, so lengths are padded to a few classes: 16, 32, 64, then multiples
-    of 64, and both sides alike unless one is four times as long; texts of any
-    lengths up to 64 share five programs. The 16 programs used last are kept.
+    seconds, so lengths are padded to a few classes: 8 where both are at most
+    that, else 16, 32, 64, then multiples of 64, and both sides alike unless one
+    is four times as long; texts of any lengths up to 64 share six programs. The
+    16 programs used last are kept.
 
     Args:
         p: `(..., n)`, nonnegative, sum 1. Zeros are words that do not count.
@@ -154,13 +156,15 @@ def approximate(p, q, D, regularization, tolerance, max_iterations=5000):
         return solution
     f, g = solution.potentials
     return solution._replace(
-        plan=solution.plan[..., :n, :m],
-        potentials=(f[..., :n], g[..., :m]),
+        plan=cut_axes(solution.plan, n, m),
+        potentials=(cut_axes(f, n), cut_axes(g, m)),
     )
 
 
 def length_classes(n, m):
     """Lengths to pad two texts to, so that few programs are compiled."""
+    if max(n, m) <= _SHORT:
+        return _SHORT, _SHORT
     n, m = _length_class(n), _length_class(m)
     longer = max(n, m)
     return tuple(longer if 4 * size > longer else size for size in (n, m))
@@ -172,13 +176,24 @@ def _length_class(n):
     return max(16, 1 << (n - 1).bit_length())
 
 
+# Outside of a compiled function a call of `ops.pad`, or to cut a tensor, takes
+# as long as solving some hundred small problems. NumPy takes microseconds.
+
+
 def pad_axis(x, axis, size):
-    """`x`, padded with zeros to `size` along an axis."""
+    """Known numbers `x`, padded with zeros to `size` along an axis."""
     if x.shape[axis] == size:
-        return x  # a call of `pad` copies
+        return x
     padding = [[0, 0]] * len(x.shape)
     padding[axis] = [0, size - x.shape[axis]]
-    return ops.pad(x, padding)
+    return ops.convert_to_tensor(np.pad(as_numpy(x), padding))
+
+
+def cut_axes(x, *sizes):
+    """The first elements of known numbers `x` along the last axes."""
+    return ops.convert_to_tensor(
+        as_numpy(x)[(..., *(slice(size) for size in sizes))]
+    )
 
 
 def _solve_any_rank(p, q, D, *settings):

@@ -294,7 +294,7 @@ class Texts:
             strict=True,
         ):
             if mask is None:
-                mask = ops.ones(z.shape[:-1], "bool")
+                mask = np.ones(z.shape[:-1], "bool")
             if mass is not None:
                 mass = pad_axis(mass, -1, size)
             parts.append(

@@ -4,7 +4,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.loops import ProgramCache
-from blogkeras.transport.entropic import length_classes, pad_axis
+from blogkeras.transport.entropic import cut_axes, length_classes, pad_axis
 
 _REGULARIZATION = 0.005  # of relaxed marginals, in units of max|D|
 _DEBIASED = 0.05  # of a divergence, whose bias is taken away
@@ -93,7 +93,7 @@ def potentials(p, q, D, epsilon, penalty, tolerance, symmetric=False):
         lambda: backend.jit(lambda *arrays: _iterate(*arrays, *settings)),
     )
     f, g = program(p, q, D, epsilon)
-    return f[..., :n, :], g[..., :m]
+    return cut_axes(f, n, 1), cut_axes(g, m)
 
 
 def _iterate(p, q, D, epsilon, penalty, tolerance, symmetric):
