@@ -170,7 +170,7 @@ def check_finite(name, values):
     if values.dtype.kind in "iub":
         return
     if values.dtype.kind != "f":  # bfloat16, which NumPy does not know
-        values = values.astype("float32")
+        values = values.astype("float64")
     finite = np.isfinite(values)
     if not finite.all():
         raise ValueError(

@@ -153,7 +153,8 @@ def compare_depths(
         seconds[name] = time.perf_counter() - start
     models = {name: models[name] for name in ["predecessor", *names.values()]}
     for model in models.values():
-        model.compile(loss=loss, metrics=metrics)
+        if model is not large:
+            model.compile(loss=loss, metrics=metrics)
     report = compression_report(
         models,
         x,
