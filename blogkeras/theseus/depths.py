@@ -2,12 +2,15 @@
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import keras
 import numpy as np
 from keras import tree
 
 from blogkeras.arguments import check_choice, check_integer, check_verbose
-from blogkeras.compression import compression_report
+from blogkeras.compression import CompressionReport, compression_report
 from blogkeras.graph import find_blocks, keep_blocks
 from blogkeras.theseus.bert import METHODS, bert_of_theseus
 from blogkeras.theseus.distillation import Distillation
@@ -15,22 +18,22 @@ from blogkeras.theseus.model import Theseus
 
 
 def compare_depths(
-    predecessor,
-    classifier,
-    depths,
-    train,
-    x,
-    y,
+    predecessor: Any,
+    classifier: Any,
+    depths: Sequence[int],
+    train: Callable[[keras.Model], Any],
+    x: Any,
+    y: Any,
     *,
-    loss,
-    metrics=None,
-    methods="theseus",
-    successor=None,
-    models=None,
-    batch_size=32,
-    rounds=20,
-    verbose="auto",
-):
+    loss: Any,
+    metrics: Any = None,
+    methods: Any = "theseus",
+    successor: Callable[[int], Any] | None = None,
+    models: dict[str, keras.Model] | None = None,
+    batch_size: int = 32,
+    rounds: int = 20,
+    verbose: str | int = "auto",
+) -> CompressionReport:
     """Compresses a transformer to several depths and measures all models.
 
     For each depth and method a successor is made, trained by your `train`,

@@ -1,6 +1,7 @@
 """HSIC Lasso as a selector of scikit-learn."""
 
 import copy
+import functools
 import pickle
 import sys
 
@@ -86,19 +87,15 @@ def test_formula_and_peer(target):
     kernel = gaussian(Y / Y.std(), 1.0) if target == "regression" else None
     kernel = of_labels(LABELS) if kernel is None else centered(kernel)
     relevance, redundancy = alignments(matrices(X), kernel)
-    np.testing.assert_allclose(selector.relevance_, relevance, atol=2e-6)
-    np.testing.assert_allclose(selector.redundancy_, redundancy, atol=2e-6)
+    # Sums of 3600 products in float32: their order is the processor's own.
+    close = functools.partial(np.testing.assert_allclose, rtol=3e-5, atol=2e-6)
+    close(selector.relevance_, relevance)
+    close(selector.redundancy_, redundancy)
     assert_solves(selector, 3)
     theirs = {k: np.array(v.split(), float) for k, v in THEIRS[target].items()}
-    np.testing.assert_allclose(
-        selector.relevance_, theirs["relevance"], atol=2e-6
-    )
-    np.testing.assert_allclose(
-        selector.redundancy_[1], REDUNDANCY_OF_1, atol=2e-6
-    )
-    np.testing.assert_allclose(
-        selector.coef_, theirs["coefficients"], atol=2e-5
-    )
+    close(selector.relevance_, theirs["relevance"])
+    close(selector.redundancy_[1], REDUNDANCY_OF_1)
+    close(selector.coef_, theirs["coefficients"], atol=2e-5)
 
 
 def test_ranking():
