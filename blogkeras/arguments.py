@@ -55,6 +55,40 @@ def check_integer(name, value, minimum=None, maximum=None):
     return int(value)
 
 
+def check_sizes(name, value, minimum=1, length=None):
+    """Integers in order, such as a list, a range or a shape, as a tuple.
+
+    Args:
+        name: String. The argument's name, for the message.
+        value: The argument, at least one integer.
+        minimum: Least value allowed of each.
+        length: How many there must be, if that is known.
+
+    Raises:
+        ValueError: for everything else.
+
+    Example:
+
+    >>> check_sizes("input_shape", [28, 28, 1], length=3)
+    (28, 28, 1)
+    """
+    try:
+        # A shape of TensorFlow is no tuple, but can be read like one.
+        items = tuple(value)
+    except (TypeError, ValueError):
+        items = ()
+    unordered = isinstance(value, (str, bytes, dict, set, frozenset))
+    right_length = len(items) == length if length else bool(items)
+    if unordered or not right_length:
+        wanted = (
+            f"tuple of {length} integers" if length else "tuple of integers"
+        )
+        raise ValueError(
+            f"Expected `{name}` to be a {wanted}. Received: {name}={value!r}"
+        )
+    return tuple(check_integer(name, item, minimum) for item in items)
+
+
 def check_number(
     name, value, minimum=None, maximum=None, above=None, below=None
 ):

@@ -12,6 +12,7 @@ from blogkeras.arguments import (
     check_choice,
     check_integer,
     check_layer,
+    check_sizes,
     shapes_agree,
 )
 
@@ -234,9 +235,9 @@ def mlp_log_density(
     Reference:
         [Bigdeli et al., 2020](https://arxiv.org/abs/2001.02728), smaller
     """
-    inputs = keras.Input(_shape(input_shape))
+    inputs = keras.Input(check_sizes("input_shape", input_shape))
     h = layers.Flatten()(inputs) if len(inputs.shape) > 2 else inputs
-    for number, size in enumerate(_sizes("units", units), start=1):
+    for number, size in enumerate(check_sizes("units", units), start=1):
         h = layers.Dense(
             size,
             activation,
@@ -283,13 +284,8 @@ def residual_log_density(
     Reference:
         [Li, Chen and Sommer, 2019](https://arxiv.org/abs/1910.07762), smaller
     """
-    shape = _shape(input_shape)
-    if len(shape) != 3:
-        raise ValueError(
-            "Expected (height, width, channels). Received: "
-            f"input_shape={input_shape}"
-        )
-    filters = _sizes("filters", filters)
+    shape = check_sizes("input_shape", input_shape, length=3)
+    filters = check_sizes("filters", filters)
     num_blocks = check_integer("num_blocks", num_blocks, minimum=1)
     inputs = keras.Input(shape)
 
@@ -314,21 +310,3 @@ def residual_log_density(
             h = block(h, size, halve=False)
     h = layers.Flatten()(layers.Activation(activation)(h))
     return check_network(keras.Model(inputs, _head(h, head), name=name))
-
-
-def _shape(input_shape):
-    if not isinstance(input_shape, (tuple, list)) or not input_shape:
-        raise ValueError(
-            "Expected a tuple of integers, such as (2,) or (28, 28, 1). "
-            f"Received: input_shape={input_shape!r}"
-        )
-    return tuple(check_integer("input_shape", n, 1) for n in input_shape)
-
-
-def _sizes(name, sizes):
-    if not isinstance(sizes, (tuple, list)) or not sizes:
-        raise ValueError(
-            "Expected a sequence of integers, at least one. Received: "
-            f"{name}={sizes!r}"
-        )
-    return [check_integer(name, size, minimum=1) for size in sizes]

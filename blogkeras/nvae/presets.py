@@ -8,6 +8,7 @@ from blogkeras.arguments import (
     check_choice,
     check_integer,
     check_number,
+    check_sizes,
 )
 
 LIKELIHOODS = ("bernoulli", "logistic_mixture", "normal")
@@ -100,8 +101,10 @@ class NVAEConfig:
 
     def __post_init__(self):
         checked = {
-            "input_shape": _integers("input_shape", self.input_shape, 3),
-            "groups": _integers("groups", self.groups),
+            "input_shape": check_sizes(
+                "input_shape", self.input_shape, length=3
+            ),
+            "groups": check_sizes("groups", self.groups),
             **{
                 name: check_integer(name, getattr(self, name), minimum)
                 for minimum, names in (
@@ -281,20 +284,6 @@ class NVAEConfig:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
-
-
-def _integers(name, values, length=None):
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ValueError(
-            f"Expected `{name}` to be a tuple of integers. "
-            f"Received: {name}={values!r}"
-        )
-    if length is not None and len(values) != length:
-        raise ValueError(
-            f"Expected `{name}` to hold {length} integers. "
-            f"Received: {name}={values!r}"
-        )
-    return tuple(check_integer(name, value, 1) for value in values)
 
 
 # The published commands, without their optimizer. Their steps of warm-up depend

@@ -17,6 +17,7 @@ from blogkeras.arguments import (
     check_integers,
     check_number,
     check_seed,
+    check_sizes,
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel
@@ -123,7 +124,7 @@ class CodePrior(CompositeModel):
     ) -> None:
         super().__init__(**kwargs)
         num_codes = check_integer("num_codes", num_codes, minimum=2)
-        code_shape = _shape(code_shape)
+        code_shape = check_sizes("code_shape", code_shape)
         dim = check_integer("dim", dim, minimum=1)
         num_layers = check_integer("num_layers", num_layers, minimum=1)
         num_heads = check_integer("num_heads", num_heads, minimum=1)
@@ -518,7 +519,7 @@ def _check_ends(codes, rank):
 def _label_shape(label_shape, code_shape, num_classes):
     """The shape of the labels as a tuple of integers, if it fits the codes."""
     empty = isinstance(label_shape, (tuple, list)) and not len(label_shape)
-    sizes = () if empty else _shape(label_shape, "label_shape")
+    sizes = () if empty else check_sizes("label_shape", label_shape)
     if sizes and (
         num_classes is None
         or len(sizes) != len(code_shape)
@@ -530,17 +531,3 @@ def _label_shape(label_shape, code_shape, num_classes):
             f"{label_shape}, code_shape={code_shape}, num_classes={num_classes}"
         )
     return sizes
-
-
-def _shape(code_shape, name="code_shape"):
-    """The shape of a code map as a tuple of integers."""
-    try:
-        sizes = tuple(code_shape)
-    except TypeError:
-        sizes = ()
-    if not sizes or isinstance(code_shape, (str, bytes, dict)):
-        raise ValueError(
-            "Expected the shape of a code map, such as (8, 8). Received: "
-            f"{name}={code_shape!r}"
-        )
-    return tuple(check_integer(name, size, minimum=1) for size in sizes)

@@ -15,6 +15,7 @@ from blogkeras.arguments import (
     check_integer,
     check_integers,
     check_number,
+    check_sizes,
 )
 from blogkeras.ops import normalize, straight_through
 from blogkeras.quantization import kmeans
@@ -386,13 +387,13 @@ def _sizes_of_stages(num_codes, stages):
     """`num_codes` as an integer, or a list of one for each stage."""
     if not isinstance(num_codes, (list, tuple, np.ndarray)):
         return check_integer("num_codes", num_codes, minimum=2)
-    sizes = [check_integer("num_codes", size, minimum=2) for size in num_codes]
+    sizes = check_sizes("num_codes", num_codes, minimum=2)
     if len(sizes) != stages:
         raise ValueError(
             "Expected one number of codes, or one for each of the stages. "
             f"Received: num_codes={num_codes!r}, num_quantizers={stages}"
         )
-    return sizes
+    return list(sizes)
 
 
 def _both(weights, kept, z):

@@ -6,10 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 from keras import tree
 
-from blogkeras.arguments import check_choice, check_integer, check_verbose
+from blogkeras.arguments import (
+    check_choice,
+    check_integer,
+    check_sizes,
+    check_verbose,
+)
 from blogkeras.compression import CompressionReport, compression_report
 from blogkeras.graph import find_blocks, keep_blocks
 from blogkeras.theseus.bert import METHODS, bert_of_theseus
@@ -176,13 +180,11 @@ def compare_depths(
 
 
 def _checked_depths(depths):
-    is_list = isinstance(depths, (list, tuple, range, np.ndarray))
-    numbers = [*depths] if is_list and np.ndim(depths) == 1 else []
-    numbers = [check_integer("depths", n, minimum=1) for n in numbers]
-    if not numbers or len(set(numbers)) < len(numbers):
+    numbers = check_sizes("depths", depths)
+    if len(set(numbers)) < len(numbers):
         raise ValueError(
-            "Expected `depths` to be a list of different integers, at least "
-            f"one. Received: depths={depths!r}"
+            "Expected `depths` to be different integers. "
+            f"Received: depths={depths!r}"
         )
     return numbers
 

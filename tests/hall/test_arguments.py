@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import JAX
+from kit import JAX, TENSORFLOW
 
 from blogkeras import arguments
 
@@ -24,6 +24,47 @@ def test_integers_pass(value):
 def test_what_is_no_integer(value):
     with pytest.raises(ValueError, match=r"Expected `n` .* Received: n="):
         arguments.check_integer("n", value, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "value", [[2, 3], (2, 3), range(2, 4), np.array([2, 3]), (np.int8(2), 3)]
+)
+def test_sizes_pass(value):
+    checked = arguments.check_sizes("n", value, length=2)
+    assert checked == (2, 3)
+    assert {*map(type, checked)} == {int}
+    if TENSORFLOW:
+        shape = ops.zeros((2, 3)).shape
+        assert arguments.check_sizes("n", shape) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *NOT_A_NUMBER,
+        4,
+        "44",
+        b"44",
+        [],
+        (),
+        np.zeros(()),
+        [[1]],
+        [1, 2.0],
+        [1, None],
+        [1, 0],
+        [1, True],
+        {1: 2},
+        {1, 2},
+        np.ones((2, 2), int),
+        [1, 2, 3],
+    ],
+)
+def test_what_are_no_sizes(value):
+    with pytest.raises(ValueError, match=r"Expected `n` .* Received: n="):
+        arguments.check_sizes("n", value, length=2)
+    if value != [1, 2, 3] and np.size(value) != 1:
+        with pytest.raises(ValueError, match=r"Expected `n` .* Received: n="):
+            arguments.check_sizes("n", value)
 
 
 @pytest.mark.parametrize("value", [4, 4.0, np.float32(4), np.int8(4)])
