@@ -12,7 +12,7 @@ from blogkeras.extras import require
 # What is drawn on the horizontal axis of a panel, where it is known.
 _COSTS = {
     "milliseconds": "milliseconds per batch of {batch_size}",
-    "training seconds": "seconds of training, all phases",
+    "training seconds": "seconds of training",
 }
 
 _LESS_IS_BETTER = re.compile("loss|error|mse|mae|perplexity|divergence")
