@@ -28,6 +28,7 @@ SIZES = {
     "small": (65_536, 64, 1024),
     "large": (16_384, 256, 8192),
     "trial": (8192, 16, 64),  # of the benchmark itself, when asked for
+    "options": (16_384, 64, 1024),
 }
 CONTENDERS = {
     "bound": "bound: blocks of the product alone, JAX",
@@ -37,6 +38,73 @@ CONTENDERS = {
     "sonnet": "Sonnet 2, tf.function",
     "sonnet-xla": "Sonnet 2, XLA",
     "torch": "vector-quantize-pytorch",
+}
+# Name: title, our layer, the peer's, each as a class and its arguments. All
+# codebooks but the first are moved by a gradient.
+_LEARNED = {"learnable_codebook": True, "ema_update": False}
+OPTIONS = {
+    "averaged": (
+        "averaged codebook",
+        ("VectorQuantizer", {"num_codes": 1024, "ema_decay": 0.99}),
+        ("VectorQuantize", {"codebook_size": 1024, "decay": 0.99}),
+    ),
+    "straight": (
+        "straight-through",
+        ("VectorQuantizer", {"num_codes": 1024}),
+        ("VectorQuantize", {"codebook_size": 1024, **_LEARNED}),
+    ),
+    "rotation": (
+        "rotation trick",
+        ("VectorQuantizer", {"num_codes": 1024, "gradient": "rotation"}),
+        (
+            "VectorQuantize",
+            {"codebook_size": 1024, "rotation_trick": True, **_LEARNED},
+        ),
+    ),
+    "diveq": (
+        "DiVeQ",
+        ("VectorQuantizer", {"num_codes": 1024, "gradient": "diveq"}),
+        (
+            "VectorQuantize",
+            {
+                "codebook_size": 1024,
+                "directional_reparam": True,
+                "threshold_ema_dead_code": 2,
+                **_LEARNED,
+            },
+        ),
+    ),
+    "diveq-detach": (
+        "DiVeQ-detach",
+        ("VectorQuantizer", {"num_codes": 1024, "gradient": "diveq-detach"}),
+        None,
+    ),
+    "simvq": (
+        "SimVQ",
+        (
+            "VectorQuantizer",
+            {"num_codes": 1024, "codebook_transform": "linear"},
+        ),
+        ("SimVQ", {"codebook_size": 1024}),
+    ),
+    "residual": (
+        "residual, 4 stages of 256",
+        ("ResidualVectorQuantizer", {"num_quantizers": 4, "num_codes": 256}),
+        (
+            "ResidualVQ",
+            {"num_quantizers": 4, "codebook_size": 256, **_LEARNED},
+        ),
+    ),
+    "lfq": (
+        "look-up free, 10 bits, with entropy loss",
+        ("LookupFreeQuantizer", {"num_bits": 10}),
+        ("LFQ", {"codebook_size": 1024, "entropy_loss_weight": 0.1}),
+    ),
+    "fsq": (
+        "finite scalars, 8 × 5 × 5 × 5",
+        ("FiniteScalarQuantizer", {"levels": [8, 5, 5, 5]}),
+        ("FSQ", {"levels": [8, 5, 5, 5]}),
+    ),
 }
 
 
@@ -65,55 +133,52 @@ def bound(options):
 
 
 def ours(options):
-    import keras
-    from keras import ops
-
-    from blogkeras import VectorQuantizer, backend
+    from blogkeras import VectorQuantizer
 
     z, e = data(options)
     layer = VectorQuantizer(len(e), ema_decay=0.99)
     layer.build(z.shape)
     layer.embeddings.assign(e)
+    return step_of(layer, z, options.worker == "xla")
+
+
+def step_of(layer, z, jit_compile):
+    """A step of our layer: its state, the gradient of vectors and weights."""
+    import keras
+    from keras import ops
+
     z = ops.convert_to_tensor(z)
-
-    def objective(z):
-        quantized, codes = layer(z, training=True, return_codes=True)
-        loss = layer.losses[0] + ops.sum(ops.square(quantized))
-        return loss, codes
-
     if keras.backend.backend() == "jax":
         import jax
 
-        state = [v.value for v in layer.variables]
-
-        @jax.jit
-        def step(state, z):
-            mapping = list(zip(layer.variables, state, strict=True))
-            with keras.StatelessScope(mapping, collect_losses=True) as scope:
-
-                def loss(z):
-                    quantized = layer(z, training=True)
-                    return scope.losses[-1] + ops.sum(ops.square(quantized))
-
-                value, slope = jax.value_and_grad(loss)(z)
-            return (
-                value,
-                slope,
-                [scope.get_current_value(v) for v in layer.variables],
+        def objective(trainable, z, state):
+            quantized, state, losses = layer.stateless_call(
+                trainable, state, z, training=True, return_losses=True
             )
+            return sum(losses) + ops.sum(ops.square(quantized)), state
+
+        slope = jax.value_and_grad(objective, (0, 1), has_aux=True)
+        step = jax.jit(slope)
+        trainable = [v.value for v in layer.trainable_variables]
+        state = [v.value for v in layer.non_trainable_variables]
 
         def run():
             nonlocal state
-            value, slope, state = step(state, z)
-            jax.block_until_ready((value, slope, state))
+            answer = step(trainable, z, state)
+            state = jax.block_until_ready(answer)[0][1]
 
         return run
     import tensorflow as tf
 
-    @tf.function(jit_compile=options.worker == "xla", autograph=False)
+    weights = [v.value for v in layer.trainable_variables]
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
     def step(z):
-        (loss, _), slope = backend.value_and_grad(objective, z)
-        return loss, slope
+        with tf.GradientTape() as tape:
+            tape.watch(z)
+            quantized = layer(z, training=True)
+            loss = sum(layer.losses) + tf.reduce_sum(quantized**2)
+        return loss, tape.gradient(loss, [z, *weights])
 
     return lambda: step(z)[0].numpy()
 
@@ -151,19 +216,53 @@ def torch(options):
         rotation_trick=False,
     )
     layer.codebook = torch.tensor(e)
+    return torch_step_of(layer, z)
+
+
+def torch_step_of(layer, z):
+    import torch
+
     z = torch.tensor(z[None], requires_grad=True)
 
     def step():
+        layer.zero_grad()
         z.grad = None
-        quantized, _, loss = layer(z)
-        (loss.sum() + quantized.square().sum()).backward()
+        answer = layer(z)
+        # FSQ has no loss.
+        loss = answer[2].sum() if len(answer) > 2 else 0
+        (loss + answer[0].square().sum()).backward()
 
     return step
+
+
+def option(options):
+    """A step of an option's layer, ours or the peer's."""
+    name = options.option
+    _, (kind, arguments), theirs = OPTIONS[name]
+    z, _ = data(options)
+    z = z[:, : {"lfq": 10, "fsq": 4}.get(name, z.shape[1])]
+    if options.worker == "torch":
+        import vector_quantize_pytorch
+
+        kind, arguments = theirs
+        if name in ("averaged", "straight", "diveq", "residual"):
+            arguments = {**arguments, "rotation_trick": False}
+        if name != "fsq":
+            arguments = {**arguments, "dim": z.shape[1]}
+        layer = getattr(vector_quantize_pytorch, kind)(**arguments)
+        return torch_step_of(layer, z)
+    import blogkeras
+
+    layer = getattr(blogkeras, kind)(**arguments)
+    layer.build(z.shape)
+    return step_of(layer, z, True)
 
 
 def prepare(options):
     """A step, warmed up, and the memory that it took."""
     kind = options.worker.split("-")[0]
+    if options.option:
+        return option(options)
     make = {"bound": bound, "sonnet": sonnet, "torch": torch}.get(kind, ours)
     step = make(options)
     before = peak()
@@ -265,6 +364,41 @@ def contest(size, options):
     ]
 
 
+def option_lines(options):
+    rows = []
+    for name, (title, _, theirs) in OPTIONS.items():
+        names = ["jax", "xla", *(["torch"] if theirs and options.torch else [])]
+        seconds = compete(
+            __file__,
+            names,
+            ["--size", "options", "--option", name],
+            rounds=options.rounds,
+            warm_up=1,
+            environment={"jax": JAX},
+            python={"torch": options.torch},
+        )
+        milliseconds = {k: 1000 * np.median(v) for k, v in seconds.items()}
+        row = [title, *(f"{value:.1f}" for value in milliseconds.values())]
+        if "torch" in seconds:
+            ratios = (statistics.ratio(seconds, "torch", k) for k in names[:2])
+            row += [page.interval(*ratio) for ratio in ratios]
+        rows.append(row + [""] * (6 - len(row)))
+    return [
+        "A step as above, in milliseconds, with the gradient of the codebook "
+        f"where it is learned; {options.rounds} rounds. Vectors of 10 for the "
+        "look-up free one, of 4 for finite scalars. vector-quantize-pytorch "
+        "has no DiVeQ-detach.",
+        "",
+        *page.table(
+            [
+                *("option", "JAX", "TensorFlow, XLA", "PyTorch"),
+                *("PyTorch / JAX (95 %)", "PyTorch / TensorFlow (95 %)"),
+            ],
+            rows,
+        ),
+    ]
+
+
 def sampling_lines(options):
     cached, uncached = sampling(1, 32, 512)
     return [
@@ -295,7 +429,9 @@ def main():
             lambda options, size=size: contest(size, options),
         )
         for size, (n, dim, k) in SIZES.items()
+        if size != "options"
     }
+    sections["options"] = ("Options, 16384 vectors of 64", option_lines)
     sections["sampling"] = (
         "Sampling a 32×32 map of 512 codes, dim 256, 4 layers",
         sampling_lines,
@@ -307,6 +443,7 @@ def main():
     parser = command_line.benchmark(__doc__, CONTENDERS, PAGE)
     add = parser.add_argument
     add("--size", choices=SIZES, help=argparse.SUPPRESS)
+    add("--option", choices=OPTIONS, help=argparse.SUPPRESS)
     recorded = [name for name in sections if name != "trial"]
     add("--sections", nargs="*", choices=sections, default=recorded)
     add("--sonnet", help="a folder that has dm-sonnet")

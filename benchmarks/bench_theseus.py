@@ -4,8 +4,10 @@
 
 A bert4keras BERT of 12 layers is replaced by one of 3. A step of `Theseus` runs
 the chosen branches only; the recipe of the blog (post 7575) runs both and
-multiplies one by zero, which is re-expressed here on the same models. Then
-inference with 12, 6 and 3 layers. All compiled with XLA, step by step in turn.
+multiplies one by zero, which is re-expressed here on the same models. Then the
+other roads to 3 layers: their training alone, distillation of the predictions,
+and what hidden states add to it. Then inference with 12, 6 and 3 layers. All
+compiled with XLA, step by step in turn.
 
 The cost of a step with one branch depends on the draw of its round.
 """
@@ -20,13 +22,33 @@ PAGE = page.ROOT / "docs/benchmarks/theseus.md"
 CONTENDERS = {
     "one": "training step 12 → 3, the chosen branch",
     "both": "training step 12 → 3, both branches, one times zero (the post)",
+    "direct": "training step of the 3 layers alone",
+    "predictions": "training step, distillation of the predictions",
+    "mse": "training step, distillation, hidden states by their distance",
+    "relation": "training step, distillation, hidden states by relations",
     "infer-12": "inference, 12 layers",
     "infer-6": "inference, 6 layers",
     "infer-3": "inference, 3 layers",
 }
+# The method of `bert_of_theseus` and its arguments. The relations are those of
+# the attention heads, as many as the transformers have.
+ROADS = {
+    "one": ("theseus", {}),
+    "direct": ("direct", {}),
+    "predictions": ("distillation", {}),
+    "mse": ("distillation", {"hidden": "blocks"}),
+    "relation": (
+        "distillation",
+        {"hidden": "blocks", "hidden_loss": "relation", "hidden_heads": 4},
+    ),
+}
 # label, contender, base, target
 RATIOS = [
     ("one branch / both", "one", "both", "<= 0.60"),
+    ("one branch / distillation", "one", "predictions", ""),
+    ("distillation / 3 layers alone", "predictions", "direct", ""),
+    ("hidden states, distance / predictions", "mse", "predictions", ""),
+    ("hidden states, relations / predictions", "relation", "predictions", ""),
     ("12 layers / 6, inference", "infer-12", "infer-6", ">= 1.85"),
     ("12 layers / 3, inference", "infer-12", "infer-3", ">= 3.30"),
 ]
@@ -101,10 +123,11 @@ def prepare(name, options):
     else:
         old = transformer(1, "Predecessor-", options)
         new = transformer(1 / 4, "Successor-", options)
-        if name == "one":
-            model = bert_of_theseus(old, new, head)
-        else:
+        if name == "both":
             model = both_branches(old, new, head)
+        else:
+            method, arguments = ROADS[name]
+            model = bert_of_theseus(old, new, head, method=method, **arguments)
         model.compile(
             keras.optimizers.Adam(2e-5),
             "sparse_categorical_crossentropy",
