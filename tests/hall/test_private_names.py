@@ -119,7 +119,6 @@ OURS = {
     "_outputs",
     "_path",
     "_seed",
-    "_shape",
     "_value",
     "_version",
 }

@@ -54,8 +54,8 @@ def test_parameters_and_latents_of_presets(name):
     [
         ({"input_shape": (30, 32, 3)}, "divisible by 4"),
         ({"input_shape": (28, 28, 1), "num_blocks": 3}, "divisible by 16"),
-        ({"input_shape": (32, 32)}, "hold 3 integers"),
-        ({"input_shape": 32}, "tuple of integers"),
+        ({"input_shape": (32, 32)}, "tuple of 3 integers"),
+        ({"input_shape": 32}, "tuple of 3 integers"),
         ({"groups": ()}, "tuple of integers"),
         ({"groups": (3.0, 1)}, "integer"),
         ({"channels": 0}, "at least 1"),
