@@ -176,12 +176,25 @@ def opened(model, nested):
 def copied(model):
     """A copy of a model, with weights of its own.
 
-    Its layers are as trainable as the model's were before `freeze`.
+    Its layers are as trainable as the model's were before `freeze`. Layers of
+    `Lambda` are the same in both: they have no weights, and a function that is
+    made anew from its code would not find what it refers to.
     """
+    clone = _copied_layer if is_functional(model) else None
     with thawed([model]):
-        copy = keras.models.clone_model(model)
+        copy = keras.models.clone_model(model, clone_function=clone)
     copy.set_weights(model.get_weights())
     return copy
+
+
+def _copied_layer(layer):
+    if isinstance(layer, keras.layers.Lambda):
+        return layer
+    if is_functional(layer) and _runs_its_graph(layer):
+        parts = layer._flatten_layers()
+        if any(isinstance(part, keras.layers.Lambda) for part in parts):
+            return keras.models.clone_model(layer, clone_function=_copied_layer)
+    return type(layer).from_config(layer.get_config())
 
 
 def _runs_its_graph(model):

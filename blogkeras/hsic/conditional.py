@@ -95,8 +95,8 @@ def kci_test(
         p = 1; if z is constant, x and y are tested for independence.
 
     Raises:
-        ValueError: on different n, on NaN or infinity, and on less than 6
-            samples.
+        ValueError: on different n or none, on NaN or infinity, and on less than
+            6 samples.
 
     Example:
 

@@ -50,7 +50,7 @@ def fourier_hsic(
 
     Raises:
         ValueError: on kernels that have no such features, on an odd number of
-            features, on different n, and on NaN or infinity.
+            features, on different n or none, and on NaN or infinity.
 
     Example:
 

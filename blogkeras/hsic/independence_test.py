@@ -113,8 +113,8 @@ def hsic_test(
         and p = 1.
 
     Raises:
-        ValueError: on different n, on NaN or infinity, and on less than 6
-            samples for `"gamma"`.
+        ValueError: on different n or none, on NaN or infinity, and on less than
+            6 samples for `"gamma"`.
 
     Example:
 
@@ -145,7 +145,7 @@ def hsic_test(
         )
     if null == "gamma" and approximation is None and shapes[0][0] < 6:
         raise ValueError(
-            "The gamma distribution needs at least 6 samples; use "
+            "Expected at least 6 samples for the gamma distribution; else use "
             f'null="permutation". Received: n={shapes[0][0]}'
         )
     if approximation == "block":

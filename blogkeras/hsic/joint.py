@@ -59,8 +59,8 @@ def dhsic(
 
     Raises:
         ValueError: on fewer than two variables, another number of kernels,
-            different n, and on NaN or infinity where the values are known
-            (outside of compiled functions).
+            different n or none, and on NaN or infinity where the values are
+            known (outside of compiled functions).
 
     Example:
 
@@ -120,7 +120,7 @@ def dhsic_test(
 
     Raises:
         ValueError: on fewer than two variables, another number of kernels,
-            different n, and on NaN or infinity.
+            different n or none, and on NaN or infinity.
 
     Example:
 

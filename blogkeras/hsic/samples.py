@@ -118,16 +118,24 @@ def numbers(name, x):
     return columns(x.astype("float64") if x.dtype.kind == "f" else x)
 
 
+def _sample_sets(x):
+    """`(..., n, dim)` as `(sets, n, dim)`, also where there are no numbers."""
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
 def each_sample(fn, x, keep):
     """`fn(rows, keep)` of every `(n, dim)` of an array `(..., n, dim)`."""
-    flat = x.reshape(-1, *x.shape[-2:])
+    flat = _sample_sets(x)
     if keep is not None:
         keep = np.broadcast_to(keep, x.shape[:-1]).reshape(flat.shape[:-1])
     out = [
         fn(rows, None if keep is None else keep[k])
         for k, rows in enumerate(flat)
     ]
-    return np.stack(out).reshape((*x.shape[:-2], *out[0].shape))
+    one = out[0] if out else fn(np.zeros(x.shape[-2:]), None)
+    return np.reshape(out, (*x.shape[:-2], *one.shape)).astype(
+        one.dtype, copy=False
+    )
 
 
 def from_center(x, keep=None):
@@ -200,7 +208,7 @@ def scaled_sets(x):
     if x.ndim == 2:
         exponent = exponent_of(x)
         return np.ldexp(x, -exponent), exponent, None
-    flat = x.reshape(-1, *x.shape[-2:])
+    flat = _sample_sets(x)
     exponents = np.array([exponent_of(part) for part in flat], "int32")
     # What float32 cannot hold as a factor goes into the common exponent.
     largest = int(exponents.max(initial=0))

@@ -63,9 +63,9 @@ def hsic(
         `"unbiased"`, if fewer than 4 pairs count.
 
     Raises:
-        ValueError: on different n, on fewer than 4 pairs for `"unbiased"`, and
-            on NaN or infinity where the values are known (outside of compiled
-            functions).
+        ValueError: on different n or none, on fewer than 4 pairs for
+            `"unbiased"`, and on NaN or infinity where the values are known
+            (outside of compiled functions).
 
     Example:
 
@@ -111,10 +111,9 @@ def hsic_from_kernels(
         Tensor `(...)`. 0 if a matrix is constant.
 
     Raises:
-        ValueError: on different n, and on NaN or infinity where the values are
-            known (outside of compiled functions),
-            on matrices that are not square, and on fewer than 4 pairs for
-            `"unbiased"`.
+        ValueError: on different n or none, and on NaN or infinity where the
+            values are known (outside of compiled functions), on matrices that
+            are not square, and on fewer than 4 pairs for `"unbiased"`.
 
     Example:
 
@@ -165,9 +164,9 @@ def cka(
         Tensor `(...)`. 0 if a variable is constant.
 
     Raises:
-        ValueError: on different n, and on NaN or infinity where the values are
-            known (outside of compiled functions), and on
-            fewer than 4 pairs for `"unbiased"`.
+        ValueError: on different n or none, and on NaN or infinity where the
+            values are known (outside of compiled functions), and on fewer than
+            4 pairs for `"unbiased"`.
 
     Example:
 
@@ -221,9 +220,9 @@ def nhsic(
         Tensor `(...)`. 0 if a variable is constant.
 
     Raises:
-        ValueError: on different n, and on NaN or infinity where the values are
-            known (outside of compiled functions), and if ε is
-            not positive.
+        ValueError: on different n or none, and on NaN or infinity where the
+            values are known (outside of compiled functions), and if ε is not
+            positive.
 
     Example:
 
@@ -333,9 +332,9 @@ def block_hsic(
         Scalar tensor.
 
     Raises:
-        ValueError: on different n, and on NaN or infinity where the values are
-            known (outside of compiled functions), on
-            precomputed kernels, and on fewer samples than `block_size`.
+        ValueError: on different n or none, and on NaN or infinity where the
+            values are known (outside of compiled functions), on precomputed
+            kernels, and on fewer samples than `block_size`.
 
     Example:
 

@@ -77,6 +77,11 @@ def prepare_all(variables, mask, estimator, dtype=None):
         variables.append((name, columns(values), kernel))
     first_name, first, _ = variables[0]
     n = first.shape[-2]
+    if n == 0:
+        raise ValueError(
+            "Expected at least one sample. Received: "
+            f"{first_name}.shape={tuple(first.shape)}"
+        )
     for name, x, _ in variables[1:]:
         other = x.shape[-2]
         if n is not None and other is not None and n != other:
@@ -87,8 +92,8 @@ def prepare_all(variables, mask, estimator, dtype=None):
             )
     if estimator == "unbiased" and n is not None and n < 4:
         raise ValueError(
-            "The unbiased form divides by n − 3: it needs at least 4 samples. "
-            f"Received: n={n}"
+            "Expected at least 4 samples for the unbiased form, which divides "
+            f"by n − 3. Received: n={n}"
         )
     # TensorFlow has no tensor of objects such as None.
     shape = (first.shape if is_array(first) else ops.shape(first))[:-1]

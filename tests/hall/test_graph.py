@@ -7,6 +7,7 @@ from keras import layers, ops
 from kit import close_in_ulps, value
 
 from blogkeras.graph import (
+    copied,
     cut_model,
     find_blocks,
     keep_blocks,
@@ -338,6 +339,24 @@ def test_rearranged():
     for keep in (0, 4, 1.0, True, "2", None):
         with pytest.raises(ValueError, match=r"Expected .*Received"):
             keep_blocks(model, keep)
+
+
+def test_a_copy_keeps_the_functions_of_lambda_layers():
+    """Also those that refer to something else, in a nested model too."""
+    offset = np.float32(3)
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.Lambda(lambda x: x + offset)]
+    )
+    inner.add(layers.Dense(5))
+    inputs = keras.Input((4,))
+    x = layers.Lambda(lambda x: x[:, :2] * offset)(inner(inputs))
+    model = keras.Model(inputs, layers.Dense(1)(x))
+    copy = copied(model)
+    np.testing.assert_array_equal(value(copy(X)), value(model(X)))
+    for variable in copy.weights:
+        variable.assign(np.zeros(variable.shape))
+    assert not value(copy(X)).any()
+    assert value(model(X)).all()
 
 
 def test_bad_arguments():

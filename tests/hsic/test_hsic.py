@@ -1,5 +1,7 @@
 """HSIC as a number: closed forms, NumPy, gradients, costs (post 6910)."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -33,10 +35,12 @@ from blogkeras.hsic import (
     PrecomputedKernel,
     block_hsic,
     cka,
+    dhsic,
     fourier,
     fourier_hsic,
     hsic,
     hsic_from_kernels,
+    hsic_test,
     independence_test,
     median_bandwidth,
     nhsic,
@@ -628,6 +632,21 @@ def test_concrete_values_are_told_from_traced_ones():
 
 
 # Errors
+
+
+def test_at_least_one_sample():
+    """No sample, also in each of several sets; of no set there is no HSIC."""
+    pairs = (hsic, nhsic, cka, block_hsic, fourier_hsic, hsic_test)
+    for n, function in itertools.product(((0, 2), (3, 0, 2)), pairs):
+        with pytest.raises(ValueError, match=r"Expected .* Received"):
+            function(np.zeros(n), np.zeros(n))
+    with pytest.raises(ValueError, match="at least one sample"):
+        dhsic([np.zeros((0, 2))] * 3)
+    none = np.zeros((0, 5, 2))
+    assert value(hsic(none, none)).shape == (0,)
+    # The median of no distance, like that of masked samples.
+    assert median_bandwidth(none[:, 0]) == 1
+    assert value(median_bandwidth(none)).shape == (0,)
 
 
 def test_errors():

@@ -178,7 +178,7 @@ def shapes_that_do_not_agree_are_refused(
         case 0:
             y = y[:, :1].repeat(x.shape[1] + 1, axis=1)
         case 1:
-            y = y[None]
+            y = y[0]
         case 2:
             x, y = np.stack([x] * 2), np.stack([y] * 3)
         case 3:
@@ -657,7 +657,7 @@ def what_is_left_is_centred(
     assert rank <= vectors.shape[1] - count
     # A projection never makes the distances from the mean larger.
     centred = np.square((wide - wide.mean(0)) / scale).sum()
-    assert np.square(left / scale).sum() <= centred + unit
+    assert np.square(left / scale).sum() <= centred * (1 + unit) + unit
 
 
 @holds_for("remove_components")
