@@ -13,6 +13,8 @@ memory is that of the process less what it had before the first step.
 
 Sampling: a 32×32 code map by `CodePrior.sample`, against the whole network
 again for every code. Priors: training step and sampling of both networks.
+Options: gradient estimators and other quantizers, beside those of
+vector-quantize-pytorch that compute the same.
 """
 
 import argparse
@@ -42,16 +44,18 @@ CONTENDERS = {
 # Name: title, our layer, the peer's, each as a class and its arguments. All
 # codebooks but the first are moved by a gradient.
 _LEARNED = {"learnable_codebook": True, "ema_update": False}
+_STRAIGHT = {"rotation_trick": False}  # theirs is the rotation unless told
+_DIVEQ = {"directional_reparam": True, "threshold_ema_dead_code": 2}
 OPTIONS = {
     "averaged": (
         "averaged codebook",
         ("VectorQuantizer", {"num_codes": 1024, "ema_decay": 0.99}),
-        ("VectorQuantize", {"codebook_size": 1024, "decay": 0.99}),
+        ("VectorQuantize", {"codebook_size": 1024, "decay": 0.99, **_STRAIGHT}),
     ),
     "straight": (
         "straight-through",
         ("VectorQuantizer", {"num_codes": 1024}),
-        ("VectorQuantize", {"codebook_size": 1024, **_LEARNED}),
+        ("VectorQuantize", {"codebook_size": 1024, **_LEARNED, **_STRAIGHT}),
     ),
     "rotation": (
         "rotation trick",
@@ -64,20 +68,20 @@ OPTIONS = {
     "diveq": (
         "DiVeQ",
         ("VectorQuantizer", {"num_codes": 1024, "gradient": "diveq"}),
-        (
-            "VectorQuantize",
-            {
-                "codebook_size": 1024,
-                "directional_reparam": True,
-                "threshold_ema_dead_code": 2,
-                **_LEARNED,
-            },
-        ),
+        ("VectorQuantize", {"codebook_size": 1024, **_LEARNED, **_DIVEQ}),
     ),
     "diveq-detach": (
         "DiVeQ-detach",
         ("VectorQuantizer", {"num_codes": 1024, "gradient": "diveq-detach"}),
-        None,
+        (
+            "VectorQuantize",
+            {
+                "codebook_size": 1024,
+                "directional_reparam_variance": 0.0,
+                **_LEARNED,
+                **_DIVEQ,
+            },
+        ),
     ),
     "simvq": (
         "SimVQ",
@@ -92,7 +96,12 @@ OPTIONS = {
         ("ResidualVectorQuantizer", {"num_quantizers": 4, "num_codes": 256}),
         (
             "ResidualVQ",
-            {"num_quantizers": 4, "codebook_size": 256, **_LEARNED},
+            {
+                "num_quantizers": 4,
+                "codebook_size": 256,
+                **_LEARNED,
+                **_STRAIGHT,
+            },
         ),
     ),
     "lfq": (
@@ -245,8 +254,6 @@ def option(options):
         import vector_quantize_pytorch
 
         kind, arguments = theirs
-        if name in ("averaged", "straight", "diveq", "residual"):
-            arguments = {**arguments, "rotation_trick": False}
         if name != "fsq":
             arguments = {**arguments, "dim": z.shape[1]}
         layer = getattr(vector_quantize_pytorch, kind)(**arguments)
@@ -260,9 +267,9 @@ def option(options):
 
 def prepare(options):
     """A step, warmed up, and the memory that it took."""
-    kind = options.worker.split("-")[0]
     if options.option:
         return option(options)
+    kind = options.worker.split("-")[0]
     make = {"bound": bound, "sonnet": sonnet, "torch": torch}.get(kind, ours)
     step = make(options)
     before = peak()
@@ -366,8 +373,8 @@ def contest(size, options):
 
 def option_lines(options):
     rows = []
-    for name, (title, _, theirs) in OPTIONS.items():
-        names = ["jax", "xla", *(["torch"] if theirs and options.torch else [])]
+    names = ["jax", "xla", *(["torch"] if options.torch else [])]
+    for name, (title, *_) in OPTIONS.items():
         seconds = compete(
             __file__,
             names,
@@ -386,8 +393,7 @@ def option_lines(options):
     return [
         "A step as above, in milliseconds, with the gradient of the codebook "
         f"where it is learned; {options.rounds} rounds. Vectors of 10 for the "
-        "look-up free one, of 4 for finite scalars. vector-quantize-pytorch "
-        "has no DiVeQ-detach.",
+        "look-up free one, of 4 for finite scalars.",
         "",
         *page.table(
             [

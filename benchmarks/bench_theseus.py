@@ -30,8 +30,8 @@ CONTENDERS = {
     "infer-6": "inference, 6 layers",
     "infer-3": "inference, 3 layers",
 }
-# The method of `bert_of_theseus` and its arguments. The relations are those of
-# the attention heads, as many as the transformers have.
+# The method of `bert_of_theseus` and its arguments. The relations are of
+# as many heads as the transformers have at the default size.
 ROADS = {
     "one": ("theseus", {}),
     "direct": ("direct", {}),
