@@ -13,7 +13,7 @@ from blogkeras.arguments import (
     check_boolean,
     check_finite,
 )
-from blogkeras.denoising.base import has_rows
+from blogkeras.denoising.base import DenoisingModel, has_rows
 from blogkeras.denoising.kernels import choose
 from blogkeras.loops import ProgramCache, loop_program, run_steps
 from blogkeras.state import StepSeed, base_seed
@@ -70,19 +70,58 @@ def compiler(log_density):
     return lambda fn: backend.jit_layer(fn, owner)
 
 
-def programs_of(log_density):
-    """The cache of a layer that has one; else a new one, for this call only."""
+def compiled(log_density, key, make):
+    """What `make` returns, kept by a layer that keeps its programs."""
     cache = getattr(_owner(log_density), "_programs", None)
-    return cache if isinstance(cache, ProgramCache) else ProgramCache(size=1)
+    if not isinstance(cache, ProgramCache):
+        return make()
+    # A layer may be a log-density itself, and have methods that are others.
+    method = getattr(log_density, "__func__", type(log_density))
+    return cache.get((method, *key), make)
 
 
-def check_start(log_density, x):
-    """Positions as a float32 tensor; errors for what cannot be a start."""
+def check_log_density(log_density):
+    """An error for what cannot be compiled as a log-density."""
     if not callable(log_density):
         raise ValueError(
             "Expected a function or model that returns log-densities. "
             f"Received: log_density={log_density!r}"
         )
+    owner = _owner(log_density)
+    name = getattr(log_density, "__name__", None)
+    if isinstance(owner, DenoisingModel) and name == "log_density":
+        raise ValueError(
+            "Expected a log-density that takes and returns tensors: give the "
+            "model itself. Received: its method `log_density`, which returns "
+            "NumPy arrays"
+        )
+
+
+def first_call(log_density, call):
+    """The result of `call`, the first one of a log-density in a program."""
+    try:
+        return call()
+    except (TypeError, NotImplementedError) as error:
+        # What JAX and TensorFlow say where NumPy gets a symbolic tensor.
+        if "numpy" not in str(error):
+            raise
+        raise ValueError(
+            "Expected a log-density of `keras.ops`, or of the backend's own "
+            "operations, which can be differentiated and compiled. Received: "
+            f"{log_density!r}, which makes NumPy arrays of tensors"
+        ) from error
+
+
+def make_weights(log_density, x):
+    """Calls a layer that was never called, outside of compiled programs."""
+    owner = _owner(log_density)
+    if owner is not None and not owner.built:
+        log_density(ops.convert_to_tensor(x[:1], "float32"))
+
+
+def check_start(log_density, x):
+    """Positions as a float32 tensor; errors for what cannot be a start."""
+    check_log_density(log_density)
     x = as_numpy(as_numbers(x, "x"))
     if not has_rows(x):
         raise ValueError(
@@ -127,7 +166,9 @@ def run_chains(
     check_boolean("allow_non_finite", allow_non_finite)
     x = check_start(log_density, x)
     seed = base_seed(seed)
+    make_weights(log_density, x)
     kernel = make_kernel()
+    adjusted = name in ("mala", "hmc")
 
     def step(index, state, seed, limit, *constants):
         chain, accepted, broken, since = state
@@ -150,11 +191,12 @@ def run_chains(
         compile = compiler(log_density)
         return compile(kernel.init), loop_program(step, compile)
 
-    init, program = programs_of(log_density).get(
-        (name, key, tuple(x.shape)), make
+    init, program = compiled(log_density, (name, key, tuple(x.shape)), make)
+    # MALA and HMC reject what is far too unlikely, so nothing is too far.
+    limit = (
+        np.inf if adjusted else EXPLODED * max(1.0, float(ops.max(ops.abs(x))))
     )
-    limit = EXPLODED * max(1.0, float(ops.max(ops.abs(x))))
-    chain = init(x)
+    chain = first_call(log_density, lambda: init(x))
     for what, values in zip(
         ("log-densities", "scores"), chain[1:], strict=True
     ):
@@ -170,7 +212,6 @@ def run_chains(
         ops.zeros((x.shape[0],), "bool"),
         ops.convert_to_tensor(-1, "int32"),
     )
-    adjusted = name in ("mala", "hmc")
 
     def check(done, state):
         broken = ops.convert_to_numpy(state[2])

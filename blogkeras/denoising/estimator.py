@@ -118,7 +118,8 @@ def _steps_per_epoch(x, batch_size, kwargs):
     if kwargs.get("steps_per_epoch") is not None:
         return check_integer("steps_per_epoch", kwargs["steps_per_epoch"], 1)
     if is_array(x):
-        rows = int(len(x) * (1 - kwargs.get("validation_split", 0.0)))
+        split = kwargs.get("validation_split") or 0.0
+        rows = int(len(x) * (1 - split))
         return -(-rows // (batch_size or 32))
     number = None
     if isinstance(x, keras.utils.PyDataset):

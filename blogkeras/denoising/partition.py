@@ -19,7 +19,13 @@ from blogkeras.arguments import (
     check_seed,
 )
 from blogkeras.denoising.base import DenoisingModel
-from blogkeras.denoising.chains import compiler, programs_of
+from blogkeras.denoising.chains import (
+    check_log_density,
+    compiled,
+    compiler,
+    first_call,
+    make_weights,
+)
 from blogkeras.denoising.energy import as_scalars, log_density_and_score
 from blogkeras.denoising.kernels import leapfrog, metropolis, sum_rows
 from blogkeras.loops import loop_program, run_steps
@@ -162,11 +168,7 @@ def log_partition(
             f"Expected arguments of method={method!r}: "
             f"{', '.join(_OPTIONS[method])}. Received: {', '.join(extra)}"
         )
-    if not callable(log_density):
-        raise ValueError(
-            "Expected a function or model that returns log-densities. "
-            f"Received: log_density={log_density!r}"
-        )
+    check_log_density(log_density)
     check_seed("seed", seed)
     if method == "quadrature":
         return _quadrature(log_density, bounds, num_points, verbose)
@@ -181,13 +183,18 @@ def log_partition(
 def _evaluate(log_density, x, verbose):
     """`log_density` of many rows, float64."""
     batch_size = min(len(x), 16_384)
-    program = programs_of(log_density).get(
+    x = x.astype("float32")
+    make_weights(log_density, x)
+    program = compiled(
+        log_density,
         ("partition", batch_size, x.shape[1:]),
         lambda: compiler(log_density)(
             lambda x: as_scalars(log_density(x), x.shape[0])
         ),
     )
-    values = map_batches(program, [x.astype("float32")], batch_size, verbose)
+    values = first_call(
+        log_density, lambda: map_batches(program, [x], batch_size, verbose)
+    )
     # −∞ is the logarithm of 0; NaN and +∞ are of no density.
     check_finite("log_density(x)", np.where(values == -np.inf, 0, values))
     return values.astype("float64")
@@ -260,6 +267,8 @@ def _quadrature(log_density, bounds, num_points, verbose):
             ends[0] /= 2
             ends[-1] /= 2
         top = values.max()
+        if top == -np.inf:
+            return top
         return top + np.log(np.sum(weights * np.exp(values - top))) + log_step
 
     value = integrate(values, sum(steps))
@@ -390,7 +399,6 @@ class _Path:
         self.size = mean.size
         self.mean = ops.convert_to_tensor(mean.astype("float32"))
         self.scale = ops.convert_to_tensor(scale.astype("float32"))
-        self.log_scale = float(np.log(scale).sum())
         # More steps near the reference, where much changes at once.
         betas = (np.arange(num_steps + 1) / num_steps) ** 2
         self.betas = ops.convert_to_tensor(betas.astype("float32"))
@@ -404,12 +412,12 @@ class _Path:
             ),
         )
 
-    def _gap(self, chain):
+    def _gap(self, chain, scale):
         """log f₁ − log f₀, what a weight gains with β."""
         log_reference = -0.5 * (
             sum_rows(ops.square(chain[0])) + self.size * _LOG_2PI
         )
-        return chain[1] + self.log_scale - log_reference
+        return chain[1] + ops.sum(ops.log(scale)) - log_reference
 
     def _move(self, chain, beta, step_size, seed, mean, scale):
         """One Hamiltonian step that leaves the density of `beta` invariant."""
@@ -444,7 +452,8 @@ class _Path:
         return (state[0], state[3], state[4]), ops.mean(accepted)
 
     def _program(self, name, step, rows):
-        return programs_of(self.log_density).get(
+        return compiled(
+            self.log_density,
             ("annealed", name, rows, self.num_steps, tuple(self.mean.shape)),
             lambda: (
                 compiler(self.log_density)(self._ends),
@@ -474,7 +483,7 @@ class _Path:
 
         start, program = self._program("pilot", step, len(u))
         state = (
-            self._start(start, u),
+            self._start(start, u, "draws of the reference"),
             # Half a unit, less in more dimensions: near the best for a normal.
             ops.convert_to_tensor(math.log(0.8 / self.size**0.25), "float32"),
             ops.zeros((self.num_steps,), "float32"),
@@ -490,15 +499,23 @@ class _Path:
             verbose=verbose,
         )[2]
 
-    def _start(self, start, u):
-        chain = start(
-            ops.convert_to_tensor(u.astype("float32")), self.mean, self.scale
+    def _start(self, start, u, source):
+        u = ops.convert_to_tensor(u.astype("float32"))
+        make_weights(self.log_density, u)
+        chain = first_call(
+            self.log_density, lambda: start(u, self.mean, self.scale)
         )
-        if not np.isfinite(ops.convert_to_numpy(chain[1])).all():
+        number = np.isfinite(ops.convert_to_numpy(chain[1])).sum()
+        if number < len(u):
+            hint = (
+                "samples must be of this density"
+                if source == "samples"
+                else "mean and scale may be far off"
+            )
             raise ValueError(
-                "Expected a log-density that is finite on the draws of the "
-                "reference. Received: values that are not; mean and scale may "
-                "be far off"
+                f"Expected a log-density that is finite on the {source}. "
+                f"Received: {len(u) - number} of {len(u)} values that are not; "
+                f"{hint}"
             )
         return chain
 
@@ -509,14 +526,15 @@ class _Path:
         """
         last = self.num_steps - 1
 
-        def gain(chain, weight, betas, k):
-            return weight + (betas[k + 1] - betas[k]) * self._gap(chain)
+        def gain(chain, weight, betas, k, scale):
+            difference = betas[k + 1] - betas[k]
+            return weight + difference * self._gap(chain, scale)
 
         def step(index, state, seed, betas, sizes, mean, scale):
             chain, weight, total = state
             k = index if direction == "forward" else last - index
             if direction == "forward":
-                weight = gain(chain, weight, betas, k)
+                weight = gain(chain, weight, betas, k, scale)
             chain, accepted = self._move(
                 chain,
                 betas[k + 1],
@@ -526,12 +544,18 @@ class _Path:
                 scale,
             )
             if direction == "backward":
-                weight = gain(chain, weight, betas, k)
+                weight = gain(chain, weight, betas, k, scale)
             return chain, weight, total + accepted
 
         start, program = self._program(direction, step, len(u))
         state = (
-            self._start(start, u),
+            self._start(
+                start,
+                u,
+                "draws of the reference"
+                if direction == "forward"
+                else "samples",
+            ),
             ops.zeros((len(u),), "float32"),
             ops.zeros((), "float32"),
         )

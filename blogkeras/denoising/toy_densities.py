@@ -61,10 +61,12 @@ class ToyDensity:
             )
         check_finite("x", x)
         x = x.astype("float64")
-        parts = [
-            self._log_density(x[start : start + _BLOCK], sigma**2)
-            for start in range(0, len(x), _BLOCK)
-        ]
+        # Far away squares overflow, and log 0 is what is meant.
+        with np.errstate(over="ignore", divide="ignore"):
+            parts = [
+                self._log_density(x[start : start + _BLOCK], sigma**2)
+                for start in range(0, len(x), _BLOCK)
+            ]
         return np.concatenate(parts) if parts else np.zeros(0)
 
     def __repr__(self):
@@ -77,8 +79,7 @@ def _log_mean_exp(terms, weights=None):
         weights = np.full(terms.shape[-1], 1 / terms.shape[-1])
     top = terms.max(-1, keepdims=True)
     top = np.where(np.isfinite(top), top, 0)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(terms - top) @ weights) + top[..., 0]
+    return np.log(np.exp(terms - top) @ weights) + top[..., 0]
 
 
 def _log_box(x, low, high, variance):
@@ -87,8 +88,7 @@ def _log_box(x, low, high, variance):
 
     width = high - low
     if variance == 0:
-        with np.errstate(divide="ignore"):
-            return np.log(((x >= low) & (x < high)) / width)
+        return np.log(((x >= low) & (x < high)) / width)
     scale = variance**0.5
     upper, lower = (high - x) / scale, (low - x) / scale
     # Φ(b) − Φ(a) of the side where both are small: nothing cancels.
@@ -96,7 +96,17 @@ def _log_box(x, low, high, variance):
     a = np.where(flip, -upper, lower)
     b = np.where(flip, -lower, upper)
     log_b, log_a = log_ndtr(b), log_ndtr(a)
-    return log_b + np.log1p(-np.exp(log_a - log_b)) - np.log(width)
+    middle = (a + b) / 2
+    with np.errstate(invalid="ignore"):
+        # Far away the two are equal to all digits, though one is far smaller.
+        gap = np.where(log_a == log_b, -np.abs(middle) * (b - a), log_a - log_b)
+        exact = log_b + np.log1p(-np.exp(gap)) - np.log(width)
+        # Of a box that is narrow beside the noise, where Φ(b) − Φ(a) cancels.
+        narrow = -0.5 * (middle**2 + np.log(2 * np.pi)) - np.log(scale)
+    is_narrow = (b - a) * np.maximum(np.abs(middle), 1) < 1e-5
+    return np.where(
+        log_b == -np.inf, -np.inf, np.where(is_narrow, narrow, exact)
+    )
 
 
 class EightGaussians(ToyDensity):

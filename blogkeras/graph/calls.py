@@ -180,21 +180,50 @@ def copied(model):
     `Lambda` are the same in both: they have no weights, and a function that is
     made anew from its code would not find what it refers to.
     """
-    clone = _copied_layer if is_functional(model) else None
+    clone = copied_layer if is_functional(model) else None
     with thawed([model]):
-        copy = keras.models.clone_model(model, clone_function=clone)
+        copy = _cloned(model, clone)
     copy.set_weights(model.get_weights())
     return copy
 
 
-def _copied_layer(layer):
+def copied_layer(layer, name=None):
+    """A layer of the same configuration; of `Lambda` the layer itself."""
     if isinstance(layer, keras.layers.Lambda):
         return layer
+    name = layer.name if name is None else name
     if is_functional(layer) and _runs_its_graph(layer):
         parts = layer._flatten_layers()
         if any(isinstance(part, keras.layers.Lambda) for part in parts):
-            return keras.models.clone_model(layer, clone_function=_copied_layer)
-    return type(layer).from_config(layer.get_config())
+            copy = _cloned(layer, copied_layer)
+            copy.name = name
+            return copy
+    return type(layer).from_config({**layer.get_config(), "name": name})
+
+
+def _cloned(model, clone_function):
+    inputs = None
+    if clone_function and any(map(_is_optional, model.inputs)):
+        # Those that Keras would make are not optional.
+        inputs = tree.map_structure(input_like, model._inputs_struct)
+    return keras.models.clone_model(
+        model, input_tensors=inputs, clone_function=clone_function
+    )
+
+
+def _is_optional(x):
+    return getattr(x._keras_history.operation, "optional", False)
+
+
+def input_like(x):
+    """A new `keras.Input` like a tensor, optional where it is an input so."""
+    return keras.Input(
+        batch_shape=x.shape,
+        dtype=x.dtype,
+        sparse=x.sparse,
+        name=x.name,
+        optional=_is_optional(x),
+    )
 
 
 def _runs_its_graph(model):

@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from blogkeras.graph.calls import calls, calls_of
+from blogkeras.graph.calls import calls, calls_of, input_like
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -84,12 +84,7 @@ class Segment(keras.layers.Layer):
 
     def fresh_inputs(self):
         """New `keras.Input`s like the tensors that the segment takes."""
-        return tree.map_structure(
-            lambda x: keras.Input(
-                batch_shape=x.shape, dtype=x.dtype, name=x.name
-            ),
-            self.cut.crossing[self.index],
-        )
+        return tree.map_structure(input_like, self.cut.crossing[self.index])
 
     def compute_mask(self, inputs, previous_mask=None):
         return None  # masks were set by the layers inside

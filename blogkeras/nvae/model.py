@@ -13,6 +13,7 @@ from blogkeras.arguments import (
     check_integer,
     check_number,
     check_seed,
+    check_sizes,
     row_weights,
 )
 from blogkeras.loops import ProgramCache
@@ -121,6 +122,12 @@ class NVAE(TargetlessModel):
                 "Expected an NVAEConfig, or a dict of its fields; for a name "
                 f"take NVAE.from_preset. Received: config={config!r}"
             )
+        if self.variable_dtype != "float32":
+            raise ValueError(
+                "Expected a policy whose variables are float32: 'float32', "
+                "'mixed_bfloat16' or 'mixed_float16'. Received: "
+                f"{self.dtype_policy.name!r}"
+            )
         self.config = config
         self.recompute = check_boolean("recompute", recompute)
         self.seed = check_seed("seed", seed)
@@ -157,9 +164,10 @@ class NVAE(TargetlessModel):
         check_choice("name", name, tuple(PRESETS))
         fields = PRESETS[name].to_dict()
         if input_shape is not None:
-            if list(input_shape)[:2] != fields["input_shape"][:2]:
+            input_shape = check_sizes("input_shape", input_shape, length=3)
+            if input_shape[:2] != tuple(fields["input_shape"][:2]):
                 fields["padding"] = 0
-            fields["input_shape"] = tuple(input_shape)
+            fields["input_shape"] = input_shape
         return cls(_config_of({**fields, **changes}), recompute, seed)
 
     def compile(self, optimizer="adamax", loss=None, **kwargs):
@@ -201,6 +209,11 @@ class NVAE(TargetlessModel):
         self.penalty = None
         if self.config.spectral_weight:
             self.penalty = SpectralPenalty(self, self.convolutions)
+        # What was frozen before its layers were made.
+        for part in (self.encoder, self.decoder, self):
+            if not part.trainable:
+                for layer in part._flatten_layers(include_self=False):
+                    layer.trainable = False
 
     # The loss
 
@@ -525,6 +538,7 @@ class NVAE(TargetlessModel):
 
         By the saved singular vectors, which each training step moves.
         """
+        self.build()
         return {} if self.penalty is None else self.penalty.norms()
 
     def get_config(self):

@@ -30,7 +30,7 @@ class NVAEConfig:
             the model; they are not part of the loss. 28 × 28 needs 2.
         groups: Tuple of integers: the number of groups of each scale, from
             the finest to the coarsest. They are drawn in the other direction.
-        channels: Integer. Channels after the first convolution.
+        channels: Integer ≥ 2. Channels after the first convolution.
         latent_channels: Integer. Channels of one group.
         num_blocks: Integer. Halvings before the first scale, and doublings
             after it.
@@ -111,9 +111,11 @@ class NVAEConfig:
                     (0, "padding num_flows kl_warmup_steps kl_constant_steps"),
                     (
                         1,
-                        "channels latent_channels num_blocks cells_per_block "
+                        "latent_channels num_blocks cells_per_block "
                         "cells_per_group num_mixtures",
                     ),
+                    # Half as many, rounded down, from each corner of a cell.
+                    (2, "channels"),
                 )
                 for name in names.split()
             },

@@ -130,9 +130,12 @@ def _roles(name, model):
         names = [x.name for x in inputs]
     known = tree.map_structure(_role, names)
     flat = tree.flatten(known)
-    if isinstance(known, list) and None in flat and len(flat) <= 2:
+    if isinstance(known, list) and set(flat) == {None} and len(flat) <= 2:
         known = flat = ["tokens", "segments"][: len(flat)]
-    if None in flat or flat.count("tokens") != 1:
+    elif isinstance(known, list) and flat.count(None) == 1:
+        if "tokens" not in flat:
+            known = flat = [role or "tokens" for role in flat]
+    if {None, "positions"} & set(flat) or flat.count("tokens") != 1:
         raise ValueError(
             f"Expected inputs of `{name}` whose names say what they are: "
             "tokens, segments, padding mask. Received: "
@@ -144,10 +147,10 @@ def _roles(name, model):
 def _role(name):
     name = name.lower()
     for word, role in (
-        ("segment", "segments"),
+        ("seg", "segments"),
         ("type", "segments"),
         ("mask", "mask"),
-        ("position", None),
+        ("position", "positions"),
         ("token", "tokens"),
         ("ids", "tokens"),
     ):
@@ -186,7 +189,7 @@ def _takes_tokens(model, layer):
         inputs = tree.flatten(model.input)
     except (AttributeError, ValueError):
         return False
-    tokens = [x for x in inputs if _role(x.name) not in ("segments", "mask")]
+    tokens = [x for x in inputs if _role(x.name) in (None, "tokens")]
     return any(
         x is y
         for node in layer._inbound_nodes

@@ -40,7 +40,8 @@ def token_blocks(
     With `pairs` a block is `[start] A [end] B [end]`, where B follows A. The
     lines of a document (blank lines separate documents) are collected until a
     block is full, and divided between two lines at random. A line that fills a
-    block by itself is divided in its middle.
+    block by itself is divided in its middle. What does not fit begins the next
+    block.
 
     The data set is endless. Each pass has all blocks once, in a new order. The
     order depends on `seed` and the number of the batch alone, and `model.steps`
@@ -296,38 +297,38 @@ def _pairs(texts, length, start, end, rng):
     room = length - len(start) - 2 * len(end)
     rows, lines = [], []
 
-    def flush():
+    def add_row():
+        """A row of the first tokens of the lines; the rest of them waits."""
         lengths = [text.shape[1] for text in lines]
-        if len(lines) > 1:
-            border = sum(lengths[: rng.integers(1, len(lines))])
-        else:
-            border = sum(lengths) // 2
         joined = []
         for text in lines:
             text = text.copy()
             text[1] += joined[-1][1, -1] + 1 if joined else 0
             joined.append(text)
-        text = np.concatenate(joined, axis=1)
-        if len(lines) == 1 and text.shape[1] > 1:
+        joined = np.concatenate(joined, axis=1)
+        text, rest = joined[:, :room], joined[:, room:]
+        if len(lines) > 1:
+            border = sum(lengths[: rng.integers(1, len(lines))])
+        else:
+            border = text.shape[1] // 2
             # Not within a word, if there is a border of words.
             places = 1 + np.flatnonzero(np.diff(text[1]))
             if len(places):
                 border = places[np.abs(places - border).argmin()]
         a, b = text[:, :border], text[:, border:]
-        while a.shape[1] + b.shape[1] > room:
-            a, b = (a[:, :-1], b) if a.shape[1] > b.shape[1] else (a, b[:, :-1])
         if a.shape[1] and b.shape[1]:
             rows.append(_row((start, 0), (a, 0), (end, 0), (b, 1), (end, 1)))
-        lines.clear()
+        lines[:] = [rest] if rest.shape[1] else []
 
     for text in texts:
         if text.shape[1]:
             lines.append(text)
-        full = sum(line.shape[1] for line in lines) >= room
-        if lines and (full or not text.shape[1]):
-            flush()
+        while sum(line.shape[1] for line in lines) >= room:
+            add_row()
+        if lines and not text.shape[1]:
+            add_row()
     if lines:
-        flush()
+        add_row()
     return rows
 
 

@@ -20,7 +20,9 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
     Args:
         model: A functional model, built, with the blocks of a transformer.
         optimizer: A `keras.optimizers.Optimizer`, which is copied for each
-            depth, with weight decay and all.
+            depth, with weight decay and what is excluded from it. It clips
+            gradients by `clipnorm` or `clipvalue`; `global_clipnorm` would
+            clip each depth by itself, and is refused.
         decay: Float above 0, at most 1.
 
     Returns:
@@ -29,6 +31,8 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
     Raises:
         ImportError: where Keras has no `MultiOptimizer` (it came after 3.12;
             3.15 has it).
+        ValueError: if nothing is to be trained, or the optimizer cannot be
+            copied for a part of the variables.
 
     Example:
 
@@ -56,6 +60,19 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
             "Expected a Keras with `keras.optimizers.MultiOptimizer`, such as "
             f"3.15. Received: Keras {keras.__version__}"
         )
+    if optimizer.global_clipnorm is not None:
+        raise ValueError(
+            "Expected an optimizer without `global_clipnorm`, since each depth "
+            "has an optimizer that would clip by its own gradients; take "
+            "`clipnorm`. Received: "
+            f"global_clipnorm={optimizer.global_clipnorm}"
+        )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        raise ValueError(
+            "Expected the optimizer without a loss scale: under the policy "
+            "'mixed_float16' `compile` puts one around the result. Received: "
+            f"optimizer={optimizer!r}; give its `inner_optimizer`"
+        )
     depths = _depths(model)
     paths = {}
     for variable in model.trainable_variables:
@@ -67,6 +84,11 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
                 f"{variable.path!r} at the depths {paths[variable.path]} and "
                 f"{depth}"
             )
+    if not paths:
+        raise ValueError(
+            "Expected a model with variables to train. Received: "
+            f"{model.name!r}, of which everything is frozen"
+        )
     optimizers = {}
     for depth in sorted(set(paths.values())):
         # One pattern for each depth, so that each optimizer is saved once.
@@ -106,9 +128,22 @@ def _scaled(optimizer, factor):
     rate = optimizer._learning_rate
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         rate = ScaledSchedule(rate, factor)
+    elif callable(rate):
+        raise ValueError(
+            "Expected a learning rate that is a number or a Keras schedule, "
+            f"which can be saved. Received: {rate!r}"
+        )
     else:
         rate = float(optimizer.learning_rate) * factor
-    return type(optimizer).from_config({**config, "learning_rate": rate})
+    copy = type(optimizer).from_config({**config, "learning_rate": rate})
+    # Keras leaves these out of the configuration.
+    for name in (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
+    ):
+        if hasattr(optimizer, name):
+            setattr(copy, name, getattr(optimizer, name))
+    return copy
 
 
 def _depths(model):

@@ -183,7 +183,7 @@ class TokenMasking(keras.layers.Layer):
         """
         if self.num_positions is not None:
             return min(self.num_positions, length)
-        return max(1, int((self.rate + 0.005) * length))
+        return min(length, max(1, int((self.rate + 0.005) * length)))
 
     def call(self, inputs, training=None):
         ids, words = self._split(inputs)

@@ -11,8 +11,10 @@ from blogkeras.arguments import check_integer
 from blogkeras.graph import (
     calls,
     copied,
+    copied_layer,
     cut_model,
     find_blocks,
+    input_like,
     rearranged,
     whole_model,
 )
@@ -113,7 +115,7 @@ def share_layers(
             ]
             values = [np.mean(v, axis=0) for v in zip(*values, strict=True)]
         else:
-            values = list(source[number])
+            values = _arrays(source[number])
         layers = [shared.get_layer(x.name) for x in _layers(blocks[first])]
         _set_weights(layers, values)
     return shared
@@ -177,14 +179,13 @@ def unshare_layers(
         if (layer, i) not in clones:
             name = _numbered(layer.name, i, names)
             names.add(name)
-            clones[layer, i] = type(layer).from_config(
-                {**layer.get_config(), "name": name}
-            )
+            clones[layer, i] = copied_layer(layer, name)
         return clones[layer, i]
 
     new = copied(_replayed(inner_model, clone))
     for (layer, _), twin in clones.items():
-        new.get_layer(twin.name).set_weights(layer.get_weights())
+        if twin is not layer:
+            new.get_layer(twin.name).set_weights(layer.get_weights())
     new.name = inner_model.name
     return new
 
@@ -226,6 +227,12 @@ def factorize_embedding(
     """
     model = whole_model(model)
     layer = find_embedding("model", model, embedding)
+    if layer.quantization_mode is not None:
+        raise ValueError(
+            "Expected an embedding of floats; factorize first, then quantize. "
+            f"Received: {layer.name!r}, quantized to "
+            f"{layer.quantization_mode!r}"
+        )
     table = ops.convert_to_numpy(layer.embeddings).astype("float64")
     size = check_integer("size", size, 1, min(table.shape))
     uses = [call for call in calls(model) if call.operation is layer]
@@ -239,12 +246,20 @@ def factorize_embedding(
         )
     u, s, p = np.linalg.svd(table, full_matrices=False)
     values = [u[:, :size] * s[:size], p[:size]]
-    narrow = type(layer).from_config({**layer.get_config(), "output_dim": size})
+    config = {**layer.get_config(), "output_dim": size}
+    # The table has LoRA's product in it already.
+    for name in ("lora_rank", "lora_alpha"):
+        config.pop(name, None)
+    narrow = type(layer).from_config(config)
+    name = f"{layer.name}_projection"
+    while name in {x.name for x in model.layers}:
+        name += "_"
     projection = keras.layers.Dense(
         table.shape[1],
         use_bias=False,
         dtype=layer.dtype_policy,
-        name=f"{layer.name}_projection",
+        trainable=layer.trainable,
+        name=name,
     )
 
     def replace(call):
@@ -284,6 +299,16 @@ def _layers(block):
 
 def _weights(block):
     return [w for layer in _layers(block) for w in layer.get_weights()]
+
+
+def _arrays(values):
+    try:
+        return [np.asarray(value, "float32") for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(
+            "Expected one list of arrays in `source` for each different block. "
+            f"Received: {values!r} for a block"
+        ) from None
 
 
 def _set_weights(layers, values):
@@ -332,10 +357,7 @@ def _numbered(name, number, taken):
 
 def _replayed(model, layer_of):
     """A model that calls `layer_of(call)` where the old one made the call."""
-    inputs = tree.map_structure(
-        lambda x: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name),
-        model._inputs_struct,
-    )
+    inputs = tree.map_structure(input_like, model._inputs_struct)
     values = dict(zip(map(id, model.inputs), tree.flatten(inputs), strict=True))
     for call in calls(model):
         args, kwargs = tree.map_structure(

@@ -172,8 +172,16 @@ def _equal(one, other):
             config = {"weights": [tuple(w.shape) for w in layer.weights]}
             if not isinstance(layer, keras.Model):
                 config |= layer.get_config()
-                config.pop("name", None)
-            layers.append((type(layer), repr(config)))
+            layers.append((type(layer), repr(_nameless(config))))
         return layers
 
     return description(one) == description(other)
+
+
+def _nameless(config):
+    """A configuration without the names of a layer and of those in it."""
+    if isinstance(config, dict):
+        return {k: _nameless(v) for k, v in config.items() if k != "name"}
+    if isinstance(config, (list, tuple)):
+        return [_nameless(x) for x in config]
+    return config

@@ -240,7 +240,10 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
         if self.codebook_dim is not None:
             self.project_in.build((None, dim))
             self.project_out = keras.layers.Dense(
-                dim, dtype="float32", name="project_out"
+                dim,
+                dtype="float32",
+                trainable=self.trainable,
+                name="project_out",
             )
             self.project_out.build((None, self.codebook_dim))
             dim = self.codebook_dim

@@ -195,6 +195,15 @@ def test_layer(cls, kwargs, inputs, tmp_path):
     check_layer(cls, kwargs, inputs, tmp_path)
 
 
+@pytest.mark.parametrize(("cls", "kwargs", "inputs"), LAYERS, ids=identify)
+def test_frozen_before_it_is_built(cls, kwargs, inputs):
+    """A layer that was frozen first has nothing to train afterwards."""
+    layer = cls(**kwargs)
+    layer.trainable = False
+    layer(keras.tree.map_structure(ops.convert_to_tensor, inputs))
+    assert [v.path for v in layer.variables if v.trainable] == []
+
+
 @pytest.mark.parametrize(
     ("cls", "kwargs", "y_true", "y_pred"), LOSSES, ids=identify
 )

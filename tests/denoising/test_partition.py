@@ -186,6 +186,15 @@ def test_the_mean_and_the_scale_of_a_model():
     assert abs(grid.value - truth) < 1e-3
     assert math.isnan(result.upper)
     assert result.lower < result.value
+    # The program of the first call is used again, with another reference.
+    wider = log_partition(
+        model,
+        scale=2 * model.noisy_scale,
+        num_samples=256,
+        num_steps=50,
+        seed=seed,
+    )
+    assert abs(wider.value - truth) < 4 * wider.standard_error
 
 
 def test_bad_arguments():
@@ -215,6 +224,31 @@ def test_bad_arguments():
         log_partition("density", **good)
     with pytest.raises(ValueError, match="finite"):
         log_partition(lambda x: ops.log(x[:, 0] - 100), num_steps=2, **good)
+    with pytest.raises(ValueError, match=r"3 of 3.* samples must be"):
+        log_partition(
+            lambda x: ops.where(x[:, 0] < 50, log_density(x), -np.inf),
+            num_steps=2,
+            samples=np.full((3, 2), 100.0),
+            **good,
+        )
+    model = DenoisingDensityEstimator(mlp_log_density((2,), (4,)), 0.5)
+    box = {"method": "quadrature", "bounds": [(0, 1)] * 2, "num_points": 3}
+    for options in ({"num_steps": 2, **good}, box):
+        with pytest.raises(ValueError, match="give the model itself"):
+            log_partition(model.log_density, **options)
+        with pytest.raises(ValueError, match=r"`keras\.ops`"):
+            log_partition(lambda x: np.sum(np.asarray(x), -1), **options)
+
+
+def test_a_density_between_the_points_of_the_coarser_grid():
+    result = log_partition(
+        lambda x: ops.where(ops.abs(x[:, 0] - 0.5) < 0.1, 0.0, -np.inf),
+        "quadrature",
+        bounds=[(-1, 1)],
+        num_points=5,
+    )
+    assert result.value == pytest.approx(math.log(0.5))
+    assert result.standard_error == math.inf
 
 
 @pytest.mark.parametrize("name", SETS)
@@ -234,6 +268,18 @@ def test_toy_densities(name):
     grid = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
     total = np.exp(density.log_density(grid, 0.2)).sum() * 0.2**2
     assert abs(total - 1) < 1e-4
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_toy_densities_far_away_and_under_much_noise(name):
+    density = getattr(toy_densities, name)
+    # Under noise of 1e17 each is one point.
+    noisy = density.log_density([[0.0, 1.0]], 1e17)
+    truth = -math.log(2 * math.pi) - 2 * math.log(1e17)
+    np.testing.assert_allclose(noisy, truth, rtol=1e-9)
+    assert density.log_density([[1e160, 0.0]], 0.1) == -math.inf
+    far = density.log_density([[1e50, 0.0]], 0.1)
+    assert -1e103 < far < -1e99
 
 
 def test_toy_densities_without_noise():

@@ -206,6 +206,34 @@ def test_a_model_is_read_at_each_call():
         assert (before != after).any()
 
 
+def test_methods_of_a_layer_have_programs_of_their_own():
+    class Tempered(Gaussian):
+        def cold(self, x):
+            return 100 * self(x)
+
+    density = Tempered(2)
+    for log_density, scale in [(density, 1), (density.cold, 0.1)] * 2:
+        x = mala(log_density, start(2), 200, 0.01 * scale, seed=0).x
+        assert (x.std() < 0.5) == (scale < 1)
+
+
+def test_a_model_that_was_never_called():
+    network = keras.Sequential([layers.Dense(4, "tanh"), layers.Dense(1)])
+    x = hmc(network, start(2)[:8], 3, 0.1, seed=0).x
+    assert np.isfinite(x).all()
+
+
+def test_a_density_as_wide_as_floats():
+    """MALA and HMC have no distance that is too far."""
+
+    def wide(x):
+        return -ops.sum(ops.square(x / 1e10), axis=-1) / 2
+
+    result = hmc(wide, np.zeros((500, 1)), 50, 5e9, seed=0)
+    assert result.num_non_finite == 0
+    assert result.x.std() == pytest.approx(1e10, rel=0.15)
+
+
 def test_no_steps():
     x = start(2)
     result = langevin(gaussian(SPREAD), x, 0, 0.1)

@@ -475,6 +475,34 @@ def test_recalibrated_samples_are_finite(eager, temperature):
 
 
 @slow_on_jax
+def test_a_frozen_model_is_recalibrated_too(eager):
+    before = weights(eager)
+    found = []
+    try:
+        for trainable in (True, False):
+            eager.trainable = trainable
+            eager.recalibrate_batch_norm(2, batch_size=4, seed=0)
+            assert {norm.trainable for norm in eager.norms} == {trainable}
+            found.append(weights(eager))
+            eager.set_weights(before)
+    finally:
+        eager.trainable = True
+        eager.set_weights(before)
+    for w, other in zip(*found, strict=True):
+        np.testing.assert_array_equal(w, other)
+
+
+def test_a_part_that_was_frozen_first_stays_frozen():
+    model = NVAE(TINY)
+    model.encoder.trainable = False
+    model.compile("adamax", **EAGER)
+    frozen = {id(v) for v in model.encoder.variables}
+    trained = {id(v) for v in model.trainable_variables}
+    assert trained
+    assert not frozen & trained
+
+
+@slow_on_jax
 def test_recalibration_of_a_broken_model_says_so():
     model = make()
     model.decoder.start.assign(ops.full(model.decoder.start.shape, math.nan))
@@ -489,6 +517,7 @@ def test_spectral_norms_are_by_convolution(trained):
     norms = trained.spectral_norms()
     assert len(norms) == len(trained.convolutions)
     assert all(0 < x < 100 for x in norms.values())
+    assert len(NVAE(TINY).spectral_norms()) == len(norms)
 
 
 # Bad input
@@ -552,7 +581,10 @@ def test_spectral_norms_are_by_convolution(trained):
         (lambda m: NVAE.from_preset("imagenet"), "'imagenet_32'"),
         (lambda m: NVAE.from_preset("mnist", (30, 30, 1)), "divisible by 8"),
         (lambda m: NVAE.from_preset("mnist", width=3), "NVAEConfig"),
+        (lambda m: NVAE.from_preset("digits", 28), "tuple of 3 integers"),
         (lambda m: NVAE("mnist"), "from_preset"),
+        (lambda m: NVAE(TINY, dtype="bfloat16"), "'mixed_bfloat16'"),
+        (lambda m: dataclasses.replace(TINY, channels=1), "at least 2"),
         (lambda m: NVAE({"colours": 3}), "NVAEConfig"),
         (lambda m: NVAE(TINY, recompute=1), "True or False"),
         (lambda m: NVAE(TINY, seed=1.5), "seed"),

@@ -58,7 +58,7 @@ def test_parameters_and_latents_of_presets(name):
         ({"input_shape": 32}, "tuple of 3 integers"),
         ({"groups": ()}, "tuple of integers"),
         ({"groups": (3.0, 1)}, "integer"),
-        ({"channels": 0}, "at least 1"),
+        ({"channels": 0}, "at least 2"),
         ({"padding": -1}, "at least 0"),
         ({"num_bits": 9}, "at most 8"),
         ({"likelihood": "gaussian"}, "'bernoulli'"),

@@ -255,6 +255,26 @@ def test_pairs_follow_each_other_within_a_document():
         assert len(first) % 2 == 0 or text == "ghi"  # between two lines
 
 
+def test_pairs_of_long_lines_leave_nothing_out():
+    line = "".join(chr(ord("a") + i % 26) for i in range(100))
+    batch = rows([line, line[:7]], 13, pairs=True, batch_size=11)
+    order = np.argsort(batch["segment_ids"].sum(1), kind="stable")
+    found = []
+    for row, segment in zip(
+        batch["token_ids"][order], batch["segment_ids"][order], strict=True
+    ):
+        inside = (row != 0) & (row != CLS) & (row != SEP)
+        text = row[inside]
+        assert 0 < segment[inside].sum() < len(text)
+        # B follows A: the alphabet goes on at the border.
+        np.testing.assert_array_equal(np.diff(text) % 26 % 25, 1)
+        found.append(text)
+    expected = np.concatenate([tokenize(line), tokenize(line[:7])])
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(found)), np.sort(expected)
+    )
+
+
 def test_every_pass_has_all_blocks_in_another_order():
     lines = [f"{chr(97 + i)}" for i in range(14)]
     batches = rows(lines, 3, batches=4, batch_size=7, join=False)
@@ -389,6 +409,30 @@ def odd_input():
     return keras.Model([ids, places, tone], h)
 
 
+@pytest.mark.parametrize(
+    ("names", "roles"),
+    [
+        (("words", "more"), ["tokens", "segments"]),
+        (("words", "padding_mask"), ["tokens", "mask"]),
+        (("segment_ids", "text"), ["segments", "tokens"]),
+        (("token_ids", "position_ids"), None),
+        (("token_ids", "tone"), None),
+    ],
+)
+def test_two_inputs_are_known_by_their_names(names, roles):
+    inputs = [keras.Input((LENGTH,), dtype="int32", name=n) for n in names]
+    tables = [layers.Embedding(VOCABULARY, 4, name=n) for n in "ab"]
+    h = sum(table(x) for table, x in zip(tables, inputs, strict=True))
+    model = keras.Model(inputs, h)
+    if roles is None:
+        with pytest.raises(ValueError, match="names say what they are"):
+            MaskedLanguageModel(model, MASK, embedding="a")
+        return
+    assert MaskedLanguageModel(model, MASK, embedding="a")._encoder.roles == (
+        roles
+    )
+
+
 def test_the_table_is_found_or_named():
     def table(model, **options):
         model = MaskedLanguageModel(model, MASK, **options)
@@ -506,6 +550,19 @@ ELECTRA = {"mask_token": MASK, "special_tokens": [CLS, SEP]}
 def test_bad_arguments(generator, discriminator, options, message):
     with pytest.raises(ValueError, match=message):
         ElectraPretrainer(generator(), discriminator(), **options)
+
+
+def test_equal_networks_with_layers_inside_others():
+    def recurrent():
+        ids = keras.Input((LENGTH,), dtype="int32")
+        h = layers.Embedding(VOCABULARY, 4)(ids)
+        lstm = layers.LSTM(3, return_sequences=True)
+        return keras.Model(ids, layers.Bidirectional(lstm)(h))
+
+    model = ElectraPretrainer(
+        recurrent(), recurrent(), sharing="all", **ELECTRA
+    )
+    assert model.generator is model.discriminator
 
 
 def test_one_network_twice_is_all_of_it():

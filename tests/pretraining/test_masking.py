@@ -182,6 +182,13 @@ def test_nothing_to_mask():
         np.testing.assert_array_equal(outputs["token_ids"][:2], ids[:2])
 
 
+def test_almost_every_token_of_a_long_sequence():
+    layer = TokenMasking(50, 4, rate=0.999)
+    outputs = layer(np.full((2, 256), 7))
+    assert outputs["mask_positions"].shape == (2, 256)
+    np.testing.assert_array_equal(value(outputs["mask_weights"]), 1.0)
+
+
 def test_draws_are_numbered_and_evaluation_repeats():
     ids, _ = batch(8)
     one, two = masking(), masking()

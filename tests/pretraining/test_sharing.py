@@ -241,10 +241,112 @@ def test_layerwise_rates_of_a_schedule():
     np.testing.assert_allclose(rates, [0.5, 0.05, 0.005, 0.0005], rtol=1e-6)
 
 
+def test_layerwise_rates_keep_what_is_not_decayed():
+    model = named()
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    table = model.get_layer("table").embeddings
+    optimizer.exclude_from_weight_decay([table], ["bias"])
+    model.compile(blogkeras.layerwise_optimizer(model, optimizer, 1.0), "mse")
+    before = {w.path: value(w) for w in model.trainable_variables}
+    weights = np.zeros((4, 8))
+    model.fit(IDS, np.ones((4, 8, 2)), sample_weight=weights, verbose=0)
+    for w in model.trainable_variables:
+        is_kernel = w.name == "kernel"
+        expected = before[w.path] * (1 - 0.1 * 0.5 if is_kernel else 1)
+        np.testing.assert_allclose(value(w), expected, rtol=1e-6)
+
+
 def test_layerwise_rates_need_a_new_keras(monkeypatch):
     monkeypatch.delattr(keras.optimizers, "MultiOptimizer")
     with pytest.raises(ImportError, match="MultiOptimizer"):
         blogkeras.layerwise_optimizer(named(), keras.optimizers.SGD())
+
+
+def one():
+    return 1.0
+
+
+def frozen(model):
+    model.trainable = False
+    return model
+
+
+def quantized(model):
+    model.get_layer("table").quantize("int8")
+    return model
+
+
+def test_lambda_in_a_shared_block():
+    ids = keras.Input((8,), dtype="int32")
+    h = layers.Embedding(VOCABULARY, DIM)(ids)
+    dense, half = layers.Dense(DIM), layers.Lambda(lambda x: x / 2)
+    ends = [h]
+    for _ in range(2):
+        ends.append(half(dense(ends[-1])))
+    albert = keras.Model(ids, ends[-1])
+    bert = blogkeras.unshare_layers(albert, ends)
+    assert bert.count_params() - albert.count_params() == DIM * (DIM + 1)
+    assert difference(albert, bert) == 0
+
+
+class Marked(layers.Layer):
+    """Adds numbers where there are some."""
+
+    def call(self, x, marks=None):
+        if marks is None:
+            return x
+        return x + ops.cast(marks, x.dtype)[..., None]
+
+    def compute_output_spec(self, x, marks=None):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        blogkeras.unshare_layers,
+        lambda model: blogkeras.share_layers(model, groups=2),
+        lambda model: blogkeras.factorize_embedding(model, DIM)[0],
+    ],
+    ids=["unshare", "share", "factorize"],
+)
+def test_inputs_stay_optional(change):
+    ids = keras.Input((8,), dtype="int32", name="token_ids")
+    marks = keras.Input((8,), dtype="int32", name="marks", optional=True)
+    h = Marked()(layers.Embedding(VOCABULARY, DIM, name="table")(ids), marks)
+    for i in range(2):
+        h = layers.Dense(DIM, name=f"transformer_layer_{i}")(h)
+    model = keras.Model({"token_ids": ids, "marks": marks}, h)
+    changed = change(model)
+    for given in (None, IDS):
+        inputs = {"token_ids": IDS, "marks": given}
+        np.testing.assert_allclose(
+            value(changed(inputs)), value(model(inputs)), atol=1e-6
+        )
+
+
+def test_factorized_twice_frozen_and_with_lora():
+    once, _ = blogkeras.factorize_embedding(named(), 4)
+    twice, _ = blogkeras.factorize_embedding(once, 2)
+    assert twice.get_layer("table").output_dim == 2
+    model = named()
+    model.get_layer("table").trainable = False
+    small, _ = blogkeras.factorize_embedding(model, 4)
+    assert not [v for v in small.trainable_variables if "table" in v.path]
+    model = named()
+    model.get_layer("table").enable_lora(2)
+    small, error = blogkeras.factorize_embedding(model, DIM)
+    assert error < 1e-6
+    np.testing.assert_allclose(value(small(IDS)), value(model(IDS)), atol=1e-6)
+
+
+def test_lists_as_the_source_of_shared_layers():
+    model = named()
+    kernel, bias = np.eye(DIM).tolist(), [0.5] * DIM
+    shared = blogkeras.share_layers(model, [[kernel, bias]])
+    found = shared.get_layer("transformer_layer_0").get_weights()
+    np.testing.assert_array_equal(found[0], kernel)
+    np.testing.assert_array_equal(found[1], bias)
 
 
 @pytest.mark.parametrize(
@@ -268,6 +370,36 @@ def test_layerwise_rates_need_a_new_keras(monkeypatch):
         (
             lambda: blogkeras.layerwise_optimizer(named(), "adam"),
             "optimizer",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                named(), keras.optimizers.SGD(global_clipnorm=1.0)
+            ),
+            "clipnorm",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                named(), keras.optimizers.SGD(one)
+            ),
+            "schedule",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                named(),
+                keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
+            ),
+            "loss scale",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                frozen(named()), keras.optimizers.SGD()
+            ),
+            "frozen",
+        ),
+        (lambda: blogkeras.share_layers(named(), [5]), "list of arrays"),
+        (
+            lambda: blogkeras.factorize_embedding(quantized(named()), 2),
+            "int8",
         ),
         (
             lambda: blogkeras.layerwise_optimizer(
