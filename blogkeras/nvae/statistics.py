@@ -77,7 +77,8 @@ def averaging_step(model, norms, rows):
 
 def batch_statistics(model, norms, rows, seed, temperature):
     """Mean and variance of each norm for one batch of samples."""
-    old = [(norm.momentum, norm._trainable) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
+    frozen = [norm for norm in norms if not norm.trainable]
     mapping = {id(v): (v, ops.convert_to_tensor(v)) for v in model.variables}
     for norm in norms:
         # The old value may be NaN, and 0 · NaN is NaN.
@@ -85,8 +86,10 @@ def batch_statistics(model, norms, rows, seed, temperature):
             mapping[id(v)] = v, ops.zeros(v.shape, v.dtype)
     try:
         for norm in norms:
-            # The moving average is then the batch's, of a frozen layer, too.
-            norm.momentum, norm._trainable = 0.0, True
+            # The moving average is then the batch's.
+            norm.momentum = 0.0
+        for norm in frozen:  # which would keep its statistics
+            norm.trainable = True
         with keras.StatelessScope([*mapping.values()]) as scope:
             model.decoder.draw(
                 rows,
@@ -95,8 +98,10 @@ def batch_statistics(model, norms, rows, seed, temperature):
                 training=True,
             )
     finally:
-        for norm, (momentum, trainable) in zip(norms, old, strict=True):
-            norm.momentum, norm._trainable = momentum, trainable
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for norm in frozen:
+            norm.trainable = False
     return [
         ops.cast(scope.get_current_value(v), "float32")
         for norm in norms

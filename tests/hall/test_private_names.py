@@ -64,6 +64,8 @@ ATTRIBUTES = {
         "_untrack_variable",
     },
     "optimizer": {
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
         "_get_variable_index",
         "_learning_rate",
         "_lock",
@@ -188,6 +190,7 @@ def objects():
     model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     model = keras.Model(model.inputs[0], model.outputs[0])
     model.compile("sgd", "mse", jit_compile=False)
+    model.optimizer.exclude_from_weight_decay(var_names=["bias"])
     model.fit(x, x[:, :1], verbose=0)
     found = {
         "model": model,
