@@ -41,6 +41,10 @@ _OPTIONS = {
     "importance": ("mean", "scale", "num_samples"),
     "annealed": ("mean", "scale", "num_samples", "num_steps", "samples"),
 }
+_HINTS = {
+    "draws of the reference": "mean and scale may be far off",
+    "samples": "samples must be of this density",
+}
 
 
 class LogPartition(NamedTuple):
@@ -505,17 +509,12 @@ class _Path:
         chain = first_call(
             self.log_density, lambda: start(u, self.mean, self.scale)
         )
-        number = np.isfinite(ops.convert_to_numpy(chain[1])).sum()
-        if number < len(u):
-            hint = (
-                "samples must be of this density"
-                if source == "samples"
-                else "mean and scale may be far off"
-            )
+        broken = ~np.isfinite(ops.convert_to_numpy(chain[1]))
+        if broken.any():
             raise ValueError(
                 f"Expected a log-density that is finite on the {source}. "
-                f"Received: {len(u) - number} of {len(u)} values that are not; "
-                f"{hint}"
+                f"Received: {broken.sum()} of {len(broken)} values that are "
+                f"not; {_HINTS[source]}"
             )
         return chain
 
@@ -548,14 +547,11 @@ class _Path:
             return chain, weight, total + accepted
 
         start, program = self._program(direction, step, len(u))
+        source = "draws of the reference"
+        if direction == "backward":
+            source = "samples"
         state = (
-            self._start(
-                start,
-                u,
-                "draws of the reference"
-                if direction == "forward"
-                else "samples",
-            ),
+            self._start(start, u, source),
             ops.zeros((len(u),), "float32"),
             ops.zeros((), "float32"),
         )

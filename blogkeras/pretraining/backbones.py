@@ -130,10 +130,11 @@ def _roles(name, model):
         names = [x.name for x in inputs]
     known = tree.map_structure(_role, names)
     flat = tree.flatten(known)
-    if isinstance(known, list) and set(flat) == {None} and len(flat) <= 2:
-        known = flat = ["tokens", "segments"][: len(flat)]
-    elif isinstance(known, list) and flat.count(None) == 1:
-        if "tokens" not in flat:
+    if isinstance(known, list) and "tokens" not in flat:
+        # Names that say nothing: the tokens, or tokens and segments.
+        if flat in ([None], [None, None]):
+            known = flat = ["tokens", "segments"][: len(flat)]
+        elif flat.count(None) == 1:
             known = flat = [role or "tokens" for role in flat]
     if {None, "positions"} & set(flat) or flat.count("tokens") != 1:
         raise ValueError(
