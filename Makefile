@@ -37,7 +37,7 @@ $(VENV)/.sonnet: | $(VENV)/.test
 		dm-sonnet==2.0.2 dm-tree==0.1.10 tabulate==0.10.0
 	@touch $@
 
-demo: $(VENV)/.examples # adversarial training on real reviews (about 6 min)
+demo: $(VENV)/.examples # adversarial training on real reviews (6 to 9 min)
 	@$(RUN) examples/task_sentiment_adversarial_training.py \
 		$(if $(STEPS),--steps $(STEPS))
 
