@@ -21,6 +21,7 @@ from blogkeras.graph.calls import (
     whole_model,
 )
 from blogkeras.graph.cutting import (
+    calls_of_blocks,
     cut_model,
     keep_blocks,
     rearranged,
@@ -38,6 +39,7 @@ __all__ = [
     "as_list",
     "block_boundaries",
     "calls",
+    "calls_of_blocks",
     "copied",
     "copied_layer",
     "cut_model",

@@ -190,6 +190,30 @@ def spaced_blocks(blocks: int, count: int) -> list[int]:
     return [i * blocks // count for i in range(count)]
 
 
+def calls_of_blocks(model, boundaries=None):
+    """The model in which the blocks lie, and a list of calls for each block.
+
+    Args:
+        model: As for `cut_model`.
+        boundaries: As for `cut_model`; block i lies between the boundaries i
+            and i + 1.
+
+    Raises:
+        ValueError: as `cut_model`, and for a single boundary.
+    """
+    if boundaries is None:
+        model, blocks = find_blocks(model)
+        return model, [block.calls for block in blocks]
+    cut = _cut(model, boundaries)
+    inside = cut.segments[1 : len(cut.boundaries)]
+    if not inside:
+        raise ValueError(
+            "Expected at least two boundaries, before the first block and "
+            f"after each. Received: boundaries={boundaries}"
+        )
+    return cut.model, [segment.nodes.value for segment in inside]
+
+
 def _cut(model, boundaries):
     if boundaries is None:
         model, blocks = find_blocks(model)

@@ -5,16 +5,17 @@ import re
 import keras
 
 from blogkeras.arguments import check_number
-from blogkeras.graph import calls, find_blocks
+from blogkeras.graph import calls, calls_of_blocks
 
 
-def layerwise_optimizer(model, optimizer, decay=0.8):
+def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
     """An optimizer whose learning rate decays from the head to the embedding.
 
         rate of a layer = rate · decay ** depth
 
     The depth is 0 for layers after the blocks of a transformer, 1 for the last
-    block, L for the first, and L + 1 for layers before it. The paper fine-tunes
+    block, L for the first, and L + 1 for layers outside of the blocks that the
+    blocks depend on: embeddings, relative positions. The paper fine-tunes
     ELECTRA in this way.
 
     Args:
@@ -24,6 +25,9 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
             gradients by `clipnorm` or `clipvalue`; `global_clipnorm` would
             clip each depth by itself, and is refused.
         decay: Float above 0, at most 1.
+        boundaries: The tensors or layers before the first block and after each,
+            as for `cut_model`. `None` finds the blocks by the names that
+            bert4keras and KerasHub give them.
 
     Returns:
         A `keras.optimizers.MultiOptimizer`, for `compile`.
@@ -31,8 +35,9 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
     Raises:
         ImportError: where Keras has no `MultiOptimizer` (it came after 3.12;
             3.15 has it).
-        ValueError: if nothing is to be trained, or the optimizer cannot be
-            copied for a part of the variables.
+        ValueError: if nothing is to be trained, the optimizer cannot be copied
+            for a part of the variables, or no blocks are found; give
+            `boundaries` then.
 
     Example:
 
@@ -73,7 +78,7 @@ def layerwise_optimizer(model, optimizer, decay=0.8):
             "'mixed_float16' `compile` puts one around the result. Received: "
             f"optimizer={optimizer!r}; give its `inner_optimizer`"
         )
-    depths = _depths(model)
+    depths = _depths(model, boundaries)
     paths = {}
     for variable in model.trainable_variables:
         depth = depths.get(id(variable), 0)
@@ -146,26 +151,32 @@ def _scaled(optimizer, factor):
     return copy
 
 
-def _depths(model):
+def _depths(model, boundaries):
     """The depth of each variable by its id, without those of depth 0."""
-    model, blocks = find_blocks(model)
-    depths = {}
-    for layer in _before(model, blocks[0].input):
-        depths.update((id(v), len(blocks) + 1) for v in layer.variables)
-    # A block that is used several times has the depth of its last use.
+    model, blocks = calls_of_blocks(model, boundaries)
+    count, depths = len(blocks), {}
+    needed = [x for block in blocks for c in block for x in c.input_tensors]
+    for call in _before(model, needed):
+        _set_depth(depths, call, count + 1)
+    # A layer that several blocks use has the depth of its last use.
     for i, block in enumerate(blocks):
-        for layer in block.layers:
-            depths.update((id(v), len(blocks) - i) for v in layer.variables)
+        for call in block:
+            _set_depth(depths, call, count - i)
     return depths
 
 
-def _before(model, tensor):
-    """The layers that a tensor is computed by."""
+def _set_depth(depths, call, depth):
+    variables = getattr(call.operation, "variables", ())
+    depths.update((id(v), depth) for v in variables)
+
+
+def _before(model, tensors):
+    """The calls that tensors are computed by."""
     makers = {id(x): call for call in calls(model) for x in call.outputs}
-    waiting, found = [tensor], {}
+    waiting, found = list(tensors), set()
     while waiting:
         call = makers.get(id(waiting.pop()))
         if call is not None and call not in found:
-            found[call] = call.operation
+            found.add(call)
             waiting += call.input_tensors
-    return [x for x in found.values() if isinstance(x, keras.Layer)]
+    return found

@@ -10,10 +10,9 @@ from keras import ops, tree
 from blogkeras.arguments import check_integer
 from blogkeras.graph import (
     calls,
+    calls_of_blocks,
     copied,
     copied_layer,
-    cut_model,
-    find_blocks,
     input_like,
     rearranged,
     whole_model,
@@ -86,7 +85,7 @@ def share_layers(
             "Expected `source` to be 'first', 'mean' or a list of lists of "
             f"arrays. Received: source={source!r}"
         )
-    _, blocks = _blocks(model, boundaries)
+    _, blocks = calls_of_blocks(model, boundaries)
     count = len(blocks)
     groups = check_integer("groups", groups, minimum=1)
     inner = check_integer("inner", inner, minimum=1)
@@ -154,7 +153,7 @@ def unshare_layers(
     Reference:
         [blog post 7187](https://kexue.fm/archives/7187)
     """
-    inner_model, blocks = _blocks(model, boundaries)
+    inner_model, blocks = calls_of_blocks(model, boundaries)
     uses, block_of = {}, {}
     for i, block in enumerate(blocks):
         for call in block:
@@ -274,22 +273,6 @@ def factorize_embedding(
     scale = np.sqrt(np.square(s).sum())
     error = np.sqrt(np.square(s[size:]).sum()) / scale if scale else 0.0
     return new, float(error)
-
-
-def _blocks(model, boundaries):
-    """The model in which the blocks lie, and each block's calls."""
-    if boundaries is None:
-        model, blocks = find_blocks(model)
-        return model, [block.calls for block in blocks]
-    segments = cut_model(model, boundaries)
-    cut = segments[0].cut
-    inside = segments[1 : len(cut.boundaries)]
-    if not inside:
-        raise ValueError(
-            "Expected at least two boundaries, before the first block and "
-            f"after each. Received: boundaries={boundaries}"
-        )
-    return cut.model, [segment.nodes.value for segment in inside]
 
 
 def _layers(block):

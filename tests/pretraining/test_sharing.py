@@ -241,6 +241,69 @@ def test_layerwise_rates_of_a_schedule():
     np.testing.assert_allclose(rates, [0.5, 0.05, 0.005, 0.0005], rtol=1e-6)
 
 
+def updates(model, decay=0.5, boundaries=None):
+    """How far one step of all-ones gradients moves each layer's weights."""
+    optimizer = blogkeras.layerwise_optimizer(
+        model, keras.optimizers.SGD(1.0), decay, boundaries
+    )
+    weights = model.trainable_variables
+    before = [value(w) for w in weights]
+    optimizer.apply([ops.ones(w.shape) for w in weights], weights)
+    return {
+        layer.name: np.unique(
+            [
+                np.round((b - value(w)).mean(), 4)
+                for w, b in zip(weights, before, strict=True)
+                if any(w is v for v in layer.variables)
+            ]
+        ).tolist()
+        for layer in model.layers
+        if layer.variables
+    }
+
+
+def test_layerwise_rates_of_given_boundaries():
+    model = transformer(blocks=3)
+    moved = updates(model, boundaries=boundaries(model))
+    assert moved == {
+        "table": [0.0625],
+        **{f"block_{i}_attention": [0.5 ** (3 - i)] for i in range(3)},
+        **{f"block_{i}_norm": [0.5 ** (3 - i)] for i in range(3)},
+        "head": [1.0],
+    }
+    albert = transformer(blocks=3, shared=True)
+    moved = updates(albert, boundaries=boundaries(albert))
+    assert moved == {
+        "table": [0.0625],
+        "block_0_attention": [0.5],
+        "block_0_norm": [0.5],
+        "head": [1.0],
+    }
+
+
+def test_layerwise_rates_of_relative_positions_and_side_inputs():
+    ids = keras.Input((8,), dtype="int32")
+    side = keras.Input((8, 2))
+    h = layers.Embedding(VOCABULARY, DIM, name="table")(ids)
+    positions = layers.Dense(DIM, name="positions")(ops.one_hot(ids, 3))
+    for i in range(2):
+        h = layers.Add()([h, positions])
+        h = layers.Dense(DIM, name=f"transformer_layer_{i}")(h)
+    h = layers.Concatenate()([h, layers.Dense(3, name="wide")(side)])
+    model = keras.Model([ids, side], layers.Dense(2, name="head")(h))
+    ends = ["table", "transformer_layer_0", "transformer_layer_1"]
+    # What lies between given boundaries belongs to the block there.
+    for given, rate in ((None, 0.125), (ends, 0.25)):
+        assert updates(model, boundaries=given) == {
+            "table": [0.125],
+            "positions": [rate],
+            "transformer_layer_0": [0.25],
+            "transformer_layer_1": [0.5],
+            "wide": [1.0],
+            "head": [1.0],
+        }
+
+
 def test_layerwise_rates_keep_what_is_not_decayed():
     model = named()
     optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
@@ -395,6 +458,18 @@ def test_lists_as_the_source_of_shared_layers():
                 frozen(named()), keras.optimizers.SGD()
             ),
             "frozen",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                transformer(), keras.optimizers.SGD()
+            ),
+            "Give `boundaries`",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                transformer(), keras.optimizers.SGD(), boundaries=["table"]
+            ),
+            "two boundaries",
         ),
         (lambda: blogkeras.share_layers(named(), [5]), "list of arrays"),
         (
