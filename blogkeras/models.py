@@ -26,6 +26,13 @@ class CompositeModel(keras.Model):
         if self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
+    def fit(self, *args, **kwargs):
+        """As in Keras."""
+        separate(self)  # parts of it may have been trained before
+        history = super().fit(*args, **kwargs)
+        separate(self)
+        return history
+
     # Keras leaves the states of `SeedGenerator`s out of its files, so dropout
     # of a loaded model would begin anew. Here they are saved as well.
 
@@ -91,8 +98,6 @@ class TargetlessModel(CompositeModel):
         elif known is not None:
             kwargs["validation_data"] = self._check_data(known)[0]
         self._before_fit(x)
-        if self.optimizer is not None:
-            separate([*self.variables, *self.optimizer.variables])
         if hasattr(x, "element_spec") or hasattr(x, "__next__"):
             # Keras warns of each data set that it does not shuffle.
             kwargs.setdefault("shuffle", False)

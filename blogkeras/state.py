@@ -179,15 +179,22 @@ def snapshot(variables):
     return [np.array(ops.convert_to_numpy(v.value)) for v in variables]
 
 
-def separate(variables):
-    """Gives each variable an array of its own.
+def separate(model):
+    """Gives each variable of a model an array of its own.
 
     At the end of `fit` Keras hands the moving averages of an optimizer to the
-    weights. On JAX both then have the same array, and the first step of the
-    next `fit`, which gives its arrays away, would be refused.
+    weights. On JAX both then have the same array, and `fit` and `evaluate` give
+    the arrays of weights away: the next `fit` would be refused, and a model
+    that was evaluated, or is a part of another one that was trained, could not
+    be saved.
     """
+    found = {id(v): v for v in model.variables}
+    for part in model._flatten_layers():
+        optimizer = getattr(part, "optimizer", None)
+        if isinstance(optimizer, keras.optimizers.Optimizer):
+            found |= {id(v): v for v in optimizer.variables}
     taken = set()
-    for variable in variables:
+    for variable in found.values():
         if id(variable.value) in taken:
             variable.assign(ops.copy(variable.value))
         taken.add(id(variable.value))

@@ -19,6 +19,7 @@ from blogkeras.arguments import (
 from blogkeras.hsic.distance_kernels import GaussianKernel
 from blogkeras.hsic.layers import flat, gather, gathered
 from blogkeras.hsic.statistic import Resolvent
+from blogkeras.state import separate
 
 READOUTS = ("unformatted", "format")
 # Decay of the counts of units and classes, per step.
@@ -256,7 +257,10 @@ class HSICBottleneck(keras.Model):
 
     def fit(self, x=None, y=None, *args, **kwargs):
         self._check_labels(y, kwargs.get("validation_data"))
-        return super().fit(x, y, *args, **kwargs)
+        separate(self)
+        history = super().fit(x, y, *args, **kwargs)
+        separate(self)
+        return history
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         self._check_labels(y)
