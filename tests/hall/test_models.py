@@ -59,7 +59,7 @@ def test_a_part_that_was_trained_with_averages_of_weights(frozen, tmp_path):
     head.fit(x, y, verbose=0)
     average = head.optimizer._model_variables_moving_average[0].numpy()
     head.trainable = not frozen
-    model = Linear(head)
+    model = Linear(keras.Sequential([head, layers.Dense(1)]))
     model.compile()
     model.fit(x, y, verbose=0)
     # What was given away with a step would be missed here.
