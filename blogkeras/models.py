@@ -15,13 +15,13 @@ from blogkeras.state import separate
 
 
 class CompositeModel(keras.Model):
-    """A model whose `compile` is overridden and is still saved and restored.
-
-    Keras compiles a loaded model by itself only where `compile` is its own.
-    """
+    """A model that is saved, restored and trained again with all its state."""
 
     def compile_from_config(self, config):
-        """Compiles a loaded model as the saved one was."""
+        """Compiles a loaded model as the saved one was.
+
+        Keras does this by itself only where `compile` is its own.
+        """
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)

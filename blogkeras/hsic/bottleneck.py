@@ -19,7 +19,7 @@ from blogkeras.arguments import (
 from blogkeras.hsic.distance_kernels import GaussianKernel
 from blogkeras.hsic.layers import flat, gather, gathered
 from blogkeras.hsic.statistic import Resolvent
-from blogkeras.state import separate
+from blogkeras.models import CompositeModel
 
 READOUTS = ("unformatted", "format")
 # Decay of the counts of units and classes, per step.
@@ -27,7 +27,7 @@ MEMORY = 0.99
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class HSICBottleneck(keras.Model):
+class HSICBottleneck(CompositeModel):
     """Trains each layer by its own objective, without gradients between layers.
 
     With Z_l the output of layer l on a batch X with labels Y (one-hot):
@@ -257,10 +257,7 @@ class HSICBottleneck(keras.Model):
 
     def fit(self, x=None, y=None, *args, **kwargs):
         self._check_labels(y, kwargs.get("validation_data"))
-        separate(self)
-        history = super().fit(x, y, *args, **kwargs)
-        separate(self)
-        return history
+        return super().fit(x, y, *args, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         self._check_labels(y)

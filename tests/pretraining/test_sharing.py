@@ -241,10 +241,10 @@ def test_layerwise_rates_of_a_schedule():
     np.testing.assert_allclose(rates, [0.5, 0.05, 0.005, 0.0005], rtol=1e-6)
 
 
-def updates(model, decay=0.5, boundaries=None):
+def updates(model, boundaries=None):
     """How far one step of all-ones gradients moves each layer's weights."""
     optimizer = blogkeras.layerwise_optimizer(
-        model, keras.optimizers.SGD(1.0), decay, boundaries
+        model, keras.optimizers.SGD(1.0), 0.5, boundaries
     )
     weights = model.trainable_variables
     before = [value(w) for w in weights]
