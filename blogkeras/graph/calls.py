@@ -5,6 +5,7 @@ import inspect
 from typing import Any
 
 import keras
+import numpy as np
 from keras import tree
 
 from blogkeras.backend import get_keras_mask
@@ -129,7 +130,8 @@ def calls_of(model, name):
 
 def as_list(layers):
     """A list of one thing, or of a list or tuple of several."""
-    return list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    several = isinstance(layers, (list, tuple, np.ndarray))
+    return list(layers) if several else [layers]
 
 
 def symbolic(structure):

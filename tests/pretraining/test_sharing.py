@@ -287,13 +287,17 @@ def test_layerwise_rates_of_relative_positions_and_side_inputs():
     h = layers.Embedding(VOCABULARY, DIM, name="table")(ids)
     positions = layers.Dense(DIM, name="positions")(ops.one_hot(ids, 3))
     for i in range(2):
-        h = layers.Add()([h, positions])
-        h = layers.Dense(DIM, name=f"transformer_layer_{i}")(h)
+        block = layers.MultiHeadAttention(1, 3, name=f"transformer_layer_{i}")
+        h = block(h, positions)
     h = layers.Concatenate()([h, layers.Dense(3, name="wide")(side)])
     model = keras.Model([ids, side], layers.Dense(2, name="head")(h))
     ends = ["table", "transformer_layer_0", "transformer_layer_1"]
     # What lies between given boundaries belongs to the block there.
-    for given, rate in ((None, 0.125), (ends, 0.25)):
+    for given, rate in (
+        (None, 0.125),
+        (ends, 0.25),
+        (np.array(ends), 0.25),
+    ):
         assert updates(model, boundaries=given) == {
             "table": [0.125],
             "positions": [rate],
