@@ -7,8 +7,9 @@ times or more are the vocabulary. With `--words jieba` whole words are masked.
     python examples/task_electra_pretraining.py [--corpus FILE] [--steps 1000]
 
 writes `results/electra/model.keras` every 250 steps; started again, it goes on
-from there. At the end `discriminator.keras` is the encoder to fine-tune, and
-what the generator and the discriminator have learned is shown on a few texts.
+from there. At the end `discriminator.keras` is the encoder to fine-tune, with
+the vocabulary in `settings.json`, and what the generator and the discriminator
+have learned is shown on a few texts.
 
 On all devices that there are: a CPU, one GPU or several, or the cores of a TPU
 (not tried on one); docs/scaling.md says what each needs, and how several
@@ -21,6 +22,7 @@ https://kexue.fm/archives/7846
 import argparse
 import collections
 import importlib.util
+import json
 import pathlib
 import uuid
 
@@ -178,6 +180,24 @@ def show(model, vocabulary, length):
     )
 
 
+def keep_settings(folder, options, vocabulary):
+    """Writes what a run depends on; a run that goes on must have the same."""
+    settings = {**vars(options), "vocabulary": vocabulary.tokens}
+    for name in ("output", "save_every"):
+        del settings[name]
+    path = folder / "settings.json"
+    if (folder / "model.keras").exists() and path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        other = [name for name in settings if before[name] != settings[name]]
+        if other:
+            raise ValueError(
+                f"Expected the settings of the run in {folder}, which would go "
+                "on; give a new run another `--output`. Received others for: "
+                + ", ".join(other)
+            )
+    path.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", help="a text file, one text a line")
@@ -207,6 +227,7 @@ def run(options):
     folder = pathlib.Path(options.output)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.keras"
+    keep_settings(folder, options, vocabulary)
     if path.exists():
         model = keras.saving.load_model(path)
         print(f"Going on after {model.steps} steps of {path}")

@@ -128,6 +128,93 @@ def calls_of(model, name):
     return sorted(found, key=lambda n: n.number)
 
 
+def described(calls, inputs=(), ignored=None):
+    """What calls compute, without the names and values of their weights.
+
+    Two lists of calls with equal descriptions compute the same once their
+    weights are equal.
+
+    Args:
+        calls: List of `Call`s.
+        inputs: Symbolic tensors from outside that are to be told apart.
+        ignored: Function of a name in a layer's configuration: whether it makes
+            no difference. By default only names make none.
+
+    Returns:
+        List of tuples, to compare.
+    """
+    ignored = ignored or _is_name
+    numbers, first = {id(x): i for i, x in enumerate(inputs)}, {}
+    found = []
+    for number, call in enumerate(calls):
+        operation = call.operation
+        # A layer that is called again is another thing than a second layer.
+        known = first.setdefault(operation, number)
+        arguments = tree.map_structure(
+            lambda x: (
+                numbers.get(id(x), "outside")
+                if isinstance(x, keras.KerasTensor)
+                else repr(x)
+            ),
+            (call.args, call.kwargs),
+        )
+        found.append(
+            (known, repr(arguments), described_layer(operation, ignored))
+        )
+        for x in call.outputs:
+            numbers[id(x)] = len(numbers)
+    return found
+
+
+def described_layer(operation, ignored=None):
+    """What a layer, a model or an operation computes: see `described`."""
+    ignored = ignored or _is_name
+    if isinstance(operation, keras.Layer):
+        weights = [tuple(w.shape) for w in operation.weights]
+    else:
+        weights = None
+    if isinstance(operation, keras.Model) and is_functional(operation):
+        model = whole_model(operation)
+        parts = described(calls(model), model.inputs, ignored)
+        return type(operation), weights, parts
+    try:
+        config = repr(_without(operation.get_config(), ignored))
+    except (NotImplementedError, TypeError, ValueError):
+        config = None  # it cannot be saved; its class and parts are known
+    parts = []
+    if isinstance(operation, keras.Layer):
+        # Some layers leave out of their configuration what they consist of.
+        parts = [
+            described_layer(part, ignored)
+            for part in operation._flatten_layers(
+                include_self=False, recursive=False
+            )
+        ]
+    return type(operation), weights, config, parts
+
+
+def _is_name(key):
+    return key == "name"
+
+
+# A model in the configuration of a layer: which names are connected.
+_LINKS = ("inbound_nodes", "input_layers", "output_layers")
+
+
+def _without(config, ignored):
+    if isinstance(config, dict):
+        if config.get("class_name") == "DTypePolicy":
+            return config  # its name says what it is
+        return {
+            key: _without(value, ignored)
+            for key, value in config.items()
+            if not ignored(key) and key not in _LINKS
+        }
+    if isinstance(config, (list, tuple)):
+        return [_without(x, ignored) for x in config]
+    return config
+
+
 def as_list(layers):
     """A list of one thing, or of a list or tuple of several."""
     several = isinstance(layers, (list, tuple, np.ndarray))

@@ -1,9 +1,12 @@
 """What a pre-trainer must know of an encoder: its inputs, output and table."""
 
+import numbers
+
 import keras
 from keras import ops, tree
 
 from blogkeras.arguments import check_layer
+from blogkeras.graph import is_functional
 
 
 class Backbone:
@@ -17,12 +20,14 @@ class Backbone:
     Args:
         name: String. The argument's name, for messages.
         model: The encoder, built.
-        embedding: The layer that looks tokens up, or its name; `None` finds it.
+        embedding: The layer that looks tokens up, its name or its number among
+            the model's `keras.layers.Embedding`s; `None` finds it.
         pad_token: Integer.
 
     Attributes:
         model: The encoder.
         embedding: Its `keras.layers.Embedding`.
+        address: The argument `embedding` by which a loaded encoder finds it.
         dim: Integer. The size of its output vectors.
     """
 
@@ -40,6 +45,9 @@ class Backbone:
         self.pad_token = pad_token
         self.roles = _roles(name, model)
         self.embedding = find_embedding(name, model, embedding)
+        self.address = None
+        if embedding is not None:
+            self.address = embedding_address(model, self.embedding)
         self.dim = self._dim()
 
     @property
@@ -160,15 +168,46 @@ def _role(name):
     return None
 
 
-def find_embedding(name, model, given):
-    """The layer that looks the tokens up."""
-    layers = [
+def checked_embedding(embedding):
+    """What names the layer that looks up tokens, or a ValueError."""
+    known = (type(None), str, numbers.Integral, keras.layers.Layer)
+    if not isinstance(embedding, known) or isinstance(embedding, bool):
+        raise ValueError(
+            "Expected `embedding` to be a layer, its name or its number among "
+            f"the embeddings. Received: embedding={embedding!r}"
+        )
+    return embedding
+
+
+def embedding_address(model, layer):
+    """By which a loaded model finds the layer that looks the tokens up.
+
+    Its name, if that is the name of a functional model's own layer. Keras
+    gives layers inside of other layers new names when it loads them, so those
+    have a number.
+    """
+    own = model.layers if is_functional(model) else []
+    if [x for x in own if x.name == layer.name] == [layer]:
+        return layer.name
+    return _embeddings(model).index(layer)
+
+
+def _embeddings(model):
+    return [
         layer
         for layer in model._flatten_layers()
         if isinstance(layer, keras.layers.Embedding)
     ]
-    if given is not None:
-        chosen = [x for x in layers if given is x or given == x.name]
+
+
+def find_embedding(name, model, given):
+    """The layer that looks the tokens up."""
+    layers = _embeddings(model)
+    if isinstance(given, numbers.Integral):
+        chosen = layers[given : given + 1] if given >= 0 else []
+    elif given is not None:
+        chosen = [x for x in layers if given is x]
+        chosen = chosen or [x for x in layers if given == x.name]
     elif getattr(model, "token_embedding", None) in layers:
         chosen = [model.token_embedding]
     else:

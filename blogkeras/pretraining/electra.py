@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from blogkeras import backend
@@ -32,8 +33,8 @@ from blogkeras.pretraining.token_model import (
 from blogkeras.pretraining.tying import (
     SHARING,
     call_with_table,
+    checked_embeddings,
     connect,
-    embedding_names,
 )
 
 
@@ -51,9 +52,10 @@ class ElectraPretrainer(TokenModel):
     All of this is one compiled step, with new masks and new draws each time.
     The generator's head runs on the masked positions only. Tokens are drawn by
     inverting the distribution function (`sample_categorical`), and no gradient
-    passes the draw. `fit` takes tokens, or a dict with `"token_ids"` and, if
-    there are any, `"segment_ids"` and `"word_ids"`. Targets are not needed.
-    Sample weights are one number for each sequence.
+    passes the draw; a network never draws padding. `fit` takes tokens,
+    `[tokens, segments]`, or a dict with `"token_ids"` and, if there are any,
+    `"segment_ids"` and `"word_ids"`. Targets are not needed. Sample weights are
+    one number for each sequence.
 
     Afterwards `generator` and `discriminator` are plain models to fine-tune;
     `mask_filler()` is the masked-token model with its head.
@@ -89,7 +91,8 @@ class ElectraPretrainer(TokenModel):
             the only token with a probability above 0, it is drawn in any case.
         masking: A `TokenMasking`, instead of `mask_token`, `special_tokens` and
             `mask_rate`. By default 85 % of the positions show the mask token.
-        embedding: Name of the layer that looks up tokens, or a pair (the
+        embedding: Name of the layer that looks up tokens, the layer, or its
+            number among the network's embeddings; or a pair of such (the
             generator's, the discriminator's). `None` finds it.
         pad_token: Integer.
         seed: Integer or `None`.
@@ -170,10 +173,17 @@ class ElectraPretrainer(TokenModel):
         self.temperature = check_number("temperature", temperature, above=0)
         self.labels = check_choice("labels", labels, ("replaced", "generated"))
         self.allow_original = check_boolean("allow_original", allow_original)
-        self.embedding = embedding_names(embedding)
         self._generation, self._discrimination = connect(
-            generator, discriminator, sharing, self.embedding, pad_token
+            generator,
+            discriminator,
+            sharing,
+            checked_embeddings(embedding),
+            pad_token,
         )
+        self.embedding = [
+            part and part.address
+            for part in (self._generation, self._discrimination)
+        ]
         # Keras tracks all networks that an attribute has ever had: set it once.
         self.generator = (
             generator if self._generation is None else self._generation.model
@@ -240,7 +250,8 @@ class ElectraPretrainer(TokenModel):
             names = ["masked_accuracy", "masked_loss", *names]
         names += ["discriminator_loss", "discriminator_accuracy"]
         self._set_means(names)
-        self._auc = keras.metrics.AUC(201, name="discriminator_auc")
+        # Steps of 0.01 from the logit -10 to 10.
+        self._auc = keras.metrics.AUC(2001, name="discriminator_auc")
         self._rates = [
             keras.metrics.Precision(name="discriminator_precision"),
             keras.metrics.Recall(name="discriminator_recall"),
@@ -359,6 +370,11 @@ class ElectraPretrainer(TokenModel):
         )
         if self.token_counts is not None and training:
             self._count(ids)
+        if self._generation is not None:
+            # A discriminator that knows padding by its token would take a drawn
+            # one for padding, while the loss counts it as a token.
+            classes = ops.arange(self.vocabulary_size, dtype="int32")
+            logits = ops.where(classes == self.pad_token, -np.inf, logits)
         return draw_tokens(
             logits, targets, seed, self.temperature, self.allow_original
         )
@@ -413,9 +429,9 @@ class ElectraPretrainer(TokenModel):
         for metric in self._rates:
             metric.update_state(labels, probabilities, at_tokens)
         # Replaced tokens are rare, so most probabilities are small, and equal
-        # steps of the logit tell them apart better than equal steps of the
-        # probability. The AUC is the same for both. With evenly spaced
-        # thresholds Keras counts each token once, and not for each threshold.
+        # steps of the logit tell small ones apart. The AUC is the same for
+        # both. With evenly spaced thresholds Keras counts each token once, and
+        # not for each threshold, so many of them cost little.
         self._auc.update_state(
             labels, ops.clip((logits + 10) / 20, 0, 1), at_tokens
         )
@@ -443,7 +459,7 @@ class ElectraPretrainer(TokenModel):
         return MaskedLanguageModel(
             self.generator,
             masking=masking,
-            embedding=self._generation.embedding.name,
+            embedding=self._generation.embedding,
             head=self.generator_head,
             pad_token=self.pad_token,
             dtype=self.dtype_policy,

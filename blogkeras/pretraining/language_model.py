@@ -11,7 +11,7 @@ from blogkeras import backend
 from blogkeras.arguments import check_choice, check_integer, check_number
 from blogkeras.loops import ProgramCache
 from blogkeras.models import map_batches
-from blogkeras.pretraining.backbones import Backbone
+from blogkeras.pretraining.backbones import Backbone, checked_embedding
 from blogkeras.pretraining.heads import (
     BinaryHead,
     MaskedTokenHead,
@@ -57,7 +57,8 @@ class MaskedLanguageModel(TokenModel):
         masking: A `TokenMasking`, instead of `mask_token`, `special_tokens` and
             `mask_rate`. By default 80 % of the positions show the mask token
             and 10 % a random token.
-        embedding: Name of the layer that looks up tokens. `None` finds it.
+        embedding: Name of the layer that looks up tokens, the layer, or its
+            number among the backbone's embeddings. `None` finds it.
         head: A `MaskedTokenHead` to go on with. `None` makes one.
         pad_token: Integer.
         seed: Integer or `None`.
@@ -110,9 +111,11 @@ class MaskedLanguageModel(TokenModel):
         self.pairs_weight = check_number(
             "pairs_weight", pairs_weight, minimum=0
         )
-        self._encoder = Backbone("backbone", backbone, embedding, pad_token)
+        self._encoder = Backbone(
+            "backbone", backbone, checked_embedding(embedding), pad_token
+        )
         self.backbone = self._encoder.model
-        self.embedding = getattr(embedding, "name", embedding)
+        self.embedding = self._encoder.address
         self._set_masking(
             self._encoder.vocabulary_size,
             masking,

@@ -30,7 +30,8 @@ def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
             bert4keras and KerasHub give them.
 
     Returns:
-        A `keras.optimizers.MultiOptimizer`, for `compile`.
+        A `keras.optimizers.MultiOptimizer`, for `compile`. It has no learning
+        rate of its own: let a schedule change the rate, not a callback.
 
     Raises:
         ImportError: where Keras has no `MultiOptimizer` (it came after 3.12;
@@ -71,6 +72,12 @@ def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
             "has an optimizer that would clip by its own gradients; take "
             "`clipnorm`. Received: "
             f"global_clipnorm={optimizer.global_clipnorm}"
+        )
+    if optimizer.loss_scale_factor is not None:
+        raise ValueError(
+            "Expected an optimizer without `loss_scale_factor`, which Keras's "
+            "`MultiOptimizer` does not take on. Received: loss_scale_factor="
+            f"{optimizer.loss_scale_factor}"
         )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         raise ValueError(

@@ -74,7 +74,7 @@ class TokenMasking(keras.layers.Layer):
     Call arguments:
         inputs: Tokens `(batch, length)`, integers, with a known length; or
             `[tokens, words]`, where neighbours with the same number in `words`,
-            `(batch, length)`, are of one word.
+            `(batch, length)`, are of one word (not with `unit="token"`).
         training: Boolean.
 
     Returns:
@@ -215,6 +215,8 @@ class TokenMasking(keras.layers.Layer):
                 "is known, so that the number of masked positions is. "
                 f"Received: tokens.shape={tuple(ids.shape)}"
             )
+        if words is not None:
+            self.check_takes_words()
         if words is not None and not shapes_agree(words.shape, ids.shape):
             raise ValueError(
                 "Expected words of the shape of the tokens. Received: "
@@ -223,6 +225,15 @@ class TokenMasking(keras.layers.Layer):
             )
         check_integers("tokens", ids, 0, self.vocabulary_size - 1)
         return ops.cast(ids, "int32"), words
+
+    def check_takes_words(self):
+        """Raises a `ValueError` where numbers of words would be ignored."""
+        if self.unit == "token":
+            raise ValueError(
+                "Expected a `TokenMasking` with unit='word', 'ngram' or 'span' "
+                "where numbers of words are given, since single tokens may be "
+                "parts of words. Received: unit='token'"
+            )
 
     def _choose(self, ids, words, seed):
         """Positions and weights, `(batch, K)`."""

@@ -13,13 +13,21 @@ from blogkeras.graph import (
     calls_of_blocks,
     copied,
     copied_layer,
+    described,
     input_like,
     rearranged,
     whole_model,
 )
-from blogkeras.pretraining.backbones import find_embedding
+from blogkeras.pretraining.backbones import (
+    checked_embedding,
+    find_embedding,
+)
 
 SOURCES = ("first", "mean")
+# Options of layers that change nothing in what a trained block computes.
+_TRAINING_ONLY = re.compile(
+    r"name|trainable|seed|rate|.*(dropout|initializer|regularizer|constraint).*"
+)
 
 
 def share_layers(
@@ -56,7 +64,8 @@ def share_layers(
         A functional `keras.Model` with weights of its own.
 
     Raises:
-        ValueError: if the blocks differ in layers or sizes, their number is not
+        ValueError: if the blocks differ in layers, sizes or options (dropout
+            and other things of training alone may differ), their number is not
             divisible by groups · inner, or `source` is not of their shapes.
 
     Example:
@@ -203,7 +212,8 @@ def factorize_embedding(
         model: A functional model that looks tokens up in a
             `keras.layers.Embedding`, and uses its table for nothing else.
         size: Integer from 1 to H.
-        embedding: Name of that layer; `None` finds it.
+        embedding: Name of that layer, the layer, or its number among the
+            model's embeddings; `None` finds it.
 
     Returns:
         `(model, error)`: a functional `keras.Model` with weights of its own,
@@ -225,7 +235,7 @@ def factorize_embedding(
         [Lan et al., 2019](https://arxiv.org/abs/1909.11942)
     """
     model = whole_model(model)
-    layer = find_embedding("model", model, embedding)
+    layer = find_embedding("model", model, checked_embedding(embedding))
     if layer.quantization_mode is not None:
         raise ValueError(
             "Expected an embedding of floats; factorize first, then quantize. "
@@ -309,20 +319,28 @@ def _set_weights(layers, values):
 
 
 def _check_alike(blocks, order):
-    """Blocks that become one must be of one kind."""
+    """Blocks that become one must compute the same, but for their weights."""
 
-    def kind(block):
+    def sizes(block):
         return [
             (type(x).__name__, [tuple(w.shape) for w in x.weights])
             for x in _layers(block)
         ]
 
+    kinds = [
+        described(block, ignored=_TRAINING_ONLY.fullmatch) for block in blocks
+    ]
     for i, first in enumerate(order):
-        if kind(blocks[i]) != kind(blocks[first]):
+        if kinds[i] != kinds[first]:
+            received = f"block {first} {sizes(blocks[first])}, block {i} "
+            if sizes(blocks[i]) != sizes(blocks[first]):
+                received += f"{sizes(blocks[i])}"
+            else:
+                received += "of the same sizes, with other options or links"
             raise ValueError(
-                "Expected blocks of the same layers and sizes, to share them. "
-                f"Received: block {first} {kind(blocks[first])}, "
-                f"block {i} {kind(blocks[i])}"
+                "Expected blocks of the same layers, options and sizes, to "
+                "share them; blocks of several kinds in turn can be shared "
+                f"with `inner`. Received: {received}"
             )
 
 

@@ -134,6 +134,7 @@ class TokenModel(TargetlessModel):
             check_integers("segments", parts[1])
         if parts[2] is not None:
             check_integers("word_ids", parts[2], minimum=-(2**31))
+            self.masking.check_takes_words()
         return parts
 
     def _prepared(self, x):
@@ -162,19 +163,57 @@ class TokenModel(TargetlessModel):
     def _check_data(self, x):
         if hasattr(x, "__array__") and not ops.is_tensor(x):
             x = np.asarray(x)
-        batch = x
-        if hasattr(x, "element_spec"):  # a tf.data.Dataset
-            batch = _inputs(next(iter(x.take(1)), None))
-            # TensorFlow's tensors, on the JAX backend too.
-            batch = tree.map_structure(np.asarray, batch)
+        if _is_data(x):
+            return x, self._check_batch(x)
+        if hasattr(x, "__next__"):
+            return self._checked_batches(x), None
+        # A distributed data set of TensorFlow has no first batch to look at.
+        if hasattr(x, "element_spec") and hasattr(x, "take"):
+            batch = next(iter(x.take(1)), None)
         elif isinstance(x, keras.utils.PyDataset):
-            batch = _inputs(x[0])
-        if not _is_data(batch):
+            batch = x[0]
+        else:
             return x, None
-        tokens = self._split(batch)[0]
-        if not len(tokens):
+        if batch is not None:
+            self._check_batch(*_parts(batch))
+        return x, None
+
+    def _check_batch(self, x, y=None):
+        """Checks arrays, and says how many rows they have."""
+        self._check_no_targets(y)
+        if not ops.is_tensor(x):
+            # TensorFlow's tensors, on the JAX backend too.
+            x = tree.map_structure(
+                lambda part: (
+                    np.asarray(part) if hasattr(part, "shape") else part
+                ),
+                x,
+            )
+        rows = len(self._split(x)[0])
+        if not rows:
             raise ValueError("Expected at least one sequence. Received: none")
-        return x, len(tokens) if batch is x else None
+        return rows
+
+    def _checked_batches(self, batches):
+        """The batches of a generator, each of them checked."""
+        for batch in batches:
+            self._check_batch(*_parts(batch))
+            yield batch
+
+    def _checked(self, x, y=None, sample_weight=None):
+        self._check_no_targets(y)
+        return super()._checked(x, y, sample_weight)
+
+    def _check_no_targets(self, y):
+        # Two arrays in a tuple are inputs and targets for Keras. Segments that
+        # were meant as inputs would be ignored.
+        if len(getattr(y, "shape", ())) > 1:
+            raise ValueError(
+                "Expected no targets, since the model makes its own. Segments "
+                "are a part of the input: [tokens, segments] or a dict, and "
+                "([tokens, segments],) as validation data. Received: targets "
+                f"of shape {tuple(y.shape)}"
+            )
 
     def _added_losses(self):
         """What layers gave to `add_loss`, regularizers included."""
@@ -274,9 +313,10 @@ def as_masking(
     return masking
 
 
-def _inputs(batch):
-    """The inputs in a batch, which may have targets and weights besides."""
-    return batch[0] if isinstance(batch, tuple) else batch
+def _parts(batch):
+    """`(inputs, targets or None)` of a batch."""
+    parts = batch if isinstance(batch, tuple) else (batch,)
+    return (*parts, None)[:2]
 
 
 def _is_data(x):

@@ -5,7 +5,8 @@ from keras import ops
 
 from blogkeras.arguments import check_choice
 from blogkeras.backend.scopes import RecordingScope, no_autocast
-from blogkeras.pretraining.backbones import Backbone
+from blogkeras.graph import described_layer
+from blogkeras.pretraining.backbones import Backbone, checked_embedding
 from blogkeras.pretraining.drawing import FREQUENCIES, draws_without_network
 
 SHARING = ("embeddings", "disentangled", "none", "all")
@@ -18,8 +19,8 @@ def connect(generator, discriminator, sharing, names, pad_token):
         generator: Encoder, or what draws without a network.
         discriminator: Encoder.
         sharing: One of `SHARING`.
-        names: `None`, the name of the layer that looks up tokens, or a list of
-            two, the generator's and the discriminator's.
+        names: What names the layer that looks up tokens (see `Backbone`), or a
+            list of two such, the generator's and the discriminator's.
         pad_token: Integer.
 
     Returns:
@@ -110,22 +111,11 @@ def call_with_table(backbone, table, *args, **kwargs):
     return outputs, loss
 
 
-def embedding_names(embedding):
-    """Names of layers: `None`, one name, or a list of two."""
-
-    def name(part):
-        if part is None or isinstance(part, str):
-            return part
-        if isinstance(part, keras.layers.Layer):
-            return part.name
-        raise ValueError(
-            "Expected `embedding` to be the name of a layer, or a pair of "
-            f"names. Received: embedding={embedding!r}"
-        )
-
+def checked_embeddings(embedding):
+    """What names layers that look up tokens: one, or a list of two."""
     if isinstance(embedding, (list, tuple)) and len(embedding) == 2:
-        return [name(part) for part in embedding]
-    return name(embedding)
+        return [checked_embedding(part) for part in embedding]
+    return checked_embedding(embedding)
 
 
 def _check_pair(generation, discrimination, sharing):
@@ -165,23 +155,4 @@ def _equal(one, other):
         return True
     if not isinstance(one, keras.layers.Layer):
         return False
-
-    def description(model):
-        layers = []
-        for layer in model._flatten_layers():
-            config = {"weights": [tuple(w.shape) for w in layer.weights]}
-            if not isinstance(layer, keras.Model):
-                config |= layer.get_config()
-            layers.append((type(layer), repr(_nameless(config))))
-        return layers
-
-    return description(one) == description(other)
-
-
-def _nameless(config):
-    """A configuration without the names of a layer and of those in it."""
-    if isinstance(config, dict):
-        return {k: _nameless(v) for k, v in config.items() if k != "name"}
-    if isinstance(config, (list, tuple)):
-        return [_nameless(x) for x in config]
-    return config
+    return described_layer(one) == described_layer(other)

@@ -105,17 +105,45 @@ def test_losses_equal_an_independent_computation():
         with_segments(), MASK, [CLS, SEP], "sentence_order", pairs_weight=2.0
     )
     model.compile("sgd", jit_compile=JAX)
+    rng = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(rng.normal(size=variable.shape))
     logs = model.evaluate(PAIR, verbose=0, return_dict=True)
     inputs = {k: ops.convert_to_tensor(v) for k, v in PAIR.items()}
     out = {k: value(v) for k, v in model(inputs).items()}
-    # The loss of the pairs, from the logits.
-    q = special.expit(out["pair_logits"].astype("float64"))
-    pair = -np.log(np.where(out["pair_labels"] > 0, q, 1 - q))[:2].mean()
-    masked = out["masked_losses"] * out["mask_weights"]
-    masked = masked.sum() / out["mask_weights"].sum()
-    assert logs["pair_loss"] == pytest.approx(pair, rel=1e-5)
-    assert logs["masked_loss"] == pytest.approx(masked, rel=1e-5)
-    assert logs["loss"] == pytest.approx(masked + 2 * pair, rel=1e-5)
+    table, segment_table, kernel, bias = (
+        value(w, "float64") for w in model.backbone.weights
+    )
+    # Segments change places where the pair is changed.
+    changed = out["pair_labels"] > 0
+    swapped, kept = change("sentence_order", always), PAIR["segment_ids"]
+    segments = np.where(changed[:, None], swapped[1], kept)
+    h = table[out["token_ids"]] + segment_table[segments]
+    h = np.tanh(h @ kernel + bias)
+    w, b, v, c = (value(x, "float64") for x in model.pair_head.weights)
+    q = special.expit((np.tanh(h[:, 0] @ w + b) @ v + c)[:, 0])
+    pair = -np.log(np.where(changed, q, 1 - q))[:2].mean()
+    h = np.take_along_axis(h, out["mask_positions"][..., None], 1)
+    head = model.head
+    w, b = (value(x, "float64") for x in head.dense.weights)
+    h = h @ w + b
+    h = h * special.ndtr(h)
+    h = (h - h.mean(-1, keepdims=True)) / np.sqrt(
+        h.var(-1, keepdims=True) + 1e-6
+    )
+    scale, shift = (value(x, "float64") for x in head.normalization.weights)
+    p = special.log_softmax(
+        (h * scale + shift) @ table.T + value(head.bias, "float64"), -1
+    )
+    used = out["mask_weights"] > 0
+    masked = -np.take_along_axis(p, out["mask_ids"][..., None], -1)[..., 0]
+    masked = masked[used].mean()
+    right = (p.argmax(-1) == out["mask_ids"])[used].mean()
+    assert logs["pair_loss"] == pytest.approx(pair, rel=1e-6)
+    assert logs["pair_accuracy"] == ((q > 0.5) == changed)[:2].mean()
+    assert logs["masked_loss"] == pytest.approx(masked, rel=1e-6)
+    assert logs["masked_accuracy"] == pytest.approx(right)
+    assert logs["loss"] == pytest.approx(masked + 2 * pair, rel=1e-6)
 
 
 def test_next_sentences_cross_the_border_between_replicas():
@@ -561,6 +589,31 @@ def test_equal_networks_with_layers_inside_others():
 
     model = ElectraPretrainer(
         recurrent(), recurrent(), sharing="all", **ELECTRA
+    )
+    assert model.generator is model.discriminator
+
+
+def test_equal_layers_in_another_order_are_another_network():
+    def network(parallel):
+        ids = keras.Input((LENGTH,), dtype="int32")
+        h = layers.Embedding(VOCABULARY, 6)(ids)
+        one, two = layers.Dense(6), layers.Dense(6)
+        if parallel:
+            return keras.Model(ids, ops.tanh(one(h) + two(h)))
+        return keras.Model(ids, ops.tanh(two(one(h)) + h))
+
+    def with_operation(operation):
+        ids = keras.Input((LENGTH,), dtype="int32")
+        return keras.Model(ids, operation(layers.Embedding(VOCABULARY, 6)(ids)))
+
+    for one, other in (
+        (network(False), network(True)),
+        (with_operation(ops.tanh), with_operation(ops.relu)),
+    ):
+        with pytest.raises(ValueError, match="two equal networks"):
+            ElectraPretrainer(one, other, sharing="all", **ELECTRA)
+    model = ElectraPretrainer(
+        network(True), network(True), sharing="all", **ELECTRA
     )
     assert model.generator is model.discriminator
 

@@ -6,7 +6,12 @@ import pytest
 from keras import layers, ops
 from kit import SLOW_FILE_ON_JAX, TENSORFLOW, close_in_ulps, value
 
-from blogkeras import ElectraPretrainer, MaskedLanguageModel, token_blocks
+from blogkeras import (
+    ElectraPretrainer,
+    MaskedLanguageModel,
+    TokenMasking,
+    token_blocks,
+)
 
 pytestmark = SLOW_FILE_ON_JAX
 
@@ -153,3 +158,181 @@ def test_frequencies_are_counted_in_float32():
 def test_what_makes_no_blocks(tokens, arguments, message):
     with pytest.raises(ValueError, match=message):
         token_blocks(["a b"], lambda text: tokens, 4, **arguments)
+
+
+def compiled_language_model(**options):
+    model = MaskedLanguageModel(encoder(), 4, seed=0, **options)
+    model.compile("sgd")
+    return model
+
+
+def test_each_batch_of_a_generator_is_looked_at():
+    """A token out of range would be NaN, or the last token of the table."""
+
+    def batches():
+        yield (IDS,)
+        while True:
+            yield (np.full_like(IDS, VOCABULARY),)
+
+    model = compiled_language_model()
+    # TensorFlow puts its own error around that of a generator.
+    with pytest.raises(Exception, match="at least 0 and at most 22"):
+        model.fit(batches(), steps_per_epoch=4, verbose=0)
+    assert all(np.isfinite(value(v)).all() for v in model.variables)
+    with pytest.raises(ValueError, match="at least 0 and at most 22"):
+        model.fit(iter([IDS + 99] * 3), steps_per_epoch=2, verbose=0)
+
+
+def test_segments_that_would_be_targets_are_refused():
+    import tensorflow as tf
+
+    ids = keras.Input((LENGTH,), dtype="int32", name="token_ids")
+    segments = keras.Input((LENGTH,), dtype="int32", name="segment_ids")
+    h = layers.Embedding(VOCABULARY, 8, name="tokens")(ids)
+    h += layers.Embedding(2, 8)(segments)
+    model = MaskedLanguageModel(keras.Model([ids, segments], h), 4)
+    model.compile("sgd", run_eagerly=True)
+    zeros = np.zeros_like(IDS)
+    for x, options in (
+        ([IDS, zeros], {"validation_data": [IDS, zeros]}),
+        (IDS, {"y": zeros}),
+        (tf.data.Dataset.from_tensors((IDS, zeros)), {}),
+        (iter([(IDS, zeros)] * 2), {"steps_per_epoch": 1}),
+    ):
+        with pytest.raises(ValueError, match="Expected no targets"):
+            model.fit(x, verbose=0, **options)
+    model.fit([IDS, zeros], validation_data=([IDS, zeros],), verbose=0)
+
+
+def test_numbers_of_words_are_not_ignored():
+    words = np.arange(LENGTH, dtype="int32")[None].repeat(4, 0) // 2
+    data = {"token_ids": IDS, "word_ids": words}
+    with pytest.raises(ValueError, match="unit='word'"):
+        compiled_language_model().fit(data, verbose=0)
+    masking = TokenMasking(VOCABULARY, 4)
+    with pytest.raises(ValueError, match="unit='word'"):
+        masking([IDS, words])
+    masking = TokenMasking(VOCABULARY, 4, rate=0.2, unit="word", seed=0)
+    model = MaskedLanguageModel(encoder(), masking=masking)
+    model.compile("sgd")
+    model.fit(data, verbose=0)
+    positions = value(model(data)["mask_positions"])
+    positions = positions[value(model(data)["mask_weights"]) > 0]
+    assert sorted(np.unique(positions // 2, return_counts=True)[1]) == [2] * 4
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class TokensAndPlaces(layers.Layer):
+    """As in keras.io's examples: the parts have no names of their own."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.places = layers.Embedding(LENGTH, 8)
+        self.tokens = layers.Embedding(VOCABULARY, 8)
+
+    def build(self, shape):
+        self.places.build(shape)
+        self.tokens.build(shape)
+
+    def call(self, ids):
+        return self.tokens(ids) + self.places(ops.arange(LENGTH))
+
+
+@pytest.mark.parametrize("electra", [False, True])
+def test_a_table_without_a_name_of_its_own_is_found_again(electra, tmp_path):
+    def network(name):
+        ids = keras.Input((LENGTH,), dtype="int32")
+        layer = TokensAndPlaces()
+        return keras.Model(ids, layer(ids), name=name), layer.tokens
+
+    one, table = network("one")
+    if electra:
+        two, other = network("two")
+        model = ElectraPretrainer(one, two, 4, embedding=[table, other.name])
+    else:
+        model = MaskedLanguageModel(one, 4, embedding=table)
+    model.compile("sgd", run_eagerly=True)
+    model.fit(IDS, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for ours, theirs in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(value(ours), value(theirs))
+    assert loaded.vocabulary_size == VOCABULARY
+    loaded.fit(IDS, verbose=0)
+    with pytest.raises(ValueError, match="`embedding`"):
+        MaskedLanguageModel(one, 4, embedding=1.5)
+    with pytest.raises(ValueError, match="embedding=2"):
+        MaskedLanguageModel(one, 4, embedding=2)
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow only")
+def test_a_distributed_data_set():
+    import tensorflow as tf
+
+    strategy = tf.distribute.get_strategy()
+    data = tf.data.Dataset.from_tensors(IDS).repeat(2)
+    model = compiled_language_model()
+    model.fit(strategy.experimental_distribute_dataset(data), verbose=0)
+    assert model.steps == 2
+
+
+@pytest.mark.parametrize("unit", ["word", "ngram", "span"])
+def test_groups_are_masked_inside_of_a_compiled_step(unit):
+    masking = TokenMasking(VOCABULARY, 4, unit=unit, rate=0.3, seed=0)
+    model = MaskedLanguageModel(encoder(), masking=masking)
+    model.compile("sgd", jit_compile=True)
+    words = np.arange(LENGTH, dtype="int32")[None].repeat(4, 0) // 2
+    data = {"token_ids": IDS, "word_ids": words}
+    history = model.fit(data, epochs=2, batch_size=4, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert model.steps == 2
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="bert4keras runs on TensorFlow")
+@pytest.mark.parametrize("kind", ["masked", "disentangled"])
+def test_networks_of_bert4keras_are_saved_and_loaded(kind, tmp_path):
+    import blogkeras.bert4keras  # noqa: F401
+
+    # isort: split
+    from bert4keras.models import build_transformer_model
+
+    def network(name, hidden):
+        return build_transformer_model(
+            model="bert",
+            name=name,
+            vocab_size=VOCABULARY,
+            embedding_size=8,
+            hidden_size=hidden,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            hidden_act="gelu",
+            max_position=LENGTH,
+            segment_vocab_size=2,
+            dropout_rate=0.1,
+        )
+
+    if kind == "masked":
+        model = MaskedLanguageModel(network("one", 8), 4, seed=0)
+    else:
+        model = ElectraPretrainer(
+            network("one", 4), network("two", 8), 4, sharing=kind, seed=0
+        )
+    model.compile("adam", run_eagerly=True)
+    data = [IDS, np.zeros_like(IDS)]
+    model.fit(data, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.run_eagerly = True
+    for one in (model, loaded):
+        one.fit(data, verbose=0)
+    for ours, theirs in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(value(ours), value(theirs))
+    if kind == "disentangled":
+        masked = np.where(np.arange(LENGTH) == 3, 4, IDS)
+        for one, other in zip(
+            model.mask_filler().fill_mask([masked, data[1]]),
+            loaded.mask_filler().fill_mask([masked, data[1]]),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
