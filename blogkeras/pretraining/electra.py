@@ -106,7 +106,8 @@ class ElectraPretrainer(TokenModel):
         ValueError: if the networks have different vocabularies, no embedding to
             share, or different sizes where `sharing` needs equal ones; if there
             is no mask token, or one that is the padding; on arguments out of
-            range; and in `fit`, on tokens outside of the vocabulary.
+            range; and in `fit`, on tokens outside of the vocabulary: in arrays,
+            all batches of a generator, the first batch of a data set.
 
     Example:
 

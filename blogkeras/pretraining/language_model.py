@@ -69,7 +69,8 @@ class MaskedLanguageModel(TokenModel):
     Raises:
         ValueError: if the backbone is not built, does not map tokens to vectors
             or has no embedding; if there is no mask token; on arguments out of
-            range; and in `fit`, on tokens outside of the vocabulary.
+            range; and in `fit`, on tokens outside of the vocabulary: in arrays,
+            all batches of a generator, the first batch of a data set.
 
     Example:
 

@@ -269,9 +269,10 @@ def test_a_table_without_a_name_of_its_own_is_found_again(electra, tmp_path):
 def test_a_distributed_data_set():
     import tensorflow as tf
 
-    strategy = tf.distribute.get_strategy()
+    strategy = tf.distribute.MirroredStrategy(["/cpu:0"])
     data = tf.data.Dataset.from_tensors(IDS).repeat(2)
-    model = compiled_language_model()
+    with strategy.scope():
+        model = compiled_language_model()
     model.fit(strategy.experimental_distribute_dataset(data), verbose=0)
     assert model.steps == 2
 
