@@ -109,3 +109,28 @@ def test_the_reviews_are_unique_and_have_one_label(reviews, monkeypatch):
     assert len(built_in) == 8379 + 9078 - 2 * 47
     assert sum(label for _, label in built_in) == 8379 - 47
     assert len({text for text, _ in built_in}) == len(built_in)
+
+
+@pytest.mark.verify
+def test_pre_training_goes_on_with_the_settings_it_began_with(
+    capsys, monkeypatch, tmp_path
+):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(f"房间很干净{i}电影不错" for i in range(9)))
+    command = "--batch 4 --length 16 --dim 16 --blocks 1 --save-every 2".split()
+    command += ["--corpus", str(corpus), "--output", str(tmp_path / "run")]
+
+    def run(*options):
+        name = "task_electra_pretraining.py"
+        monkeypatch.setattr(sys, "argv", [name, *command, *options])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    assert "Guessed and told" in run("--steps", "4")
+    assert "Going on after 4 steps" in run("--steps", "4")
+    assert (tmp_path / "run/discriminator.keras").exists()
+    with pytest.raises(ValueError, match=r"Received others for: steps$"):
+        run("--steps", "6")
+    corpus.write_text("书" * 9)
+    with pytest.raises(ValueError, match=r"Received others for: vocabulary$"):
+        run("--steps", "4")
