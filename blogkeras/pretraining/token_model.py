@@ -224,7 +224,7 @@ class TokenModel(TargetlessModel):
     @property
     def steps(self):
         """How many training steps the model has made; saved with it."""
-        return int(ops.convert_to_numpy(self.masking.draws.iterations.value))
+        return int(ops.convert_to_numpy(self.masking.draws.iterations))
 
     def get_config(self):
         masking = self.masking if self._masking_given else None

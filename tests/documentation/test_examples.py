@@ -3,11 +3,13 @@
 In this process: importing TensorFlow takes longer than a basic example.
 """
 
+import contextlib
 import os
 import pathlib
 import runpy
 import subprocess
 import sys
+import types
 
 import keras
 import pytest
@@ -117,6 +119,11 @@ def test_pre_training_goes_on_with_the_settings_it_began_with(
 ):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("\n".join(f"房间很干净{i}电影不错" for i in range(9)))
+    # A second strategy in one process fails in TensorFlow.
+    monkeypatch.setattr(
+        "blogkeras.backend.distribution",
+        lambda: types.SimpleNamespace(scope=contextlib.nullcontext),
+    )
     command = "--batch 4 --length 16 --dim 16 --blocks 1 --save-every 2".split()
     command += ["--corpus", str(corpus), "--output", str(tmp_path / "run")]
 
