@@ -7,6 +7,9 @@ from keras import layers
 
 from blogkeras.arguments import check_integer
 
+# Shapes here end in the channels, whatever Keras is configured to.
+_SAME = {"padding": "same", "data_format": "channels_last"}
+
 
 def sonnet_autoencoder(
     input_shape=(32, 32, 3),
@@ -55,7 +58,7 @@ def sonnet_autoencoder(
             filters,
             size,
             strides,
-            padding="same",
+            **_SAME,
             kernel_initializer=keras.initializers.TruncatedNormal(
                 stddev=stddev
             ),
@@ -111,14 +114,14 @@ def blog_autoencoder(input_shape=(128, 128, 3), dim=128, num_blocks=None):
     num_blocks = check_integer("num_blocks", num_blocks, minimum=0)
 
     def block(x):
-        h = layers.Conv2D(dim, 3, padding="same")(layers.ReLU()(x))
+        h = layers.Conv2D(dim, 3, **_SAME)(layers.ReLU()(x))
         h = layers.ReLU()(layers.BatchNormalization()(h))
-        return layers.Add()([x, layers.Conv2D(dim, 1, padding="same")(h)])
+        return layers.Add()([x, layers.Conv2D(dim, 1, **_SAME)(h)])
 
     x = keras.Input(input_shape)
-    h = layers.Conv2D(dim, 4, 2, padding="same")(x)
+    h = layers.Conv2D(dim, 4, 2, **_SAME)(x)
     h = layers.ReLU()(layers.BatchNormalization()(h))
-    h = layers.Conv2D(dim, 4, 2, padding="same")(h)
+    h = layers.Conv2D(dim, 4, 2, **_SAME)(h)
     h = layers.BatchNormalization()(h)
     for index in range(num_blocks):
         h = block(h)
@@ -129,10 +132,10 @@ def blog_autoencoder(input_shape=(128, 128, 3), dim=128, num_blocks=None):
     z = h = keras.Input(encoder.output_shape[1:])
     for _ in range(num_blocks):
         h = block(layers.BatchNormalization()(h))
-    h = layers.Conv2DTranspose(dim, 4, 2, padding="same")(h)
+    h = layers.Conv2DTranspose(dim, 4, 2, **_SAME)(h)
     h = layers.ReLU()(layers.BatchNormalization()(h))
     h = layers.Conv2DTranspose(
-        input_shape[-1], 4, 2, padding="same", activation="tanh"
+        input_shape[-1], 4, 2, activation="tanh", **_SAME
     )(h)
     return encoder, keras.Model(z, h, name="decoder")
 

@@ -307,7 +307,8 @@ class _CausalConv(layers.Layer):
     def call(self, h):
         kernel, bias = self._weights()
         padding = [[0, 0], [self.reach, 0], [self.reach] * 2, [0, 0]]
-        return ops.conv(ops.pad(h, padding), kernel) + bias
+        h = ops.pad(h, padding)
+        return ops.conv(h, kernel, data_format="channels_last") + bias
 
     def start(self, num):
         height, width = self.code_shape

@@ -172,6 +172,27 @@ def test_sizes_that_the_strides_do_not_divide():
             function((32, 32, 3), dim=4.5)
 
 
+@pytest.mark.parametrize("name", ["sonnet", "blog", "prior"])
+def test_channels_are_last_whatever_keras_is_told(name):
+    def outputs():
+        keras.utils.set_random_seed(0)
+        if name == "prior":
+            model = CodePrior(CODES, (2, 3), "convolution", dim=4, num_layers=1)
+            return kit.value(model(LABELS.reshape(1, 2, 3) % CODES))
+        if name == "sonnet":
+            encoder, decoder = sonnet_autoencoder((4, 8, 2), 3, 4, 2, 1)
+        else:
+            encoder, decoder = blog_autoencoder((4, 8, 2), 3)
+        return kit.value(decoder(encoder(np.ones((1, 4, 8, 2), "float32"))))
+
+    expected = outputs()
+    keras.config.set_image_data_format("channels_first")
+    try:
+        np.testing.assert_array_equal(outputs(), expected)
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
 # Shapes of inputs.
 
 
