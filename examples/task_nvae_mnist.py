@@ -89,11 +89,12 @@ def train(args, x):
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     saved, curve = output / "model.keras", output / "curve.csv"
+    next_curve = output / "next.csv"
     # Whole batches: a compiled step sees one shape.
     x = x[: len(x) // args.batch_size * args.batch_size]
     steps = len(x) // args.batch_size
     rows = read_curve(curve)
-    if rows and saved.exists():
+    if saved.exists():
         model = keras.saving.load_model(saved)
         done = int(model.draws.iterations) // steps
         rows = rows[:done]
@@ -112,13 +113,15 @@ def train(args, x):
                 "skipped": int(model.optimizer.skipped),
             }
         )
-        # The model first: its count of steps says which rows are true.
-        model.save(output / "next.keras")
-        (output / "next.keras").replace(saved)
-        with curve.open("w", encoding="utf-8", newline="") as file:
+        # The curve first. If the run is ended before the model is there, the
+        # count of steps of the one before says which rows are true.
+        with next_curve.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
+        next_curve.replace(curve)
+        model.save(output / "next.keras")
+        (output / "next.keras").replace(saved)
     return model, rows
 
 
