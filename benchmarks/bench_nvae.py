@@ -205,12 +205,14 @@ def serve(options):
 
 
 class Contender(Worker):
-    """A worker that answers with two times."""
+    """A worker that says how large its model is, and answers with two times."""
 
     def _answer(self):
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return [float(x) for x in line.split()[1:]]
+            if line.startswith("parameters"):
+                self.parameters = int(line.split()[1])
             print(self.name, line, end="", flush=True)
         raise RuntimeError(f"The contender {self.name!r} ended early.")
 
@@ -265,6 +267,12 @@ def contest(case, verb, names, options):
             environment = CONTENDERS[name][1]
             workers.append(
                 Contender(__file__, name, arguments, environment, python)
+            )
+        parameters = {worker.name: worker.parameters for worker in workers}
+        if len(set(parameters.values())) > 1:
+            raise RuntimeError(
+                "Expected equally many parameters everywhere. Received: "
+                f"{parameters}"
             )
         return measure(workers, options.rounds, warm_up=2)
     finally:
