@@ -278,6 +278,19 @@ def full_precision():
     return _framework.full_precision()
 
 
+def with_shape(x, shape):
+    """`x`, with the sizes that TensorFlow does not know where it traces.
+
+    A tensor of a data set may come without them. Of another shape it is an
+    error when the step runs. On JAX all sizes are known: `x`.
+
+    Args:
+        x: Tensor.
+        shape: Tuple, with `None` for a size that may be any.
+    """
+    return _framework.with_shape(x, shape)
+
+
 def is_concrete(x):
     """Whether `x` has its values now, outside of a traced function."""
     return not isinstance(x, keras.KerasTensor) and _framework.is_concrete(x)

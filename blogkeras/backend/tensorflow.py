@@ -331,7 +331,9 @@ def _batch_normalization(x, scale, offset, epsilon):
 
 def depthwise_convolution(x, kernel):
     if has_accelerator():
-        return ops.depthwise_conv(x, kernel, padding="same")
+        return ops.depthwise_conv(
+            x, kernel, padding="same", data_format="channels_last"
+        )
     return _depthwise_convolution(*map(tf.convert_to_tensor, (x, kernel)))
 
 
@@ -455,6 +457,10 @@ def step_memory(model, step, x, y):
 
 def full_precision():
     return contextlib.nullcontext()
+
+
+def with_shape(x, shape):
+    return tf.ensure_shape(x, shape)
 
 
 def is_concrete(x):

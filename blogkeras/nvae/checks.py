@@ -1,6 +1,7 @@
 """Checks of what the user gives: pixels and latent variables."""
 
 import types
+import warnings
 
 import keras
 import numpy as np
@@ -74,7 +75,12 @@ def check_pixels(x, config):
 
 
 def check_shape(shape, config):
-    """Raises a ValueError if pictures have another shape than the model's."""
+    """Raises a ValueError if pictures have another shape than the model's.
+
+    Sizes that TensorFlow does not know where it traces pass.
+    """
+    if getattr(shape, "rank", 4) is None:
+        return
     expected = config.input_shape
     names = ", ".join(map(str, expected))
     if len(shape) != 4 or any(
@@ -84,6 +90,31 @@ def check_shape(shape, config):
         raise ValueError(
             f"Expected pictures of shape (n, {names}). "
             f"Received: shape {tuple(shape)}"
+        )
+
+
+def check_no_metrics(arguments):
+    """Raises a ValueError where `compile` is given metrics."""
+    for name in ("metrics", "weighted_metrics"):
+        if arguments.get(name):
+            raise ValueError(
+                "Expected no metrics: there are no targets, and the model has "
+                "its own, `nelbo`, `reconstruction` and `kl`. Received: "
+                f"{name}={arguments[name]!r}"
+            )
+
+
+def warn_if_not_annealed(config):
+    """Warns where `spectral_start` has no effect."""
+    steps = config.kl_warmup_steps + config.kl_constant_steps
+    if config.spectral_start is not None and not steps:
+        warnings.warn(
+            f"spectral_start={config.spectral_start} has no effect with "
+            "kl_warmup_steps=0: the spectral penalty goes from it to "
+            "spectral_weight as the weight of the KL term goes to 1, which it "
+            "is from the first step on. Published are warm-ups of 0.3 of all "
+            "steps.",
+            stacklevel=3,
         )
 
 

@@ -1,5 +1,6 @@
 """Convolutions with normalized weights, and the penalty on their norms."""
 
+import math
 import random
 
 import keras
@@ -139,7 +140,13 @@ class Convolution(keras.layers.Layer):
                 around = [(self.kernel_size - 1) // 2] * 2
                 x = ops.pad(x, [[0, 0], around, around, [0, 0]])
                 padding = "valid"
-            x = ops.conv(x, kernel, strides=self.strides, padding=padding)
+            x = ops.conv(
+                x,
+                kernel,
+                strides=self.strides,
+                padding=padding,
+                data_format="channels_last",
+            )
         return x + self.bias if self.use_bias else x
 
     def doubled(self, x):
@@ -244,21 +251,17 @@ class SpectralPenalty:
             total += ops.sum(matrices * (u[:, :, None] * v[:, None, :]))
         return total
 
-    def norms(self):
-        """The largest singular values, by the vectors of the last step.
 
-        Returns:
-            `{path of a convolution: NumPy number}`.
-        """
-        norms = {}
-        for layers, (left, right) in zip(
-            self.stacks, self.vectors, strict=True
-        ):
-            u, v = map(ops.convert_to_numpy, (left.value, right.value))
-            for i, layer in enumerate(layers):
-                matrix = ops.convert_to_numpy(layer.matrix())
-                norms[layer.path] = float(u[i] @ matrix @ v[i])
-        return norms
+def spectral_norm(layer):
+    """The largest singular value of a `Convolution`, in float64."""
+    matrix = ops.convert_to_numpy(layer.matrix()).astype("float64")
+    if not np.isfinite(matrix).all():
+        return math.nan
+    # Of the smaller of both products with the transposed matrix, which takes
+    # far less time than a decomposition of the matrix.
+    if matrix.shape[0] < matrix.shape[1]:
+        matrix = matrix.T
+    return math.sqrt(max(np.linalg.eigvalsh(matrix.T @ matrix)[-1], 0))
 
 
 def _normalize(x):

@@ -5,6 +5,7 @@ Small objects around tensors; everything is computed in float32.
 
 import math
 
+import numpy as np
 from keras import ops
 
 from blogkeras import backend
@@ -180,7 +181,8 @@ class DiscretizedLogisticMixture:
 
     def mean(self):
         """The mean of the continuous mixture, clipped to [0, 1]."""
-        weights = ops.softmax(self.logits, axis=-1)
+        # Keras's softmax warns where there is one component only.
+        weights = ops.exp(ops.log_softmax(self.logits, axis=-1))
         before = []
         for i in range(self.channels):
             before.append(self._mean(i, before, self.means, self.coefficients))
@@ -242,3 +244,20 @@ def noise(seed, rows=False):
         return backend.normal(shape, seed=seed)
 
     return draw
+
+
+def picture_numbers(x):
+    """Integers by which a batch of pictures is known: `(batch, ...)`, int32.
+
+    Their sum tells batches apart: each place of a pixel has a factor of its
+    own, with all 32 bits mixed.
+
+    Args:
+        x: `(batch, height, width, channels)` in [0, 1].
+    """
+    shape = x.shape[1:]
+    places = np.arange(1, math.prod(shape) + 1, dtype="uint32")
+    places *= np.uint32(0x9E3779B9)  # 2³² / the golden ratio
+    places ^= places >> np.uint32(15)
+    steps = ops.cast(ops.round(ops.cast(x, "float32") * 65535), "int32")
+    return steps * places.view("int32").reshape(shape)

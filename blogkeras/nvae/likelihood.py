@@ -15,14 +15,14 @@ def evaluate_likelihood(
 ):
     """As `NVAE.evaluate_likelihood`, of arguments that were checked."""
     config = model.config
+    x, seed = verbs.pictures(x, config, seed)
 
     def program(x, index, seed):
-        x = model._prepare(x, StepSeed(seed, index[0]))
+        x = model._prepare(x)
         # The encoder runs once for all samples.
         features = model._encode(x)
 
         def log_weight(i):
-            # Stream 0 is the binary picture's.
             draws = StepSeed(stream_seed(seed, i + 1), index[0])
             outputs = model.decoder.draw(
                 x.shape[0], noise(draws), features=features, training=False

@@ -22,16 +22,27 @@ from blogkeras.nvae import objective, verbs
 from blogkeras.nvae.checks import (
     check_data,
     check_latents,
+    check_no_metrics,
     check_pixels,
     check_shape,
+    warn_if_not_annealed,
 )
-from blogkeras.nvae.convolution import Convolution, SpectralPenalty
-from blogkeras.nvae.distributions import noise, picture_sum, pixels
+from blogkeras.nvae.convolution import (
+    Convolution,
+    SpectralPenalty,
+    spectral_norm,
+)
+from blogkeras.nvae.distributions import (
+    noise,
+    picture_numbers,
+    picture_sum,
+    pixels,
+)
 from blogkeras.nvae.likelihood import evaluate_likelihood
 from blogkeras.nvae.networks import Decoder, Encoder
 from blogkeras.nvae.presets import PRESETS, NVAEConfig
 from blogkeras.nvae.statistics import recalibrate
-from blogkeras.state import NumberedDraws, StepSeed, draw_rows
+from blogkeras.state import NumberedDraws, draw_rows
 
 
 class _RowLoss(keras.losses.Loss):
@@ -70,14 +81,16 @@ class NVAE(TargetlessModel):
 
     Latent variables are drawn anew at each training step, numbered by a saved
     count: a model that is saved, loaded and trained further continues as if it
-    had not been interrupted. `evaluate` and `predict` draw the same numbers at
-    each call.
+    had not been interrupted. In `evaluate` and `predict` they depend on `seed`
+    and on the pictures of a batch alone: other batches draw other ones, and the
+    same batches the same ones at each call.
 
     Args:
         config: `NVAEConfig`, or a dict of its fields.
         recompute: Boolean. Whether cells are computed again for the gradient,
             which takes less memory and more time.
         seed: Integer or `None`.
+        **kwargs: Of `keras.Model`: `name`, `dtype`.
 
     Raises:
         ValueError: if `config` is no `NVAEConfig`; and in the verbs, on
@@ -144,7 +157,13 @@ class NVAE(TargetlessModel):
 
     @classmethod
     def from_preset(
-        cls, name, input_shape=None, recompute=False, seed=None, **changes
+        cls,
+        name,
+        input_shape=None,
+        recompute=False,
+        seed=None,
+        dtype=None,
+        **changes,
     ):
         """A published architecture, untrained.
 
@@ -157,9 +176,11 @@ class NVAE(TargetlessModel):
             input_shape: `(height, width, channels)`. Where height or width are
                 not the preset's, nothing is padded unless you say so. Defaults
                 to the preset's.
-            recompute, seed: As for `NVAE`.
+            recompute, seed, dtype: As for `NVAE`.
             **changes: Fields of `NVAEConfig`; those that depend on the number
                 of steps, such as `kl_warmup_steps`, are in no preset.
+                `imagenet_32`, `celeba_hq_256` and `ffhq_256` have a
+                `spectral_start`, which needs them.
         """
         check_choice("name", name, tuple(PRESETS))
         fields = PRESETS[name].to_dict()
@@ -168,7 +189,8 @@ class NVAE(TargetlessModel):
             if input_shape[:2] != tuple(fields["input_shape"][:2]):
                 fields["padding"] = 0
             fields["input_shape"] = input_shape
-        return cls(_config_of({**fields, **changes}), recompute, seed)
+        config = _config_of({**fields, **changes})
+        return cls(config, recompute, seed, dtype=dtype)
 
     def compile(self, optimizer="adamax", loss=None, **kwargs):
         if loss is not None:
@@ -181,6 +203,8 @@ class NVAE(TargetlessModel):
                 "Expected no loss_weights: the loss is the model's own. "
                 f"Received: loss_weights={kwargs['loss_weights']!r}"
             )
+        check_no_metrics(kwargs)
+        warn_if_not_annealed(self.config)
         super().compile(optimizer, **kwargs)
         self._programs.clear()
         # All shapes are known here. If the optimizer made its variables in the
@@ -224,13 +248,11 @@ class NVAE(TargetlessModel):
                 f"{type(inputs).__name__}"
             )
         check_shape(inputs.shape, self.config)
+        inputs = backend.with_shape(inputs, (None, *self.config.input_shape))
         if training:
             seed = self.draws.next_step()
         else:
-            seed = StepSeed(
-                ops.convert_to_tensor(self.draws.seed.value),
-                ops.convert_to_tensor(self.draws.iterations.value),
-            )
+            seed = self.draws.evaluation(picture_numbers(inputs))
         x = self._prepare(inputs, seed)
         outputs = self.decoder.draw(
             ops.shape(x)[0],
@@ -245,11 +267,17 @@ class NVAE(TargetlessModel):
             "kl": outputs["kl"],
         }
 
-    def _prepare(self, x, seed):
-        """The picture that the likelihood is of, float32."""
+    def _prepare(self, x, seed=None):
+        """The picture that the likelihood is of, float32.
+
+        Args:
+            x: `(batch, height, width, channels)`.
+            seed: Seed of binary pictures, where they are drawn from grey
+                values. `None`: they were drawn before, see `verbs.pictures`.
+        """
         config = self.config
         x = ops.cast(x, "float32")
-        if config.binarize == "dynamic":
+        if config.binarize == "dynamic" and seed is not None:
             u = draw_rows(backend.uniform, ops.shape(x), seed)
             return ops.cast(u < x, "float32")
         if config.likelihood == "logistic_mixture":
@@ -325,7 +353,8 @@ class NVAE(TargetlessModel):
                 variables, and sharpens the pixels' distribution; 0 is the mode.
             output: `"mean"` of the pixels, or a `"sample"` of them. Defaults
                 to the mean for binary pixels, else to the sample.
-            seed: Integer, `None` or a `keras.random.SeedGenerator`.
+            seed: Integer, `None` or a `keras.random.SeedGenerator`. What is
+                drawn depends on it and on `batch_size`.
             batch_size: Integer. Pictures computed at once.
             verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
 
@@ -379,7 +408,8 @@ class NVAE(TargetlessModel):
             temperature: Number ≥ 0 that multiplies the posteriors' scales. 0:
                 each group takes its mean.
             seed, batch_size, verbose: As for `sample`. With
-                `binarize="dynamic"` the binary picture is drawn, too.
+                `binarize="dynamic"` binary pictures are drawn, too, as in
+                `evaluate_likelihood`.
 
         Returns:
             Dict of three lists of NumPy arrays, one for each group: `z` as
@@ -486,8 +516,9 @@ class NVAE(TargetlessModel):
             ELBO = E log w,   IWAE-k = E log (1/k) Σ w_i,
             w = p(x, z) / q(z | x)
 
-        With `binarize="dynamic"` each picture is binarized once, by `seed`.
-        With `likelihood="normal"` p is a density.
+        With `binarize="dynamic"` each picture is binarized once, whatever the
+        batch: `np.random.default_rng(seed).random(x.shape) < x`. With
+        `likelihood="normal"` p is a density.
 
         Args:
             x: `(n, height, width, channels)`, or a data set of batches, which
@@ -522,6 +553,11 @@ class NVAE(TargetlessModel):
         variances over all of them replace the averages. Batches with numbers
         that are not finite are left out.
 
+        This is for `sample`. What decodes posteriors (`evaluate`, `predict`,
+        `encode`, `reconstruct`, `interpolate`, `evaluate_likelihood`) changes
+        with it, so measure first, or keep `get_weights()` of `norms` and set
+        them again.
+
         Args:
             num_batches: Integer.
             temperature: Number ≥ 0, as `sample` will be given.
@@ -536,10 +572,11 @@ class NVAE(TargetlessModel):
     def spectral_norms(self):
         """`{path of a convolution: its largest singular value}`.
 
-        By the saved singular vectors, which each training step moves.
+        Exact ones, of the present kernels as matrices; NaN where a kernel is
+        not finite. The penalty of training follows them by power iterations.
         """
         self.build()
-        return {} if self.penalty is None else self.penalty.norms()
+        return {layer.path: spectral_norm(layer) for layer in self.convolutions}
 
     def get_config(self):
         seed = self.seed if isinstance(self.seed, int) else None

@@ -40,7 +40,7 @@ def balance(config, kl, kl_weight):
 
     for the i-th scale from the coarsest ("square"); 2^i ("linear"), √2^i
     ("sqrt") or 1 ("equal") in place of α. Constants for the gradient; 1 as
-    soon as β is 1.
+    soon as β is 1, and always where there are no steps of warm-up.
 
     Args:
         config: `NVAEConfig`.

@@ -51,13 +51,15 @@ class NVAEConfig:
             normalization.
         spectral_start: Number > 0 or `None`. λ at the start; it then goes to
             `spectral_weight` as the weight of the KL term goes to 1, linearly
-            in its logarithm. `None`: constant.
+            in its logarithm. So it needs `kl_warmup_steps`; without them it
+            has no effect, and `compile` warns. `None`: constant.
         kl_warmup_steps: Integer. Training steps in which the weight of the KL
             term goes from 0 to 1. Published: 0.3 of all. 0: none.
         kl_constant_steps: Integer. Steps before them, at `kl_minimum`.
         kl_minimum: Number from 0 to 1. Least weight of the KL term.
         kl_balance: `"square"` (published), `"equal"`, `"linear"`, `"sqrt"` or
-            `None`: how the KL terms of groups are weighted during the warm-up.
+            `None`: how the KL terms of groups are weighted until the warm-up
+            ends. Without `kl_warmup_steps` they have equal weights.
         binarize: `"dynamic"` draws binary pictures anew at each step, with
             the pixels in [0, 1] as probabilities. `None`: pixels are 0 or 1
             already. For `"bernoulli"` only.

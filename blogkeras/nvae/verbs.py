@@ -95,15 +95,14 @@ def draw(model, z, num, temperature, output, seed, batch_size, verbose):
 def posterior(model, x, finish, key, temperature, seed, batch_size, verbose=0):
     """`finish(outputs, seed)` of what the decoder draws for pictures."""
     temperature = check_number("temperature", temperature, minimum=0)
-    x = check_pixels(x, model.config)
+    x, seed = pictures(check_pixels(x, model.config), model.config, seed)
 
     def program(x, index, temperature, seed):
         seed = StepSeed(seed, index[0])
-        x = model._prepare(x, seed)
         outputs = model.decoder.draw(
             x.shape[0],
             noise(seed),
-            features=model._encode(x),
+            features=model._encode(model._prepare(x)),
             temperature=temperature,
             training=False,
         )
@@ -112,6 +111,18 @@ def posterior(model, x, finish, key, temperature, seed, batch_size, verbose=0):
     return run(
         model, key, program, [x], (temperature,), seed, batch_size, verbose
     )
+
+
+def pictures(x, config, seed):
+    """Pictures, binary where the model binarizes, and the seed as an integer.
+
+    All rows are drawn from one stream of numbers before there are batches, so
+    that a binary picture does not depend on their size.
+    """
+    seed = int(ops.convert_to_numpy(base_seed(seed)))
+    if config.binarize == "dynamic":
+        x = (np.random.default_rng(seed).random(x.shape) < x).astype("float32")
+    return x, seed
 
 
 def what_is_shown(config, output):

@@ -13,6 +13,7 @@ from kit import (
     lower_train_step,
     replicated,
     slow_on_jax,
+    tensorflow_only,
     value,
 )
 
@@ -98,10 +99,33 @@ def test_flows_and_mixtures_are_built_as_counted():
     check_built(model)
 
 
+def test_a_preset_of_other_pictures():
+    """Padded where height and width are the preset's, else as one says."""
+    model = NVAE.from_preset("digits", (4, 8, 3), dtype="mixed_bfloat16")
+    assert model.dtype_policy.name == "mixed_bfloat16"
+    model.build()
+    check_built(model)
+    assert model.config.latent_shapes == ((1, 2, 4), (2, 4, 4), (2, 4, 4))
+    for shape, changes, padding in (
+        ((28, 28, 3), {}, 2),
+        ((32, 32, 1), {}, 0),
+        ((30, 30, 1), {"padding": 1}, 1),
+    ):
+        config = NVAE.from_preset("mnist_small", shape, **changes).config
+        assert config.input_shape == shape
+        assert config.padding == padding
+        assert config.channels == 8
+
+
 @pytest.fixture(scope="module")
 def trained():
     # Plain gradients: few operations to trace and compile.
-    model = make(keras.optimizers.SGD(1e-2), kl_warmup_steps=0, step=STEP)
+    model = make(
+        keras.optimizers.SGD(1e-2),
+        kl_warmup_steps=0,
+        spectral_start=None,
+        step=STEP,
+    )
     fit(model, epochs=2)
     return model
 
@@ -116,7 +140,7 @@ def eager(trained):
 
 
 def test_training_moves_everything(trained):
-    fresh = make(kl_warmup_steps=0)
+    fresh = make(kl_warmup_steps=0, spectral_start=None)
     same = [
         w.path
         for w, before in zip(trained.weights, fresh.weights, strict=True)
@@ -219,6 +243,84 @@ def test_recomputed_is_the_same():
         model.train_on_batch(X[:8])
     for ours, theirs in zip(weights(recomputed), weights(plain), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@slow_on_jax
+def test_a_compiled_step_recomputes_too():
+    """With the state of batch norms."""
+    small = {
+        "groups": (1,),
+        "channels": 2,
+        "spectral_weight": 0.0,
+        "spectral_start": None,
+    }
+    plain, recomputed = (
+        make(keras.optimizers.SGD(0.1), recompute=recompute, step=step, **small)
+        for recompute, step in ((False, EAGER), (True, STEP))
+    )
+    for model in (plain, recomputed):
+        model.train_on_batch(X[:8])
+    for ours, theirs in zip(weights(recomputed), weights(plain), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@slow_on_jax
+def test_each_batch_that_is_evaluated_draws_anew():
+    """By its pictures and the seed, not by how much was trained."""
+    model = make(groups=(1,), binarize="dynamic")
+
+    def found(*rows):
+        return value(model(X[[*rows]] / 2)["log_likelihood"])
+
+    first = found(0, 1)
+    assert abs(first[0] - found(0, 2)[0]) > 1e-3
+    model.draws.iterations.assign(7)
+    np.testing.assert_array_equal(found(0, 1), first)
+    model.draws.seed.assign(2)
+    assert abs(found(0, 1) - first).max() > 1e-3
+
+
+@slow_on_jax
+def test_moving_averages_of_weights_are_swapped_in():
+    """Keras's callback; the averages of both steps, computed here."""
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.75)
+    model = make(optimizer, groups=(1,))
+    steps = []
+    keep = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: steps.append(
+            [value(w) for w in model.trainable_variables]
+        )
+    )
+    swap = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    fit(model, callbacks=[keep, swap])
+    for w, first, second in zip(model.trainable_variables, *steps, strict=True):
+        # Keras's average begins with the weights after the first step.
+        average = 0.75 * first + 0.25 * second
+        np.testing.assert_allclose(value(w), average, rtol=1e-4, atol=1e-6)
+
+
+@tensorflow_only
+def test_data_sets_of_unknown_sizes():
+    import tensorflow as tf
+
+    model = make(groups=(1,), step=STEP)
+    expected = [value(model(x)["kl"]) for x in (X[:8], X[8:])]
+
+    def unknown(x):
+        return (
+            tf.data.Dataset.from_tensor_slices(x)
+            .batch(8)
+            .map(lambda x: tf.py_function(lambda x: x, [x], tf.float32))
+        )
+
+    data = unknown(X)
+    assert data.element_spec.shape.rank is None
+    found = model.predict(data, verbose=0)["kl"]
+    np.testing.assert_allclose(found, np.concatenate(expected), rtol=1e-4)
+    # As many numbers, in another order, in a batch that is not looked at.
+    turned = unknown(X).concatenate(unknown(X.reshape(16, 2, 8, 1)))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible"):
+        model.predict(turned, verbose=0)
 
 
 @slow_on_jax
@@ -344,6 +446,13 @@ def test_codes_and_back(eager):
     assert abs(drawn["mean"][1] - codes["mean"][1]).max() > 1e-5
     noise = (drawn["z"][0] - drawn["mean"][0]) / drawn["scale"][0]
     assert abs(noise.std() - 1) < 0.3
+    # From the same noise at a quarter of the temperature, a quarter as far.
+    cool = eager.encode(X, 0.25, seed=1, batch_size=8)
+    np.testing.assert_allclose(
+        cool["z"][0],
+        drawn["mean"][0] + noise * drawn["scale"][0] / 4,
+        atol=1e-5,
+    )
 
 
 @slow_on_jax
@@ -368,6 +477,11 @@ def test_between_pictures(eager):
     for ends, at in ((X[:2], 0), (X[2:4], -1)):
         expected = eager.reconstruct(ends, 0.0)
         np.testing.assert_allclose(x[:, at], expected, atol=1e-5)
+    z1, z2 = (eager.encode(ends)["z"] for ends in (X[:2], X[2:4]))
+    mixed = [0.75 * a + 0.25 * b for a, b in zip(z1, z2, strict=True)]
+    np.testing.assert_allclose(
+        x[:, 1], eager.decode(mixed, output="mean"), atol=1e-5
+    )
 
 
 @slow_on_jax
@@ -403,6 +517,77 @@ def test_likelihood_against_single_draws(eager):
 
 
 @slow_on_jax
+def test_padding_is_no_part_of_the_likelihood(monkeypatch):
+    """The pixels in the middle of the head's outputs, and no others."""
+    model = make(padding=2, groups=(1,))
+    seen = []
+
+    def spy(layer, keep):
+        call = layer.call
+
+        def spied(x, *args, **kwargs):
+            y = call(x, *args, **kwargs)
+            seen.append(value(x if keep == "input" else y, "float64"))
+            return y
+
+        monkeypatch.setattr(layer, "call", spied)
+
+    spy(model.encoder, "input")
+    spy(model.decoder.head, "output")
+    with backend.RecordingScope([(v, v.value) for v in model.variables]):
+        found = model.evaluate_likelihood(X[:4], 1, per_image=True)
+    around = [(0, 0), (2, 2), (2, 2), (0, 0)]
+    np.testing.assert_array_equal(seen[0], np.pad(X[:4], around))
+    logits = seen[1][:, 2:6, 2:6]
+    assert seen[1].shape == (4, 8, 8, 1)
+    log_x = (X[:4] * logits - np.logaddexp(0, logits)).sum((1, 2, 3))
+    elbo = log_x - found["kl"].sum(-1)
+    np.testing.assert_allclose(found["elbo"], elbo, rtol=1e-5)
+    np.testing.assert_allclose(
+        found["elbo_bits_per_dim"], -elbo / math.log(2) / 16, rtol=1e-5
+    )
+
+
+@slow_on_jax
+def test_pictures_are_binarized_once_whatever_the_batch():
+    """As NumPy draws them from the seed."""
+    model = make(binarize="dynamic", groups=(1,))
+    grey = np.random.default_rng(0).random((3, 4, 4, 1)).astype("float32")
+    binary = (np.random.default_rng(5).random(grey.shape) < grey) * 1.0
+    results = [
+        model.evaluate_likelihood(x, 2, per_image=True, seed=5)
+        for x in (grey, binary)
+    ]
+    for name, x in results[0].items():
+        np.testing.assert_array_equal(x, results[1][name])
+    codes = [
+        model.encode(x, seed=5, batch_size=2)["z"][0] for x in (grey, binary)
+    ]
+    np.testing.assert_array_equal(*codes)
+
+
+def test_binary_pictures_have_the_frequencies_of_the_grey_ones():
+    model = NVAE(dataclasses.replace(TINY, binarize="dynamic"))
+    grey = np.linspace(0, 1, 16, dtype="float32").reshape(1, 4, 4, 1)
+    seed = StepSeed(3, ops.convert_to_tensor(1))
+    x = value(model._prepare(np.repeat(grey, 4000, 0), seed))
+    assert set(np.unique(x)) == {0, 1}
+    error = np.sqrt(grey * (1 - grey) / 4000)
+    assert (abs(x.mean(0) - grey) <= 4 * error).all()
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+def test_pictures_are_rounded_down_to_bits(bits):
+    model = NVAE(NVAEConfig((16, 16, 1), num_bits=bits))
+    levels = np.arange(256)
+    x = (levels / 255).astype("float32").reshape(1, 16, 16, 1)
+    expected = (levels >> (8 - bits)) / (2**bits - 1)
+    np.testing.assert_allclose(
+        value(model._prepare(x)).ravel(), expected, rtol=1e-6
+    )
+
+
+@slow_on_jax
 def test_with_flows_one_draw_bounds_alike():
     """KL is the difference of log-densities then: IWAE-1 is the ELBO."""
     model = make(num_flows=1)
@@ -420,7 +605,7 @@ def test_with_flows_one_draw_bounds_alike():
 @slow_on_jax
 def test_recalibrated_statistics(monkeypatch):
     """Means and variances over all batches, computed here in NumPy."""
-    model = make(kl_warmup_steps=0)
+    model = make()
     fit(model, X[:8])
     norms = [norm for norm in model.norms if "/decoder/" in norm.path]
     assert len(norms) == 4 * 3
@@ -513,11 +698,24 @@ def test_recalibration_of_a_broken_model_says_so():
         np.testing.assert_array_equal(w, old)
 
 
-def test_spectral_norms_are_by_convolution(trained):
-    norms = trained.spectral_norms()
-    assert len(norms) == len(trained.convolutions)
-    assert all(0 < x < 100 for x in norms.values())
-    assert len(NVAE(TINY).spectral_norms()) == len(norms)
+@pytest.mark.parametrize("weight", [0.0, 0.01])
+def test_spectral_norms_are_the_svds(weight):
+    """Before a step as well, and without a penalty."""
+    model = NVAE(
+        dataclasses.replace(
+            TINY, groups=(1,), spectral_weight=weight, spectral_start=None
+        )
+    )
+    norms = model.spectral_norms()
+    assert len(norms) == len(model.convolutions)
+    for layer in model.convolutions:
+        expected = np.linalg.norm(value(layer.matrix()), 2)
+        assert norms[layer.path] == pytest.approx(expected, rel=1e-4)
+
+
+def test_compiling_says_where_the_penalty_is_not_annealed():
+    with pytest.warns(UserWarning, match="spectral_start=0.1 has no effect"):
+        make(kl_warmup_steps=0, groups=(1,))
 
 
 # Bad input
@@ -574,6 +772,14 @@ def test_spectral_norms_are_by_convolution(trained):
         (lambda m: m.interpolate(X[:2], X[:3]), "one shape"),
         (lambda m: m.interpolate(X[:2], X[:2], num=1), "at least 2"),
         (lambda m: m.evaluate_likelihood(X, 0), "at least 1"),
+        (lambda m: m.evaluate_likelihood(X * 255), "divide by 255"),
+        (lambda m: m.evaluate_likelihood(iter_batches(X)), "numbers in `x`"),
+        (lambda m: m.encode(X, -1), "at least 0"),
+        (lambda m: m.reconstruct(X, temperature=-1), "at least 0"),
+        (lambda m: m.decode([], temperature=-1), "at least 0"),
+        (lambda m: m.interpolate(X, X, temperature=-1), "at least 0"),
+        (lambda m: m.compile("sgd", metrics=["mse"]), "no metrics"),
+        (lambda m: m.compile("sgd", weighted_metrics=["mse"]), "no metrics"),
         (lambda m: m.recalibrate_batch_norm(0), "at least 1"),
         (lambda m: m.recalibrate_batch_norm(1, -0.1), "at least 0"),
         (lambda m: m.compile("sgd", "mse"), "its own"),
@@ -581,6 +787,7 @@ def test_spectral_norms_are_by_convolution(trained):
         (lambda m: NVAE.from_preset("imagenet"), "'imagenet_32'"),
         (lambda m: NVAE.from_preset("mnist", (30, 30, 1)), "divisible by 8"),
         (lambda m: NVAE.from_preset("mnist", width=3), "NVAEConfig"),
+        (lambda m: NVAE.from_preset("digits", dtype="float64"), "float32"),
         (lambda m: NVAE.from_preset("digits", 28), "tuple of 3 integers"),
         (lambda m: NVAE("mnist"), "from_preset"),
         (lambda m: NVAE(TINY, dtype="bfloat16"), "'mixed_bfloat16'"),

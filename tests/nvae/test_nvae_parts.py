@@ -11,22 +11,36 @@ import numpy as np
 import pytest
 import scipy.stats
 from keras import ops
-from kit import value
+from kit import tensorflow_only, value
 
 from blogkeras import backend
 from blogkeras.nvae import objective
-from blogkeras.nvae.cells import BatchNorm, Enlargement, InvertedCell
-from blogkeras.nvae.convolution import Convolution, SpectralPenalty
+from blogkeras.nvae.cells import (
+    BatchNorm,
+    Enlargement,
+    InvertedCell,
+    Reduction,
+    ResidualCell,
+    SqueezeExcite,
+)
+from blogkeras.nvae.checks import check_pixels, warn_if_not_annealed
+from blogkeras.nvae.convolution import (
+    Convolution,
+    SpectralPenalty,
+    spectral_norm,
+)
 from blogkeras.nvae.distributions import (
     Bernoulli,
     DiscretizedLogisticMixture,
     Normal,
     NormalPixels,
+    picture_numbers,
 )
 from blogkeras.nvae.flows import PairedFlow, ShiftFlow
 from blogkeras.nvae.likelihood import importance_bound
 from blogkeras.nvae.networks import Group
 from blogkeras.nvae.presets import PRESETS, NVAEConfig
+from blogkeras.state import NumberedDraws
 
 # Of the published modules, built and counted.
 PUBLISHED = {
@@ -74,6 +88,33 @@ def test_parameters_and_latents_of_presets(name):
 def test_configurations_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         NVAEConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "x", "message"),
+    [
+        ({"binarize": "dynamic"}, 255, "divide by 255"),
+        ({"likelihood": "logistic_mixture"}, 255, "divide by 255"),
+        ({"likelihood": "normal"}, 255, "divide by 255"),
+        ({"likelihood": "normal"}, -1, "divide by 255"),
+        ({"binarize": "dynamic"}, math.nan, "finite"),
+    ],
+)
+def test_pixels_of_every_likelihood_are_checked(changes, x, message):
+    config = dataclasses.replace(CONFIG, **changes)
+    with pytest.raises(ValueError, match=f"Expected .*{message}"):
+        check_pixels(np.full((1, *config.input_shape), x), config)
+    some = np.full((1, *config.input_shape), 0.5)
+    assert check_pixels(some, config) is some
+
+
+def test_a_spectral_start_without_warm_up_warns():
+    with pytest.warns(UserWarning, match="no effect.*kl_warmup_steps"):
+        warn_if_not_annealed(PRESETS["imagenet_32"])
+    for changes in ({"kl_warmup_steps": 1}, {"spectral_start": None}):
+        warn_if_not_annealed(
+            dataclasses.replace(PRESETS["imagenet_32"], **changes)
+        )
 
 
 def test_weight_norm_sets_the_norms():
@@ -134,12 +175,27 @@ def test_spectral_penalty_against_svd():
     expected = [
         np.linalg.svd(value(la.matrix()), compute_uv=False)[0] for la in layers
     ]
+    by_vectors = []
+    for stack, vectors in zip(penalty.stacks, penalty.vectors, strict=True):
+        for layer, u, v in zip(stack, *map(value, vectors), strict=True):
+            by_vectors.append(u @ value(layer.matrix()) @ v)
     np.testing.assert_allclose(
-        list(penalty.norms().values()),
-        sorted_like(penalty, expected, layers),
-        rtol=0.01,
+        by_vectors, sorted_like(penalty, expected, layers), rtol=0.01
     )
     assert float(value(total)) == pytest.approx(sum(expected), rel=0.01)
+
+
+@pytest.mark.parametrize(("filters", "channels"), [(7, 2), (3, 9)])
+def test_a_spectral_norm_is_the_svds(filters, channels):
+    """Of matrices that are wide and tall; of zeros and of NaN."""
+    layer = Convolution(filters, 1)
+    layer.build((None, 4, 4, channels))
+    expected = np.linalg.svd(value(layer.matrix()), compute_uv=False)[0]
+    assert spectral_norm(layer) == pytest.approx(expected, rel=1e-5)
+    layer.direction.assign(np.zeros(layer.direction.shape))
+    assert spectral_norm(layer) == 0
+    layer.direction.assign(np.full(layer.direction.shape, math.nan))
+    assert math.isnan(spectral_norm(layer))
 
 
 def test_a_step_makes_four_power_iterations():
@@ -198,6 +254,120 @@ def test_enlargement_interpolates_from_corner_to_corner():
     np.testing.assert_allclose(
         value(layer(x))[0, ..., 0], expected, rtol=1e-4, atol=1e-5
     )
+
+
+def convolve(layer, x, strides=1):
+    """The convolution of a layer as sums of products over shifted pictures."""
+    kernel = value(layer.kernel(), "float64")
+    size = len(kernel)
+    x = np.pad(x, [(0, 0), *[(size // 2,) * 2] * 2, (0, 0)])
+    height, width = (n - size + 1 for n in x.shape[1:3])
+    total = 0.0
+    for i in range(size):
+        for j in range(size):
+            part = x[:, i : i + height : strides, j : j + width : strides]
+            if layer.depthwise:
+                total = total + part * kernel[i, j, :, 0]
+            else:
+                total = total + part @ kernel[i, j]
+    return total + value(layer.bias) if layer.use_bias else total
+
+
+def normalize(norm, x):
+    """A batch norm in training."""
+    mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+    x = (x - mean) / np.sqrt(variance + 1e-5)
+    return x * value(norm.gamma) + value(norm.beta)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def squeeze_excite(layer, x):
+    (w1, b1), (w2, b2) = (
+        (value(dense.kernel), value(dense.bias))
+        for dense in (layer.squeeze, layer.excite)
+    )
+    hidden = np.maximum(x.mean((1, 2)) @ w1 + b1, 0)
+    return (1 / (1 + np.exp(-(hidden @ w2 + b2))))[:, None, None]
+
+
+def disturbed(layer, shape):
+    """The layer, built, without weights that are 0 or 1 at the start."""
+    keras.utils.set_random_seed(0)
+    layer.build((None, *shape[1:]))
+    rng = np.random.default_rng(1)
+    for w in layer.trainable_variables:
+        w.assign(value(w) + rng.normal(scale=0.3, size=w.shape))
+    return layer, rng.normal(size=shape).astype("float32")
+
+
+def check_layer(layer, x, expected, **kwargs):
+    np.testing.assert_allclose(
+        value(layer(x, **kwargs)), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(("channels", "hidden"), [(80, 5), (6, 4)])
+def test_squeeze_and_excitation(channels, hidden):
+    layer, x = disturbed(SqueezeExcite(), (2, 3, 4, channels))
+    assert layer.squeeze.units == hidden
+    check_layer(layer, x, squeeze_excite(layer, x))
+
+
+def halved(layer, x):
+    """The shortcut: the four corners in the published order."""
+    x = silu(x)
+    corners = x[:, ::2, ::2], x[:, 1::2, 1::2], x[:, ::2, 1::2], x[:, 1::2, ::2]
+    return np.concatenate(
+        [
+            convolve(part, corner)
+            for part, corner in zip(layer.parts, corners, strict=True)
+        ],
+        axis=-1,
+    )
+
+
+def test_a_reduction_takes_the_corners_in_the_published_order():
+    layer, x = disturbed(Reduction(), (2, 4, 6, 3))
+    assert [part.filters for part in layer.parts] == [1, 1, 1, 3]
+    check_layer(layer, x, halved(layer, x))
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_a_residual_cell(down):
+    cell, x = disturbed(ResidualCell(down=down), (3, 4, 6, 4))
+    h = silu(normalize(cell.norm_1, x))
+    h = silu(normalize(cell.norm_2, convolve(cell.conv_1, h, 1 + down)))
+    h = convolve(cell.conv_2, h)
+    h = 0.1 * squeeze_excite(cell.scale, h) * h
+    expected = h + (halved(cell.skip, x) if down else x)
+    check_layer(cell, x, expected, training=True)
+
+
+def test_an_inverted_cell():
+    cell, x = disturbed(InvertedCell(expansion=2), (3, 4, 6, 4))
+    h = convolve(cell.widen, normalize(cell.norm_1, x))
+    h = convolve(cell.depthwise, silu(normalize(cell.norm_2, h)))
+    h = convolve(cell.narrow, silu(normalize(cell.norm_3, h)))
+    h = normalize(cell.norm_4, h)
+    expected = x + 0.1 * squeeze_excite(cell.scale, h) * h
+    check_layer(cell, x, expected, training=True)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"strides": 2}, {"depthwise": True}], ids=str
+)
+def test_channels_are_last_whatever_keras_is_told(options):
+    size = 5 if "depthwise" in options else 3
+    layer, x = disturbed(Convolution(4, size, **options), (2, 4, 6, 4))
+    expected = convolve(layer, x, options.get("strides", 1))
+    keras.config.set_image_data_format("channels_first")
+    try:
+        check_layer(layer, x, expected)
+    finally:
+        keras.config.set_image_data_format("channels_last")
 
 
 def test_a_cell_doubles_as_if_it_doubled_first():
@@ -302,6 +472,15 @@ def test_kl_against_monte_carlo_and_the_post():
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+def test_temperature_multiplies_the_scale():
+    mean, log_scale = np.asarray([[0.5, -2.0], [1.0, -1.0]], "float32")
+    noise = np.asarray([[1.0, -2.0], [0.0, 3.0]], "float32")
+    expected = 5 * np.tanh(mean / 5)
+    scale = np.exp(5 * np.tanh(log_scale / 5)) + 0.01
+    found = value(Normal(mean, log_scale).sample(noise, 0.25))
+    np.testing.assert_allclose(found, expected + noise * scale / 4, rtol=1e-5)
 
 
 def test_no_change_no_kl():
@@ -441,6 +620,27 @@ def test_temperature_narrows_and_sharpens_the_mixture():
     assert (mode == round(0.25 * 255) / 255).all()
 
 
+def test_the_mean_of_a_mixture():
+    """Σ π_k m_k; a channel's mean is linear in the means before it."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(scale=0.4, size=(2, 10, 2)).astype("float32")
+    logits, means, coefficients = rows[:, 0], rows[:, 1:4], rows[:, 7:]
+    a, b, c = np.moveaxis(np.tanh(coefficients), 1, 0)
+    red, green, blue = np.moveaxis(means, 1, 0)
+    green = green + a * red
+    blue = blue + b * red + c * green
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = [(weights * x).sum(-1) for x in (red, green, blue)]
+    distribution = DiscretizedLogisticMixture(rows.reshape(2, 20), 3, 2)
+    np.testing.assert_allclose(
+        value(distribution.mean()),
+        (np.clip(np.stack(expected, -1), -1, 1) + 1) / 2,
+        rtol=1e-5,
+    )
+    far = np.asarray([[0, 5, 0]], "float32")
+    assert value(DiscretizedLogisticMixture(far, 1, 1).mean()) == 1
+
+
 def test_bernoulli():
     logits = np.asarray([[-2.0, 0.5], [3.0, 0.0]], "float32")
     x = np.asarray([[0.0, 1.0], [1.0, 1.0]], "float32")
@@ -467,6 +667,75 @@ def test_normal_pixels_are_a_density_of_the_pixels():
     x = np.linspace(-3, 4, 4001, dtype="float32")[:, None, None]
     density = np.exp(value(distribution.log_prob(x), "float64"))[:, 0]
     assert np.trapezoid(density, x[:, 0, 0]) == pytest.approx(1, abs=1e-3)
+
+
+def test_normal_pixels_are_drawn():
+    """N(m, s²) of pixels in [−1, 1]; t multiplies s; clipped at the ends."""
+    draws = 20_000
+    row = np.asarray([0.3, -9.0, -2.0, -2.0], "float32")
+    distribution = NormalPixels(np.repeat(row[None], draws, 0))
+    mean = (5 * math.tanh(0.06) + 1) / 2
+    scale = (math.exp(5 * math.tanh(-0.4)) + 0.01) / 2
+    np.testing.assert_allclose(
+        value(distribution.mean())[0], [mean, 0], rtol=1e-5
+    )
+    for temperature in (1.0, 0.5):
+        x = value(distribution.sample(1, temperature), "float64")
+        error = temperature * scale / math.sqrt(draws)
+        assert x[:, 0].mean() == pytest.approx(mean, abs=4 * error)
+        assert x[:, 0].std() == pytest.approx(temperature * scale, rel=0.03)
+        assert (x[:, 1] == 0).all()
+
+
+def test_a_batch_is_known_by_its_pictures():
+    rng = np.random.default_rng(0)
+    x = (rng.random((400, 4, 4, 1)) < 0.5).astype("float32")
+    x = np.unique(x, axis=0)
+
+    def numbers(x):
+        return value(ops.sum(picture_numbers(x), axis=(1, 2, 3)))
+
+    assert len(np.unique(numbers(x))) == len(x)
+    grey = np.linspace(0, 1, 256)[:, None, None, None]
+    assert len(np.unique(numbers(grey))) == 256
+
+
+@tensorflow_only
+def test_two_replicas_balance_and_number_one_batch():
+    """γ by the KL terms of the whole batch; draws by all of its pictures."""
+    import tensorflow as tf
+    import toy
+
+    config = dataclasses.replace(CONFIG, groups=(1, 1))
+    rng = np.random.default_rng(0)
+    kl = rng.normal(size=(6, 2)).astype("float32") * [1, 3]
+    x = rng.random((6, 4, 4, 1)).astype("float32")
+    strategy = toy.mirrored()
+    with strategy.scope():
+        draws = NumberedDraws(keras.layers.Layer(), 3)
+
+    def replica(kl, x):
+        seed = draws.evaluation(picture_numbers(x)).next()
+        return objective.balance(config, kl, 0.5), tf.cast(seed, "int64")
+
+    def parts(array):
+        array = array.astype("float32")
+        return strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(
+                array[3 * context.replica_id_in_sync_group :][:3]
+            )
+        )
+
+    results = tf.function(lambda *args: strategy.run(replica, args))(
+        parts(kl), parts(x)
+    )
+    size = (abs(kl).mean(0) + 0.01) / [1, 4]
+    seed = value(draws.evaluation(picture_numbers(x)).next())
+    for gamma, number in zip(
+        *map(strategy.experimental_local_results, results), strict=True
+    ):
+        np.testing.assert_allclose(gamma, size / size.mean(), rtol=1e-5)
+        np.testing.assert_array_equal(number, seed)
 
 
 @pytest.mark.parametrize("backward", [False, True])
