@@ -38,6 +38,14 @@ X = (RNG.random((16, 4, 4, 1)) < RNG.random((16, 1, 1, 1))).astype("float32")
 STEP = {"jit_compile": False} if TENSORFLOW else {"jit_compile": True}
 # A model that makes a step or two is faster without a program of its own.
 EAGER = {"run_eagerly": True}
+# The fields of a model that compiles fast.
+SMALL = {
+    "groups": (1,),
+    "channels": 2,
+    "squeeze_excite": False,
+    "spectral_weight": 0.0,
+    "spectral_start": None,
+}
 
 
 def make(optimizer="adamax", seed=1, recompute=False, step=EAGER, **changes):
@@ -248,14 +256,8 @@ def test_recomputed_is_the_same():
 @slow_on_jax
 def test_a_compiled_step_recomputes_too():
     """With the state of batch norms."""
-    small = {
-        "groups": (1,),
-        "channels": 2,
-        "spectral_weight": 0.0,
-        "spectral_start": None,
-    }
     plain, recomputed = (
-        make(keras.optimizers.SGD(0.1), recompute=recompute, step=step, **small)
+        make(keras.optimizers.SGD(0.1), recompute=recompute, step=step, **SMALL)
         for recompute, step in ((False, EAGER), (True, STEP))
     )
     for model in (plain, recomputed):
@@ -284,7 +286,7 @@ def test_each_batch_that_is_evaluated_draws_anew():
 def test_moving_averages_of_weights_are_swapped_in():
     """Keras's callback; the averages of both steps, computed here."""
     optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.75)
-    model = make(optimizer, groups=(1,))
+    model = make(optimizer, **SMALL)
     steps = []
     keep = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: steps.append(
@@ -303,7 +305,7 @@ def test_moving_averages_of_weights_are_swapped_in():
 def test_data_sets_of_unknown_sizes():
     import tensorflow as tf
 
-    model = make(groups=(1,), step=STEP)
+    model = make(step=STEP, **SMALL)
     expected = [value(model(x)["kl"]) for x in (X[:8], X[8:])]
 
     def unknown(x):
