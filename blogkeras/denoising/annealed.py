@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.arguments import (
     as_numbers,
     as_numpy,
@@ -77,7 +78,9 @@ class AnnealedScoreMatching(DenoisingModel):
         ValueError: if `sigmas` are not two or more positive numbers in order,
             `sigma0` is outside of their range, or the network does not give one
             number for each row or has layers whose score would be wrong (see
-            `allow_piecewise`); and in `fit`, if rows are not finite numbers.
+            `allow_piecewise`); and in `fit`, if rows are not finite (see
+            `DenoisingDensityEstimator`), or TensorFlow has no second derivative
+            of an operation in the network.
 
     Example:
 
@@ -174,6 +177,7 @@ class AnnealedScoreMatching(DenoisingModel):
         sigmas = ops.take(ops.convert_to_tensor(self.sigmas, "float32"), index)
         wide = ops.reshape(sigmas, [-1] + [1] * (len(x.shape) - 1))
         score = self._score(x + wide * unit, sigmas, training)
+        backend.check_second_order([score])
         # Both losses in one: the score times a length should be −ε/σ.
         length = wide if self.conditional else self.sigma0**2 / wide
         error = row_mean(ops.square(length * score + unit))
@@ -330,6 +334,8 @@ class AnnealedScoreMatching(DenoisingModel):
             hot = num_steps // 5
             way = np.geomspace(sigmas[0], self.sigma0, num_steps - hot)
             way = np.minimum(np.r_[np.full(hot, sigmas[0]), way], sigmas[0])
+            # `np.geomspace` rounds, and may rise by the last bit.
+            way = np.minimum.accumulate(way)
             levels = {
                 "temperatures": (way / self.sigma0) ** 2,
                 "known_sigmas": way,

@@ -1,5 +1,6 @@
 """What denoising models share: numbered noise, moments, calls in batches."""
 
+import inspect
 import warnings
 
 import keras
@@ -32,10 +33,17 @@ class RowModel(TargetlessModel):
     Subclasses have `row_shape`, the shape of one row.
     """
 
+    def __init__(self, **kwargs):
+        # Rows are taken in float32 under any dtype policy, as in training: only
+        # networks round them to half precision.
+        super().__init__(**{"autocast": False, **kwargs})
+
     def _check_data(self, x):
         check = self._check_rows if self.built else check_rows
         if not is_array(x):
             check_source(x)
+            if inspect.isgenerator(x):
+                return self._checked_batches(x, check), None
             # A data set that is divided among replicas has no `take`.
             is_set = hasattr(x, "take") or isinstance(x, keras.utils.PyDataset)
             for batch in _batches(x, 1) if is_set else ():
@@ -44,6 +52,28 @@ class RowModel(TargetlessModel):
         # Lists, and tables such as those of pandas.
         x = x if ops.is_tensor(x) else as_numpy(x)
         return x, len(check(x))
+
+    def _checked_batches(self, batches, check):
+        """The batches of a generator, each checked when its turn comes."""
+        for batch in batches:
+            try:
+                check(_rows_of(batch))
+            except ValueError as error:
+                self._batch_error = error
+                raise
+            yield batch
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        self._batch_error = None
+        try:
+            return super().fit(x, y, *args, **kwargs)
+        except Exception:
+            # TensorFlow hands an error of a generator on as one of its own.
+            if self._batch_error is None:
+                raise
+            raise self._batch_error from None
+
+    fit.__doc__ = TargetlessModel.fit.__doc__
 
     def _check_rows(self, x):
         x = check_rows(x)
@@ -285,6 +315,16 @@ def check_no_losses(arguments):
         )
 
 
+def check_not_rows(name, value):
+    """Raises a `ValueError` for a model of rows that has no log-density."""
+    # Of rows of one number its output would have the shape of log-densities.
+    if isinstance(value, RowModel) and not hasattr(value, "log_density"):
+        raise ValueError(
+            "Expected a log-density, such as a DenoisingDensityEstimator. "
+            f"Received: {name}={value!r}, which returns rows"
+        )
+
+
 def warn_if_untrained(model):
     """Warns where a method of the model is called before the first `fit`."""
     if not int(ops.convert_to_numpy(model.draws.iterations)):
@@ -344,15 +384,27 @@ def has_rows(x):
 
 
 def check_rows(x, dtype="float32"):
-    """Rows of finite numbers, of any numeric dtype, as floats."""
+    """Rows of numbers that are finite as `dtype`, from any numeric dtype."""
     x = as_numpy(as_numbers(x, "x"))
     if not has_rows(x):
         raise ValueError(
             "Expected numbers of shape (rows, ...), at least one row. "
             f"Received: x of shape {x.shape} and dtype {x.dtype}"
         )
-    check_finite("x", x)
-    return x.astype(dtype, copy=False)
+    return as_floats("x", x, dtype)
+
+
+def as_floats(name, x, dtype="float32"):
+    """A NumPy array of finite numbers as floats, which can hold them."""
+    check_finite(name, x)
+    with np.errstate(over="ignore"):
+        floats = x.astype(dtype, copy=False)
+    if floats is not x and not np.isfinite(floats).all():
+        raise ValueError(
+            f"Expected numbers in `{name}` that {dtype} can hold; scale the "
+            f"data. Received: {x[~np.isfinite(floats)].ravel()[:3]}"
+        )
+    return floats
 
 
 def input_shape_of(network):
@@ -378,13 +430,17 @@ def _batches(x, limit):
     if isinstance(x, keras.utils.PyDataset):
         number = x.num_batches
         sources = (x[i] for i in range(min(limit, number or limit)))
-    elif hasattr(x, "element_spec"):
+    elif hasattr(x, "take"):
         sources = x.take(limit)
     else:
         raise ValueError(
             "Expected an array, a tf.data.Dataset or a keras.utils.PyDataset; "
-            "for a generator, call `adapt` with an array of examples before "
-            f"`fit`. Received: x={type(x).__name__}"
+            "for a generator, or a data set that is divided among replicas, "
+            "call `adapt` with an array of examples before `fit`. Received: "
+            f"x={type(x).__name__}"
         )
-    for batch in sources:
-        yield batch[0] if isinstance(batch, (tuple, list)) else batch
+    yield from map(_rows_of, sources)
+
+
+def _rows_of(batch):
+    return batch[0] if isinstance(batch, (tuple, list)) else batch

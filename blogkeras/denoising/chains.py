@@ -1,5 +1,6 @@
 """Runs the chains of a kernel in one compiled loop; reports divergence."""
 
+import warnings
 from typing import NamedTuple
 
 import keras
@@ -11,9 +12,13 @@ from blogkeras.arguments import (
     as_numbers,
     as_numpy,
     check_boolean,
-    check_finite,
 )
-from blogkeras.denoising.base import DenoisingModel, has_rows
+from blogkeras.denoising.base import (
+    DenoisingModel,
+    as_floats,
+    check_not_rows,
+    has_rows,
+)
 from blogkeras.denoising.kernels import choose
 from blogkeras.loops import ProgramCache, loop_program, run_steps
 from blogkeras.state import StepSeed, base_seed
@@ -21,6 +26,8 @@ from blogkeras.state import StepSeed, base_seed
 # A chain whose positions are this many times as large as the largest start has
 # diverged. It is stopped long before its numbers overflow.
 EXPLODED = 1e9
+# A mean probability of acceptance below this share is worth a warning.
+_HARDLY_ANY = 0.01
 
 
 class Samples(NamedTuple):
@@ -87,6 +94,7 @@ def check_log_density(log_density):
             "Expected a function or model that returns log-densities. "
             f"Received: log_density={log_density!r}"
         )
+    check_not_rows("log_density", log_density)
     owner = _owner(log_density)
     name = getattr(log_density, "__name__", None)
     if isinstance(owner, DenoisingModel) and name == "log_density":
@@ -120,7 +128,7 @@ def make_weights(log_density, x):
 
 
 def check_start(log_density, x):
-    """Positions as a float32 tensor; errors for what cannot be a start."""
+    """Positions as float32 in NumPy; errors for what cannot be a start."""
     check_log_density(log_density)
     x = as_numpy(as_numbers(x, "x"))
     if not has_rows(x):
@@ -128,8 +136,7 @@ def check_start(log_density, x):
             "Expected starting points of shape (chains, ...), at least one. "
             f"Received: x of shape {x.shape} and dtype {x.dtype}"
         )
-    check_finite("x", x)
-    return ops.convert_to_tensor(x.astype("float32"))
+    return as_floats("x", x)
 
 
 def run_chains(
@@ -164,7 +171,8 @@ def run_chains(
         `Samples`.
     """
     check_boolean("allow_non_finite", allow_non_finite)
-    x = check_start(log_density, x)
+    start = check_start(log_density, x)
+    x = ops.convert_to_tensor(start)
     seed = base_seed(seed)
     make_weights(log_density, x)
     kernel = make_kernel()
@@ -193,9 +201,7 @@ def run_chains(
 
     init, program = compiled(log_density, (name, key, tuple(x.shape)), make)
     # MALA and HMC reject what is far too unlikely, so nothing is too far.
-    limit = (
-        np.inf if adjusted else EXPLODED * max(1.0, float(ops.max(ops.abs(x))))
-    )
+    limit = np.inf if adjusted else EXPLODED * max(1.0, float(abs(start).max()))
     chain = first_call(log_density, lambda: init(x))
     for what, values in zip(
         ("log-densities", "scores"), chain[1:], strict=True
@@ -242,9 +248,17 @@ def run_chains(
         check=check,
     )
     chain, accepted, broken, _ = state
+    rate = float(accepted) / max(num_steps, 1)
+    if num_steps and rate < _HARDLY_ANY:
+        warnings.warn(
+            f"{name} accepted hardly any proposal (rate {rate:.2g}), so the "
+            "chains stayed near where they started. Take a smaller step_size. "
+            f"{_received_step_size(constants)}",
+            stacklevel=3,
+        )
     return Samples(
         ops.convert_to_numpy(chain[0]),
-        float(accepted) / max(num_steps, 1),
+        rate,
         int(ops.convert_to_numpy(broken).sum()),
     )
 

@@ -7,15 +7,11 @@ import numpy as np
 from keras import ops
 
 from blogkeras.arguments import (
-    as_numbers,
     as_numpy,
     check_integer,
     check_number,
 )
-from blogkeras.denoising.chains import (
-    Samples,
-    run_chains,
-)
+from blogkeras.denoising.chains import Samples, check_start, run_chains
 from blogkeras.denoising.kernels import (
     annealed_langevin_kernel,
     hmc_kernel,
@@ -49,6 +45,9 @@ def langevin(
 
     The stationary density is p^(1/T) up to an error of order ε: that of
     N(0, s²) at T = 1 has the variance s² / (1 − ε/4s²).
+
+    Signs: chains go up in `log_density`, along its gradient, the score. Of an
+    energy give its negative; the post's E is σ² · `log_density`.
 
     Args:
         log_density: Model or function, `(chains, ...)` to `(chains,)` or
@@ -123,8 +122,8 @@ def annealed_langevin(
         εᵢ = ε (σᵢ / σ_last)²
 
     Args:
-        log_density: As for `langevin`; with `sigmas`, of `(x, sigma)`, where
-            `sigma` has the shape `(chains,)`.
+        log_density: As for `langevin`, the sign too; with `sigmas`, of
+            `(x, sigma)`, where `sigma` has the shape `(chains,)`.
         x: Starting points `(chains, ...)`.
         step_size: Float > 0. ε.
         temperatures: Sequence of floats ≥ 0, none above the one before.
@@ -181,7 +180,7 @@ def annealed_langevin(
             f"Received: step_size={epsilon}, which makes them from "
             f"{step_sizes.min():g} to {step_sizes.max():g}"
         )
-    x = as_numpy(as_numbers(x, "x"))
+    x = check_start(log_density, x)
     known = np.zeros(x.shape, "bool")
     if mask is not None:
         known = known | check_mask(mask, x)
@@ -214,7 +213,7 @@ def annealed_langevin(
         len(levels) * steps_per_level,
         (
             ops.convert_to_tensor(np.stack(table, -1).astype("float32")),
-            ops.convert_to_tensor(x.astype("float32")),
+            ops.convert_to_tensor(x),
             ops.convert_to_tensor(known.astype("float32")),
         ),
         schedule,
@@ -284,7 +283,8 @@ def mala(
     rate near 0.57 mixes fastest.
 
     Args:
-        log_density, x, num_steps, seed, verbose: As for `langevin`.
+        log_density, x, num_steps, seed, verbose: As for `langevin`; the sign
+            of `log_density`, too.
         step_size: Float > 0. ε, as for `langevin`.
         temperature: Float > 0. T.
         allow_non_finite: Boolean. A proposal that is not finite is rejected and
@@ -292,7 +292,8 @@ def mala(
             error unless this is true.
 
     Returns:
-        `Samples`.
+        `Samples`. A warning is given where hardly any proposal was accepted
+        (below 1 %): then the step size is far too large.
 
     Raises:
         FloatingPointError: if no proposal was ever finite.
@@ -346,7 +347,8 @@ def hmc(
     rate near 0.65 to 0.9 mixes fastest.
 
     Args:
-        log_density, x, num_steps, seed, verbose: As for `langevin`.
+        log_density, x, num_steps, seed, verbose: As for `langevin`; the sign
+            of `log_density`, too.
         step_size: Float > 0. Of one leapfrog step; a length, like x (that of
             Langevin dynamics is a length squared).
         num_leapfrog: Integer ≥ 1. Leapfrog steps in a proposal.
@@ -359,7 +361,7 @@ def hmc(
         allow_non_finite: As for `mala`.
 
     Returns:
-        `Samples`.
+        `Samples`, with a warning as for `mala`.
 
     Raises:
         FloatingPointError: if no proposal was ever finite.

@@ -160,6 +160,69 @@ def test_temperatures_of_the_samplers(monkeypatch):
     )
 
 
+def test_the_largest_sigma_as_sigma0():
+    """`np.geomspace(0.09, 0.09, 8)` rises by the last bit."""
+    model = AnnealedScoreMatching(PointMass(0.09), [0.09, 0.05], 0.09)
+    model.build((None, 2))
+    model.draws.iterations.assign(1)
+    assert np.abs(model.sample(2, num_steps=10, seed=0)).max() < 1e-5
+
+
+COVARIANCE = np.array([[1.0, 0.8], [0.8, 1.0]])
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class NoisyGaussian(layers.Layer):
+    """log N(x; 0, COVARIANCE + σ²), of rows and their σ."""
+
+    def call(self, inputs):
+        x, sigma = inputs
+        # The eigenvectors are (1, 1)/√2 and (1, −1)/√2.
+        noise = ops.square(sigma[:, 0])
+        total, difference = x[:, 0] + x[:, 1], x[:, 0] - x[:, 1]
+        return (
+            -(
+                ops.square(total) / (1.8 + noise)
+                + ops.square(difference) / (0.2 + noise)
+            )
+            / 4
+        )
+
+
+def test_inpainting_draws_from_the_conditional_distribution():
+    """Of a Gaussian, given x₁ = 1.5: each step's mean and variance by hand."""
+    sigmas, known, rows = np.array([1.0, 0.6, 0.4]), 1.5, 2000
+    model = AnnealedScoreMatching(NoisyGaussian(), sigmas, 0.4, True)
+    model.build((None, 2))
+    model.draws.iterations.assign(1)
+    x = np.full((rows, 2), known, "float32")
+    mask = np.array([True, False])
+    filled = model.inpaint(x, mask, num_steps=90, seed=0)[:, 1]
+    mean, variance = 0.0, 1.0  # the moments that an untrained model starts with
+    for sigma in np.repeat(sigmas, 30):
+        step = sigma**2 / 5
+        # x₂ ← x₂ − ½ε (P₂₁ (x₁ + σ N(0, 1)) + P₂₂ x₂) + √ε N(0, 1).
+        _, (p21, p22) = np.linalg.inv(COVARIANCE + sigma**2 * np.eye(2))
+        mean = mean - step / 2 * (p21 * known + p22 * mean)
+        variance = (1 - step / 2 * p22) ** 2 * variance
+        variance += (step / 2 * p21 * sigma) ** 2 + step
+    # The jump of the denoiser, where x₁ is what it is.
+    mean = mean - sigma**2 * (p21 * known + p22 * mean)
+    variance = (1 - sigma**2 * p22) ** 2 * variance
+    error = 4 / np.sqrt(rows)
+    assert abs(filled.mean() - mean) < error * np.sqrt(variance)
+    assert abs(filled.var() / variance - 1) < error * np.sqrt(2)
+    # Near the mean of x₂ given x₁ under the last noise, which chains approach.
+    assert abs(mean - 0.8 * known / (1 + sigma**2)) < 0.1
+
+
+def test_inpainting_before_fitting_warns():
+    model = AnnealedScoreMatching(PointMass(), SIGMAS, 0.1)
+    model.build((None, 2))
+    with pytest.warns(UserWarning, match="not been trained"):
+        model.inpaint(X[:2], np.array([True, False]), num_steps=1)
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_inpainting_keeps_what_is_known(conditional):
     model = small(conditional)

@@ -116,6 +116,46 @@ def test_hmc_has_the_variance_of_the_target(dim):
     assert 0.5 < result.acceptance_rate < 1
 
 
+COVARIANCE = np.array([[1.0, 0.6], [0.6, 0.5]])
+
+
+class Correlated(layers.Layer):
+    """The log-density of N(0, COVARIANCE), which keeps its programs."""
+
+    def __init__(self):
+        super().__init__()
+        self.built = True
+        self.precision = np.linalg.inv(COVARIANCE).astype("float32")
+
+    def call(self, x):
+        return -ops.sum(x * ops.matmul(x, self.precision), axis=-1) / 2
+
+
+def check_covariance(x, covariance):
+    """All entries within 4 Monte-Carlo errors of independent chains."""
+    variance = np.diag(covariance)
+    error = np.sqrt((np.outer(variance, variance) + covariance**2) / len(x))
+    assert (np.abs(np.cov(x.T) - covariance) < 4 * error).all()
+
+
+@pytest.mark.parametrize("sampler", ["langevin", "mala", "hmc"])
+def test_the_correlation_of_the_target(sampler):
+    """From uncorrelated starts; what Langevin dynamics should have by hand."""
+    x, expected = start(2), COVARIANCE
+    if sampler == "langevin":
+        result = langevin(Correlated(), x, 30, 0.1, seed=0)
+        # x ← A x + √ε N(0, 1), A = 1 − ½ε Σ⁻¹.
+        matrix = np.eye(2) - 0.05 * np.linalg.inv(COVARIANCE)
+        expected = np.eye(2)
+        for _ in range(30):
+            expected = matrix @ expected @ matrix + 0.1 * np.eye(2)
+    elif sampler == "mala":
+        result = mala(Correlated(), x, 80, 0.3, seed=0)
+    else:
+        result = hmc(Correlated(), x, 20, 0.25, 5, seed=0)
+    check_covariance(result.x, expected)
+
+
 def test_trajectories_that_come_back():
     """Ten leapfrog steps of 2 sin(π/20) turn N(0, 1)'s phase by π: x → −x."""
     start_at = np.full((CHAINS, 1), 2.0, "float32")
@@ -258,6 +298,17 @@ def test_a_step_size_that_diverges_is_an_error():
     # The sign of an energy.
     with pytest.raises(FloatingPointError, match="energy"):
         langevin(lambda x: ops.sum(ops.square(x), -1), x[:9], 99, 0.5, seed=0)
+
+
+@pytest.mark.parametrize("sampler", [mala, hmc])
+def test_chains_that_hardly_move_give_a_warning(sampler):
+    x = np.full((50, 2), 3.0, "float32")
+    step = 500.0 if sampler is mala else 2.5
+    with pytest.warns(UserWarning, match=f"hardly any.*step_size={step:g}"):
+        result = sampler(gaussian(SPREAD), x, 20, step, seed=0)
+    np.testing.assert_array_equal(result.x, x)
+    assert result.acceptance_rate < 1e-6
+    assert sampler(gaussian(SPREAD), x, 0, step).acceptance_rate == 0
 
 
 def test_some_chains_only():

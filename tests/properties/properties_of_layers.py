@@ -1,6 +1,7 @@
 """What holds for quantizers, masking of tokens, schedules and densities."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
@@ -427,7 +428,10 @@ def chains_end_in_finite_rows(
         options["mask"] = mask_of("any", seed, (16, 2))
     options |= {"step_size": step_size, "seed": seed, "allow_non_finite": allow}
     try:
-        samples = sampler(model, x, **options)
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            samples = sampler(model, x, **options)
+            again = sampler(model, x, **options)
     except FloatingPointError:
         # Documented: chains that diverge.
         assert not allow
@@ -439,8 +443,10 @@ def chains_end_in_finite_rows(
     if name == "annealed_langevin":
         known = options["mask"]
         np.testing.assert_array_equal(rows[known], x.astype("float32")[known])
-    again = sampler(model, x, **options)
     np.testing.assert_array_equal(again.x, samples.x)
+    # Documented: chains that hardly move.
+    told = ["hardly any proposal" in str(w.message) for w in given]
+    assert sum(told) == 2 * (samples.acceptance_rate < 0.01)
 
 
 @holds_for("langevin", "mala", "hmc", "annealed_langevin", short=2)
