@@ -211,8 +211,9 @@ def _check_graph(graph, operations):
         if is_float and _LINEAR not in op.name and _lacks_gradient(op.type):
             raise ValueError(
                 "TensorFlow has no second derivative of an operation in the "
-                "model, so the penalty of the gradient has none. Use an attack "
-                "such as FGM, another layer, or the JAX backend. Received: "
+                "model, and a loss that contains its gradient needs one. Use "
+                "another layer, the JAX backend, or in adversarial training an "
+                "attack such as FGM. Received: "
                 f"{op.type}, the first derivative at {op.name!r}"
             )
         for attribute in op.node_def.attr.values():

@@ -16,18 +16,22 @@ from blogkeras.arguments import (
     shapes_agree,
 )
 
-# Names of Keras's layers and operations whose second derivative is zero almost
-# everywhere, or whose first derivative jumps.
+# Names of Keras's layers and operations whose first derivative jumps somewhere,
+# or is zero almost everywhere.
 _PIECEWISE_ACTIVATIONS = frozenset(
     "relu relu6 leaky_relu hard_sigmoid hard_silu hard_swish hard_tanh "
-    "hard_shrink soft_shrink threshold sparse_sigmoid".split()
+    "hard_shrink soft_shrink threshold sparse_sigmoid sparsemax selu".split()
 )
 _PIECEWISE_OPERATIONS = frozenset(
     "ReLU LeakyReLU PReLU Relu Relu6 LeakyRelu HardSigmoid HardSilu HardTanh "
-    "HardShrink SoftShrink Threshold SparseSigmoid "
+    "HardShrink SoftShrink Threshold SparseSigmoid Sparsemax Selu "
     "MaxPooling1D MaxPooling2D MaxPooling3D GlobalMaxPooling1D "
-    "GlobalMaxPooling2D GlobalMaxPooling3D MaxPool Max Maximum Minimum "
-    "Absolute Abs".split()
+    "GlobalMaxPooling2D GlobalMaxPooling3D MaxPool AdaptiveMaxPooling1D "
+    "AdaptiveMaxPooling2D AdaptiveMaxPooling3D AdaptiveMaxPool "
+    "Max Min Amax Amin Nanmax Nanmin Maximum Minimum Fmax Fmin Ptp TopK Sort "
+    "Median Nanmedian Percentile Nanpercentile Quantile Nanquantile "
+    "Absolute Abs Fabs Clip Where Select Sign Heaviside Round Floor Ceil Trunc "
+    "FloorDivide Mod Fmod".split()
 )
 
 
@@ -114,10 +118,10 @@ def check_network(network, allow_piecewise=False, name="network"):
         if kind and not allow_piecewise:
             raise ValueError(
                 "Expected a network that can be differentiated twice: training "
-                "differentiates its gradient. The gradient of "
-                f"{kind} is constant in pieces, so the score would jump from "
-                "piece to piece. Take 'swish', 'softplus', 'tanh' or 'elu', "
-                "average pooling, or allow_piecewise=True if you mean it. "
+                f"differentiates its gradient. The gradient of {kind} jumps "
+                "between pieces or is zero in them, and so would the score. "
+                "Take 'swish', 'softplus', 'tanh' or 'elu', average pooling, "
+                "or allow_piecewise=True if you mean it. "
                 f"Received: {name} with {part.name!r}"
             )
     return network
@@ -145,7 +149,7 @@ def _parts(network):
 
 
 def _piecewise(part):
-    """The name of what is constant in pieces in a layer, or an empty string."""
+    """The name of what is piecewise in a layer, or an empty string."""
     kind = type(part).__name__
     if kind in _PIECEWISE_OPERATIONS:
         return kind
@@ -210,8 +214,12 @@ def mlp_log_density(
     activation: Any = "swish",
     head: str = "linear",
     name: str = "mlp_log_density",
+    allow_piecewise: bool = False,
 ) -> keras.Model:
     """A fully connected network from rows of any shape to a log-density.
+
+    Its output is log p up to a constant, whose gradient is the score: it grows
+    towards the data. The energy is minus it, the post's E is σ² times it.
 
     Args:
         input_shape: Tuple of integers, without the axis of rows.
@@ -219,13 +227,14 @@ def mlp_log_density(
         activation: Name or function; twice differentiable.
         head: `"linear"` or `"quadratic"` (see `QuadraticHead`).
         name: String.
+        allow_piecewise: Boolean. Whether ReLU and the like pass.
 
     Returns:
         `keras.Model`, `(rows, *input_shape)` to `(rows, 1)`.
 
     Raises:
         ValueError: if `input_shape` or `units` are not integers above 0, or the
-            activation has no second derivative.
+            activation is piecewise.
 
     Example:
 
@@ -244,7 +253,8 @@ def mlp_log_density(
             kernel_initializer="he_normal",
             name=f"hidden_{number}",
         )(h)
-    return check_network(keras.Model(inputs, _head(h, head), name=name))
+    network = keras.Model(inputs, _head(h, head), name=name)
+    return check_network(network, allow_piecewise)
 
 
 def residual_log_density(
@@ -254,12 +264,14 @@ def residual_log_density(
     activation: Any = "elu",
     head: str = "quadratic",
     name: str = "residual_log_density",
+    allow_piecewise: bool = False,
 ) -> keras.Model:
     """A residual convolutional network from pictures to a log-density.
 
     A convolution, then for each entry of `filters` a block that halves height
     and width by averaging (all but the first) and `num_blocks` blocks that keep
-    them; the head sees all positions. No normalization.
+    them; the head sees all positions. No normalization. The sign of the output
+    is that of `mlp_log_density`: it grows towards the data.
 
     Args:
         input_shape: `(height, width, channels)`.
@@ -268,13 +280,14 @@ def residual_log_density(
         activation: Name or function; twice differentiable.
         head: `"quadratic"` (see `QuadraticHead`) or `"linear"`.
         name: String.
+        allow_piecewise: Boolean. Whether ReLU and the like pass.
 
     Returns:
         `keras.Model`, `(rows, height, width, channels)` to `(rows, 1)`.
 
     Raises:
         ValueError: if `input_shape` is not (height, width, channels), sizes are
-            not integers above 0, or the activation has no second derivative.
+            not integers above 0, or the activation is piecewise.
 
     Example:
 
@@ -309,4 +322,5 @@ def residual_log_density(
         for _ in range(num_blocks):
             h = block(h, size, halve=False)
     h = layers.Flatten()(layers.Activation(activation)(h))
-    return check_network(keras.Model(inputs, _head(h, head), name=name))
+    network = keras.Model(inputs, _head(h, head), name=name)
+    return check_network(network, allow_piecewise)

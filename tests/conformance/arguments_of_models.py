@@ -374,6 +374,7 @@ for function in (blogkeras.mlp_log_density, blogkeras.residual_log_density):
         "activation": FREE,
         "head": choice(),
         "name": FREE,
+        "allow_piecewise": boolean(),
     }
     if function is blogkeras.mlp_log_density:
         row(function, {"input_shape": (2,)}, {**kinds, "units": sizes})
