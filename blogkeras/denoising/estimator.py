@@ -1,10 +1,13 @@
 """Densities and denoisers learnt at one amount of noise."""
 
+import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
+from blogkeras import backend
 from blogkeras.arguments import (
     check_boolean,
     check_integer,
@@ -50,6 +53,8 @@ class _OneNoise(DenoisingModel):
         super().__init__(network, seed, **kwargs)
         self.sigma = sigma
         self.annealing_steps = annealing_steps
+        self.mean_sigma = keras.metrics.Mean(name="sigma")
+        self._checked_sigma(0)
         # A weight, so that a resumed run anneals like one never stopped.
         self._annealing = self.add_weight(
             (),
@@ -60,17 +65,47 @@ class _OneNoise(DenoisingModel):
         )
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
-        first = int(ops.convert_to_numpy(self.draws.iterations)) == 0
-        if (
-            self.annealing_steps == "auto"
-            and first
-            and not isinstance(self.sigma, _Schedule)
-        ):
+        first = int(ops.convert_to_numpy(self.draws.iterations))
+        if isinstance(self.sigma, _Schedule):
+            steps = _steps_per_epoch(x, batch_size, kwargs) or 0
+            runs = epochs - kwargs.get("initial_epoch", 0)
+            # The values between these are not known, but nearly all schedules
+            # rise or fall from one to the next.
+            for step in np.linspace(first, first + steps * runs, 65):
+                self._checked_sigma(round(step))
+        elif self.annealing_steps == "auto" and first == 0:
             steps = _steps_per_epoch(x, batch_size, kwargs)
+            if steps is None:
+                raise ValueError(
+                    "Expected to know how many steps an epoch has, since σ is "
+                    "annealed over half of them. Give `steps_per_epoch` to "
+                    "`fit`, or a number as `annealing_steps` to the model (0 "
+                    "is none). Received: data of unknown size"
+                )
             self._annealing.assign(steps * epochs // 2)
-        return super().fit(x, y, batch_size, epochs, **kwargs)
+        history = super().fit(x, y, batch_size, epochs, **kwargs)
+        self._warn_if_annealing()
+        return history
 
     fit.__doc__ = DenoisingModel.fit.__doc__
+
+    def _warn_if_annealing(self):
+        """Warns where σ has not come down to that of the model's methods."""
+        if isinstance(self.sigma, _Schedule):
+            return
+        step = ops.convert_to_numpy(self.draws.iterations)
+        sigma = float(ops.convert_to_numpy(self._sigma_at(step, True)))
+        if sigma > self.sigma * (1 + 1e-6):
+            warnings.warn(
+                f"`fit` ended after {int(step)} of the "
+                f"{int(ops.convert_to_numpy(self._annealing))} steps in which "
+                f"σ falls, at σ = {sigma:.3g}; the model's methods take σ = "
+                f"{self.sigma:g}, which it has not been trained with. Call "
+                "`fit` again. While σ falls, the loss rises, so callbacks such "
+                "as EarlyStopping should not watch it before `sigma` in the "
+                "logs is constant.",
+                stacklevel=3,
+            )
 
     def _sigma_at(self, step, training):
         """σ of a training step; the last one elsewhere, or the schedule's."""
@@ -85,11 +120,35 @@ class _OneNoise(DenoisingModel):
         scale = ops.maximum(ops.sqrt(self.variance.value), self.sigma)
         return self.sigma * ops.exp(left * ops.log(scale / self.sigma))
 
+    def _checked_sigma(self, step):
+        """σ outside of training after a number of steps, a float."""
+        step = ops.convert_to_tensor(step, "int32")
+        sigma = float(ops.convert_to_numpy(self._sigma_at(step, False)))
+        # Bounds as for a number; 1e-18 itself is a little less in float32.
+        if not 9e-19 < sigma < 1.1e18:
+            raise ValueError(
+                "Expected a schedule whose values are finite and above 0 at "
+                "every step, such as a CosineDecay with alpha=0.1. Received: "
+                f"sigma={self.sigma!r}, which is {sigma} at step {int(step)}"
+            )
+        return sigma
+
     @property
     def last_sigma(self):
         """σ as it is outside of training, a float."""
-        step = self.draws.iterations.value
-        return float(ops.convert_to_numpy(self._sigma_at(step, False)))
+        return self._checked_sigma(self.draws.iterations.value)
+
+    def _check_rows(self, x):
+        # Training may have gone on to where a schedule is 0.
+        self._checked_sigma(self.draws.iterations.value)
+        return super()._check_rows(x)
+
+    def _sigma_and_noise(self, x, training):
+        """σ of a step, and the noise of a batch divided by it."""
+        step, seed = self._step(training)
+        sigma = self._sigma_at(step, training)
+        self.mean_sigma.update_state(sigma)
+        return sigma, self._noise(x, seed)
 
     def get_config(self):
         sigma = self.sigma
@@ -113,7 +172,7 @@ _Schedule = keras.optimizers.schedules.LearningRateSchedule
 
 
 def _steps_per_epoch(x, batch_size, kwargs):
-    """Steps in an epoch of `fit`; an error where they are unknown."""
+    """Steps in an epoch of `fit`; `None` where they are unknown."""
     check_source(x)
     if kwargs.get("steps_per_epoch") is not None:
         return check_integer("steps_per_epoch", kwargs["steps_per_epoch"], 1)
@@ -126,14 +185,8 @@ def _steps_per_epoch(x, batch_size, kwargs):
         number = x.num_batches
     elif hasattr(x, "cardinality"):
         number = int(x.cardinality())
-    if number is None or number < 0:
-        raise ValueError(
-            "Expected to know how many steps an epoch has, since σ is annealed "
-            "over half of them. Give `steps_per_epoch` to `fit`, or a number "
-            "as `annealing_steps` to the model (0 is none). Received: data "
-            "of unknown size"
-        )
-    return number
+    # TensorFlow's numbers for unknown and endless data are below 0.
+    return None if number is None or number < 0 else number
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -164,12 +217,18 @@ class DenoisingDensityEstimator(_OneNoise):
     ten thousand steps, a falling learning rate and averaged weights, as in the
     example. `denoising_loss` in the logs is a less noisy estimate of the loss.
 
+    While σ falls, the loss rises: less of a smaller noise can be removed.
+    `sigma` in the logs is its mean over the steps of an epoch. Callbacks such
+    as `EarlyStopping` should not watch the loss before σ is constant; a `fit`
+    that ends earlier gives a warning.
+
     Args:
         network: Keras layer or model from rows to one number, `(rows,)` or
             `(rows, 1)`; twice differentiable. See `mlp_log_density`,
             `residual_log_density`.
         sigma: Float > 0, or a `keras.optimizers.schedules.LearningRateSchedule`
-            of the training step. Standard deviation of the noise.
+            of the training step that stays above 0. Standard deviation of the
+            noise.
         annealing_steps: Integer ≥ 0. In how many first steps σ falls to
             `sigma`. `"auto"` is half of the steps of the first `fit`; with 0
             there is no annealing.
@@ -187,8 +246,11 @@ class DenoisingDensityEstimator(_OneNoise):
         ValueError: if `sigma` is not above 0, or is a schedule beside
             `annealing_steps`; if the network does not give one number for each
             row, or has layers whose score would be wrong (see
-            `allow_piecewise`); and in `fit`, if rows are not finite numbers, or
-            σ is annealed over data of unknown size.
+            `allow_piecewise`); and in `fit`, if rows are not finite in float32
+            (arrays and generators are checked throughout, data sets in the
+            first batch and in what `adapt` reads), a schedule comes to 0, σ is
+            annealed over data of unknown size, or TensorFlow has no second
+            derivative of an operation in the network.
 
     Example:
 
@@ -250,11 +312,10 @@ class DenoisingDensityEstimator(_OneNoise):
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         x = ops.cast(x, "float32")
-        step, seed = self._step(training)
-        sigma = self._sigma_at(step, training)
-        unit = self._noise(x, seed)  # ε / σ
+        sigma, unit = self._sigma_and_noise(x, training)  # unit: ε / σ
         # σ ∇log p̂(x + ε); it should be −ε / σ.
         score = sigma * self._score(x + sigma * unit, sigma, training)
+        backend.check_second_order([score])
         error = row_mean(ops.square(score + unit))
         # Only the mean of ‖ε‖² is kept: 1 for each number.
         steady = error + 1 - row_mean(ops.square(unit))
@@ -332,8 +393,10 @@ class DenoisingAutoencoder(_OneNoise):
         loss = ‖r(x + ε) − x‖² / dσ²,    ∇log p̂(y) = (r(y) − y) / σ²
 
     The vector form of `DenoisingDensityEstimator`: the network returns a row
-    like its input. It need not be a gradient, so there is no log-density. The
-    loss has the same units: 1 for the identity.
+    like its input. It need not be a gradient, so there is no log-density, and
+    samplers do not take it. The loss has the same units: 1 for the identity.
+    Signs: the score points uphill, from y towards the data; the post's energy
+    has the gradient r(y) − y = σ² · score.
 
     Args:
         network: Keras layer or model from rows to rows of the same shape. Any
@@ -346,8 +409,8 @@ class DenoisingAutoencoder(_OneNoise):
 
     Raises:
         ValueError: if `sigma` is not above 0; and in `fit`, if rows are not
-            finite numbers or the network's output has not the shape of its
-            input.
+            finite (see `DenoisingDensityEstimator`), a schedule comes to 0, or
+            the network's output has not the shape of its input.
 
     Example:
 
@@ -403,9 +466,7 @@ class DenoisingAutoencoder(_OneNoise):
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
         x = ops.cast(x, "float32")
-        step, seed = self._step(training)
-        sigma = self._sigma_at(step, training)
-        unit = self._noise(x, seed)
+        sigma, unit = self._sigma_and_noise(x, training)
         denoised = self(x + sigma * unit, training=training)
         error = row_mean(ops.square((denoised - x) / sigma))
         return self._finish(error, error, sample_weight)

@@ -3,14 +3,16 @@
 import keras
 import numpy as np
 import pytest
+import toy
 from keras import layers, ops
-from kit import SLOW_FILE_ON_JAX
+from kit import SLOW_FILE_ON_JAX, tensorflow_only, value
 
 from blogkeras.denoising import (
     AnnealedScoreMatching,
     DenoisingAutoencoder,
     DenoisingDensityEstimator,
     DenoisingGenerator,
+    annealed_langevin,
     langevin,
     log_partition,
     mlp_log_density,
@@ -89,6 +91,88 @@ def test_step_size_that_float32_cannot_hold():
 def test_variance_that_float32_cannot_hold():
     with pytest.raises(ValueError, match="scale the data"):
         estimator().fit(X * 1e30, verbose=0)
+
+
+def test_rows_that_float32_cannot_hold():
+    big = [[1e39, 0.0], [1.0, 1.0]]
+    with pytest.raises(ValueError, match="float32 can hold"):
+        estimator().log_density(big)
+    for sampler, argument in ((langevin, 3), (annealed_langevin, 0.1)):
+        options = (0.1,) if sampler is langevin else ([1.0],)
+        with pytest.raises(ValueError, match="float32 can hold"):
+            sampler(lambda x: -ops.sum(x**2, -1), big, argument, *options)
+
+
+def test_all_batches_of_a_generator_are_checked():
+    model = estimator(annealing_steps=0)
+    model.adapt(X)
+    bad = np.where(np.arange(8)[:, None] == 3, np.nan, X)
+    for last, message in ((bad, "finite"), (X[:, :1], r"rows of shape \(2,\)")):
+        batches = ((x,) for x in (X, X, last))
+        with pytest.raises(ValueError, match=message):
+            model.fit(batches, steps_per_epoch=3, verbose=0)
+    assert np.isfinite(model.log_density(X)).all()
+    model.fit(((x, x) for x in (X, X)), steps_per_epoch=2, verbose=0)
+
+
+@tensorflow_only
+def test_data_that_are_divided_among_replicas():
+    import tensorflow as tf
+
+    strategy = toy.mirrored()
+    data = tf.data.Dataset.from_tensors(X)
+    data = strategy.experimental_distribute_dataset(data)
+    with strategy.scope():
+        model = DenoisingAutoencoder(network(layers.Dense(2)), 0.5)
+        model.compile("sgd")
+    with pytest.raises(ValueError, match="call `adapt` with an array"):
+        model.fit(data, steps_per_epoch=1, verbose=0)
+    model.adapt(X)
+    model.fit(data, steps_per_epoch=1, verbose=0)
+    assert value(model.draws.iterations) == 1
+
+
+class WithoutSecondDerivative(layers.Layer):
+    def call(self, x):
+        import tensorflow as tf
+
+        return tf.nn.local_response_normalization(x[:, None, None])[:, 0, 0]
+
+
+@tensorflow_only
+@pytest.mark.parametrize("cls", ["estimator", "annealed", "generator"])
+def test_operations_without_a_second_derivative(cls):
+    bad = network(WithoutSecondDerivative(), layers.Dense(1))
+    if cls == "estimator":
+        model = DenoisingDensityEstimator(bad, 0.5)
+    elif cls == "annealed":
+        model = AnnealedScoreMatching(bad, [1.0, 0.1])
+    else:
+        good = mlp_log_density((2,), (4,))
+        model = DenoisingGenerator(network(layers.Dense(2)), good, bad, 0.5)
+    model.compile("sgd")
+    with pytest.raises(ValueError, match=r"no second derivative.*LRN"):
+        model.fit(X, verbose=0)
+
+
+def test_a_denoiser_of_numbers_is_no_log_density():
+    """Its output for rows of one number has the shape of log-densities."""
+    inputs = keras.Input((1,))
+    model = DenoisingAutoencoder(
+        keras.Model(inputs, layers.Dense(1)(inputs)), 0.5
+    )
+    x = np.zeros((3, 1))
+    generator = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    for call in (
+        lambda: langevin(model, x, 3, 0.1),
+        lambda: log_partition(model, num_steps=2),
+        lambda: log_partition(model, "quadrature", bounds=[(-1, 1)]),
+        lambda: DenoisingGenerator(
+            generator, model, mlp_log_density((1,), (4,))
+        ),
+    ):
+        with pytest.raises(ValueError, match="Expected a log-density, such"):
+            call()
 
 
 @pytest.mark.parametrize("data", [None, "rows", {"x": X}, (X, X)])

@@ -13,6 +13,7 @@ from blogkeras.denoising import (
     DenoisingDensityEstimator,
     QuadraticHead,
     mlp_log_density,
+    residual_log_density,
 )
 from blogkeras.denoising.energy import log_density_and_score
 
@@ -79,6 +80,80 @@ def test_signs_on_a_gaussian():
     assert (model.log_density(x / 2) > model.log_density(x)).all()
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class Mixture(layers.Layer):
+    """log ¼N(x; −c, v) + ¾N(x; c, v) in the plane, c = (1, ½)."""
+
+    CENTER = np.array([1.0, 0.5], "float32")
+
+    def __init__(self, variance, **kwargs):
+        super().__init__(**kwargs)
+        self.variance = variance
+
+    def call(self, x):
+        squares = [
+            ops.sum(ops.square(x - sign * self.CENTER), axis=-1)
+            for sign in (-1, 1)
+        ]
+        logits = -ops.stack(squares, -1) / (2 * self.variance)
+        weights = np.log(np.array([0.25, 0.75], "float32"))
+        return ops.logsumexp(logits + weights, axis=-1)
+
+
+def test_a_mixture_point_by_point():
+    """Log-density, score and posterior mean of two Gaussians, in NumPy."""
+    v, sigma = 0.3, 0.7
+    noisy = v + sigma**2
+    model = DenoisingDensityEstimator(Mixture(noisy), sigma)
+    model.build((None, 2))
+    without_base(model)
+    x = RNG.normal(size=(20, 2)).astype("float32")
+    centers = np.stack([-Mixture.CENTER, Mixture.CENTER])
+    distances = np.square(x[:, None] - centers).sum(-1)
+    terms = np.array([0.25, 0.75]) * np.exp(-distances / (2 * noisy))
+    density = terms.sum(-1)
+    np.testing.assert_allclose(
+        model.log_density(x), np.log(density), rtol=1e-5, atol=1e-6
+    )
+    share = terms / density[:, None]
+    score = (share[..., None] * (centers - x[:, None])).sum(1) / noisy
+    np.testing.assert_allclose(model.score(x), score, rtol=1e-5, atol=1e-5)
+    # Of each part the posterior mean lies between its center and x.
+    means = (sigma**2 * centers + v * x[:, None]) / noisy
+    posterior = (share[..., None] * means).sum(1)
+    np.testing.assert_allclose(
+        model.denoise(x), posterior, rtol=1e-5, atol=1e-5
+    )
+
+
+def zeros(sigma, x):
+    """A model whose density is N(μ, s² + σ²), with the moments of x."""
+    model = small(sigma)
+    model.network.set_weights([0 * w for w in model.network.get_weights()])
+    model.adapt(x)
+    return model
+
+
+def test_the_distribution_of_samples():
+    """From N(μ, s²), then ε = σ²/2: the variance of each step by hand."""
+    model = zeros(0.5, X / 4 + np.array([3.0, -2.0], "float32"))
+    model.draws.iterations.assign(1)  # as if trained
+    mean, start = value(model.mean), float(value(model.variance))
+    noisy, step, number = start + 0.25, 0.125, 4000
+    for num_steps in (0, 3):
+        variance = start
+        for _ in range(num_steps):
+            variance = (1 - step / (2 * noisy)) ** 2 * variance + step
+        x = model.sample(number, num_steps, seed=num_steps)
+        error = 4 * np.sqrt(variance / number)
+        np.testing.assert_allclose(x.mean(0), mean, atol=error)
+        np.testing.assert_allclose(
+            np.cov(x.T),
+            variance * np.eye(2),
+            atol=4 * variance * np.sqrt(2 / number),
+        )
+
+
 def test_the_loss_is_one_for_a_constant_and_the_floor_for_the_truth():
     v, sigma, n = 2.0, 0.5, 40_000
     x = RNG.normal(0, v**0.5, (n, 2)).astype("float32")
@@ -130,21 +205,23 @@ def test_a_gaussian_is_learnt(control_variate):
 
 
 def test_the_autoencoder_learns_the_closed_form_denoiser():
-    """r(y) = y v / (v + σ²) for N(0, v): one weight, found by Adam."""
+    """r(y) = C (C + σ²)⁻¹ y for N(0, C), found by Adam; the score likewise."""
     toy.reset()
-    x = RNG.normal(0, 1.5, (4096, 1)).astype("float32")
-    network = keras.Sequential([keras.Input((1,)), layers.Dense(1)])
+    covariance = np.array([[2.0, 1.2], [1.2, 1.0]])
+    x = RNG.multivariate_normal([0, 0], covariance, 4096).astype("float32")
+    network = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
     model = DenoisingAutoencoder(network, 0.8, seed=0)
     rate = keras.optimizers.schedules.CosineDecay(0.1, 80)
     model.compile(keras.optimizers.Adam(rate), jit_compile=True)
     model.fit(x, batch_size=512, epochs=10, verbose=0)
-    slope = float(value(network.layers[-1].kernel)[0, 0])
-    v = x.var()
-    assert abs(slope - v / (v + 0.64)) < 0.03
-    y = np.array([[2.0]], "float32")
+    precision = np.linalg.inv(np.cov(x.T) + 0.64 * np.eye(2))
+    best = np.eye(2) - 0.64 * precision
     np.testing.assert_allclose(
-        model.score(y), (model.denoise(y) - y) / 0.64, rtol=1e-5, atol=1e-6
+        value(network.layers[-1].kernel), best, atol=0.03
     )
+    y = np.array([[2.0, 0.0], [0.0, 2.0], [1.0, -1.0]], "float32")
+    np.testing.assert_allclose(model.denoise(y), y @ best, atol=0.1)
+    np.testing.assert_allclose(model.score(y), -y @ precision, atol=0.15)
 
 
 def test_gradients_of_second_order():
@@ -268,6 +345,103 @@ def test_a_keras_schedule():
         small(decay, annealing_steps=3)
 
 
+def linear(sigma):
+    """The smallest model, whose steps cost least."""
+    toy.reset()
+    network = keras.Sequential([keras.Input((2,)), layers.Dense(2)])
+    return compiled(DenoisingAutoencoder(network, sigma, seed=0))
+
+
+def test_a_schedule_that_comes_to_zero():
+    decay = keras.optimizers.schedules.CosineDecay
+    with pytest.raises(ValueError, match=r"above 0.*CosineDecay.* step 4"):
+        linear(decay(1.0, 4)).fit(X, batch_size=16, verbose=0)
+    line = keras.optimizers.schedules.PolynomialDecay
+    with pytest.raises(ValueError, match=r"-0.125 at step 3"):
+        small(line(1.0, 4, -0.5)).fit(X, batch_size=16, verbose=0)
+    with pytest.raises(ValueError, match="step 0"):
+        small(line(0.0, 4, 1.0))
+    # Nobody knows how many steps a loop of one's own will make.
+    model = linear(decay(1.0, 1))
+    model.train_on_batch(X)
+    for call in (model.train_on_batch, model.denoise, model.score):
+        with pytest.raises(ValueError, match="step 1"):
+            call(X)
+    # It may stop above 0.
+    model = linear(decay(1.0, 1, alpha=0.1))
+    model.fit(X, batch_size=64, verbose=0)
+    assert model.last_sigma == pytest.approx(0.1)
+
+
+def test_sigma_is_in_the_logs_and_must_come_down():
+    model = compiled(small(0.1, annealing_steps=4))
+    model.adapt(X)
+    with pytest.warns(UserWarning, match=r"after 2 of the 4 steps.*EarlySt"):
+        fit = model.fit(X, batch_size=32, verbose=0)
+    scale = X.var(0).mean() ** 0.5
+    sigmas = scale * (0.1 / scale) ** (np.arange(2) / 4)
+    np.testing.assert_allclose(fit.history["sigma"], sigmas.mean(), rtol=1e-4)
+    # The second half, without a warning.
+    model.fit(X, batch_size=32, verbose=0)
+    logs = model.evaluate(X[:32], verbose=0, return_dict=True)
+    assert logs["sigma"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("control_variate", [False, True])
+def test_the_gradient_of_the_loss(control_variate):
+    """`compute_loss` against central differences of itself."""
+    toy.reset()
+    model = DenoisingDensityEstimator(
+        mlp_log_density((2,), (3,), "tanh"), 0.5, 0, control_variate, seed=0
+    )
+    model.adapt(X)
+    x = ops.convert_to_tensor(X[:8])
+    kernel = model.network.layers[1].kernel
+
+    def loss(w):
+        # The scope keeps the metrics, by which the noise is numbered.
+        with keras.StatelessScope([(kernel, w)]):
+            return model.compute_loss(x, training=False), ()
+
+    w = value(kernel)
+    _, gradient = backend.value_and_grad(loss, ops.convert_to_tensor(w))
+    step = 1e-2
+    for i, j in ((0, 0), (1, 2)):
+        delta = np.zeros(w.shape, "float32")
+        delta[i, j] = step
+        up, down = (
+            float(loss(ops.convert_to_tensor(w + d))[0])
+            for d in (delta, -delta)
+        )
+        np.testing.assert_allclose(
+            value(gradient)[i, j], (up - down) / (2 * step), rtol=0.01
+        )
+
+
+def test_a_run_that_was_stopped_while_sigma_fell(tmp_path):
+    """`annealing_steps="auto"` counts the steps of the `fit` that began."""
+
+    def make():
+        toy.reset()
+        network = keras.Sequential(
+            [keras.Input((2,)), layers.Dense(3, "relu"), layers.Dense(2)]
+        )
+        return compiled(DenoisingAutoencoder(network, 0.1, "auto", seed=3))
+
+    path = str(tmp_path / "model.keras")
+    checkpoint = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: epoch or whole.save(path)
+    )
+    options = {"batch_size": 32, "epochs": 4, "shuffle": False, "verbose": 0}
+    whole = make()
+    whole.fit(X, callbacks=[checkpoint], **options)
+    loaded = keras.saving.load_model(path)
+    assert int(value(loaded._annealing)) == 4
+    loaded.run_eagerly = TENSORFLOW
+    loaded.fit(X, initial_epoch=1, **options)
+    assert toy.difference(toy.weights(whole), toy.weights(loaded)) == 0
+
+
 @slow_on_jax
 def test_resumed_is_uninterrupted(tmp_path):
     whole = compiled(small(0.1, annealing_steps=8))
@@ -362,6 +536,28 @@ def test_mixed_precision(policy):
     assert model.predict(X, verbose=0).dtype == np.float32
 
 
+def test_rows_are_not_rounded_in_mixed_precision():
+    """257 has nine binary digits, bfloat16 eight. The parts are of float32."""
+    x = np.array([[257.0, 1.0]], "float32")
+    flat = zeros(0.1, X)
+    identity = keras.Sequential([keras.Input((2,)), layers.Identity()])
+    # The network rounds nothing, so the model may not either.
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = DenoisingDensityEstimator(flat.network, 0.1)
+    model.adapt(X)
+    autoencoder = DenoisingAutoencoder(identity, 0.1)
+    distance = x - X.mean(0)
+    variance = X.var(0).mean() + 0.01
+    np.testing.assert_allclose(
+        model.log_density(x),
+        -np.square(distance).sum(-1) / (2 * variance),
+        rtol=1e-5,
+    )
+    np.testing.assert_allclose(model.score(x), -distance / variance, rtol=1e-5)
+    np.testing.assert_array_equal(autoencoder.denoise(x), x)
+    assert model(x).dtype == "float32"
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "float64", "int32"])
 def test_any_numbers(dtype):
     x = (np.abs(X) * 10).astype(dtype)
@@ -439,6 +635,8 @@ def test_the_quadratic_head():
         layers.Activation("leaky_relu"),
         layers.ReLU(),
         layers.Dense(4, activation=layers.ReLU()),
+        layers.Dense(4, "selu"),
+        layers.Activation("selu"),
         layers.BatchNormalization(),
     ],
     ids=lambda layer: type(layer).__name__,
@@ -455,8 +653,53 @@ def test_what_cannot_be_differentiated_twice_is_refused(part):
     DenoisingDensityEstimator(network, 0.1, allow_piecewise=not batch)
 
 
-def test_operations_between_layers_are_looked_at():
+@pytest.mark.parametrize(
+    "pool",
+    [
+        layers.MaxPooling2D(2),
+        layers.GlobalMaxPooling2D(),
+        layers.TimeDistributed(layers.MaxPooling1D(2)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_max_pooling_is_refused(pool):
+    network = keras.Sequential(
+        [keras.Input((4, 4, 1)), pool, layers.Flatten(), layers.Dense(1)]
+    )
+    with pytest.raises(ValueError, match=r"MaxPooling.*average pooling"):
+        DenoisingDensityEstimator(network, 0.1)
+    DenoisingDensityEstimator(network, 0.1, allow_piecewise=True)
+
+
+@pytest.mark.parametrize(
+    "piecewise",
+    [
+        ops.relu,
+        ops.abs,
+        ops.sign,
+        ops.round,
+        ops.floor,
+        ops.ceil,
+        lambda x: ops.clip(x, -1.0, 1.0),
+        lambda x: ops.maximum(x, 0.0),
+        lambda x: ops.where(x > 0, x, 0 * x),
+        lambda x: ops.min(x, axis=-1, keepdims=True),
+    ],
+    ids="relu abs sign round floor ceil clip maximum where min".split(),
+)
+def test_operations_between_layers_are_looked_at(piecewise):
     inputs = keras.Input((2,))
-    network = keras.Model(inputs, layers.Dense(1)(ops.relu(inputs)))
+    network = keras.Model(inputs, layers.Dense(1)(piecewise(inputs)))
     with pytest.raises(ValueError, match="twice"):
         DenoisingDensityEstimator(network, 0.1)
+    DenoisingDensityEstimator(network, 0.1, allow_piecewise=True)
+
+
+def test_builders_let_piecewise_activations_pass_where_they_are_meant():
+    for build, shape, sizes in (
+        (mlp_log_density, (2,), (3,)),
+        (residual_log_density, (4, 4, 1), (2,)),
+    ):
+        with pytest.raises(ValueError, match="allow_piecewise=True"):
+            build(shape, sizes, activation="relu")
+        build(shape, sizes, activation="relu", allow_piecewise=True)
