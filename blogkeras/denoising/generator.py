@@ -1,5 +1,7 @@
 """A generator that is trained on the difference of two scores."""
 
+import weakref
+
 import keras
 import numpy as np
 from keras import ops
@@ -10,6 +12,7 @@ from blogkeras.denoising.base import (
     DenoisingModel,
     RowModel,
     check_no_losses,
+    check_not_rows,
     check_sigma,
     evaluation_seed,
     input_shape_of,
@@ -24,10 +27,13 @@ from blogkeras.denoising.energy import (
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.models import map_batches
+from blogkeras.optimizers import SkipNonFinite
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The step number that the latent vectors of `sample` are drawn with.
 _SAMPLE = 2**31 - 2
+# The optimizers that `compile` has made to accumulate gradients.
+_ACCUMULATING = weakref.WeakSet()
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -59,7 +65,8 @@ class DenoisingGenerator(RowModel):
             rows to log p̂, `(rows,)` or `(rows, 1)`. It is frozen.
         model_density: A network for log q̂, such as `mlp_log_density`. It is
             trained here, and cannot be a `DenoisingDensityEstimator`.
-        sigma: Float > 0, or `None` for that of `data_density`.
+        sigma: Float > 0, or `None` for that of `data_density`. Needed, and
+            taken on trust, only where that is a layer without one.
         seed: Integer or `None`. Of latent vectors and noise.
 
     Input shape:  `(rows, *latent_shape)`.
@@ -67,10 +74,11 @@ class DenoisingGenerator(RowModel):
 
     Raises:
         ValueError: if both densities are one, `model_density` is no network,
-            the generator does not know the shape of its input, or neither
-            `sigma` nor `data_density` says how much noise there is; and in
-            `compile`, if one optimizer is given twice, or both numbers of steps
-            are above 1.
+            the generator does not know the shape of its input, neither
+            `sigma` nor `data_density` says how much noise there is, or they
+            contradict each other; and in `compile`, if one optimizer is given
+            twice, both numbers of steps are above 1, or the optimizer that
+            steps less often has made steps already or accumulates gradients.
 
     Example:
 
@@ -109,6 +117,7 @@ class DenoisingGenerator(RowModel):
         super().__init__(**kwargs)
         check_inputs(check_layer("generator", generator), "generator")
         check_layer("data_density", data_density)
+        check_not_rows("data_density", data_density)
         check_network(model_density, allow_piecewise=True, name="model_density")
         if isinstance(model_density, DenoisingModel):
             raise ValueError(
@@ -116,14 +125,21 @@ class DenoisingGenerator(RowModel):
                 "`mlp_log_density((2,))`: it is trained here, without the "
                 f"data's moments. Received: model_density={model_density!r}"
             )
-        if sigma is None:
-            sigma = getattr(data_density, "last_sigma", None)
+        known = getattr(data_density, "last_sigma", None)
+        sigma = known if sigma is None else sigma
         if sigma is None:
             raise ValueError(
                 "Expected sigma, since data_density has none. Received: "
                 "sigma=None"
             )
         sigma = check_sigma("sigma", sigma)
+        comes_later = _is_untrained_schedule(data_density)
+        if known and not comes_later and abs(sigma / known - 1) > 1e-5:
+            raise ValueError(
+                f"Expected the sigma of data_density, {known:g} (None takes "
+                "it): both densities are of data with the same noise. "
+                f"Received: sigma={sigma}"
+            )
         latent_shape = input_shape_of(generator)
         if latent_shape is None:
             raise ValueError(
@@ -193,7 +209,8 @@ class DenoisingGenerator(RowModel):
         Args:
             optimizer: Of `model_density`.
             generator_optimizer: Of the generator; defaults to one like
-                `optimizer`.
+                `optimizer`. Of the two, the one that steps less often is made
+                to accumulate gradients, in place.
             energy_steps: Integer ≥ 1. Steps of `model_density` to one of the
                 generator, which takes the mean gradient of them.
             generator_steps: Integer ≥ 1. The other way round; one of the two
@@ -209,10 +226,10 @@ class DenoisingGenerator(RowModel):
                 f"energy_steps={energy_steps}, "
                 f"generator_steps={generator_steps}"
             )
-        first = keras.optimizers.get(optimizer)
+        first = _get_optimizer(optimizer)
         if generator_optimizer is None:
             generator_optimizer = first.from_config(first.get_config())
-        second = keras.optimizers.get(generator_optimizer)
+        second = _get_optimizer(generator_optimizer)
         if second is first:
             raise ValueError(
                 "Expected two optimizers: their states are of different "
@@ -226,8 +243,8 @@ class DenoisingGenerator(RowModel):
             "generator_steps": generator_steps,
             **kwargs,
         }
-        first = _accumulating(first, generator_steps)
-        second = _accumulating(second, energy_steps)
+        _accumulate(first, generator_steps)
+        _accumulate(second, energy_steps)
         super().compile(_together(first, second, self), **kwargs)
 
     def get_compile_config(self):
@@ -290,6 +307,7 @@ class DenoisingGenerator(RowModel):
         log_q, score_q = log_density_and_score(
             self.model_density, noisy, training=training
         )
+        backend.check_second_order([score_q])
         log_p, score_p = log_density_and_score(
             self.data_density, noisy, training=False
         )
@@ -358,21 +376,49 @@ class DenoisingGenerator(RowModel):
         return cls(**{**config, **parts})
 
 
-def _accumulating(optimizer, steps):
-    """The optimizer, or one like it that steps at every `steps`-th gradient."""
+def _is_untrained_schedule(density):
+    """Whether σ is a schedule's first, as it is while a model is loaded."""
+    return isinstance(
+        getattr(density, "sigma", None),
+        keras.optimizers.schedules.LearningRateSchedule,
+    ) and not int(ops.convert_to_numpy(density.draws.iterations))
+
+
+def _that_steps(optimizer):
+    """The optimizer that makes the steps, inside of one that guards it."""
+    if isinstance(optimizer, SkipNonFinite):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+def _get_optimizer(optimizer):
+    """The optimizer, without the ratio of an earlier `compile`."""
+    optimizer = keras.optimizers.get(optimizer)
+    if _that_steps(optimizer) in _ACCUMULATING:
+        _that_steps(optimizer).gradient_accumulation_steps = None
+    return optimizer
+
+
+def _accumulate(optimizer, steps):
+    """Lets an optimizer step at every `steps`-th gradient only, in place."""
+    optimizer = _that_steps(optimizer)
     if steps == 1:
-        return optimizer
-    config = optimizer.get_config()
-    if config.get("gradient_accumulation_steps"):
+        return
+    if optimizer.gradient_accumulation_steps:
         raise ValueError(
             "Expected an optimizer without gradient accumulation, since "
             "energy_steps and generator_steps use it. Received: "
             f"gradient_accumulation_steps="
-            f"{config['gradient_accumulation_steps']}"
+            f"{optimizer.gradient_accumulation_steps}"
         )
-    return type(optimizer).from_config(
-        {**config, "gradient_accumulation_steps": steps}
-    )
+    if optimizer.built and optimizer not in _ACCUMULATING:
+        raise ValueError(
+            "Expected a new optimizer, since energy_steps and generator_steps "
+            "need further variables in it. Received: an optimizer that has "
+            f"made {int(ops.convert_to_numpy(optimizer.iterations))} steps"
+        )
+    optimizer.gradient_accumulation_steps = steps
+    _ACCUMULATING.add(optimizer)
 
 
 def _together(first, second, model):

@@ -16,6 +16,7 @@ from blogkeras.denoising import (
     DenoisingGenerator,
     mlp_log_density,
 )
+from blogkeras.optimizers import SkipNonFinite
 from blogkeras.state import StepSeed, draw_rows
 
 needs_two_optimizers = pytest.mark.skipif(
@@ -183,6 +184,68 @@ def test_ratio_of_steps(ratio, moves):
             moved = toy.difference(before[part], after[part]) > 0
             seen[part].append(int(moved))
     assert seen == moves
+
+
+def test_the_given_optimizers_are_used():
+    """What their owner changes in them counts, at any ratio of steps."""
+    model = small()
+    sgd = keras.optimizers.SGD(1.0), keras.optimizers.SGD(0.5)
+    options = {"energy_steps": 2, "run_eagerly": TENSORFLOW}
+    # Twice: they may be given again, before and after training.
+    model.compile(*sgd, **options)
+    model.compile(*sgd, **options)
+    assert sgd[1].gradient_accumulation_steps == 2
+    config = model.get_compile_config()
+    for name in ("optimizer", "generator_optimizer"):
+        saved = config[name]["config"]["gradient_accumulation_steps"]
+        assert saved is None
+    sgd[1].learning_rate.assign(0.0)
+    before = toy.weights(model.generator)
+    for _ in range(2):
+        model.train_on_batch(Z[:16])
+    assert toy.difference(before, toy.weights(model.generator)) == 0
+    model.compile(*sgd, **options)
+    sgd[1].learning_rate.assign(0.5)
+    for _ in range(2):
+        model.train_on_batch(Z[:16])
+    assert toy.difference(before, toy.weights(model.generator)) > 0
+    with pytest.raises(ValueError, match="Expected a new optimizer"):
+        model.compile(*sgd, generator_steps=2)
+
+
+def test_guarded_optimizers_have_a_ratio_too():
+    guards = [SkipNonFinite(keras.optimizers.SGD(0.1)) for _ in range(2)]
+    model = small()
+    model.compile(*guards, energy_steps=2, run_eagerly=TENSORFLOW)
+    moved = []
+    for _ in range(4):
+        before = toy.weights(model.generator)
+        model.train_on_batch(Z[:16])
+        after = toy.weights(model.generator)
+        moved.append(toy.difference(before, after) > 0)
+    assert moved == [False, True, False, True]
+
+
+def test_sigma_is_that_of_the_density():
+    def make(density, sigma):
+        return DenoisingGenerator(
+            linear_generator(), density, mlp_log_density((2,), (8,)), sigma
+        )
+
+    density = DenoisingDensityEstimator(mlp_log_density((2,), (8,)), 0.1)
+    with pytest.raises(ValueError, match=r"data_density, 0.1 .*sigma=0.5"):
+        make(density, 0.5)
+    for sigma in (0.1, None):
+        assert make(density, sigma).sigma == pytest.approx(0.1)
+    # The last σ of a schedule is that of the steps made, which a config lacks.
+    decay = keras.optimizers.schedules.ExponentialDecay(1.0, 4, 0.5)
+    density = DenoisingDensityEstimator(mlp_log_density((2,), (8,)), decay)
+    density.draws.iterations.assign(4)
+    model = make(density, None)
+    assert model.sigma == 0.5
+    with pytest.raises(ValueError, match=r"sigma=1.0"):
+        make(density, 1.0)
+    assert DenoisingGenerator.from_config(model.get_config()).sigma == 0.5
 
 
 @pytest.mark.parametrize("given", [True, False])
