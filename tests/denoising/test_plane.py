@@ -74,6 +74,22 @@ def test_eight_gaussians_in_short():
     )
     assert excess < 0.1 + 3 * error
     assert abs(likelihood + 3.737) < 0.03
+    # Point by point, where there are noisy points.
+    density = toy_densities.eight_gaussians
+    y = density.sample(500, seed=1)
+    y += np.random.default_rng(2).normal(0, 0.5, y.shape).astype("float32")
+    # One has a constant of its own.
+    assert np.std(model.log_density(y) - density.log_density(y, 0.5)) < 0.2
+    score = np.stack(
+        [
+            density.log_density(y + step, 0.5)
+            - density.log_density(y - step, 0.5)
+            for step in 1e-4 * np.eye(2)
+        ],
+        -1,
+    )
+    score /= 2e-4
+    assert np.std(model.score(y) - score) < 0.3 * np.std(score)
 
 
 @pytest.mark.verify
