@@ -138,10 +138,15 @@ class _OneNoise(DenoisingModel):
         """σ as it is outside of training, a float."""
         return self._checked_sigma(self.draws.iterations.value)
 
-    def _check_rows(self, x):
-        # Training may have gone on to where a schedule is 0.
+    # Training may have gone on to where a schedule is 0.
+
+    def _check_data(self, x):
         self._checked_sigma(self.draws.iterations.value)
-        return super()._check_rows(x)
+        return super()._check_data(x)
+
+    def _by_batches(self, *args):
+        self._checked_sigma(self.draws.iterations.value)
+        return super()._by_batches(*args)
 
     def _sigma_and_noise(self, x, training):
         """σ of a step, and the noise of a batch divided by it."""
