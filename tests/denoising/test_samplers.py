@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import value
+from kit import jax_only, value
 
 from blogkeras.denoising import (
     annealed_langevin,
+    chains,
     hmc,
     langevin,
     mala,
@@ -310,6 +311,40 @@ def test_chains_that_hardly_move_give_a_warning(sampler):
     np.testing.assert_array_equal(result.x, x)
     assert result.acceptance_rate < 1e-6
     assert sampler(gaussian(SPREAD), x, 0, step).acceptance_rate == 0
+
+
+@jax_only
+@pytest.mark.filterwarnings("ignore:.*hardly any proposal")
+def test_samplers_never_call_the_host(monkeypatch):
+    """Their programs are lowered; those with a loop need not run."""
+    import jax
+
+    programs = []
+
+    def compiler(_):
+        def compile(fn):
+            def run(*args):
+                programs.append(jax.jit(fn).lower(*args).as_text())
+                return fn(*args) if len(args) == 1 else args[2]
+
+            return run
+
+        return compile
+
+    def calling(x):
+        jax.debug.callback(lambda: None)
+        return banana(x)
+
+    monkeypatch.setattr(chains, "compiler", compiler)
+    x = start(2)[:4]
+    langevin(banana, x, 1, 0.1)
+    mala(banana, x, 1, 0.1)
+    hmc(banana, x, 1, 0.1, 2)
+    annealed_langevin(banana, x, 0.1, [1.0])
+    langevin(calling, x, 1, 0.1)
+    # For each sampler a start and a loop.
+    assert ["callback" in text for text in programs] == [False] * 8 + [True] * 2
+    assert ["while" in text for text in programs] == [False, True] * 5
 
 
 def test_some_chains_only():

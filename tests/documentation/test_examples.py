@@ -59,6 +59,17 @@ def test_basic_example(name, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.mark.verify
+def test_digits_in_short(monkeypatch, tmp_path):
+    name = "task_generate_digits.py"
+    options = "--steps 4 --sampling-steps 4 --filters 4 4 --limit 400".split()
+    monkeypatch.setattr(
+        sys, "argv", [name, *options, "--output", str(tmp_path)]
+    )
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert (tmp_path / "digits.png").stat().st_size
+
+
 @pytest.fixture
 def reviews(tmp_path):
     """Praise has 好, complaint has 差; two texts must be dropped."""
