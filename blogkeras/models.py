@@ -1,5 +1,7 @@
 """What models that are made of models have in common."""
 
+import contextlib
+
 import keras
 import numpy as np
 from keras import ops, tree
@@ -76,6 +78,34 @@ class TargetlessModel(CompositeModel):
         """
         raise NotImplementedError
 
+    def _check_batch(self, batch):
+        """Checks a batch of a generator, with targets and weights if it has."""
+        raise NotImplementedError
+
+    def _checked_batches(self, batches):
+        """The batches of a generator, each checked when its turn comes."""
+        batch = None
+        for batch in batches:
+            try:
+                self._check_batch(batch)
+            except ValueError as error:
+                self._batch_error = error
+                raise
+            yield batch
+        if batch is None:
+            raise ValueError("Expected at least one batch. Received: none")
+
+    @contextlib.contextmanager
+    def _errors_of_batches(self):
+        """TensorFlow hands an error of a generator on as one of its own."""
+        self._batch_error = None
+        try:
+            yield
+        except Exception:
+            if self._batch_error is None:
+                raise
+            raise self._batch_error from None
+
     def _before_fit(self, x):
         """Called by `fit` with checked data."""
 
@@ -101,19 +131,25 @@ class TargetlessModel(CompositeModel):
         if hasattr(x, "element_spec") or hasattr(x, "__next__"):
             # Keras warns of each data set that it does not shuffle.
             kwargs.setdefault("shuffle", False)
-        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+        with self._errors_of_batches():
+            return super().fit(
+                x, y, *args, sample_weight=sample_weight, **kwargs
+            )
 
     def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         # `fit` has checked its validation data already. It calls this with a
         # private argument of Keras.
         if not any(name.startswith("_") for name in kwargs):
             x, y, sample_weight = self._checked(x, y, sample_weight)
-        return super().evaluate(
-            x, y, *args, sample_weight=sample_weight, **kwargs
-        )
+        with self._errors_of_batches():
+            return super().evaluate(
+                x, y, *args, sample_weight=sample_weight, **kwargs
+            )
 
     def predict(self, x, *args, **kwargs):
-        return super().predict(self._check_data(x)[0], *args, **kwargs)
+        x = self._check_data(x)[0]
+        with self._errors_of_batches():
+            return super().predict(x, *args, **kwargs)
 
     def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
         check_no_class_weight(kwargs.get("class_weight"), self.ROW)

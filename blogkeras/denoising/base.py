@@ -43,7 +43,7 @@ class RowModel(TargetlessModel):
         if not is_array(x):
             check_source(x)
             if inspect.isgenerator(x):
-                return self._checked_batches(x, check), None
+                return self._checked_batches(x), None
             # A data set that is divided among replicas has no `take`.
             is_set = hasattr(x, "take") or isinstance(x, keras.utils.PyDataset)
             for batch in _batches(x, 1) if is_set else ():
@@ -53,27 +53,9 @@ class RowModel(TargetlessModel):
         x = x if ops.is_tensor(x) else as_numpy(x)
         return x, len(check(x))
 
-    def _checked_batches(self, batches, check):
-        """The batches of a generator, each checked when its turn comes."""
-        for batch in batches:
-            try:
-                check(_rows_of(batch))
-            except ValueError as error:
-                self._batch_error = error
-                raise
-            yield batch
-
-    def fit(self, x=None, y=None, *args, **kwargs):
-        self._batch_error = None
-        try:
-            return super().fit(x, y, *args, **kwargs)
-        except Exception:
-            # TensorFlow hands an error of a generator on as one of its own.
-            if self._batch_error is None:
-                raise
-            raise self._batch_error from None
-
-    fit.__doc__ = TargetlessModel.fit.__doc__
+    def _check_batch(self, batch):
+        check = self._check_rows if self.built else check_rows
+        check(_rows_of(batch))
 
     def _check_rows(self, x):
         x = check_rows(x)

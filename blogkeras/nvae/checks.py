@@ -1,6 +1,5 @@
 """Checks of what the user gives: pixels and latent variables."""
 
-import types
 import warnings
 
 import keras
@@ -30,14 +29,18 @@ def check_data(x, config):
         raise ValueError("Expected pictures as one tensor. Received: a tuple")
     batches = [x[0]] if isinstance(x, keras.utils.PyDataset) else iter(x)
     for batch in batches:
-        first = _pictures(batch)
         # A distributed data set gives one piece for each replica; these are
         # not checked.
+        first = _pictures(batch)
         if not hasattr(first, "values") or isinstance(first, dict):
-            check_pixels(first, config)
-        # What was taken from a generator is put back.
-        return _chain(batch, x) if isinstance(x, types.GeneratorType) else x
+            check_batch(batch, config)
+        return x
     raise ValueError("Expected at least one batch of pictures. Received: none")
+
+
+def check_batch(batch, config):
+    """Checks the pictures of a batch, which may have targets and weights."""
+    check_pixels(_pictures(batch), config)
 
 
 def check_pixels(x, config):
@@ -181,8 +184,3 @@ def _numbers(x, name):
 
 def _pictures(batch):
     return batch[0] if isinstance(batch, (list, tuple)) else batch
-
-
-def _chain(first, rest):
-    yield first
-    yield from rest

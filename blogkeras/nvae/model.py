@@ -1,5 +1,6 @@
 """NVAE: a variational autoencoder with many groups of latent variables."""
 
+import inspect
 from typing import Any
 
 import keras
@@ -20,6 +21,7 @@ from blogkeras.loops import ProgramCache
 from blogkeras.models import TargetlessModel
 from blogkeras.nvae import objective, verbs
 from blogkeras.nvae.checks import (
+    check_batch,
     check_data,
     check_latents,
     check_no_metrics,
@@ -331,8 +333,13 @@ class NVAE(TargetlessModel):
     # The values of pixels are checked here, before they enter a compiled step.
 
     def _check_data(self, x):
+        if inspect.isgenerator(x):
+            return self._checked_batches(x), None
         x = check_data(x, self.config)
         return x, len(x) if isinstance(x, np.ndarray) else None
+
+    def _check_batch(self, batch):
+        check_batch(batch, self.config)
 
     # Verbs
 

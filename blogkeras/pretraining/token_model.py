@@ -164,7 +164,7 @@ class TokenModel(TargetlessModel):
         if hasattr(x, "__array__") and not ops.is_tensor(x):
             x = np.asarray(x)
         if _is_data(x):
-            return x, self._check_batch(x)
+            return x, self._check_arrays(x)
         if hasattr(x, "__next__"):
             return self._checked_batches(x), None
         # A distributed data set of TensorFlow has no first batch to look at.
@@ -175,10 +175,14 @@ class TokenModel(TargetlessModel):
         else:
             return x, None
         if batch is not None:
-            self._check_batch(*_parts(batch))
+            self._check_batch(batch)
         return x, None
 
-    def _check_batch(self, x, y=None):
+    def _check_batch(self, batch):
+        parts = batch if isinstance(batch, tuple) else (batch,)
+        self._check_arrays(*parts[:2])
+
+    def _check_arrays(self, x, y=None):
         """Checks arrays, and says how many rows they have."""
         self._check_no_targets(y)
         if not ops.is_tensor(x):
@@ -193,12 +197,6 @@ class TokenModel(TargetlessModel):
         if not rows:
             raise ValueError("Expected at least one sequence. Received: none")
         return rows
-
-    def _checked_batches(self, batches):
-        """The batches of a generator, each of them checked."""
-        for batch in batches:
-            self._check_batch(*_parts(batch))
-            yield batch
 
     def _checked(self, x, y=None, sample_weight=None):
         self._check_no_targets(y)
@@ -311,12 +309,6 @@ def as_masking(
             f"pad_token={pad_token} and {masking.pad_token}"
         )
     return masking
-
-
-def _parts(batch):
-    """`(inputs, targets or None)` of a batch."""
-    parts = batch if isinstance(batch, tuple) else (batch,)
-    return (*parts, None)[:2]
 
 
 def _is_data(x):

@@ -804,9 +804,10 @@ def test_bad_input(trained, call, message):
         call(trained)
 
 
-def iter_batches(x):
+def iter_batches(*batches):
     """A generator, as `fit` takes it."""
-    yield (x,)
+    for x in batches:
+        yield (x,)
 
 
 @slow_on_jax
@@ -834,6 +835,11 @@ def test_data_sets_are_looked_at():
     model.fit(Batches(X), validation_data=(X[:4],), verbose=0)
     model.fit(iter_batches(X[:8]), steps_per_epoch=1, shuffle=False, verbose=0)
     assert int(model.draws.iterations) == 2
+    later = iter_batches(X[:8], 255 * X[:8])
+    with pytest.raises(ValueError, match="divide by 255"):
+        model.fit(later, steps_per_epoch=2, shuffle=False, verbose=0)
+    with pytest.raises(ValueError, match="at least one batch"):
+        model.fit(iter_batches(), steps_per_epoch=1, verbose=0)
     codes = model.encode(X[:8])["z"]
     for z, same in zip(codes, model.encode(Batches(X))["z"], strict=True):
         np.testing.assert_array_equal(z, same)
