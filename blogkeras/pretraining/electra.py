@@ -372,13 +372,16 @@ class ElectraPretrainer(TokenModel):
         if self.token_counts is not None and training:
             self._count(ids)
         if self._generation is not None:
-            # A discriminator that knows padding by its token would take a drawn
-            # one for padding, while the loss counts it as a token.
-            classes = ops.arange(self.vocabulary_size, dtype="int32")
-            logits = ops.where(classes == self.pad_token, -np.inf, logits)
+            logits = self._without_padding(logits)
         return draw_tokens(
             logits, targets, seed, self.temperature, self.allow_original
         )
+
+    def _without_padding(self, logits):
+        # A discriminator that knows padding by its token would take a drawn one
+        # for padding, while the loss counts it as a token.
+        classes = ops.arange(self.vocabulary_size, dtype="int32")
+        return ops.where(classes == self.pad_token, -np.inf, logits)
 
     def _discriminate(self, ids, segments, training):
         """Logits that a token is not the original: `(batch, length)`."""

@@ -80,6 +80,8 @@ def outputs(folder):
             model.draws.evaluation = lambda numbers, draws=model.draws: (
                 StepSeed(draws.seed.value, draws.iterations.value)
             )
+        if (path.stem, folder.name) == ("electra", "0.2.0"):
+            model._without_padding = lambda logits: logits  # it was drawn, too
         for i, y in enumerate(answers(model, inputs[path.stem])):
             found[f"{path.stem}/{i}"] = y
     index = blogkeras.TransportIndex.load(folder / "index.npz")
