@@ -12,6 +12,7 @@ from blogkeras.graph.calls import (
     as_list,
     calls,
     copied,
+    described,
     nested_models,
     opened,
     whole_model,
@@ -201,9 +202,38 @@ def calls_of_blocks(model, boundaries=None):
     Raises:
         ValueError: as `cut_model`, and for a single boundary.
     """
+    model, blocks = _calls_and_starts(model, boundaries)
+    return model, [every for every, _ in blocks]
+
+
+def kinds_of_blocks(model, boundaries=None, ignored=None):
+    """What each block makes of the tensor that it transforms, to compare.
+
+    Args:
+        model, boundaries: As for `calls_of_blocks`.
+        ignored: As for `described`.
+
+    Returns:
+        List of what `described` returns, one for each block. A block computes
+        other things, too, such as the mask that all blocks use, which the first
+        one does: these are left out.
+    """
+    kinds = []
+    for every, start in _calls_and_starts(model, boundaries)[1]:
+        reached, through = {id(start)}, []
+        for call in every:
+            if any(id(x) in reached for x in call.input_tensors):
+                through.append(call)
+                reached |= {id(x) for x in call.outputs}
+        kinds.append(described(through, [start], ignored))
+    return kinds
+
+
+def _calls_and_starts(model, boundaries):
+    """`calls_of_blocks`, with the tensor that each block transforms."""
     if boundaries is None:
         model, blocks = find_blocks(model)
-        return model, [block.calls for block in blocks]
+        return model, [(block.calls, block.input) for block in blocks]
     cut = _cut(model, boundaries)
     inside = cut.segments[1 : len(cut.boundaries)]
     if not inside:
@@ -211,7 +241,10 @@ def calls_of_blocks(model, boundaries=None):
             "Expected at least two boundaries, before the first block and "
             f"after each. Received: boundaries={boundaries}"
         )
-    return cut.model, [segment.nodes.value for segment in inside]
+    return cut.model, [
+        (segment.nodes.value, start)
+        for segment, start in zip(inside, cut.boundaries, strict=False)
+    ]
 
 
 def _cut(model, boundaries):

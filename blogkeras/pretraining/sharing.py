@@ -13,8 +13,8 @@ from blogkeras.graph import (
     calls_of_blocks,
     copied,
     copied_layer,
-    described,
     input_like,
+    kinds_of_blocks,
     rearranged,
     whole_model,
 )
@@ -105,7 +105,8 @@ def share_layers(
         )
     size = count // groups
     order = [i // size * size + i % size % inner for i in range(count)]
-    _check_alike(blocks, order)
+    kinds = kinds_of_blocks(model, boundaries, _TRAINING_ONLY.fullmatch)
+    _check_alike(blocks, kinds, order)
     shared = copied(rearranged(model, order, boundaries))
     shared.name = whole_model(model).name
     if isinstance(source, str) and source == "first":
@@ -318,7 +319,7 @@ def _set_weights(layers, values):
         values = values[count:]
 
 
-def _check_alike(blocks, order):
+def _check_alike(blocks, kinds, order):
     """Blocks that become one must compute the same, but for their weights."""
 
     def sizes(block):
@@ -327,16 +328,15 @@ def _check_alike(blocks, order):
             for x in _layers(block)
         ]
 
-    kinds = [
-        described(block, ignored=_TRAINING_ONLY.fullmatch) for block in blocks
-    ]
     for i, first in enumerate(order):
-        if kinds[i] != kinds[first]:
+        same_sizes = sizes(blocks[i]) == sizes(blocks[first])
+        if not same_sizes or kinds[i] != kinds[first]:
             received = f"block {first} {sizes(blocks[first])}, block {i} "
-            if sizes(blocks[i]) != sizes(blocks[first]):
-                received += f"{sizes(blocks[i])}"
-            else:
-                received += "of the same sizes, with other options or links"
+            received += (
+                "of the same sizes, with other options or links"
+                if same_sizes
+                else f"{sizes(blocks[i])}"
+            )
             raise ValueError(
                 "Expected blocks of the same layers, options and sizes, to "
                 "share them; blocks of several kinds in turn can be shared "

@@ -175,6 +175,32 @@ def test_blocks_that_compute_different_things_are_not_shared():
     blogkeras.share_layers(blocks_of(inside(relu, tanh), inside(relu, tanh)))
 
 
+def test_a_mask_that_the_first_block_makes_for_all():
+    """Boundaries put its operations into that block."""
+    ids = keras.Input((8,), dtype="int32")
+    h = layers.Embedding(VOCABULARY, DIM)(ids)
+    mask = ops.not_equal(ids, 0)[:, None, :]
+    ends = [h]
+    for _ in range(3):
+        a = layers.MultiHeadAttention(2, 3)(h, h, attention_mask=mask)
+        h = layers.LayerNormalization()(h + layers.Dropout(0.1)(a))
+        ends.append(h)
+    model = keras.Model(ids, h)
+    albert = blogkeras.share_layers(model, boundaries=ends)
+    block = sum(w.size for x in model.layers[-3:] for w in x.get_weights())
+    assert albert.count_params() == VOCABULARY * DIM + block
+    bert = blogkeras.unshare_layers(
+        albert, [albert.layers[1].output, *_norms(albert)]
+    )
+    x = ops.convert_to_tensor(IDS)
+    np.testing.assert_array_equal(value(bert(x)), value(albert(x)))
+
+
+def _norms(model):
+    (norm,) = (x for x in model.layers if "normalization" in x.name)
+    return [n.outputs[0] for n in norm._inbound_nodes if n.outputs]
+
+
 def test_saved_and_trained(tmp_path):
     bert = transformer()
     shared = blogkeras.share_layers(bert, boundaries=boundaries(bert))
