@@ -163,6 +163,22 @@ class TargetlessModel(CompositeModel):
         )
 
 
+def check_own_loss(arguments):
+    """Raises a `ValueError` where `compile` is given a loss or metrics.
+
+    Args:
+        arguments: Dict of the keyword arguments of `compile`.
+    """
+    for name in ("loss", "loss_weights", "metrics", "weighted_metrics"):
+        value = arguments.get(name)
+        empty = isinstance(value, (list, tuple, dict)) and not value
+        if value is not None and not empty:
+            raise ValueError(
+                f"Expected no loss and no metrics, here `{name}`: they are the "
+                f"model's own. Received: {name}={value!r}"
+            )
+
+
 def map_batches(program, arrays, batch_size=32, verbose=0):
     """Applies a compiled function to rows, a batch at a time.
 

@@ -188,7 +188,9 @@ def keep_settings(folder, options, vocabulary):
     path = folder / "settings.json"
     if (folder / "model.keras").exists() and path.exists():
         before = json.loads(path.read_text("utf-8"))
-        other = [name for name in settings if before[name] != settings[name]]
+        other = [
+            name for name in settings if before.get(name) != settings[name]
+        ]
         if other:
             raise ValueError(
                 f"Expected the settings of the run in {folder}, which would go "

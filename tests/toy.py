@@ -169,6 +169,29 @@ def token_encoder(
     return keras.Model(tokens, h, name=name)
 
 
+def bert4keras_transformer(**changes):
+    """A small transformer of bert4keras, on TensorFlow."""
+    import blogkeras.bert4keras  # noqa: F401
+
+    # isort: split
+    from bert4keras.models import build_transformer_model
+
+    sizes = {
+        "model": "bert",
+        "vocab_size": VOCABULARY,
+        "embedding_size": 4,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "hidden_act": "gelu",
+        "max_position": 8,
+        "segment_vocab_size": 2,
+        "dropout_rate": 0.1,
+    }
+    return build_transformer_model(**{**sizes, **changes})
+
+
 def keras_hub_bert(**changes):
     """A BERT of KerasHub with one small block; skips where there is none."""
     keras_hub = pytest.importorskip("keras_hub")

@@ -18,7 +18,11 @@ from blogkeras.arguments import (
 )
 from blogkeras.denoising.energy import check_scalars
 from blogkeras.loops import ProgramCache
-from blogkeras.models import TargetlessModel, map_batches
+from blogkeras.models import (
+    TargetlessModel,
+    check_own_loss,
+    map_batches,
+)
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The noise of `evaluate` has seeds of its own, far from those of `fit`.
@@ -39,7 +43,6 @@ class RowModel(TargetlessModel):
         super().__init__(**{"autocast": False, **kwargs})
 
     def _check_data(self, x):
-        check = self._check_rows if self.built else check_rows
         if not is_array(x):
             check_source(x)
             if inspect.isgenerator(x):
@@ -47,19 +50,18 @@ class RowModel(TargetlessModel):
             # A data set that is divided among replicas has no `take`.
             is_set = hasattr(x, "take") or isinstance(x, keras.utils.PyDataset)
             for batch in _batches(x, 1) if is_set else ():
-                check(batch)
+                self._check_batch(batch)
             return x, None
         # Lists, and tables such as those of pandas.
         x = x if ops.is_tensor(x) else as_numpy(x)
-        return x, len(check(x))
+        return x, len(self._check_rows(x))
 
     def _check_batch(self, batch):
-        check = self._check_rows if self.built else check_rows
-        check(_rows_of(batch))
+        self._check_rows(_rows_of(batch))
 
     def _check_rows(self, x):
         x = check_rows(x)
-        if x.shape[1:] != self.row_shape:
+        if self.built and x.shape[1:] != self.row_shape:
             raise ValueError(
                 f"Expected rows of shape {self.row_shape}. Received: x of "
                 f"shape {x.shape}"
@@ -98,7 +100,7 @@ class DenoisingModel(RowModel):
             self.build((None, *shape))
 
     def compile(self, optimizer="adam", **kwargs):
-        check_no_losses(kwargs)
+        check_own_loss(kwargs)
         super().compile(optimizer, **kwargs)
 
     # Moments of the data
@@ -281,20 +283,6 @@ class DenoisingModel(RowModel):
     def from_config(cls, config):
         network = keras.saving.deserialize_keras_object(config["network"])
         return cls(**{**config, "network": network})
-
-
-def check_no_losses(arguments):
-    """Raises a `ValueError` where `compile` is given a loss or metrics."""
-    given = [
-        name
-        for name in ("loss", "loss_weights", "metrics", "weighted_metrics")
-        if arguments.get(name)
-    ]
-    if given:
-        raise ValueError(
-            "Expected no loss and no metrics: they are the method's own. "
-            f"Received: {', '.join(f'{n}={arguments[n]!r}' for n in given)}"
-        )
 
 
 def check_not_rows(name, value):

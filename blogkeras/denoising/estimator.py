@@ -122,6 +122,8 @@ class _OneNoise(DenoisingModel):
 
     def _checked_sigma(self, step):
         """σ outside of training after a number of steps, a float."""
+        if not isinstance(self.sigma, _Schedule):
+            return float(np.float32(self.sigma))
         step = ops.convert_to_tensor(step, "int32")
         sigma = float(ops.convert_to_numpy(self._sigma_at(step, False)))
         # Bounds as for a number; 1e-18 itself is a little less in float32.

@@ -11,7 +11,6 @@ from blogkeras.arguments import check_integer, check_layer, row_weights
 from blogkeras.denoising.base import (
     DenoisingModel,
     RowModel,
-    check_no_losses,
     check_not_rows,
     check_sigma,
     evaluation_seed,
@@ -26,7 +25,7 @@ from blogkeras.denoising.energy import (
     log_density_and_score,
 )
 from blogkeras.loops import ProgramCache
-from blogkeras.models import map_batches
+from blogkeras.models import check_own_loss, map_batches
 from blogkeras.optimizers import SkipNonFinite
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
@@ -217,7 +216,7 @@ class DenoisingGenerator(RowModel):
                 is 1.
             **kwargs: As for Keras's `compile`; no loss and no metrics.
         """
-        check_no_losses(kwargs)
+        check_own_loss(kwargs)
         energy_steps = check_integer("energy_steps", energy_steps, 1)
         generator_steps = check_integer("generator_steps", generator_steps, 1)
         if min(energy_steps, generator_steps) > 1:

@@ -154,7 +154,7 @@ def described(calls, inputs=(), ignored=None):
             lambda x: (
                 numbers.get(id(x), "outside")
                 if isinstance(x, keras.KerasTensor)
-                else repr(x)
+                else _constant(x)
             ),
             (call.args, call.kwargs),
         )
@@ -212,7 +212,15 @@ def _without(config, ignored):
         }
     if isinstance(config, (list, tuple)):
         return [_without(x, ignored) for x in config]
-    return config
+    return _constant(config)
+
+
+def _constant(x):
+    """What tells a constant from others: of arrays not all is printed."""
+    if hasattr(x, "__array__") and not isinstance(x, keras.Variable):
+        x = np.asarray(x)
+        return x.shape, str(x.dtype), x.tobytes()
+    return x
 
 
 def as_list(layers):

@@ -96,17 +96,6 @@ def check_shape(shape, config):
         )
 
 
-def check_no_metrics(arguments):
-    """Raises a ValueError where `compile` is given metrics."""
-    for name in ("metrics", "weighted_metrics"):
-        if arguments.get(name):
-            raise ValueError(
-                "Expected no metrics: there are no targets, and the model has "
-                "its own, `nelbo`, `reconstruction` and `kl`. Received: "
-                f"{name}={arguments[name]!r}"
-            )
-
-
 def warn_if_not_annealed(config):
     """Warns where `spectral_start` has no effect."""
     steps = config.kl_warmup_steps + config.kl_constant_steps

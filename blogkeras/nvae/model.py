@@ -18,13 +18,12 @@ from blogkeras.arguments import (
     row_weights,
 )
 from blogkeras.loops import ProgramCache
-from blogkeras.models import TargetlessModel
+from blogkeras.models import TargetlessModel, check_own_loss
 from blogkeras.nvae import objective, verbs
 from blogkeras.nvae.checks import (
     check_batch,
     check_data,
     check_latents,
-    check_no_metrics,
     check_pixels,
     check_shape,
     warn_if_not_annealed,
@@ -195,17 +194,7 @@ class NVAE(TargetlessModel):
         return cls(config, recompute, seed, dtype=dtype)
 
     def compile(self, optimizer="adamax", loss=None, **kwargs):
-        if loss is not None:
-            raise ValueError(
-                "Expected no loss: the model has its own, the negative "
-                f"evidence lower bound. Received: loss={loss!r}"
-            )
-        if kwargs.get("loss_weights") is not None:
-            raise ValueError(
-                "Expected no loss_weights: the loss is the model's own. "
-                f"Received: loss_weights={kwargs['loss_weights']!r}"
-            )
-        check_no_metrics(kwargs)
+        check_own_loss({"loss": loss, **kwargs})
         warn_if_not_annealed(self.config)
         super().compile(optimizer, **kwargs)
         self._programs.clear()

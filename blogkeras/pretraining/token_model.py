@@ -11,7 +11,7 @@ from blogkeras.arguments import (
     check_integers,
     row_weights,
 )
-from blogkeras.models import TargetlessModel
+from blogkeras.models import TargetlessModel, check_own_loss
 from blogkeras.pretraining.masking import TokenMasking
 from blogkeras.state import NumberedDraws
 
@@ -76,15 +76,7 @@ class TokenModel(TargetlessModel):
 
     def compile(self, optimizer="adam", loss=None, **kwargs):
         """As Keras's, but for loss and metrics: the model has its own."""
-        kwargs["loss"] = loss
-        for name in ("loss", "metrics", "weighted_metrics", "loss_weights"):
-            value = kwargs.pop(name, None)
-            empty = isinstance(value, (list, tuple, dict)) and not value
-            if value is not None and not empty:
-                raise ValueError(
-                    f"Expected no `{name}`: the loss and the metrics are the "
-                    f"model's own. Received: {name}={value!r}"
-                )
+        check_own_loss({"loss": loss, **kwargs})
         super().compile(optimizer, **kwargs)
 
     def _split(self, x):

@@ -690,24 +690,13 @@ def test_the_masked_head_costs_its_positions_only():
 if TENSORFLOW:
 
     def test_bert4keras_with_segments():
-        import blogkeras.bert4keras  # noqa: F401
-
-        # isort: split
-        from bert4keras.models import build_transformer_model
-
         def transformer(dim, prefix):
-            return build_transformer_model(
+            return toy.bert4keras_transformer(
                 model="electra",
                 vocab_size=VOCABULARY,
-                embedding_size=4,
                 hidden_size=dim,
-                num_hidden_layers=1,
                 num_attention_heads=1,
-                intermediate_size=8,
-                hidden_act="gelu",
                 max_position=LENGTH,
-                segment_vocab_size=2,
-                dropout_rate=0.1,
                 prefix=prefix,
             )
 

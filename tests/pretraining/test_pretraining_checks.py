@@ -299,25 +299,12 @@ def test_groups_are_masked_inside_of_a_compiled_step(unit):
 @pytest.mark.skipif(not TENSORFLOW, reason="bert4keras runs on TensorFlow")
 @pytest.mark.parametrize("kind", ["masked", "disentangled"])
 def test_networks_of_bert4keras_are_saved_and_loaded(kind, tmp_path):
-    import blogkeras.bert4keras  # noqa: F401
-
-    # isort: split
-    from bert4keras.models import build_transformer_model
-
     def network(name, hidden):
-        return build_transformer_model(
-            model="bert",
+        return toy.bert4keras_transformer(
             name=name,
             vocab_size=VOCABULARY,
-            embedding_size=8,
             hidden_size=hidden,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-            hidden_act="gelu",
             max_position=LENGTH,
-            segment_vocab_size=2,
-            dropout_rate=0.1,
         )
 
     if kind == "masked":

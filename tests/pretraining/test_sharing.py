@@ -6,6 +6,7 @@ Post 7846.
 import keras
 import numpy as np
 import pytest
+import toy
 from keras import layers, ops
 from kit import JAX, TENSORFLOW, value
 
@@ -162,6 +163,17 @@ def test_blocks_that_compute_different_things_are_not_shared():
     ):
         with pytest.raises(ValueError, match="same layers, options and sizes"):
             blogkeras.share_layers(model)
+    # Of large arrays not all is printed.
+    ids = keras.Input((8,), dtype="int32")
+    h = layers.Embedding(VOCABULARY, 2000)(ids)
+    ends = [h]
+    for i in range(2):
+        offset = np.zeros(2000, "float32")
+        offset[1000] = i
+        h = layers.LayerNormalization()(h + offset)
+        ends.append(h)
+    with pytest.raises(ValueError, match="other options or links"):
+        blogkeras.share_layers(keras.Model(ids, h), boundaries=ends)
     # In turn they can be shared, and what differs in training alone can be.
     model = blocks_of(*[dense("relu"), dense("tanh")] * 2)
     twin = blogkeras.share_layers(model, inner=2)
@@ -593,24 +605,12 @@ def test_bad_arguments(call, message):
 
 @pytest.mark.skipif(not TENSORFLOW, reason="bert4keras runs on TensorFlow")
 def test_bert4keras():
-    import blogkeras.bert4keras
-
-    # isort: split
-    from bert4keras.models import build_transformer_model
-
     def build(model):
-        return build_transformer_model(
+        return toy.bert4keras_transformer(
             model=model,
             vocab_size=VOCABULARY,
-            embedding_size=4,
             hidden_size=DIM,
             num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=8,
-            hidden_act="gelu",
-            max_position=8,
-            segment_vocab_size=2,
-            dropout_rate=0.1,
         )
 
     albert = build("albert")
