@@ -9,7 +9,9 @@ first three tenths. Two plain VAEs follow, with one layer of latent variables
 and as many weights: one makes as many steps, the other takes as many seconds.
 Training pictures are binarized dynamically, test pictures once with a fixed
 seed. A row of `docs/results/nvae.csv` holds the bounds of log p in nats: IWAE-k
-with the two `--samples`, on the two numbers of test pictures of `--images`.
+with the two `--samples`, on the two numbers of test pictures of `--images`, and
+the KL term of each group; `nvae_curve.csv` holds the training loss. The first
+seed leaves a figure.
 
 A run can be killed at any time, or ended by `--minutes`: called again, it goes
 on from what stands in `--cache`, with the numbers of a run that was never
@@ -46,9 +48,14 @@ RECORD = Recording(
     [
         *("run", "model", "seed", "seconds", "parameters", "steps", "spent"),
         *("skipped", *BOUNDS, "samples", "images", "samples_many"),
-        *("images_many", "backend"),
+        *("images_many", "kl", "backend"),
     ],
     key=["run", "model", "seed", "seconds"],
+)
+CURVE = Recording(
+    ROWS.with_name("nvae_curve.csv"),
+    ["run", "model", "seed", "seconds", "step", "nelbo"],
+    key=["run", "model", "seed", "seconds", "step"],
 )
 MODELS = ["NVAE", "VAE, equal steps", "VAE, equal seconds"]
 RUNS = {
@@ -318,6 +325,38 @@ def pictures(model, x, test, folder, seed):
     )
 
 
+def draw(path, run):
+    """A figure of `pictures`: rows of samples, then what they are like."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    arrays = np.load(path)
+    names = [name for name in arrays if name.startswith("samples")]
+    names += ["samples_0.8_recalibrated", "nearest"]
+    rows = [np.concatenate(arrays[name], axis=1) for name in names]
+    columns = rows[0].shape[1] // arrays["nearest"].shape[2]
+    for row in arrays["interpolations"][:4]:
+        row = np.concatenate(row, axis=1)
+        missing = rows[0].shape[1] - row.shape[1]
+        rows.append(np.pad(row, ((0, 0), (0, missing), (0, 0))))
+    picture = np.concatenate(rows)
+    figure, axes = pyplot.subplots(figsize=(columns / 2, len(rows) / 2))
+    axes.imshow(picture.squeeze(), cmap="gray")
+    height = arrays["nearest"].shape[1]
+    labels = [
+        name.replace("samples_", "").replace("_", " ") for name in names[:-2]
+    ]
+    labels += ["0.8 recalibrated", "nearest", *["between"] * 4]
+    axes.set_yticks((np.arange(len(rows)) + 0.5) * height, labels)
+    axes.set_xticks([])
+    figure.savefig(
+        ROWS.with_name(f"nvae_{run}.png"), dpi=80, bbox_inches="tight"
+    )
+    pyplot.close(figure)
+
+
 def record(args):
     import keras
 
@@ -349,9 +388,16 @@ def record(args):
             for k, n in zip(args.samples, args.images, strict=True)
         ]
         if name == "NVAE":
-            print("KL of the groups:", found[0]["kl"].round(2), flush=True)
             if model.norms:
                 pictures(model, x, test, folder, seed)
+                if seed == 0:
+                    draw(folder / "pictures.npz", run)
+        points = [
+            (run, name, seed, seconds, step) for step, _ in state["curve"]
+        ]
+        values = dict(state["curve"])
+        for point in CURVE.missing(points):
+            CURVE.append(*point, values[point[-1]])
         parameters = sum(
             int(np.prod(v.shape)) for v in model.trainable_variables
         )
@@ -363,6 +409,7 @@ def record(args):
             *(f"{value:.3f}" for value in best),
             *(args.samples[0], args.images[0]),
             *(args.samples[1], args.images[1]),
+            " ".join(f"{kl:.2f}" for kl in found[0].get("kl", ())),
             keras.backend.backend(),
         )
 
@@ -427,6 +474,16 @@ def report():
         ],
         rows,
     )
+    for path in sorted(ROWS.parent.glob("nvae_*.png")):
+        run = path.stem.removeprefix("nvae_")
+        lines += [
+            "",
+            f"`{run}`, seed 0: samples at five temperatures, from the same "
+            "noise, before and after recalibration; samples and the nearest "
+            "training pictures; interpolations between pairs of test pictures.",
+            "",
+            f"![samples, nearest pictures, interpolations]({path.name})",
+        ]
     page.write(PAGE, lines)
 
 
