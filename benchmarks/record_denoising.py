@@ -550,6 +550,9 @@ NOTES = {
     "Likelihood gap: the normalized mean log-density less the truth, nats.",
     "generator": "KL(q̂‖p̂) with q̂ by kernels, nats; MMD. The row `data` has "
     "other draws of the data in the place of samples.",
+    "published": "The notebook's networks of log-densities and generator, "
+    "batches of 2048, five steps of log q̂ to one; ours makes as many steps of "
+    "512, one to one, as the same seconds allow. KL and MMD as above.",
     "variate": "Excess: mean square error of the score per dimension.",
     "pictures": "Loss: 1 for a constant energy. In-painting error: root mean "
     "square of the lower half of pictures in [0, 1]. AUC: of the anomaly score "
