@@ -1,5 +1,6 @@
 """One energy for all amounts of noise, sampled from hot to cold."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,11 @@ from blogkeras.denoising.samplers import (
     check_levels,
     check_mask,
 )
+from blogkeras.state import base_seed
+
+# How often chains that diverge are drawn anew, and which have diverged: those
+# that end so many standard deviations of the noisiest data away from its mean.
+_NEW_DRAWS, _FAR = 3, 100.0
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -275,13 +281,19 @@ class AnnealedScoreMatching(DenoisingModel):
             verbose: `"auto"`, 0, 1 or 2: Keras's progress bar.
 
         Returns:
-            NumPy array `(num, ...)`, float32.
+            NumPy array `(num, ...)`, float32. If up to half of the chains
+            diverge, they are drawn anew, with a warning.
+
+        Raises:
+            FloatingPointError: if more chains diverge, or always the same.
         """
         num_steps = check_integer("num_steps", num_steps, minimum=1)
-        x = self._start(num, seed)
+        num = check_integer("num", num, minimum=1)
+        _ = self.row_shape  # an error where it is not known yet
         warn_if_untrained(self)
         return self._anneal(
-            x, None, num_steps, step_size, denoise, seed, verbose
+            lambda seed: self._start(num, seed),
+            *(None, num_steps, step_size, denoise, seed, verbose),
         )
 
     def inpaint(
@@ -313,17 +325,18 @@ class AnnealedScoreMatching(DenoisingModel):
         x = as_numpy(as_numbers(x, "x"))
         known = np.broadcast_to(check_mask(mask, x), x.shape)
         # NaN often marks what is missing.
-        filled = np.where(known, x, 0)
-        start = self._start(len(x), seed)
-        start = np.where(known, self._check_rows(filled), start)
+        filled = self._check_rows(np.where(known, x, 0))
         return self._anneal(
-            start, known, num_steps, step_size, denoise, seed, verbose
+            lambda seed: np.where(known, filled, self._start(len(x), seed)),
+            *(known, num_steps, step_size, denoise, seed, verbose),
         )
 
     def _anneal(
         self, start, known, num_steps, step_size, denoise, seed, verbose
     ):
+        """`start(seed)` gives the starting points."""
         check_boolean("denoise", denoise)
+        seed = int(ops.convert_to_numpy(base_seed(seed)))
         sigmas = np.asarray(self.sigmas)
         if self.conditional:
             repeats = max(round(num_steps / len(sigmas)), 1)
@@ -343,19 +356,62 @@ class AnnealedScoreMatching(DenoisingModel):
         if step_size is None:
             step_size = default
         density = _Conditional(self) if self.conditional else self
-        x = annealed_langevin(
-            density,
-            start,
-            step_size,
-            mask=known,
-            seed=seed,
-            verbose=verbose,
-            **levels,
-        ).x
+
+        def draw(seed, allow_non_finite=True):
+            return annealed_langevin(
+                density,
+                start(seed),
+                step_size,
+                mask=known,
+                seed=seed,
+                allow_non_finite=allow_non_finite,
+                verbose=verbose,
+                **levels,
+            )
+
+        x = self._without_diverged(draw, seed, known)
         if denoise:
             sigma = self.sigmas[-1] if self.conditional else None
             x = self.denoise(x, sigma)
-        return x if known is None else np.where(known, start, x)
+        return x if known is None else np.where(known, start(seed), x)
+
+    def _without_diverged(self, draw, seed, known):
+        """What is drawn, with other draws in place of the few that diverge.
+
+        Far from all data nothing tells a network to fall, so single chains may
+        find a place where it rises without end.
+        """
+        x, _, number = draw(seed)
+        if not number:
+            return x
+        mean, variance = map(ops.convert_to_numpy, (self.mean, self.variance))
+        limit = _FAR * (variance + self.sigmas[0] ** 2) ** 0.5
+
+        def diverged(x):
+            far = np.abs(x - mean) > limit
+            far = far if known is None else far & ~known
+            return far.reshape(len(x), -1).any(1)
+
+        lost = diverged(x)
+        if lost.sum() < number or 2 * number > len(x):
+            # Most of them, or of another kind: the same again, for its error.
+            draw(seed, allow_non_finite=False)
+        for i in range(1, _NEW_DRAWS + 1):
+            # Far from the seeds that users count up.
+            again = draw((seed + i * 1_000_003) % 2**31).x
+            x[lost] = again[lost]
+            lost &= diverged(again)
+            if not lost.any():
+                break
+        else:
+            draw(seed, allow_non_finite=False)
+        warnings.warn(
+            f"{number} of {len(x)} chains diverged and were drawn anew: far "
+            "from the data the learned log-density rises. More steps of "
+            "training or a smaller step_size may help.",
+            stacklevel=4,
+        )
+        return x
 
     @property
     def last_sigma(self):

@@ -14,6 +14,7 @@ from blogkeras.denoising import (
     AnnealedScoreMatching,
     QuadraticHead,
     Samples,
+    annealed_langevin,
     mlp_log_density,
     residual_log_density,
 )
@@ -293,3 +294,45 @@ def test_bad_arguments():
         model.inpaint(X, np.array([True, False]), num_steps=0)
     with pytest.warns(UserWarning, match="not been trained"):
         model.sample(2, num_steps=1)
+
+
+class RisesFarAway(layers.Layer):
+    """−50 x² near 0; from 2.6 on it rises, and chains run away."""
+
+    def call(self, inputs):
+        x = inputs[:, 0]
+        return -50 * x**2 + 120 * ops.square(ops.softplus(9 * x - 13.5) / 9)
+
+
+def test_chains_that_run_away_are_drawn_anew():
+    model = AnnealedScoreMatching(RisesFarAway(), SIGMAS, seed=0)
+    model.build((None, 1))
+    model.draws.iterations.assign(1)
+    start = model._start(128, 1)
+    # The same chains without another draw.
+    way = np.r_[np.full(60, 1.0), np.geomspace(1.0, 0.1, 240)]
+    alone = annealed_langevin(
+        *(model, start, 2e-3, (way / 0.1) ** 2),
+        seed=1,
+        allow_non_finite=True,
+    )
+    lost = np.abs(alone.x[:, 0]) > 100
+    assert 0 < lost.sum() == alone.num_non_finite < 64
+    with pytest.warns(UserWarning, match=f"^{lost.sum()} of 128 chains"):
+        x = model.sample(128, 300, denoise=False, seed=1)
+    assert np.abs(x).max() < 2.6
+    np.testing.assert_allclose(x[~lost], alone.x[~lost], rtol=1e-4, atol=1e-4)
+    # Where they all run away there is nothing to draw.
+    with pytest.raises(FloatingPointError, match="diverged at step"):
+        model.sample(16, 300, step_size=1.0, seed=1)
+
+
+def test_what_is_known_stays_where_chains_run_away():
+    model = AnnealedScoreMatching(RisesFarAway(), SIGMAS, seed=0)
+    model.build((None, 2))
+    model.draws.iterations.assign(1)
+    x = np.tile([[0.0, 300.0]], (128, 1)).astype("float32")
+    with pytest.warns(UserWarning, match="drawn anew"):
+        filled = model.inpaint(x, np.array([False, True]), 300, seed=1)
+    assert (filled[:, 1] == 300).all()
+    assert np.abs(filled[:, 0]).max() < 2.6
