@@ -33,9 +33,9 @@ from blogkeras.denoising.samplers import (
 )
 from blogkeras.state import base_seed
 
-# How often chains that diverge are drawn anew, and which have diverged: those
-# that end so many standard deviations of the noisiest data away from its mean.
-_NEW_DRAWS, _FAR = 3, 100.0
+# How often chains that diverge are drawn anew at most, and which have diverged:
+# those that end so many standard deviations of the noisiest data from its mean.
+_NEW_DRAWS, _FAR = 10, 100.0
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -285,7 +285,8 @@ class AnnealedScoreMatching(DenoisingModel):
             diverge, they are drawn anew, with a warning.
 
         Raises:
-            FloatingPointError: if more chains diverge, or always the same.
+            FloatingPointError: if more of them diverge, or some do in ten
+                further draws, too.
         """
         num_steps = check_integer("num_steps", num_steps, minimum=1)
         num = check_integer("num", num, minimum=1)
@@ -318,7 +319,8 @@ class AnnealedScoreMatching(DenoisingModel):
             num_steps, step_size, denoise, seed, verbose: As for `sample`.
 
         Returns:
-            NumPy array like `x`, equal to it where `mask` is true.
+            NumPy array like `x`, equal to it where `mask` is true. Chains that
+            diverge, and errors: as for `sample`.
         """
         num_steps = check_integer("num_steps", num_steps, minimum=1)
         warn_if_untrained(self)
