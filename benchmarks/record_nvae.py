@@ -6,8 +6,8 @@ A run trains an NVAE for about `--seconds` of the processor (of the clock on an
 accelerator): its speed is measured first, and tells the number of steps, over
 which the learning rate falls with a cosine; the KL terms are warmed up in the
 first three tenths. After `small`, `wide`, `wider` and `mnist` two plain VAEs
-follow, with one layer of latent variables and as many weights: one makes as many
-steps, the other takes as many seconds. Training pictures are binarized
+follow, with one layer of latent variables and as many weights: one makes as
+many steps, the other takes as many seconds. Training pictures are binarized
 dynamically, test pictures once with a fixed seed. A row of
 `docs/results/nvae.csv` holds the bounds of log p in nats: IWAE-k with the two
 `--samples`, on the two numbers of test pictures of `--images`, and the KL term
