@@ -19,6 +19,8 @@ from blogkeras.state import separate
 class CompositeModel(keras.Model):
     """A model that is saved, restored and trained again with all its state."""
 
+    ROW: str | None = None  # what a row is, where it has no class
+
     def compile_from_config(self, config):
         """Compiles a loaded model as the saved one was.
 
@@ -28,12 +30,51 @@ class CompositeModel(keras.Model):
         if self.built and self.optimizer is not None:
             self.optimizer.build(self.trainable_variables)
 
-    def fit(self, *args, **kwargs):
+    def fit(self, x=None, *args, **kwargs):
         """As in Keras."""
+        if x is None:
+            raise ValueError("Expected data to train on. Received: x=None")
+        # Keras's trainer for JAX would lose all weights.
+        if any(tuple(part.shape[:1]) == (0,) for part in _arrays_in(x)):
+            raise ValueError("Expected at least one row. Received: none")
+        if self.ROW:
+            check_no_class_weight(kwargs.get("class_weight"), self.ROW)
         separate(self)  # parts of it may have been trained before
-        history = super().fit(*args, **kwargs)
+        history = super().fit(x, *args, **kwargs)
         separate(self)
         return history
+
+    def export(
+        self,
+        filepath,
+        format="tf_saved_model",
+        verbose=None,
+        input_signature=None,
+        **kwargs,
+    ):
+        """As in Keras, without a call of the model before."""
+        if input_signature is None:
+            inputs = self._symbolic_inputs()
+            input_signature = None if inputs is None else [inputs]
+        super().export(
+            filepath,
+            format,
+            verbose,
+            input_signature=input_signature,
+            **kwargs,
+        )
+
+    def _symbolic_inputs(self):
+        """What `call` takes, for `export`; `None` where that is not known.
+
+        Keras only knows shapes, and takes all inputs for floating ones.
+        """
+        return None
+
+    @property
+    def _default_save_signature(self):
+        # Keras's would trace the model once more, with floating inputs.
+        return None
 
     # Keras leaves the states of `SeedGenerator`s out of its files, so dropout
     # of a loaded model would begin anew. Here they are saved as well.
@@ -67,7 +108,7 @@ class TargetlessModel(CompositeModel):
     override. Sample weights are one number ≥ 0 for each row.
     """
 
-    ROW = "row"  # what a row is, for messages
+    ROW = "row"
 
     def _check_data(self, x):
         """Checks data; of a data set, its first batch.
@@ -161,6 +202,26 @@ class TargetlessModel(CompositeModel):
         return super().test_on_batch(
             *self._checked(x, y, sample_weight), **kwargs
         )
+
+
+def _arrays_in(x):
+    return [part for part in tree.flatten(x) if hasattr(part, "shape")]
+
+
+def first_batch(x):
+    """That of a data set; `None` where it has none, or none to look at."""
+    # A data set that is divided among replicas has no `take`.
+    if hasattr(x, "element_spec") and hasattr(x, "take"):
+        return next(iter(x.take(1)), None)
+    if isinstance(x, keras.utils.PyDataset):
+        return x[0]
+    return None
+
+
+def symbolic_inputs(model):
+    """What a functional or sequential model takes; `None` of another one."""
+    functional = getattr(model, "_functional", None) or model
+    return getattr(functional, "_inputs_struct", None)
 
 
 def check_own_loss(arguments):

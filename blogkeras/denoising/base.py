@@ -42,6 +42,11 @@ class RowModel(TargetlessModel):
         # networks round them to half precision.
         super().__init__(**{"autocast": False, **kwargs})
 
+    def _symbolic_inputs(self):
+        if not self.built:
+            return None
+        return keras.KerasTensor((None, *self.row_shape), "float32")
+
     def _check_data(self, x):
         if not is_array(x):
             check_source(x)

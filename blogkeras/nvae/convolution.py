@@ -180,13 +180,9 @@ class Convolution(keras.layers.Layer):
         )
 
     def compute_output_shape(self, input_shape):
-        batch, height, width, _ = input_shape
-        return (
-            batch,
-            height // self.strides,
-            width // self.strides,
-            self.filters,
-        )
+        batch, *sizes, _ = input_shape
+        sizes = [size and size // self.strides for size in sizes]
+        return (batch, *sizes, self.filters)
 
 
 class SpectralPenalty:

@@ -230,6 +230,10 @@ class NVAE(TargetlessModel):
                 for layer in part._flatten_layers(include_self=False):
                     layer.trainable = False
 
+    def _symbolic_inputs(self):
+        self.build()
+        return keras.KerasTensor((None, *self.config.input_shape), "float32")
+
     # The loss
 
     def call(self, inputs, training=None):

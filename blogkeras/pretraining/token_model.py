@@ -11,7 +11,7 @@ from blogkeras.arguments import (
     check_integers,
     row_weights,
 )
-from blogkeras.models import TargetlessModel, check_own_loss
+from blogkeras.models import TargetlessModel, check_own_loss, first_batch
 from blogkeras.pretraining.masking import TokenMasking
 from blogkeras.state import NumberedDraws
 
@@ -78,6 +78,15 @@ class TokenModel(TargetlessModel):
         """As Keras's, but for loss and metrics: the model has its own."""
         check_own_loss({"loss": loss, **kwargs})
         super().compile(optimizer, **kwargs)
+
+    def _symbolic_inputs(self):
+        parts = " or ".join(f"`model.{name}`" for name in self.PARTS)
+        raise ValueError(
+            f"Expected a network: export {parts}. A call of the whole model "
+            "masks tokens and gives what the loss is made of; with "
+            "`input_signature` it is exported all the same. Received: "
+            f"{type(self).__name__}"
+        )
 
     def _split(self, x):
         """`(tokens, segments or None, words or None)` of what `fit` takes."""
@@ -159,13 +168,7 @@ class TokenModel(TargetlessModel):
             return x, self._check_arrays(x)
         if hasattr(x, "__next__"):
             return self._checked_batches(x), None
-        # A distributed data set of TensorFlow has no first batch to look at.
-        if hasattr(x, "element_spec") and hasattr(x, "take"):
-            batch = next(iter(x.take(1)), None)
-        elif isinstance(x, keras.utils.PyDataset):
-            batch = x[0]
-        else:
-            return x, None
+        batch = first_batch(x)
         if batch is not None:
             self._check_batch(batch)
         return x, None

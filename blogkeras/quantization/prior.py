@@ -20,7 +20,7 @@ from blogkeras.arguments import (
     check_sizes,
 )
 from blogkeras.loops import ProgramCache
-from blogkeras.models import CompositeModel
+from blogkeras.models import TargetlessModel, first_batch
 from blogkeras.quantization.networks import PixelAttention, PixelCNN
 from blogkeras.state import NumberedDraws, draw_rows
 
@@ -28,7 +28,7 @@ ARCHITECTURES = ("attention", "convolution")
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
-class CodePrior(CompositeModel):
+class CodePrior(TargetlessModel):
     """Learns to draw maps of codes: p(c) = Π p(c_t | c_1 … c_{t-1}).
 
     Codes are in row-major order. There are two networks:
@@ -105,6 +105,8 @@ class CodePrior(CompositeModel):
         [blog post 6760](https://kexue.fm/archives/6760);
         [van den Oord et al., 2016](https://arxiv.org/abs/1601.06759), PixelCNN
     """
+
+    ROW = "map"
 
     def __init__(
         self,
@@ -191,6 +193,13 @@ class CodePrior(CompositeModel):
         if self.num_classes is not None:
             self.classes.build((None,))
 
+    def _symbolic_inputs(self):
+        codes = keras.KerasTensor((None, *self.code_shape), "int32")
+        if self.num_classes is None:
+            return codes
+        labels = keras.KerasTensor((None, *self.label_shape), "int32")
+        return [codes, labels]
+
     def call(self, inputs, training=None):
         codes, labels = self._split(inputs)
         if tuple(codes.shape[1:]) != self.code_shape:
@@ -243,33 +252,21 @@ class CodePrior(CompositeModel):
     # In a compiled step values are not known, and JAX returns NaN for labels
     # that are out of range. So arrays are checked before.
 
-    def fit(self, x=None, *args, **kwargs):
-        self._check_arrays(x)
-        return super().fit(x, *args, **kwargs)
+    def _check_data(self, x):
+        if isinstance(x, (list, tuple, np.ndarray)) or ops.is_tensor(x):
+            return x, len(self._split(x)[0])
+        if hasattr(x, "__next__"):
+            return self._checked_batches(x), None
+        batch = first_batch(x)
+        if batch is not None:
+            self._check_batch(batch)
+        return x, None
 
-    def evaluate(self, x=None, *args, **kwargs):
-        self._check_arrays(x)
-        return super().evaluate(x, *args, **kwargs)
-
-    def predict(self, x, *args, **kwargs):
-        self._check_arrays(x)
-        return super().predict(x, *args, **kwargs)
-
-    def train_on_batch(self, x, *args, **kwargs):
-        self._check_arrays(x)
-        return super().train_on_batch(x, *args, **kwargs)
-
-    def test_on_batch(self, x, *args, **kwargs):
-        self._check_arrays(x)
-        return super().test_on_batch(x, *args, **kwargs)
+    def _check_batch(self, batch):
+        self._split(batch[0] if isinstance(batch, tuple) else batch)
 
     def predict_on_batch(self, x):
-        self._check_arrays(x)
-        return super().predict_on_batch(x)
-
-    def _check_arrays(self, x):
-        if isinstance(x, (list, tuple, np.ndarray)) or ops.is_tensor(x):
-            self._split(x)
+        return super().predict_on_batch(self._check_data(x)[0])
 
     def _condition(self, labels):
         """`(batch, 1, dim)`, `(batch, positions, dim)` or None."""

@@ -13,7 +13,7 @@ from blogkeras.arguments import (
     check_integer,
 )
 from blogkeras.loops import ProgramCache
-from blogkeras.models import CompositeModel, map_batches
+from blogkeras.models import CompositeModel, map_batches, symbolic_inputs
 from blogkeras.quantization.code_usage import Usage, perplexity
 from blogkeras.quantization.quantizer import Quantizer, counted, weights_of
 
@@ -35,8 +35,7 @@ class VQVAE(CompositeModel):
     batches of the perplexity of a batch's codes, `usage` the share of codes
     used in the epoch; of residual and of finite scalar quantizers both are
     means over stages or components. Sample weights, one for each row, weigh the
-    reconstruction; the quantizer's losses and counts include every row. Keras
-    ignores sample weights without `y`: call `fit(x, x, sample_weight=...)`.
+    reconstruction; the quantizer's losses and counts include every row.
 
     The first step compiles; on JAX, and with `jit_compile=True`, that may take
     half a minute before the first progress is shown. So may the first batch of
@@ -78,6 +77,8 @@ class VQVAE(CompositeModel):
         [blog post 6760](https://kexue.fm/archives/6760)
     """
 
+    ROW = "row"
+
     def __init__(
         self,
         encoder: keras.layers.Layer,
@@ -104,6 +105,21 @@ class VQVAE(CompositeModel):
         self.usage = Usage(quantizer.alphabets, name="usage")
         self._programs = ProgramCache(16)
 
+    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        """As in Keras; without `y`, `x` is the target."""
+        known = kwargs.get("validation_data")
+        if isinstance(known, (tuple, list)):
+            kwargs["validation_data"] = _weighted(*known)
+        x, y, sample_weight = _weighted(x, y, sample_weight)
+        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        """As in Keras; without `y`, `x` is the target."""
+        x, y, sample_weight = _weighted(x, y, sample_weight)
+        return super().evaluate(
+            x, y, *args, sample_weight=sample_weight, **kwargs
+        )
+
     def compile(self, optimizer="adam", loss="mse", **kwargs):
         super().compile(optimizer, loss, **kwargs)
 
@@ -125,6 +141,9 @@ class VQVAE(CompositeModel):
             self.decoder(
                 keras.KerasTensor(z.shape, self.quantizer.compute_dtype)
             )
+
+    def _symbolic_inputs(self):
+        return symbolic_inputs(self.encoder)
 
     def call(self, inputs, training=None):
         self._check_shape("inputs", inputs.shape)
@@ -423,6 +442,13 @@ class VQVAE(CompositeModel):
             for name in ("encoder", "quantizer", "decoder")
         }
         return cls(**{**config, **parts})
+
+
+def _weighted(x, y=None, sample_weight=None):
+    """What Keras is given. It would ignore the weights of rows without `y`."""
+    if y is None and sample_weight is not None and hasattr(x, "shape"):
+        y = x
+    return x, y, sample_weight
 
 
 def _rows(name, x):

@@ -15,7 +15,7 @@ from blogkeras.arguments import (
     check_number,
 )
 from blogkeras.graph import freeze
-from blogkeras.models import CompositeModel
+from blogkeras.models import CompositeModel, symbolic_inputs
 from blogkeras.outputs import (
     UnreadableLossError,
     check_output_arguments,
@@ -236,6 +236,9 @@ class Distillation(CompositeModel):
             tree.flatten(outputs)[0], "_blogkeras_hidden", hidden
         )
         return outputs
+
+    def _symbolic_inputs(self):
+        return symbolic_inputs(self.student)
 
     def compute_mask(self, inputs, previous_mask=None):
         return None  # set by the student's layers

@@ -16,7 +16,7 @@ from blogkeras.graph import (
     thaw,
     thawed,
 )
-from blogkeras.models import CompositeModel
+from blogkeras.models import CompositeModel, symbolic_inputs
 from blogkeras.theseus.modules import (
     chain,
     check_modules,
@@ -289,7 +289,10 @@ class Theseus(CompositeModel):
         first = self._first()
         if isinstance(first, Segment):
             return first.cut.crossing[first.index]
-        return getattr(first, "_inputs_struct", None)
+        return symbolic_inputs(first)
+
+    def _symbolic_inputs(self):
+        return self._known_inputs()
 
     def _fresh_inputs(self):
         known = self._known_inputs()

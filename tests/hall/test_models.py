@@ -39,6 +39,15 @@ def test_a_loaded_model_is_compiled_and_goes_on(tmp_path):
     assert toy.difference(toy.state(model), toy.state(loaded)) == 0
 
 
+def test_no_data():
+    model = Linear()
+    model.compile()
+    with pytest.raises(ValueError, match="Expected data"):
+        model.fit(verbose=0)
+    with pytest.raises(ValueError, match="at least one row"):
+        model.fit(toy.DENSE[:0], toy.TARGETS[:0], verbose=0)
+
+
 @jax_only
 @pytest.mark.parametrize("name", train_steps.MODELS)
 def test_fit_twice_with_averages_of_weights(name, tmp_path):

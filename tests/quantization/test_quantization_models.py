@@ -91,6 +91,18 @@ def test_targets_and_sample_weights():
     error = ((x - X) ** 2).mean((1, 2, 3))
     loss = model.train_on_batch(X, sample_weight=weight, return_dict=True)
     np.testing.assert_allclose(loss["loss"], error[:3].sum() / 6, rtol=1e-5)
+    # Keras alone ignores the weights of arrays that have no targets.
+    arguments = {"sample_weight": weight, "batch_size": 6, "verbose": 0}
+    model = fitted(FiniteScalarQuantizer([3] * DIM))
+    error = ((model.reconstruct(X) - X) ** 2).mean((1, 2, 3))
+    loss = model.evaluate(X, return_dict=True, **arguments)["loss"]
+    np.testing.assert_allclose(loss, error[:3].sum() / 6, rtol=1e-5)
+    logs = model.fit(X, validation_data=(X, None, weight), **arguments).history
+    np.testing.assert_allclose(logs["loss"][0], loss, rtol=1e-5)
+    error = ((model.reconstruct(X) - X) ** 2).mean((1, 2, 3))
+    np.testing.assert_allclose(
+        logs["val_loss"][0], error[:3].sum() / 6, rtol=1e-5
+    )
     model = fitted(FiniteScalarQuantizer([3] * DIM))
     x = model.reconstruct(X)
     loss = model.train_on_batch(X, X + 1, return_dict=True)

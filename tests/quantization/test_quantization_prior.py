@@ -194,7 +194,7 @@ def test_codes_and_the_end_of_a_map_count(kind):
     hit = (log_p.argmax(-1) == target) * COUNTED
     counted = COUNTED * weight[:, None]
     logs = model.evaluate(
-        codes, codes, sample_weight=weight, verbose=0, return_dict=True
+        codes, sample_weight=weight, verbose=0, return_dict=True
     )
     expected = {
         "loss": (each * weight[:, None]).sum() / COUNTED.sum(),
@@ -202,6 +202,22 @@ def test_codes_and_the_end_of_a_map_count(kind):
         "accuracy": (hit * counted).sum() / counted.sum(),
     }
     assert logs == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_are_checked():
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, number):
+            return (MAPS + CODES,)
+
+    model = make()
+    for data in (Batches(), iter([(MAPS,), (MAPS + CODES,)])):
+        with pytest.raises(ValueError, match="codes"):
+            model.fit(data, verbose=0)
+    with pytest.raises(ValueError, match="`class_weight`: a map"):
+        model.fit(MAPS, class_weight={0: 1.0})
 
 
 @each_kind

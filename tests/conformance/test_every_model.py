@@ -1,0 +1,56 @@
+"""What users do with any Keras model, done with each of ours."""
+
+import numpy as np
+import pytest
+import toy
+import train_steps
+from keras import tree
+from kit import slow_on_jax, value
+
+TOKEN_MODELS = ("ElectraPretrainer", "MaskedLanguageModel")
+# They are built by their first call.
+BUILT_LATER = ("CodePrior", "HSICBottleneck", "Theseus", "VQVAE")
+
+every_model = pytest.mark.parametrize("name", train_steps.MODELS)
+
+
+def model_of(name):
+    toy.reset()
+    make, x, _ = train_steps.MODELS[name]
+    return make(), x[:3]
+
+
+@slow_on_jax
+@every_model
+def test_summary(name):
+    """It names the layers and counts the numbers that they hold."""
+    model, x = model_of(name)
+    model(x)
+    lines = []
+    model.summary(line_length=250, print_fn=lines.append, expand_nested=True)
+    text = "".join(lines)
+    for layer in model.layers:
+        assert layer.name in text
+    size = sum(np.prod(v.shape, dtype=int) for v in model.trainable_weights)
+    assert f"Trainable params: {size:,}" in text
+
+
+@slow_on_jax
+@pytest.mark.filterwarnings("ignore:The `native_serialization` parameter")
+@every_model
+def test_export(name, tmp_path):
+    """A SavedModel answers as the model does."""
+    tf = pytest.importorskip("tensorflow")
+    model, x = model_of(name)
+    if name in TOKEN_MODELS:
+        with pytest.raises(ValueError, match="Expected a network"):
+            model.export(tmp_path, verbose=False)
+        return
+    if name in BUILT_LATER:
+        model(x)
+    model.export(tmp_path, verbose=False)
+    saved = tf.saved_model.load(tmp_path)
+    actual, expected = map(tree.flatten, (saved.serve(x), model(x)))
+    for pair in zip(actual, expected, strict=True):
+        # KL terms are what is left of numbers of about 1.
+        np.testing.assert_allclose(*map(value, pair), rtol=2e-6, atol=2e-6)
