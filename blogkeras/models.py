@@ -220,8 +220,9 @@ def first_batch(x):
 
 def symbolic_inputs(model):
     """What a functional or sequential model takes; `None` of another one."""
-    functional = getattr(model, "_functional", None) or model
-    return getattr(functional, "_inputs_struct", None)
+    if isinstance(model, keras.Sequential):
+        return next(iter(getattr(model, "inputs", ())), None)
+    return getattr(model, "_inputs_struct", None)
 
 
 def check_own_loss(arguments):

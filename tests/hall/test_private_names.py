@@ -77,6 +77,7 @@ ATTRIBUTES = {
     "symbolic tensor": {"_keras_history"},
 }
 if TENSORFLOW:
+    ATTRIBUTES["model"].add("_default_save_signature")
     ATTRIBUTES["gradient graph"] = {
         "_capture_helper",
         "_captured_constants",
@@ -99,6 +100,7 @@ ELSEWHERE = {
     "_captured_constants",
     "_create_op_internal",
     "_create_slots",
+    "_default_save_signature",
     "_forward_graph",
     "_get_function",
     "_get_jax_state",
