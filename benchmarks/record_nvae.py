@@ -75,6 +75,7 @@ WITH_PLAIN = ("small", "wide", "wider", "mnist")
 RATES = {"rate-1e-2": 1e-2, "rate-1e-3": 1e-3}
 # Steps between two saves, and pictures between two saves of an evaluation.
 PIECE, ROWS_OF_PIECE = 200, 500
+POINTS = 60  # of a curve in the file
 
 
 class Clock:
@@ -359,6 +360,12 @@ def draw(path, run):
     pyplot.close(figure)
 
 
+def thinned(curve):
+    """At most `POINTS` pairs of a curve, the last one among them, as a dict."""
+    every = -(-len(curve) // POINTS)
+    return dict(curve[::-1][::every][::-1])
+
+
 def record(args):
     import keras
 
@@ -393,10 +400,8 @@ def record(args):
                 pictures(model, x, test, folder, seed)
                 if seed == 0:
                     draw(folder / "pictures.npz", run)
-        points = [
-            (run, name, seed, seconds, step) for step, _ in state["curve"]
-        ]
-        values = dict(state["curve"])
+        values = thinned(state["curve"])
+        points = [(run, name, seed, seconds, step) for step in values]
         for point in CURVE.missing(points):
             CURVE.append(*point, values[point[-1]])
         parameters = sum(
