@@ -405,7 +405,14 @@ def map_blocks(fn, x, block_size):
     if size is not None and (not isinstance(size, int) or size <= block_size):
         return fn(x)
     rows, rest = ops.shape(x)[0], list(x.shape[1:])
-    padding = [[0, -rows % block_size], *([0, 0] for _ in rest)]
+    if size is None:
+        # A few rows need not fill a whole block. None are one block, so that
+        # TensorFlow knows the shape of a result.
+        block_size = ops.clip(rows, 1, block_size)
+        missing = -rows % block_size + ops.cast(rows == 0, "int32")
+    else:
+        missing = -rows % block_size
+    padding = [[0, missing], *([0, 0] for _ in rest)]
     blocks = ops.reshape(ops.pad(x, padding), [-1, block_size, *rest])
     return tree.map_structure(
         lambda out: ops.reshape(out, [-1, *out.shape[2:]])[:rows],

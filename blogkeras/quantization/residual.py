@@ -375,6 +375,7 @@ class ResidualVectorQuantizer(EstimatedGradient, Quantizer):
         }
 
 
+@keras.saving.register_keras_serializable(package="blogkeras")
 class DirectionQuantizer(VectorQuantizer):
     """A stage that takes the code of the nearest direction, at its length."""
 

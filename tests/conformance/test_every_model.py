@@ -1,5 +1,9 @@
-"""What users do with any Keras model, done with each of ours."""
+"""What users do with any Keras model or layer, done with each of ours."""
 
+import copy
+
+import catalogue
+import keras
 import numpy as np
 import pytest
 import toy
@@ -54,3 +58,29 @@ def test_export(name, tmp_path):
     for pair in zip(actual, expected, strict=True):
         # KL terms are what is left of numbers of about 1.
         np.testing.assert_allclose(*map(value, pair), rtol=2e-6, atol=2e-6)
+
+
+@slow_on_jax
+@pytest.mark.filterwarnings("ignore:The `native_serialization` parameter")
+@pytest.mark.parametrize(("cls", "kwargs", "inputs"), catalogue.LAYERS)
+def test_layer_in_a_model(cls, kwargs, inputs, tmp_path):
+    """Copied, in an old HDF5 file and in a SavedModel it answers as before."""
+    tf = pytest.importorskip("tensorflow")
+    toy.reset()
+    structure = list(inputs) if isinstance(inputs, list) else inputs
+    symbols = tree.map_structure(
+        lambda x: keras.Input(x.shape[1:], dtype=x.dtype), structure
+    )
+    model = keras.Model(symbols, cls(**kwargs)(symbols))
+    model.save(tmp_path / "model.h5")
+    model.export(tmp_path / "saved", verbose=False)
+    saved = tf.saved_model.load(tmp_path / "saved")
+    expected = tree.flatten(model(structure))
+    for other in (
+        copy.deepcopy(model),
+        keras.saving.load_model(tmp_path / "model.h5", compile=False),
+        saved.serve,
+    ):
+        for pair in zip(tree.flatten(other(structure)), expected, strict=True):
+            # Sinkhorn's loop may end a round earlier.
+            np.testing.assert_allclose(*map(value, pair), rtol=1e-3, atol=1e-6)

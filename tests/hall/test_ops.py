@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import assert_full_precision, jax_only, value
+from kit import assert_full_precision, jax_only, tensorflow_only, value
 
 from blogkeras import backend
 from blogkeras import ops as shared
@@ -263,6 +263,25 @@ def test_map_blocks(rows):
     np.testing.assert_allclose(value(out["sum"]), x.sum(-1), rtol=1e-5)
     np.testing.assert_array_equal(value(out["max"]), x.max(-1))
     assert max(seen) <= 4
+
+
+@tensorflow_only
+def test_a_few_rows_do_not_fill_a_block():
+    """Where their number is unknown, as in exported models."""
+    import tensorflow as tf
+
+    def sizes(x):
+        return shared.map_blocks(
+            lambda block: ops.full_like(block, ops.shape(block)[0]), x, 4
+        )
+
+    spec = [tf.TensorSpec((None,), "float32")]
+    for compiled in (False, True):
+        program = tf.function(sizes, spec, jit_compile=compiled)
+        for rows in (0, 1, 3, 4, 6):
+            expected = [min(rows, 4)] * rows
+            found = program(np.zeros(rows, "float32"))
+            assert found.numpy().tolist() == expected
 
 
 def test_map_blocks_under_jit_with_a_gradient():
