@@ -446,8 +446,10 @@ def report():
             if not runs:
                 continue
             one = next(iter(runs.values()))
-            cells = [run, name, seconds, ", ".join(runs), one["parameters"]]
-            cells.append(one["steps"])
+            cells = [run, name, seconds]
+            spent = np.mean([int(row["spent"]) for row in runs.values()])
+            cells += [f"{spent:.0f}", ", ".join(runs), one["parameters"]]
+            cells.append(", ".join(row["steps"] for row in runs.values()))
             cells.append(sum(int(row["skipped"]) for row in runs.values()))
             for bound in BOUNDS:
                 values = [float(row[bound]) for row in runs.values()]
@@ -476,7 +478,8 @@ def report():
         ]
     lines += page.table(
         [
-            *("run", "model", "seconds", "seeds", "parameters", "steps"),
+            *("run", "model", "seconds planned", "spent", "seeds"),
+            *("parameters", "steps"),
             *("steps skipped", "ELBO", "IWAE", "IWAE, more samples"),
             "NVAE's IWAE less this",
         ],
