@@ -45,8 +45,7 @@ class CodePrior(TargetlessModel):
     `fit(codes)`, or `fit([codes, labels])` with `num_classes`; the loss is the
     cross entropy in nats per code, the metric `nats` is per map. `model(codes)`
     gives the logits, `(batch, *code_shape, num_codes)`, float32. Sample weights
-    are one for each map. Keras ignores them without `y`: give the codes as `y`
-    too. (The target is always the codes, whatever `y` is.)
+    are one for each map. The target is always the codes, whatever `y` is.
 
     The first step of `fit` compiles; on JAX, and with `jit_compile=True`, that
     may take half a minute before the first progress is shown.
