@@ -442,7 +442,7 @@ def report():
     rows = []
     for (run, seconds), models in groups.items():
         for name in MODELS:
-            runs = models.get(name)
+            runs = dict(sorted(models.get(name, {}).items()))
             if not runs:
                 continue
             one = next(iter(runs.values()))
@@ -451,6 +451,7 @@ def report():
             cells += [f"{spent:.0f}", ", ".join(runs), one["parameters"]]
             cells.append(", ".join(row["steps"] for row in runs.values()))
             cells.append(sum(int(row["skipped"]) for row in runs.values()))
+            cells.append(f"{one['images']} and {one['images_many']}")
             for bound in BOUNDS:
                 values = [float(row[bound]) for row in runs.values()]
                 cells.append(page.interval(*mean_interval(values), digits=1))
@@ -466,21 +467,19 @@ def report():
                 else ""
             )
             rows.append(cells)
-    shown = {
-        (row["samples"], row["images"], row["samples_many"], row["images_many"])
-        for row in RECORD.rows()
-    }
-    for few, images, many, fewer in sorted(shown):
+    samples = {(row["samples"], row["samples_many"]) for row in RECORD.rows()}
+    for few, many in sorted(samples):
         lines += [
-            f"ELBO and IWAE-{few} on {images} test pictures, IWAE-{many} on "
-            f"{fewer}.",
+            f"ELBO and IWAE-{few} are of the first number of test pictures, "
+            f"IWAE-{many} of the second.",
             "",
         ]
     lines += page.table(
         [
             *("run", "model", "seconds planned", "spent", "seeds"),
             *("parameters", "steps"),
-            *("steps skipped", "ELBO", "IWAE", "IWAE, more samples"),
+            *("steps skipped", "pictures"),
+            *("ELBO", "IWAE", "IWAE, more samples"),
             "NVAE's IWAE less this",
         ],
         rows,
