@@ -225,8 +225,9 @@ def planned_steps(run, name, seed, x, clock, args):
     """How many steps `--seconds` are, by the speed of a few."""
     model = make(run, name, seed, 1000, args)
     index = rows_of_step(0, seed, len(x), args.batch_size)
-    # The first step is traced and compiled, which does not count.
-    # Calls of `fit` with few of the plain VAE's short steps take longer.
+    # The first step is traced and compiled, which does not count. Of the plain
+    # VAE's short steps there are as many as in a piece of training, since `fit`
+    # itself takes time.
     measured = args.measured if name == "NVAE" else PIECE
     for count in (1, measured):
         start = clock.now()

@@ -34,8 +34,7 @@ class CompositeModel(keras.Model):
         """As in Keras."""
         if x is None:
             raise ValueError("Expected data to train on. Received: x=None")
-        # Keras's trainer for JAX would lose all weights.
-        if any(tuple(part.shape[:1]) == (0,) for part in _arrays_in(x)):
+        if _is_empty(x):  # Keras's trainer for JAX would lose all weights
             raise ValueError("Expected at least one row. Received: none")
         if self.ROW:
             check_no_class_weight(kwargs.get("class_weight"), self.ROW)
@@ -136,6 +135,24 @@ class TargetlessModel(CompositeModel):
         if batch is None:
             raise ValueError("Expected at least one batch. Received: none")
 
+    def _check_stream(self, x):
+        """Checks a data set's first batch, or a generator's ones in turn.
+
+        Returns:
+            What to hand to Keras.
+        """
+        if hasattr(x, "__next__"):
+            return self._checked_batches(x)
+        batch = None
+        # A data set that is divided among replicas has no `take`.
+        if hasattr(x, "element_spec") and hasattr(x, "take"):
+            batch = next(iter(x.take(1)), None)
+        elif isinstance(x, keras.utils.PyDataset) and x.num_batches != 0:
+            batch = x[0]
+        if batch is not None:
+            self._check_batch(batch)
+        return x
+
     @contextlib.contextmanager
     def _errors_of_batches(self):
         """TensorFlow hands an error of a generator on as one of its own."""
@@ -204,18 +221,17 @@ class TargetlessModel(CompositeModel):
         )
 
 
-def _arrays_in(x):
-    return [part for part in tree.flatten(x) if hasattr(part, "shape")]
+def _is_empty(x):
+    """Whether arrays have no row, or a data set has no batch, as far as known.
 
-
-def first_batch(x):
-    """That of a data set; `None` where it has none, or none to look at."""
-    # A data set that is divided among replicas has no `take`.
+    A data set has none where `drop_remainder` leaves nothing.
+    """
     if hasattr(x, "element_spec") and hasattr(x, "take"):
-        return next(iter(x.take(1)), None)
+        return int(x.cardinality()) == 0
     if isinstance(x, keras.utils.PyDataset):
-        return x[0]
-    return None
+        return x.num_batches == 0
+    arrays = [part for part in tree.flatten(x) if hasattr(part, "__array__")]
+    return any(tuple(part.shape[:1]) == (0,) for part in arrays)
 
 
 def symbolic_inputs(model):

@@ -11,7 +11,7 @@ from blogkeras.arguments import (
     check_integers,
     row_weights,
 )
-from blogkeras.models import TargetlessModel, check_own_loss, first_batch
+from blogkeras.models import TargetlessModel, check_own_loss
 from blogkeras.pretraining.masking import TokenMasking
 from blogkeras.state import NumberedDraws
 
@@ -166,12 +166,7 @@ class TokenModel(TargetlessModel):
             x = np.asarray(x)
         if _is_data(x):
             return x, self._check_arrays(x)
-        if hasattr(x, "__next__"):
-            return self._checked_batches(x), None
-        batch = first_batch(x)
-        if batch is not None:
-            self._check_batch(batch)
-        return x, None
+        return self._check_stream(x), None
 
     def _check_batch(self, batch):
         parts = batch if isinstance(batch, tuple) else (batch,)

@@ -20,7 +20,7 @@ from blogkeras.arguments import (
     check_sizes,
 )
 from blogkeras.loops import ProgramCache
-from blogkeras.models import TargetlessModel, first_batch
+from blogkeras.models import TargetlessModel
 from blogkeras.quantization.networks import PixelAttention, PixelCNN
 from blogkeras.state import NumberedDraws, draw_rows
 
@@ -254,12 +254,7 @@ class CodePrior(TargetlessModel):
     def _check_data(self, x):
         if isinstance(x, (list, tuple, np.ndarray)) or ops.is_tensor(x):
             return x, len(self._split(x)[0])
-        if hasattr(x, "__next__"):
-            return self._checked_batches(x), None
-        batch = first_batch(x)
-        if batch is not None:
-            self._check_batch(batch)
-        return x, None
+        return self._check_stream(x), None
 
     def _check_batch(self, batch):
         self._split(batch[0] if isinstance(batch, tuple) else batch)

@@ -108,7 +108,7 @@ class VQVAE(CompositeModel):
     def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
         """As in Keras; without `y`, `x` is the target."""
         known = kwargs.get("validation_data")
-        if isinstance(known, (tuple, list)):
+        if isinstance(known, (tuple, list)) and len(known) <= 3:
             kwargs["validation_data"] = _weighted(*known)
         x, y, sample_weight = _weighted(x, y, sample_weight)
         return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)

@@ -139,7 +139,7 @@ class Theseus(CompositeModel):
         ]
         self._check_names()
         self._freeze()
-        known = self._known_inputs()
+        known = self._symbolic_inputs()
         if known is not None:
             self.build(tree.map_structure(lambda x: tuple(x.shape), known))
 
@@ -284,18 +284,15 @@ class Theseus(CompositeModel):
         stem = _optional(self.stem)
         return (stem or as_list(self.successor_modules[0]))[0]
 
-    def _known_inputs(self):
-        """The symbolic inputs of the first layer, if it has any."""
+    def _symbolic_inputs(self):
+        """Those of the first layer, if it has any."""
         first = self._first()
         if isinstance(first, Segment):
             return first.cut.crossing[first.index]
         return symbolic_inputs(first)
 
-    def _symbolic_inputs(self):
-        return self._known_inputs()
-
     def _fresh_inputs(self):
-        known = self._known_inputs()
+        known = self._symbolic_inputs()
         if known is not None:
             return tree.map_structure(
                 lambda x: keras.Input(

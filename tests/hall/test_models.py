@@ -46,6 +46,10 @@ def test_no_data():
         model.fit(verbose=0)
     with pytest.raises(ValueError, match="at least one row"):
         model.fit(toy.DENSE[:0], toy.TARGETS[:0], verbose=0)
+    tf = pytest.importorskip("tensorflow")
+    rows = tf.data.Dataset.from_tensor_slices((toy.DENSE, toy.TARGETS))
+    with pytest.raises(ValueError, match="at least one row"):
+        model.fit(rows.batch(len(toy.DENSE) + 1, drop_remainder=True))
 
 
 @jax_only
