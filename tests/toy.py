@@ -151,6 +151,18 @@ def difference(a, b):
     return max(np.abs(x - y).max(initial=0) for x, y in zip(a, b, strict=True))
 
 
+def assert_near(found, expected, rtol=1e-6):
+    """Equal but for rounding, in units of the largest number of each array.
+
+    Numbers below one are compared as such: a gradient of nearly zero may be
+    rounded to anything, and Adam makes steps of full length of it.
+    """
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        scale = max(np.abs(theirs).max(initial=0), 1.0)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=rtol * scale)
+
+
 def mirrored():
     """TensorFlow's strategy of two replicas, the same one in the whole process.
 

@@ -197,8 +197,8 @@ def test_strength_zero_is_plain_fit(method):
 
     plain, ours = run(None), run(method)
     # A penalty is a second path to the weights: it rounds in another way.
-    for expected, found in zip(toy.state(plain), toy.state(ours), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    # The sums of metrics are large, so the measure is relative to each number.
+    toy.assert_near(toy.state(ours), toy.state(plain))
 
 
 def test_learning_rate_zero_leaves_the_embedding_as_it_is():
