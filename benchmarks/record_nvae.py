@@ -395,7 +395,7 @@ def record(args):
             steps = json.loads(nvae.read_text("utf-8"))["steps"]
         model, state = train(run, name, seed, x, steps, folder, clock, args)
         found = [
-            bounds(model, test[:n], k, folder / f"iwae-{k}.json", clock, args)
+            bounds(model, test[:n], k, folder / f"iwae-{k}-{n}.json", clock, args)
             for k, n in zip(args.samples, args.images, strict=True)
         ]
         if name == "NVAE":
