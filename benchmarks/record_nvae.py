@@ -394,10 +394,10 @@ def record(args):
         if name == "VAE, equal steps":
             steps = json.loads(nvae.read_text("utf-8"))["steps"]
         model, state = train(run, name, seed, x, steps, folder, clock, args)
-        found = [
-            bounds(model, test[:n], k, folder / f"iwae-{k}-{n}.json", clock, args)
-            for k, n in zip(args.samples, args.images, strict=True)
-        ]
+        found = []
+        for k, n in zip(args.samples, args.images, strict=True):
+            path = folder / f"iwae-{k}-{n}.json"
+            found.append(bounds(model, test[:n], k, path, clock, args))
         if name == "NVAE":
             if model.norms:
                 pictures(model, x, test, folder, seed)

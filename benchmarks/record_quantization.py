@@ -15,10 +15,15 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
             [-½, ½], reconstruction divided by the variance of the data.
             "Sonnet" is the example itself, on Sonnet's own modules; it needs
             dm-sonnet. Also the gradients of posts 10489 (rotation) and 11328
-            (DiVeQ), and frozen codes times a trained map, post 10519 (SimVQ).
+            (DiVeQ), frozen codes times a trained map, post 10519 (SimVQ), and
+            quantizers of other kinds with as many codes. These have latent
+            vectors of their own size: 3 or 4 levels of FSQ (post 9826), 9 or
+            12 bits of LFQ and BSQ.
     wide    the same with 4096 codes
     mnist   the keras.io example: 128 codes of 16, batch 128, gradient codebook,
             pictures in [-½, ½]
+    mnist-512, mnist-4096
+            the same with the codebooks of cifar and wide
     prior   PixelAtt against PixelCNN on the codes of the `mnist` network
             (averages, k-means, restarts; 1000 steps, seed 0): nine tenths of
             the maps to train on, one tenth to test; batch 128, Adam(1e-3).
@@ -27,7 +32,8 @@ Tasks, by the files in `--data` (not part of this repository): .npz files with
             needs: of such a batch, and of 16 maps of 32×32.
 
 `nmse` (mean square error / variance of the data) and `perplexity` are the means
-of the last 100 steps; `usage` is the share of codes used in these steps.
+of the last 100 steps; `usage` is the share of codes used in these steps. Both
+are of whole codes: all stages, levels or bits of a vector are one code.
 """
 
 import io
@@ -43,7 +49,11 @@ TITLES = {
     "cifar": "CIFAR-10, Sonnet's example",
     "wide": "CIFAR-10, 4096 codes",
     "mnist": "MNIST, the keras.io example",
+    "mnist-512": "MNIST, the keras.io example with 512 codes",
+    "mnist-4096": "MNIST, the keras.io example with 4096 codes",
 }
+CODES = {"cifar": 512, "wide": 4096, "mnist": 128}
+CODES |= {"mnist-512": 512, "mnist-4096": 4096}
 # On the whole of the data; here it may be a part of them.
 PUBLISHED = {
     "cifar": "Published for Sonnet's example: NMSE .105, perplexity 71.8 at "
@@ -97,52 +107,84 @@ def batches(x, seed, size):
 
 
 def methods(task):
-    """name: arguments of `VectorQuantizer`, and whether it starts by k-means.
+    """name: kind of quantizer, its arguments, and whether it starts by k-means.
 
     "Sonnet" has none.
     """
     average = {"commitment_cost": 0.25, "ema_decay": 0.99}
     restart = {**average, "restart_threshold": 0.1}
+    equal = {"commitment_cost": 1.0}
     if task == "mnist":
         return {
-            "gradient": ({}, False),
-            "gradient, k-means": ({}, True),
-            "gradient, γ = β": ({"commitment_cost": 1.0}, False),
-            "average, k-means, restarts": (restart, True),
+            "gradient": ("vectors", {}, False),
+            "gradient, k-means": ("vectors", {}, True),
+            "gradient, γ = β": ("vectors", equal, False),
+            "average, k-means, restarts": ("vectors", restart, True),
         }
     rotation = {"gradient": "rotation"}
     detach = {"gradient": "diveq-detach"}
     linear = {"codebook_transform": "linear"}
-    later = {  # posts 10489, 10519 and 11328
-        "rotation": (rotation, False),
-        "rotation, k-means": (rotation, True),
-        "rotation, k-means, γ = β": (
-            {**rotation, "commitment_cost": 1.0},
-            True,
-        ),
-        "DiVeQ": ({"gradient": "diveq"}, False),
-        "DiVeQ-detach": (detach, False),
-        "SimVQ": (linear, False),
-        "SimVQ, diagonal": ({"codebook_transform": "diagonal"}, False),
-        "DiVeQ-detach, SimVQ": ({**detach, **linear}, False),
-    }
-    if task == "wide":
-        return {
-            "average": (average, False),
-            "average, k-means, restarts": (restart, True),
-            **later,
-        }
+    cosine = {"metric": "cosine", "codebook_dim": 8}
+    sonnet = {"Sonnet": (None, None, False)} if task == "cifar" else {}
     return {
-        "Sonnet": (None, False),
-        "average": (average, False),
-        "average, k-means, restarts": (restart, True),
-        "gradient": ({}, False),
-        "gradient, γ = β": ({"commitment_cost": 1.0}, False),
-        **later,
+        **sonnet,
+        "average": ("vectors", average, False),
+        "average, k-means, restarts": ("vectors", restart, True),
+        "gradient": ("vectors", {}, False),
+        "gradient, γ = β": ("vectors", equal, False),
+        # Posts 10489, 10519 and 11328.
+        "rotation": ("vectors", rotation, False),
+        "rotation, k-means": ("vectors", rotation, True),
+        "rotation, k-means, γ = β": ("vectors", {**rotation, **equal}, True),
+        "DiVeQ": ("vectors", {"gradient": "diveq"}, False),
+        "DiVeQ-detach": ("vectors", detach, False),
+        "SimVQ": ("vectors", linear, False),
+        "SimVQ, diagonal": (
+            "vectors",
+            {"codebook_transform": "diagonal"},
+            False,
+        ),
+        "DiVeQ-detach, SimVQ": ("vectors", {**detach, **linear}, False),
+        # Other kinds.
+        "cosine in 8 dimensions, k-means": ("vectors", cosine, True),
+        "residual, average, k-means, restarts": ("residual", restart, True),
+        "FSQ": ("levels", {}, False),
+        "LFQ": ("bits", {}, False),
+        "BSQ": ("bits", {"spherical": True}, False),
     }
 
 
-def keras_io_autoencoder():
+def make_quantizer(task, kind, arguments):
+    """A quantizer of as many codes as the task has, and the size of a vector.
+
+    The size is `None` where it is that of the example.
+    """
+    import keras
+
+    import blogkeras
+
+    codes = CODES[task]
+    if kind == "bits":
+        bits = codes.bit_length() - 1
+        return blogkeras.LookupFreeQuantizer(bits, **arguments), bits
+    if kind == "levels":
+        levels = {512: [8, 8, 8], 4096: [8, 8, 8, 8]}[codes]
+        quantizer = blogkeras.FiniteScalarQuantizer(levels, **arguments)
+        return quantizer, len(levels)
+    initializer = keras.initializers.VarianceScaling(1, "fan_out", "uniform")
+    arguments = {
+        "embeddings_initializer": (
+            "uniform" if task.startswith("mnist") else initializer
+        ),
+        **arguments,
+    }
+    if kind == "residual":
+        stages = {512: (3, 8), 4096: (2, 64)}[codes]
+        return blogkeras.ResidualVectorQuantizer(*stages, **arguments), None
+    return blogkeras.VectorQuantizer(codes, **arguments), None
+
+
+def keras_io_autoencoder(dim=16):
     import keras
     from keras import layers
 
@@ -151,12 +193,12 @@ def keras_io_autoencoder():
             keras.Input((28, 28, 1)),
             layers.Conv2D(32, 3, 2, padding="same", activation="relu"),
             layers.Conv2D(64, 3, 2, padding="same", activation="relu"),
-            layers.Conv2D(16, 1, padding="same"),
+            layers.Conv2D(dim, 1, padding="same"),
         ]
     )
     decoder = keras.Sequential(
         [
-            keras.Input((7, 7, 16)),
+            keras.Input((7, 7, dim)),
             layers.Conv2DTranspose(64, 3, 2, "same", activation="relu"),
             layers.Conv2DTranspose(32, 3, 2, "same", activation="relu"),
             layers.Conv2DTranspose(1, 3, padding="same"),
@@ -165,26 +207,25 @@ def keras_io_autoencoder():
     return encoder, decoder
 
 
-def blogkeras_step(task, arguments, k_means, x, seed):
-    """A function of a batch: `(nmse, perplexity, counts)`."""
+def blogkeras_step(task, kind, arguments, k_means, x, seed):
+    """A function of a batch: `(nmse, perplexity, counts)`.
+
+    Quantizers that count levels, bits or the codes of stages leave out the last
+    two, unless it is called with `counting=True`.
+    """
     import keras
 
-    from blogkeras import VQVAE, VectorQuantizer
+    from blogkeras import VQVAE
     from blogkeras.quantization import sonnet_autoencoder
 
     keras.utils.set_random_seed(seed)
-    codes = {"mnist": 128, "wide": 4096}.get(task, 512)
-    initializer = keras.initializers.VarianceScaling(1, "fan_out", "uniform")
-    quantizer = VectorQuantizer(
-        codes,
-        embeddings_initializer="uniform" if task == "mnist" else initializer,
-        **arguments,
-    )
-    networks = keras_io_autoencoder if task == "mnist" else sonnet_autoencoder
-    encoder, decoder = networks()
+    mnist = task.startswith("mnist")
+    quantizer, dim = make_quantizer(task, kind, arguments)
+    networks = keras_io_autoencoder if mnist else sonnet_autoencoder
+    encoder, decoder = networks(**({"dim": dim} if dim else {}))
     model = VQVAE(encoder, quantizer, decoder)
     model.compile(
-        keras.optimizers.Adam(1e-3 if task == "mnist" else 3e-4),
+        keras.optimizers.Adam(1e-3 if mnist else 3e-4),
         loss_weights=[1 / x.var()],
         metrics=["mse"],
         jit_compile=keras.backend.backend() == "jax",
@@ -193,11 +234,24 @@ def blogkeras_step(task, arguments, k_means, x, seed):
     if k_means:
         model.adapt(x[:1024])
 
-    def step(batch):
+    def step(batch, counting):
+        counts = None
+        if kind != "vectors" and counting:
+            codes = model.encode(batch, batch_size=len(batch))
+            if kind == "residual":
+                sizes = quantizer.alphabets
+                codes = np.ravel_multi_index(np.moveaxis(codes, -1, 0), sizes)
+            counts = np.bincount(codes.reshape(-1), minlength=CODES[task])
         model.reset_metrics()
         logs = model.train_on_batch(batch, return_dict=True)
-        counts = keras.ops.convert_to_numpy(quantizer.batch_counts)
-        return logs["mse"] / x.var(), logs["perplexity"], counts
+        nmse = logs["mse"] / x.var()
+        if kind == "vectors":
+            counts = keras.ops.convert_to_numpy(quantizer.batch_counts)
+            return nmse, logs["perplexity"], counts
+        if counts is None:
+            return nmse, None, None
+        shares = counts[counts > 0] / counts.sum()
+        return nmse, np.exp(-np.sum(shares * np.log(shares))), counts
 
     return step
 
@@ -257,23 +311,25 @@ def sonnet_step(x, seed):
         counts = tf.reduce_sum(out["encodings"], axis=0)
         return nmse, out["perplexity"], counts
 
-    return lambda batch: [value.numpy() for value in train(tf.constant(batch))]
+    return lambda batch, counting: [
+        value.numpy() for value in train(tf.constant(batch))
+    ]
 
 
 def run(task, method, seed, milestones, x):
     """One training: `(steps, values of the row)` at each milestone."""
     import keras
 
-    arguments, k_means = methods(task)[method]
     if method == "Sonnet":
         step = sonnet_step(x, seed)
     else:
-        step = blogkeras_step(task, arguments, k_means, x, seed)
-    stream = batches(x, seed, 128 if task == "mnist" else 32)
+        step = blogkeras_step(task, *methods(task)[method], x, seed)
+    stream = batches(x, seed, 128 if task.startswith("mnist") else 32)
     progress = keras.utils.Progbar(max(milestones))
     last = []
     for count in range(1, max(milestones) + 1):
-        last = [*last[1 - LAST :], step(next(stream))]
+        counting = any(0 <= stop - count < LAST for stop in milestones)
+        last = [*last[1 - LAST :], step(next(stream), counting)]
         if count in milestones:
             nmse, perplexity, counts = zip(*last, strict=True)
             yield (
