@@ -37,7 +37,7 @@ $(VENV)/.sonnet: | $(VENV)/.test
 		dm-sonnet==2.0.2 dm-tree==0.1.10 tabulate==0.10.0
 	@touch $@
 
-demo: $(VENV)/.examples # adversarial training on real reviews (6 to 9 min)
+demo: $(VENV)/.examples # adversarial training on real reviews (4 to 9 min)
 	@$(RUN) examples/task_sentiment_adversarial_training.py \
 		$(if $(STEPS),--steps $(STEPS))
 
@@ -56,7 +56,7 @@ verify: $(VENV)/.test $(VENV)/.sonnet # long statistical checks, dm-sonnet
 		PYTHONPATH=$(VENV)/sonnet KERAS_BACKEND=$$backend \
 		$(RUN) -m pytest -q -m 'verify or matrix' || exit 1; done
 
-matrix: # lower bounds, newest versions, Python 3.12 and 3.13
+matrix: # lower bounds, newest versions, Python 3.11 to 3.13
 	@sh tests/matrix.sh
 
 # An environment of its own: reading code needs no TensorFlow.

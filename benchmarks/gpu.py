@@ -10,13 +10,13 @@ medians of compiled times at the card's own settings, in float32 and bfloat16.
 It starts nothing that may not end before `--seconds` are over; the page names
 what there was no time for.
 
-The machine needs JAX with CUDA, NumPy, SciPy, h5py, ml-dtypes, rich and
-matplotlib; no network. What else is needed travels as wheels, under 64 MiB:
+It needs JAX with CUDA, NumPy, SciPy, h5py, ml-dtypes, rich and matplotlib. For
+a machine without a network, take the rest along as wheels:
 
     pip download -d wheels --no-deps keras absl-py namex optree pot
     pip wheel -w wheels --no-deps .
     pip install --no-index --find-links wheels --no-deps \
-        keras absl-py namex optree pot blogkeras      # on the machine
+        keras absl-py namex optree pot blogkeras      # on that machine
 
 Without a card the same run is a rehearsal: two devices of the CPU, small sizes
 throughout, and the page is printed, not written.

@@ -89,8 +89,8 @@ def report():
         "",
         page.environment(["keras", "tensorflow", "numpy"]),
         "",
-        "Regenerate: `python benchmarks/record_robustness.py`, then with "
-        "`--report`.",
+        "Regenerate: `python benchmarks/record_robustness.py --seeds "
+        f"{count}`, then with `--report`.",
     ]
     page.write(PAGE, lines)
     draw(found)

@@ -13,7 +13,7 @@ The models are those of `gpu.py`, on the JAX backend. One size changes at a
 time; the others are those of BASE.
 
 Each row goes to `docs/results/scaling.csv`; rows that stand there are not
-counted again. `--report` draws `docs/scaling_*.png` and writes the tables
+counted again. `--report` draws `docs/scaling.png` and writes the tables
 between the marks of `docs/scaling.md`.
 """
 
@@ -271,7 +271,7 @@ PASSES = {
     "freelb": "3K",
     "gradient_penalty": "6",
     "noise_stability": "9",
-    "vat": "6 + 3 iters",
+    "vat": "7 + 2 iters",
     "trades": "7 + 2K",
     "smart": "7 + 2K",
     "rdrop": "6",

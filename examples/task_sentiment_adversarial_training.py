@@ -28,13 +28,14 @@ Result (defaults, seed 0, 15347 reviews for training and 2016 to test; Keras
 3.15.1, TensorFlow 2.21, XLA on a CPU):
 
     attack / token norm   clean    0.1     0.2     0.4     0.8
-    plain                 0.7857  0.6562  0.5179  0.3165  0.0967
-    FGM(0.3)              0.8070  0.7857  0.7738  0.7396  0.6682
+    plain                 0.7783  0.6508  0.5134  0.2927  0.0942
+    FGM(0.3)              0.8070  0.7887  0.7738  0.7401  0.6682
 
-A step took 0.034 s plain and 0.048 s with FGM (1.39 times), all of it under
-4 minutes on 2 cores.
+A step took 0.034 s plain and 0.048 s with FGM (1.39 times), all of it 4 to
+9 minutes on 2 cores.
 
-One run each. The post advises to repeat before concluding on clean accuracy.
+One run each; docs/results/robustness.md has four seeds. The post advises to
+repeat before concluding on clean accuracy.
 
 Run: make demo
 """

@@ -19,7 +19,8 @@ Plain training is the hook
 
     lambda objective, weights: objective.value_and_grad(objective, weights)
 
-and gives the weights of Keras's own `fit` to the bit.
+and gives the weights of Keras's own `fit`: to the bit in eager mode, up to
+rounding where both are compiled.
 
 - `objective.py`: the loss of a batch as a pure function;
 - `parts.py`: the parts of a loss, in the logs;
