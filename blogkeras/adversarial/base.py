@@ -117,7 +117,7 @@ class AdversarialMethod:
         def gradients(self, objective, weights, site):
             seed = objective.seed(1)
             point = [
-                x + self.epsilon * backend.normal(ops.shape(x), seed=seed)
+                x + self.epsilon * backend.normal(x.shape, seed=seed)
                 for x in site.origin(objective, weights)
             ]
             moved, kwargs = site.at(objective, weights, point)

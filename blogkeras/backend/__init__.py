@@ -189,13 +189,17 @@ def depthwise_convolution(x, kernel):
 # Random numbers: those of `keras.random`, fast under XLA on a CPU as well.
 
 
-def normal(shape, mean=0.0, stddev=1.0, dtype=None, seed=None):
-    """`keras.random.normal`; on TensorFlow's CPU by the generator Philox."""
+def normal(shape, mean=0.0, stddev=1.0, dtype="float32", seed=None):
+    """`keras.random.normal`; on TensorFlow's CPU by the generator Philox.
+
+    In float32, whatever Keras's `floatx`: what is drawn meets numbers of that
+    dtype, and other draws would be other numbers.
+    """
     return _framework.normal(shape, mean, stddev, dtype, seed)
 
 
-def uniform(shape, minval=0.0, maxval=1.0, dtype=None, seed=None):
-    """`keras.random.uniform`; on TensorFlow's CPU by the generator Philox."""
+def uniform(shape, minval=0.0, maxval=1.0, dtype="float32", seed=None):
+    """`keras.random.uniform`; as `normal`."""
     return _framework.uniform(shape, minval, maxval, dtype, seed)
 
 

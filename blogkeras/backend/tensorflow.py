@@ -370,7 +370,7 @@ def normal(shape, mean, stddev, dtype, seed):
         _pair(seed),
         mean,
         stddev,
-        dtype or keras.config.floatx(),
+        dtype,
         alg=_GENERATOR,
     )
 
@@ -378,7 +378,6 @@ def normal(shape, mean, stddev, dtype, seed):
 def uniform(shape, minval, maxval, dtype, seed):
     if has_accelerator() or seed is None:
         return keras.random.uniform(shape, minval, maxval, dtype, seed)
-    dtype = dtype or keras.config.floatx()
     minval, maxval = tf.cast(minval, dtype), tf.cast(maxval, dtype)
     return tf.random.stateless_uniform(
         shape, _pair(seed), minval, maxval, dtype, alg=_GENERATOR

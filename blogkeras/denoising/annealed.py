@@ -72,7 +72,8 @@ class AnnealedScoreMatching(DenoisingModel):
         sigmas: Sequence of floats > 0, rising or falling: from well below the
             details of the data to their scale, such as
             `np.geomspace(0.1, 1, 10)`.
-        sigma0: Float within the range of `sigmas`. The σ of the final jump.
+        sigma0: Float within the range of `sigmas`. The σ of the final jump
+            (conditional: that is the least of `sigmas`), and of `log_density`.
         conditional: Boolean. Whether the network takes σ.
         allow_piecewise: Boolean. Whether ReLU and max-pooling pass.
         seed: Integer or `None`. Of the noise.

@@ -210,6 +210,18 @@ class DenoisingModel(RowModel):
         if not self.built or not int(ops.convert_to_numpy(self.num_adapted)):
             self.adapt(x)
 
+    def train_on_batch(self, x, *args, **kwargs):
+        """As in Keras. Call `adapt` before the first one."""
+        if not self.built or not int(ops.convert_to_numpy(self.num_adapted)):
+            warnings.warn(
+                "The mean and the variance of the data are not known, so 0 and "
+                "1 stand for them: `train_on_batch` sees one batch only, and "
+                "anneals by `annealing_steps` alone. Call `adapt` with "
+                "examples before.",
+                stacklevel=2,
+            )
+        return super().train_on_batch(x, *args, **kwargs)
+
     # Training
 
     def _step(self, training):
@@ -252,6 +264,9 @@ class DenoisingModel(RowModel):
     def _by_batches(self, name, fn, arrays, batch_size, verbose):
         """`fn` of rows as NumPy arrays, compiled for few numbers of rows."""
         rows = len(arrays[0])
+        if not self.built:
+            # Variables that a compiled program makes are not known outside.
+            self.build((None, *arrays[0].shape[1:]))
         # Fewer rows than a batch are filled up to a power of two, so that calls
         # with many different numbers of rows compile few programs.
         batch_size = min(

@@ -248,7 +248,7 @@ def run_chains(
         check=check,
     )
     chain, accepted, broken, _ = state
-    rate = float(accepted) / max(num_steps, 1)
+    rate = float(accepted) / num_steps if num_steps else float(not adjusted)
     if num_steps and rate < _HARDLY_ANY:
         warnings.warn(
             f"{name} accepted hardly any proposal (rate {rate:.2g}), so the "

@@ -203,9 +203,11 @@ class QuadraticHead(layers.Layer):
 
 def _head(h, head):
     check_choice("head", head, ("linear", "quadratic"))
+    # In half precision log-densities, which may be large, would be rounded to
+    # whole numbers and more, and samplers compare them.
     if head == "quadratic":
-        return QuadraticHead(name="head")(h)
-    return layers.Dense(1, name="head")(h)
+        return QuadraticHead(name="head", dtype="float32")(h)
+    return layers.Dense(1, name="head", dtype="float32")(h)
 
 
 def mlp_log_density(
@@ -303,14 +305,19 @@ def residual_log_density(
     inputs = keras.Input(shape)
 
     def convolution(h, size, kernel=3):
-        return layers.Conv2D(size, kernel, padding="same")(h)
+        return layers.Conv2D(
+            size, kernel, padding="same", data_format="channels_last"
+        )(h)
 
     def block(h, size, halve):
         act = layers.Activation(activation)
         inner = convolution(act(h), size)
         inner = convolution(layers.Activation(activation)(inner), size)
         if halve:
-            h, inner = (layers.AveragePooling2D(2)(x) for x in (h, inner))
+            h, inner = (
+                layers.AveragePooling2D(2, data_format="channels_last")(x)
+                for x in (h, inner)
+            )
         if h.shape[-1] != size:
             h = convolution(h, size, kernel=1)
         return layers.Add()([h, inner])
@@ -321,6 +328,7 @@ def residual_log_density(
             h = block(h, size, halve=True)
         for _ in range(num_blocks):
             h = block(h, size, halve=False)
-    h = layers.Flatten()(layers.Activation(activation)(h))
+    h = layers.Activation(activation)(h)
+    h = layers.Flatten(data_format="channels_last")(h)
     network = keras.Model(inputs, _head(h, head), name=name)
     return check_network(network, allow_piecewise)

@@ -82,7 +82,8 @@ class _OneNoise(DenoisingModel):
                     "`fit`, or a number as `annealing_steps` to the model (0 "
                     "is none). Received: data of unknown size"
                 )
-            self._annealing.assign(steps * epochs // 2)
+            runs = epochs - kwargs.get("initial_epoch", 0)
+            self._annealing.assign(steps * runs // 2)
         history = super().fit(x, y, batch_size, epochs, **kwargs)
         self._warn_if_annealing()
         return history
@@ -219,8 +220,8 @@ class DenoisingDensityEstimator(_OneNoise):
 
     At a small σ the loss hardly depends on how much probability each of several
     distant modes has, so these shares can be far off at a low loss. Therefore,
-    by default, σ starts at the scale of the data, s, and falls
-    geometrically to `sigma` in the first half of the first `fit`. Take a few
+    by default, σ starts at the scale of the data, s, and falls geometrically to
+    `sigma` in the first half of the first `fit`. Take a few
     ten thousand steps, a falling learning rate and averaged weights, as in the
     example. `denoising_loss` in the logs is a less noisy estimate of the loss.
 
@@ -476,7 +477,9 @@ class DenoisingAutoencoder(_OneNoise):
         sigma, unit = self._sigma_and_noise(x, training)
         denoised = self(x + sigma * unit, training=training)
         error = row_mean(ops.square((denoised - x) / sigma))
-        return self._finish(error, error, sample_weight)
+        # ε/σ is a part of the difference, so the mean of ‖ε‖² can be kept.
+        steady = error + 1 - row_mean(ops.square(unit))
+        return self._finish(error, steady, sample_weight)
 
     def denoise(self, x, batch_size=1024, verbose=0):
         """r(x): a NumPy array like `x`.

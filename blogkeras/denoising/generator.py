@@ -178,6 +178,13 @@ class DenoisingGenerator(RowModel):
         rows = self.generator(keras.KerasTensor(input_shape, "float32"))
         rows = keras.KerasTensor(rows.shape, "float32")
         for density in (self.data_density, self.model_density):
+            known = isinstance(density, RowModel) and density.built
+            if known and density.row_shape != rows.shape[1:]:
+                raise ValueError(
+                    "Expected a generator of rows that the densities take. "
+                    f"Received: rows of shape {rows.shape[1:]}, "
+                    f"{density.name} of rows of shape {density.row_shape}"
+                )
             check_scalars(
                 density.compute_output_spec(rows)
                 if density.built

@@ -304,6 +304,7 @@ def _quadrature(log_density, bounds, num_points, verbose):
 def _reference(log_density, mean, scale):
     """Mean and standard deviation of the reference, arrays like a row."""
     if isinstance(log_density, DenoisingModel):
+        _ = log_density.row_shape  # an error where it is not known yet
         mean = log_density.mean.value if mean is None else mean
         scale = log_density.noisy_scale if scale is None else scale
     if mean is None or scale is None:

@@ -66,7 +66,9 @@ def test_logistic_regression_loses_its_margin(attack):
         np.testing.assert_allclose(
             row["loss"], np.log1p(np.exp(-left)).mean(), atol=1e-6
         )
-        np.testing.assert_allclose(row["accuracy"], (left > 0).mean())
+        np.testing.assert_allclose(
+            row["accuracy"], (left > 0).mean(), rtol=1e-6
+        )
     np.testing.assert_allclose(
         result.mean_norm, np.linalg.norm(X, axis=1).mean(), rtol=1e-6
     )

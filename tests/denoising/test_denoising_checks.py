@@ -335,3 +335,17 @@ def test_sigma_of_an_annealed_density():
         network(layers.Dense(2)), given, mlp_log_density((2,), (4,))
     )
     assert model.sigma == 0.2
+
+
+def test_a_generator_and_a_density_of_other_rows():
+    given = DenoisingDensityEstimator(mlp_log_density((3,), (4,)), 0.1)
+    with pytest.raises(ValueError, match=r"shape \(2,\).*shape \(3,\)"):
+        DenoisingGenerator(
+            network(layers.Dense(2)), given, mlp_log_density((2,), (4,))
+        )
+
+
+def test_log_z_of_a_model_that_is_not_built():
+    lazy = keras.Sequential([layers.Dense(1)])
+    with pytest.raises(ValueError, match="`fit`, `adapt` or `build` first"):
+        log_partition(DenoisingDensityEstimator(lazy, 0.1))

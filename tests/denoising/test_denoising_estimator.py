@@ -12,6 +12,10 @@ from blogkeras.denoising import (
     DenoisingAutoencoder,
     DenoisingDensityEstimator,
     QuadraticHead,
+    hmc,
+    langevin,
+    log_partition,
+    mala,
     mlp_log_density,
     residual_log_density,
 )
@@ -365,6 +369,7 @@ def test_a_schedule_that_comes_to_zero():
         small(line(0.0, 4, 1.0))
     # Nobody knows how many steps a loop of one's own will make.
     model = linear(decay(1.0, 1))
+    model.adapt(X)
     model.train_on_batch(X)
     for call in (model.train_on_batch, model.denoise, model.score):
         with pytest.raises(ValueError, match="step 1"):
@@ -706,3 +711,96 @@ def test_builders_let_piecewise_activations_pass_where_they_are_meant():
         with pytest.raises(ValueError, match="allow_piecewise=True"):
             build(shape, sizes, activation="relu")
         build(shape, sizes, activation="relu", allow_piecewise=True)
+
+
+def test_networks_that_are_built_by_their_first_rows():
+    """What was asked before `fit` is asked of the trained weights after it."""
+    network = keras.Sequential([layers.Dense(8, "swish"), layers.Dense(1)])
+    model = compiled(DenoisingDensityEstimator(network, 0.5, 0, seed=0))
+    before, score = model.log_density(X), model.score(X)
+    assert model.row_shape == (2,)
+    model.fit(X, epochs=2, verbose=0)
+    after = model.log_density(X)
+    np.testing.assert_allclose(after, value(model(X)), rtol=1e-5)
+    assert np.abs(after - before).max() > 1e-2
+    assert np.abs(model.score(X) - score).max() > 1e-2
+
+
+def test_training_by_hand_asks_for_the_moments():
+    model = compiled(small())
+    with pytest.warns(UserWarning, match="Call `adapt`"):
+        model.train_on_batch(X)
+    model.adapt(X)
+    model.train_on_batch(X)
+
+
+def test_annealing_takes_half_of_the_epochs_that_are_run():
+    model = compiled(small(0.5))
+    model.fit(X, batch_size=16, epochs=6, initial_epoch=4, verbose=0)
+    assert int(value(model._annealing)) == 2 * 4 // 2
+
+
+def test_the_steady_loss_of_an_autoencoder():
+    """Of the identity ‖ε‖² is all there is of the loss, and has the mean 1."""
+    identity = keras.Sequential([keras.Input((2,)), layers.Identity()])
+    model = compiled(DenoisingAutoencoder(identity, 0.1, seed=0))
+    model.adapt(X)
+    logs = model.evaluate(X, batch_size=16, verbose=0, return_dict=True)
+    assert logs["denoising_loss"] == pytest.approx(1, abs=1e-4)
+    assert abs(logs["loss"] - 1) > 1e-3
+
+
+@pytest.mark.parametrize("head", ["linear", "quadratic"])
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_heads_are_not_rounded_in_mixed_precision(head, policy):
+    """Log-densities beyond the range of float16, to six digits."""
+    keras.config.set_dtype_policy(policy)
+    network = mlp_log_density((2,), (8,), head=head)
+    network.set_weights([1e3 * w for w in network.get_weights()])
+    hidden = keras.Model(network.input, network.layers[-1].input)
+    h = value(hidden(X), "float64")
+    weights = [w.astype("float64") for w in network.get_weights()[2:]]
+    products = [
+        (h**2 if number == 2 else h) @ kernel + bias
+        for number, (kernel, bias) in enumerate(
+            zip(weights[::2], weights[1::2], strict=True)
+        )
+    ]
+    expected = products[0]
+    if head == "quadratic":
+        expected = products[0] * products[1] + products[2]
+    assert np.abs(expected).max() > 7e4
+    found = value(network(X))
+    assert found.dtype == "float32"
+    np.testing.assert_allclose(
+        found, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
+    )
+
+
+def test_channels_are_last_whatever_keras_is_told():
+    networks = []
+    for data_format in ("channels_last", "channels_first"):
+        keras.config.set_image_data_format(data_format)
+        try:
+            networks.append(residual_log_density((8, 4, 3), (2, 3)))
+        finally:
+            keras.config.set_image_data_format("channels_last")
+    one, other = networks
+    other.set_weights(one.get_weights())
+    x = RNG.normal(size=(2, 8, 4, 3)).astype("float32")
+    np.testing.assert_array_equal(value(one(x)), value(other(x)))
+
+
+def test_whatever_the_float_type_of_keras(request):
+    """Rows and noise are float32; NumPy's and JAX's other types do not meet."""
+    request.addfinalizer(lambda: keras.config.set_floatx("float32"))
+    keras.config.set_floatx("float64" if TENSORFLOW else "bfloat16")
+    keras.config.set_dtype_policy("float32")
+    model = compiled(small(0.5))
+    model.fit(X, batch_size=32, verbose=0)
+    assert model.sample(3, num_steps=4, seed=0).dtype == "float32"
+    for sampler in (langevin, mala, hmc):
+        x = sampler(lambda x: -ops.sum(x**2, -1), X, 2, 0.1, seed=0).x
+        # Eight binary digits would repeat some of 128 numbers.
+        assert len(np.unique(x)) == x.size
+    assert np.isfinite(log_partition(model, num_samples=99).value)

@@ -87,6 +87,7 @@ def test_langevin_has_its_own_variance(dim):
     check_moments(result.x, np.zeros(dim), s**2 / (1 - step / (4 * s**2)))
     assert result.acceptance_rate == 1
     assert result.num_non_finite == 0
+    assert langevin(gaussian(s), start(dim), 0, step).acceptance_rate == 1
 
 
 def test_temperature():
