@@ -68,9 +68,11 @@ def token_blocks(
         batch_size: Integer.
         start_token: Integer, or `None` for none.
         end_token: Integer, or `None` for none. Both are needed for `pairs`.
-        pad_token: Integer.
+        pad_token: Integer. Padding is known by its value alone, so no other
+            token may be the same.
         join: Boolean. If `False`, each line has a block of its own, or several
-            if it is too long, and the rest of a block is padding.
+            if it is too long, and the rest of a block is padding. Not with
+            `pairs`, which are of several lines.
         seed: Integer.
         position: Integer. How many batches to skip, without computing them.
         verbose: `"auto"`, 0, 1 or 2: a progress bar over the lines.
@@ -83,8 +85,9 @@ def token_blocks(
 
     Raises:
         ValueError: if `lines` are not strings or make no block, `tokenize`
-            gives anything but a list of integers, or pairs lack their special
-            tokens.
+            gives anything but a list of integers, pairs lack their special
+            tokens or are not joined, or the start, the end or a token of a line
+            is `pad_token`.
 
     Example:
 
@@ -129,12 +132,25 @@ def token_blocks(
             "Expected `start_token` and `end_token` for pairs. Received: "
             f"start_token={start_token}, end_token={end_token}"
         )
+    if pairs and not join:
+        raise ValueError(
+            "Expected join=True for pairs, which are of several lines. "
+            f"Received: pairs={pairs}, join={join}"
+        )
     length = check_integer("length", length, minimum=5 if pairs else 3)
     batch_size = check_integer("batch_size", batch_size, minimum=1)
     pad_token = check_integer("pad_token", pad_token, 0, _LARGEST)
+    if pad_token in (*start, *end):
+        raise ValueError(
+            "Expected `pad_token` to be neither `start_token` nor `end_token`, "
+            "since padding is known by its value alone. Received: "
+            f"pad_token={pad_token}, start_token={start_token}, "
+            f"end_token={end_token}"
+        )
     seed = check_integer("seed", seed, minimum=0)
     position = check_integer("position", position, minimum=0)
-    texts = _tokenized(lines, tokenize, words, check_verbose(verbose))
+    verbose = check_verbose(verbose)
+    texts = _tokenized(lines, tokenize, words, pad_token, verbose)
     if pairs:
         rows = _pairs(texts, length, start, end, np.random.default_rng(seed))
     elif join:
@@ -184,7 +200,7 @@ class _Order:
         return self._passes[turn][place]
 
 
-def _tokenized(lines, tokenize, words, verbose):
+def _tokenized(lines, tokenize, words, pad_token, verbose):
     """A list of arrays `(2, n)` of each line: tokens and word numbers."""
     lines = list(lines)
     bar = keras.utils.Progbar(len(lines), verbose=verbose) if verbose else None
@@ -199,6 +215,13 @@ def _tokenized(lines, tokenize, words, verbose):
         if parts and words is not None:
             parts = _words(words, line)
         tokens = [_tokens(tokenize, part) for part in parts]
+        for part, given in zip(parts, tokens, strict=True):
+            if pad_token in given:
+                raise ValueError(
+                    "Expected `tokenize` to give no `pad_token`, since padding "
+                    "is known by its value alone. Received: "
+                    f"pad_token={pad_token} of {part!r} in line {number}"
+                )
         numbers = np.repeat(np.arange(len(tokens)), [len(t) for t in tokens])
         flat = np.concatenate([*tokens, []])
         texts.append(np.stack([flat, numbers]).astype("int32"))

@@ -235,7 +235,7 @@ LINES = ["a b c", "b c d"]
 
 
 def tokenize(line):
-    return [ord(c) % 9 for c in line.split()]
+    return [ord(c) - 90 for c in line.split()]
 
 
 row(

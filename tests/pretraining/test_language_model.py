@@ -358,6 +358,11 @@ def test_a_model_says_where_its_data_go_on(tmp_path):
         ({"batch_size": 0}, "batch_size"),
         ({"position": -1}, "position"),
         ({"pad_token": 0.0}, "pad_token"),
+        ({"pad_token": CLS}, "neither `start_token` nor `end_token`"),
+        ({"pad_token": SEP}, "neither `start_token` nor `end_token`"),
+        ({"pad_token": 7}, r"no `pad_token`.*pad_token=7 of 'abcd' in line 1"),
+        ({"pad_token": 11, "words": list}, "pad_token=11 of 'g' in line 4"),
+        ({"pairs": True, "join": False}, "join=True"),
     ],
 )
 def test_bad_blocks(options, message):
