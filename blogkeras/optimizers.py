@@ -144,3 +144,27 @@ class SkipNonFinite(keras.optimizers.Optimizer):
             config["inner_optimizer"], custom_objects
         )
         return cls(**{**config, "inner_optimizer": inner})
+
+
+def copied_optimizer(optimizer, **changes):
+    """A new optimizer with the arguments of another one.
+
+    It excludes the same from weight decay, too. The optimizer inside of a
+    `SkipNonFinite` is copied in the same way.
+
+    Args:
+        optimizer: `keras.optimizers.Optimizer`.
+        **changes: Other arguments, such as `learning_rate`.
+    """
+    if isinstance(optimizer, SkipNonFinite):
+        inner = copied_optimizer(optimizer.inner_optimizer, **changes)
+        return SkipNonFinite(inner, optimizer.name)
+    copy = optimizer.from_config({**optimizer.get_config(), **changes})
+    # Keras leaves these out of the configuration.
+    for name in (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
+    ):
+        if hasattr(optimizer, name):
+            setattr(copy, name, getattr(optimizer, name))
+    return copy

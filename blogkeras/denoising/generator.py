@@ -26,7 +26,7 @@ from blogkeras.denoising.energy import (
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.models import check_own_loss, map_batches
-from blogkeras.optimizers import SkipNonFinite
+from blogkeras.optimizers import SkipNonFinite, copied_optimizer
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
 # The step number that the latent vectors of `sample` are drawn with.
@@ -234,7 +234,7 @@ class DenoisingGenerator(RowModel):
             )
         first = _get_optimizer(optimizer)
         if generator_optimizer is None:
-            generator_optimizer = first.from_config(first.get_config())
+            generator_optimizer = copied_optimizer(first)
         second = _get_optimizer(generator_optimizer)
         if second is first:
             raise ValueError(

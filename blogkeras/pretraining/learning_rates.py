@@ -6,6 +6,7 @@ import keras
 
 from blogkeras.arguments import check_number
 from blogkeras.graph import calls, calls_of_blocks
+from blogkeras.optimizers import SkipNonFinite, copied_optimizer
 
 
 def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
@@ -23,15 +24,17 @@ def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
         optimizer: A `keras.optimizers.Optimizer`, which is copied for each
             depth, with weight decay and what is excluded from it. It clips
             gradients by `clipnorm` or `clipvalue`; `global_clipnorm` would
-            clip each depth by itself, and is refused.
+            clip each depth by itself, and is refused. A `SkipNonFinite` is put
+            around the result, so that it drops the step of all depths.
         decay: Float above 0, at most 1.
         boundaries: The tensors or layers before the first block and after each,
             as for `cut_model`. `None` finds the blocks by the names that
             bert4keras and KerasHub give them.
 
     Returns:
-        A `keras.optimizers.MultiOptimizer`, for `compile`. It has no learning
-        rate of its own: let a schedule change the rate, not a callback.
+        A `keras.optimizers.MultiOptimizer`, for `compile`, inside of a
+        `SkipNonFinite` if one was given. It has no learning rate of its own:
+        let a schedule change the rate, not a callback.
 
     Raises:
         ImportError: where Keras has no `MultiOptimizer` (it came after 3.12;
@@ -61,6 +64,11 @@ def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
             "Expected `optimizer` to be a Keras optimizer. Received: "
             f"optimizer={optimizer!r}"
         )
+    if isinstance(optimizer, SkipNonFinite):
+        inner = layerwise_optimizer(
+            model, optimizer.inner_optimizer, decay, boundaries
+        )
+        return SkipNonFinite(inner, optimizer.name)
     if not hasattr(keras.optimizers, "MultiOptimizer"):
         raise ImportError(
             "Expected a Keras with `keras.optimizers.MultiOptimizer`, such as "
@@ -84,6 +92,11 @@ def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
             "Expected the optimizer without a loss scale: under the policy "
             "'mixed_float16' `compile` puts one around the result. Received: "
             f"optimizer={optimizer!r}; give its `inner_optimizer`"
+        )
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            "Expected one optimizer, which is copied for each depth. "
+            f"Received: optimizer={optimizer!r}"
         )
     depths = _depths(model, boundaries)
     paths = {}
@@ -136,7 +149,6 @@ class ScaledSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def _scaled(optimizer, factor):
-    config = optimizer.get_config()
     rate = optimizer._learning_rate
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
         rate = ScaledSchedule(rate, factor)
@@ -147,15 +159,7 @@ def _scaled(optimizer, factor):
         )
     else:
         rate = float(optimizer.learning_rate) * factor
-    copy = type(optimizer).from_config({**config, "learning_rate": rate})
-    # Keras leaves these out of the configuration.
-    for name in (
-        "_exclude_from_weight_decay",
-        "_exclude_from_weight_decay_pattern",
-    ):
-        if hasattr(optimizer, name):
-            setattr(copy, name, getattr(optimizer, name))
-    return copy
+    return copied_optimizer(optimizer, learning_rate=rate)
 
 
 def _depths(model, boundaries):

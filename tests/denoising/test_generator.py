@@ -230,6 +230,25 @@ def test_guarded_optimizers_have_a_ratio_too():
     assert moved == [False, True, False, True]
 
 
+@pytest.mark.parametrize("guarded", [False, True])
+def test_the_second_optimizer_decays_the_same_weights(guarded):
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model = small()
+    model.compile(
+        SkipNonFinite(optimizer) if guarded else optimizer,
+        run_eagerly=TENSORFLOW,
+    )
+    kernel, bias = model.generator.trainable_variables
+    bias.assign([1.0, 2.0])
+    before = value(kernel)
+    # Without a loss there is the decay alone.
+    weight = np.zeros(64, "float32")
+    model.fit(Z, Z, sample_weight=weight, batch_size=64, verbose=0)
+    np.testing.assert_allclose(value(kernel), 0.95 * before, rtol=1e-6)
+    np.testing.assert_array_equal(value(bias), [1.0, 2.0])
+
+
 def test_sigma_is_that_of_the_density():
     def make(density, sigma):
         return DenoisingGenerator(

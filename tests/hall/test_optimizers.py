@@ -7,7 +7,7 @@ import toy
 from keras import layers, ops
 from kit import TENSORFLOW, replicated, value
 
-from blogkeras.optimizers import SkipNonFinite
+from blogkeras.optimizers import SkipNonFinite, copied_optimizer
 
 NAN = np.float32("nan")
 X, Y = toy.DENSE.copy(), toy.TARGETS.copy()
@@ -141,3 +141,21 @@ def test_bad_arguments(bad):
         SkipNonFinite(bad)
     with pytest.raises(ValueError, match="clipnorm"):
         SkipNonFinite("adam", clipnorm=1.0)
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_copy_decays_the_same_weights(guarded):
+    given = keras.optimizers.AdamW(0.1, weight_decay=0.5, clipnorm=1.0)
+    given.exclude_from_weight_decay(var_names=["bias"])
+    copy = copied_optimizer(
+        SkipNonFinite(given, "guard") if guarded else given, learning_rate=0.2
+    )
+    if guarded:
+        assert (type(copy), copy.name) == (SkipNonFinite, "guard")
+        copy = copy.inner_optimizer
+    assert copy is not given
+    assert copy.clipnorm == 1
+    kernel, bias = (keras.Variable([1.0], name=n) for n in ("kernel", "bias"))
+    copy.apply([ops.zeros(1), ops.zeros(1)], [kernel, bias])
+    np.testing.assert_allclose(value(kernel), [0.9], rtol=1e-6)
+    np.testing.assert_array_equal(value(bias), [1.0])

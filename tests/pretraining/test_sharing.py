@@ -427,6 +427,48 @@ def test_layerwise_rates_keep_what_is_not_decayed():
         np.testing.assert_allclose(value(w), expected, rtol=1e-6)
 
 
+def test_layerwise_rates_inside_of_a_guard(tmp_path):
+    def make(guard):
+        model = keras.models.clone_model(named())
+        model.set_weights(start)
+        optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        model.compile(
+            blogkeras.layerwise_optimizer(model, guard(optimizer), 0.5),
+            "mse",
+            jit_compile=False,
+        )
+        return model
+
+    def fit(model, number=1.0):
+        model.fit(IDS, np.full((4, 8, 2), number), verbose=0)
+
+    def check(one, other):
+        for ours, theirs in zip(one.weights, other.weights, strict=True):
+            np.testing.assert_allclose(value(ours), value(theirs), rtol=1e-5)
+
+    start = named().get_weights()
+    plain = make(lambda optimizer: optimizer)
+    guarded = make(lambda inner: blogkeras.SkipNonFinite(inner, "guard"))
+    assert guarded.optimizer.name == "guard"
+    fit(plain)
+    fit(guarded)
+    # All depths drop a step together.
+    fit(guarded, np.nan)
+    assert int(guarded.optimizer.skipped) == 1
+    check(plain, guarded)
+    guarded.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert int(loaded.optimizer.skipped) == 1
+    # A file does not say what is excluded from weight decay.
+    for optimizer in loaded.optimizer.inner_optimizer.optimizers:
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+    for model in (plain, guarded, loaded):
+        fit(model)
+    check(plain, guarded)
+    check(guarded, loaded)
+
+
 def test_layerwise_rates_need_a_new_keras(monkeypatch):
     monkeypatch.delattr(keras.optimizers, "MultiOptimizer")
     with pytest.raises(ImportError, match="MultiOptimizer"):
@@ -560,6 +602,24 @@ def test_lists_as_the_source_of_shared_layers():
                 keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD()),
             ),
             "loss scale",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                named(),
+                blogkeras.SkipNonFinite(
+                    keras.optimizers.SGD(global_clipnorm=1.0)
+                ),
+            ),
+            "without `global_clipnorm`",
+        ),
+        (
+            lambda: blogkeras.layerwise_optimizer(
+                named(),
+                keras.optimizers.MultiOptimizer(
+                    keras.optimizers.OptimizerMap(keras.optimizers.SGD())
+                ),
+            ),
+            "one optimizer.*MultiOptimizer",
         ),
         (
             lambda: blogkeras.layerwise_optimizer(
