@@ -235,8 +235,12 @@ def run(options):
         print(f"Going on after {model.steps} steps of {path}")
     else:
         model = build(len(vocabulary), options)
-    left = options.steps - model.steps
-    if left > 0:
+    left = max(options.steps - model.steps, 0)
+    whole, rest = divmod(left, options.save_every)
+    # Whole pieces, then the steps that are left: beyond them the rate is 0.
+    for epochs, steps in ((whole, options.save_every), (1, rest)):
+        if not epochs * steps:
+            continue
         blocks = token_blocks(
             lines,
             vocabulary.encode,
@@ -248,11 +252,10 @@ def run(options):
             position=model.steps,
             verbose="auto",
         )
-        each = min(options.save_every, left)
         model.fit(
             blocks,
-            steps_per_epoch=each,
-            epochs=-(-left // each),
+            steps_per_epoch=steps,
+            epochs=epochs,
             callbacks=[Checkpoint(path)],
         )
     model.discriminator.save(folder / "discriminator.keras")

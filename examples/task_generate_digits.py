@@ -67,7 +67,7 @@ def optimizer(rate, steps):
 
 
 def fit(model, x, steps):
-    """About `steps` steps on the rows of `x`, in one call."""
+    """`steps` steps on the rows of `x`, in one call."""
     data = np.resize(x, (BATCH_SIZE * min(steps, 100), *x.shape[1:]))
     epochs = max(steps // 100, 1)
     return model.fit(data, batch_size=BATCH_SIZE, epochs=epochs, verbose=2)
@@ -99,8 +99,8 @@ def first_road(x, options):
     )
     model.fit(
         batch_size=BATCH_SIZE,
-        steps_per_epoch=max(options.steps // 10, 1),
-        epochs=10,
+        steps_per_epoch=min(options.steps, 100),
+        epochs=max(options.steps // 100, 1),
         verbose=2,
     )
     return model
@@ -193,13 +193,20 @@ def main():
     )
     parser.add_argument("--data", type=pathlib.Path)
     parser.add_argument("--limit", type=int, default=20_000)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument(
+        "--steps", type=int, default=3000, help="hundreds, or up to 100"
+    )
     parser.add_argument("--sampling-steps", type=int, default=1000)
     parser.add_argument("--filters", type=int, nargs="+", default=[16, 32])
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("results/digits")
     )
     options = parser.parse_args()
+    if options.steps > 100 and options.steps % 100:
+        parser.error(
+            "Expected hundreds of steps, or up to 100. Received: "
+            f"--steps {options.steps}"
+        )
     keras.utils.set_random_seed(0)
 
     x, y = load(options.data, options.limit)

@@ -4,6 +4,7 @@ In this process: importing TensorFlow takes longer than a basic example.
 """
 
 import contextlib
+import itertools
 import os
 import pathlib
 import runpy
@@ -144,11 +145,25 @@ def test_pre_training_goes_on_with_the_settings_it_began_with(
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 
-    assert "Guessed and told" in run("--steps", "4")
-    assert "Going on after 4 steps" in run("--steps", "4")
+    save, saves = keras.Model.save, itertools.count()
+
+    def ends_after_one_save(model, path):
+        if next(saves):
+            raise KeyboardInterrupt
+        save(model, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(keras.Model, "save", ends_after_one_save)
+        with pytest.raises(KeyboardInterrupt):
+            run("--steps", "5")
+    out = run("--steps", "5")
+    assert "Going on after 2 steps" in out
+    assert "Guessed and told" in out
+    # Not of whole pieces of 2 steps: as many as were asked for.
+    assert "Going on after 5 steps" in run("--steps", "5")
     assert (tmp_path / "run/discriminator.keras").exists()
     with pytest.raises(ValueError, match=r"Received others for: steps$"):
         run("--steps", "6")
     corpus.write_text("书" * 9)
     with pytest.raises(ValueError, match=r"Received others for: vocabulary$"):
-        run("--steps", "4")
+        run("--steps", "5")
