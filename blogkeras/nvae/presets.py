@@ -51,8 +51,9 @@ class NVAEConfig:
             normalization.
         spectral_start: Number > 0 or `None`. λ at the start; it then goes to
             `spectral_weight` as the weight of the KL term goes to 1, linearly
-            in its logarithm. So it needs `kl_warmup_steps`; without them it
-            has no effect, and `compile` warns. `None`: constant.
+            in its logarithm: during `kl_warmup_steps`, or at once after
+            `kl_constant_steps` where there is no warm-up. Without both it has
+            no effect, and `compile` warns. `None`: constant.
         kl_warmup_steps: Integer. Training steps in which the weight of the KL
             term goes from 0 to 1. Published: 0.3 of all. 0: none.
         kl_constant_steps: Integer. Steps before them, at `kl_minimum`.

@@ -95,7 +95,7 @@ class TokenMasking(keras.layers.Layer):
     >>> masking = TokenMasking(100, mask_token=4, special_tokens=[2, 3])
     >>> tokens = [[2, 17, 35, 60, 21, 11, 58, 3, 0, 0]]
     >>> masked = masking(keras.ops.array(tokens), training=True)
-    >>> float(masked["mask_weights"][0, 0])  # 15 % of seven words: one
+    >>> float(masked["mask_weights"][0, 0])  # 15 % of eight tokens: one
     1.0
 
     Reference:

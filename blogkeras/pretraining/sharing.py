@@ -201,7 +201,7 @@ def unshare_layers(
 
 def factorize_embedding(
     model: keras.layers.Layer, size: int, embedding: Any = None
-) -> keras.Model:
+) -> tuple[keras.Model, float]:
     """ALBERT's embedding: a narrow table and a projection.
 
         E ≈ U · P,   (V, H) ≈ (V, size) · (size, H)
