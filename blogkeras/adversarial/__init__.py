@@ -291,9 +291,9 @@ def adversarial_loss(
     Args:
         model: A `keras.Model`, built. It may have a train step of its own, and
             call the function there.
-        loss: The loss of the model's one output: a name, a function or a
-            `keras.losses.Loss`. `None` takes that which the model is compiled
-            with, which may be of several outputs.
+        loss: The loss of the model's one output as `compile` takes it: a name,
+            a function or a `keras.losses.Loss`. `None` takes that which the
+            model is compiled with, which may be of several outputs.
         method: As for `adversarial_training`.
         embedding_name: As for `adversarial_training`.
         epsilon: As for `adversarial_training`.

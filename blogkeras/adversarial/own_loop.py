@@ -7,6 +7,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.adversarial.base import Hook
+from blogkeras.outputs import as_loss
 from blogkeras.training import Objective
 
 
@@ -100,33 +101,17 @@ class LossFunction:
         return result, [new.get(id(v), value) for v, value in state]
 
 
-class _FunctionLoss(keras.losses.Loss):
-    """The mean of a loss function, as `compile` takes one."""
-
-    def __init__(self, fn):
-        super().__init__(name="loss")
-        self.fn = fn
-
-    def call(self, y_true, y_pred):
-        return self.fn(y_true, y_pred)
-
-
 def _as_loss(loss):
-    if loss is None or isinstance(loss, keras.losses.Loss):
-        return loss
-    function = loss
-    if isinstance(loss, str):
-        try:
-            function = keras.losses.get(loss)
-        except ValueError:
-            function = None
-    if not callable(function):
+    if loss is None:
+        return None
+    try:
+        return as_loss(loss)
+    except ValueError as error:
         raise ValueError(
             "Expected `loss` to be the loss of one output, a name, a function "
             "or a `keras.losses.Loss`; for several outputs compile the model "
             f"with their losses, and leave it out. Received: loss={loss!r}"
-        )
-    return _FunctionLoss(function)
+        ) from error
 
 
 def make_loss_function(model, loss, method, names, masks, joint_norm):

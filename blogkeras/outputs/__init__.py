@@ -6,11 +6,13 @@ nor whether these are logits. The loss that it is compiled with does.
 `read_outputs` reads it off the loss, for every method that compares
 predictions.
 
+- `losses.py`: the loss of one output, as `compile` makes it;
 - `meaning.py`: `OutputMeaning`, and the divergence of two predictions;
 - `reading.py`: reads the meanings off a compiled model;
 - `structure.py`: values for each of several outputs.
 """
 
+from blogkeras.outputs.losses import as_loss
 from blogkeras.outputs.meaning import KINDS, OutputMeaning
 from blogkeras.outputs.reading import (
     UnreadableLossError,
@@ -28,6 +30,7 @@ __all__ = [
     "KINDS",
     "OutputMeaning",
     "UnreadableLossError",
+    "as_loss",
     "check_output_arguments",
     "known_outputs",
     "output_losses",

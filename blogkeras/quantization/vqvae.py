@@ -14,6 +14,7 @@ from blogkeras.arguments import (
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.models import CompositeModel, map_batches, symbolic_inputs
+from blogkeras.outputs import as_loss
 from blogkeras.quantization.code_usage import Usage, perplexity
 from blogkeras.quantization.quantizer import Quantizer, counted, weights_of
 
@@ -193,8 +194,9 @@ class VQVAE(CompositeModel):
         """
         if any(size != 1 for size in weight.shape[1:]):
             return weight
-        loss = keras.losses.get(*keras.tree.flatten(self.loss))
-        values = getattr(loss, "call", loss)(ops.cast(y, y_pred.dtype), y_pred)
+        # Of several losses of one output Keras takes the first.
+        loss = as_loss(keras.tree.flatten(self.loss)[0])
+        values = loss.call(ops.cast(y, y_pred.dtype), y_pred)
         return ops.reshape(weight, [-1] + [1] * (len(values.shape) - 1))
 
     def _batch_counts(self, x, training):
@@ -514,7 +516,7 @@ def _takes_integers(loss):
 
     A loss that is not Keras's own may do so.
     """
-    loss = keras.losses.get(loss)
+    loss = as_loss(loss)
     function = getattr(loss, "fn", loss)
     module = getattr(function, "__module__", type(function).__module__)
     if not module.startswith("keras."):

@@ -181,9 +181,12 @@ class Objective:
     def _loss_of(self, x, y, y_pred, sample_weight):
         model = self.model
         if self._loss is not None:
+            # Keras's losses are each replica's share of the mean.
             loss = self._loss(y, y_pred, sample_weight=sample_weight)
-            loss += sum(ops.sum(ops.cast(x, loss.dtype)) for x in model.losses)
-            return loss / backend.num_replicas()
+            for added in model.losses:
+                added = ops.sum(ops.cast(added, loss.dtype))
+                loss += added / backend.num_replicas()
+            return loss
         self._require_loss()
         return model.compute_loss(
             x=x,

@@ -296,12 +296,53 @@ def test_losses_by_hand(loss):
     )
 
 
-def test_regularizers_and_added_losses_count():
-    class Adds(layers.Layer):
-        def call(self, x):
-            self.add_loss(ops.convert_to_tensor(2.0))
-            return x
+@pytest.mark.parametrize(
+    ("loss", "activation", "units", "shape"),
+    [
+        (error, None, 1, (4,)),
+        (error, None, 1, (4, 1)),
+        ("mse", None, 1, (4,)),
+        ("MeanSquaredError", None, 1, (4,)),
+        (keras.losses.MeanSquaredError, None, 1, (4,)),
+        ("binary_crossentropy", "sigmoid", 1, (4,)),
+        (keras.losses.binary_crossentropy, "sigmoid", 1, (4,)),
+        ("crossentropy", "sigmoid", 1, (4,)),
+        ("CrossEntropy", "sigmoid", 1, (4, 1)),
+        ("ce", "softmax", 3, (4,)),
+        ("ce", "softmax", 3, (4, 1)),
+        ("CE", "softmax", 3, (4, 3)),
+        (LOSS, "softmax", 3, (4, 1)),
+        ("categorical_crossentropy", "softmax", 3, (4, 3)),
+    ],
+)
+def test_a_loss_is_that_of_compile(loss, activation, units, shape):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4, 2)).astype("float32")
+    y = np.eye(4, dtype="float32")[:, : shape[1]] if shape[1:] else np.eye(4)[0]
+    weight = np.array([0.5, 1.0, 2.0, 0.0], "float32")
+    model = keras.Sequential([keras.Input((2,))])
+    model.add(layers.Dense(units, activation=activation))
+    fn = adversarial_loss(model, loss, FGM(0.0))
+    model.compile(loss=loss)
+    for weights in (None, weight):
+        expected = model.evaluate(x, y, sample_weight=weights, verbose=0)
+        result = fn(x, y.astype("float32"), weights)
+        np.testing.assert_allclose(value(result.loss), expected, rtol=1e-5)
 
+
+def test_targets_of_one_axis_by_hand():
+    # f = 11 and 9, y = 1 and 2; the mean over all four pairs is 73.5.
+    fn = adversarial_loss(linear(), error, FGM(0.0))
+    np.testing.assert_allclose(value(fn(A, B[:, 0]).loss), (100 + 49) / 2)
+
+
+class Adds(layers.Layer):
+    def call(self, x):
+        self.add_loss(ops.convert_to_tensor(2.0))
+        return x
+
+
+def model_of_three_losses():
     model = keras.Sequential(
         [
             keras.Input((2,)),
@@ -310,6 +351,32 @@ def test_regularizers_and_added_losses_count():
         ]
     )
     model.set_weights([np.array([[3.0], [4.0]])])
+    return model
+
+
+@tensorflow_only
+def test_the_shares_of_two_replicas_add_up():
+    import tensorflow as tf
+
+    strategy = toy.mirrored()
+    with strategy.scope():
+        model = model_of_three_losses()
+        fn = adversarial_loss(model, "mse", FGM(0.0))
+
+    @tf.function
+    def total(x, y):
+        return strategy.run(lambda x, y: fn(x, y).loss, args=(x, y))
+
+    rows = tf.data.Dataset.from_tensor_slices((A, B)).batch(2)
+    [batch] = strategy.experimental_distribute_dataset(rows)
+    shares = strategy.experimental_local_results(total(*batch))
+    # One row each: the halves of its loss, of the 2 and of the regularizer.
+    expected = [(100 + 2 + 0.25) / 2, (49 + 2 + 0.25) / 2]
+    np.testing.assert_allclose([value(x) for x in shares], expected, rtol=1e-5)
+
+
+def test_regularizers_and_added_losses_count():
+    model = model_of_three_losses()
     fn = adversarial_loss(model, "mse", FGM(0.0))
     np.testing.assert_allclose(
         value(fn(A, B).loss), (100 + 49) / 2 + 2 + 0.01 * 25, rtol=1e-5
@@ -342,6 +409,9 @@ def test_errors():
         adversarial_loss(linear())
     with pytest.raises(ValueError, match="Received: loss=3"):
         adversarial_loss(linear(), 3)
+    for several in (["mse"], {"dense": "mse"}, "no_such_loss"):
+        with pytest.raises(ValueError, match=r"one output.* Received: loss="):
+            adversarial_loss(linear(), several)
     with pytest.raises(ValueError, match="built=False"):
         adversarial_loss(keras.Sequential([layers.Dense(1)]), "mse")
     with pytest.raises(ValueError, match="Received: model="):

@@ -111,6 +111,48 @@ def test_targets_and_sample_weights():
     )
 
 
+def absolute_error(y_true, y_pred):
+    return ops.mean(ops.abs(y_true - y_pred), axis=-1)
+
+
+@pytest.mark.parametrize("loss", [absolute_error, ["mae", "mse"]], ids=str)
+def test_sample_weights_of_targets_without_a_last_axis(loss):
+    """Targets are fitted as by Keras, which takes the first of two losses."""
+    pictures = X[..., :1]
+    encoder = keras.Sequential(
+        [keras.Input((4, 4, 1)), layers.Conv2D(DIM, 2, 2)]
+    )
+    decoder = keras.Sequential(
+        [keras.Input((2, 2, DIM)), layers.Conv2DTranspose(1, 2, 2)]
+    )
+    model = VQVAE(encoder, FiniteScalarQuantizer([3] * DIM), decoder)
+    model.compile("sgd", loss, jit_compile=ON_JAX)
+    model.build(pictures.shape)
+    error = np.abs(model.reconstruct(pictures) - pictures).mean((1, 2, 3))
+    weight = np.array([1, 1, 1, 0, 0, 0], "float32")
+    logs = model.test_on_batch(
+        pictures, pictures[..., 0], weight, return_dict=True
+    )
+    np.testing.assert_allclose(logs["loss"], error[:3].sum() / 6, rtol=1e-5)
+
+
+def test_a_vqvae_takes_crossentropy_by_its_short_name():
+    pictures = np.eye(3, dtype="float32")[RNG.integers(0, 3, (6, 4, 4))]
+    encoder = keras.Sequential(
+        [keras.Input((4, 4, 3)), layers.Conv2D(DIM, 2, 2)]
+    )
+    upwards = layers.Conv2DTranspose(3, 2, 2, activation="softmax")
+    decoder = keras.Sequential([keras.Input((2, 2, DIM)), upwards])
+    model = VQVAE(encoder, FiniteScalarQuantizer([3] * DIM), decoder)
+    model.compile("sgd", "crossentropy", jit_compile=ON_JAX)
+    model.build(pictures.shape)
+    p = model.reconstruct(pictures)[pictures == 1]
+    loss = model.test_on_batch(pictures, pictures.argmax(-1), return_dict=True)[
+        "loss"
+    ]
+    np.testing.assert_allclose(loss, -np.log(p).mean(), rtol=1e-5)
+
+
 def test_verbs_are_the_parts_in_turn():
     model = fitted()
     model.adapt(X)
