@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend, training
-from blogkeras.arguments import check_integer, check_verbose
+from blogkeras.arguments import as_numpy, check_integer, check_verbose
 from blogkeras.hsic.kernels import LinearKernel, as_kernel
 from blogkeras.hsic.tiles import prepare
 
@@ -63,9 +63,9 @@ def compare_layers(
             (`model.layers`) each time they are called, in this order: the
             second call of a layer is named `"name (call 2)"`.
         model_b: Likewise; may be the same one.
-        data: Array, or list or dict of arrays, for the models' inputs; or an
-            iterable of batches `x`, `(x, y)` or `(x, y, sample_weight)` such as
-            a `tf.data.Dataset`.
+        data: Array, tensor or table, or list or dict of these, for the models'
+            inputs; or an iterable of batches `x`, `(x, y)` or
+            `(x, y, sample_weight)` such as a `tf.data.Dataset`.
         kernel: Kernel of all layers; linear by default, `None` is a Gaussian of
             median bandwidth.
         batch_size: Integer ≥ 4, for arrays.
@@ -216,7 +216,9 @@ def _taps(model, name):
 def _batches(data, batch_size):
     arrays = data.values() if isinstance(data, dict) else data
     arrays = list(arrays) if isinstance(data, (dict, list, tuple)) else [data]
-    if all(isinstance(a, np.ndarray) for a in arrays):
+    # Tensors and tables, too: as iterables they give rows or names.
+    if arrays and all(hasattr(a, "__array__") for a in arrays):
+        data = keras.tree.map_structure(as_numpy, data)
 
         def part(start):
             stop = start + batch_size

@@ -158,6 +158,46 @@ def test_a_classifier_in_scikit_learns_search():
         again.set_params(neighbors=3)
 
 
+def test_a_classifier_is_selected_as_scikit_learns_own():
+    """Shares of right answers against its neighbors on POT's distances."""
+    selection = pytest.importorskip("sklearn.model_selection")
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    pipeline = pytest.importorskip("sklearn.pipeline")
+    # To an empty document all others are equally near.
+    documents = [d for d in DOCUMENTS if len(d)]
+    labels = np.array(["b", "a", "c"])[np.arange(29) % 3]
+    every = matrix(texts(documents), texts(documents))
+    every[every < 1e-12] = 0  # rounding; a distance is not negative
+    precomputed = neighbors.KNeighborsClassifier(metric="precomputed")
+    classifier = TransportClassifier(vectors=VECTORS)
+    grid = {"n_neighbors": [1, 3, 5], "weights": ["uniform", "distance"]}
+    expected = selection.GridSearchCV(precomputed, grid, cv=3)
+    expected.fit(every, labels)
+    grid = {"k": [1, 3, 5], "voting": ["uniform", "distance"]}
+    found = selection.GridSearchCV(classifier, grid, cv=3)
+    found.fit(documents, labels)
+    for fold in range(3):
+        name = f"split{fold}_test_score"
+        np.testing.assert_allclose(
+            found.cv_results_[name], expected.cv_results_[name]
+        )
+    assert found.best_params_["k"] == expected.best_params_["n_neighbors"]
+    assert found.predict(documents[:1]) == expected.predict(every[:1])
+    for scoring in ("accuracy", "neg_log_loss"):
+        np.testing.assert_allclose(
+            selection.cross_val_score(
+                classifier, documents, labels, cv=3, scoring=scoring
+            ),
+            selection.cross_val_score(
+                precomputed, every, labels, cv=3, scoring=scoring
+            ),
+        )
+    steps = pipeline.make_pipeline(classifier).fit(documents, labels)
+    assert steps.score(documents, labels) == pytest.approx(
+        precomputed.fit(every, labels).score(every, labels)
+    )
+
+
 def test_a_classifier_refuses():
     classifier = TransportClassifier(2, VECTORS)
     with pytest.raises(ValueError, match="call `fit` first"):
