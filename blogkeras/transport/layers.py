@@ -56,9 +56,14 @@ class _TransportLayer(keras.layers.Layer):
         super().build(input_shape)
 
     def _check_shapes(self, shapes):
-        shapes = [tuple(shape) for shape in shapes]
+        # One tensor alone has sizes here, and None has no shape.
+        shapes = [
+            tuple(shape) if hasattr(shape, "__len__") else shape
+            for shape in shapes
+        ]
         count = 4 if self.weighting == "importance" else 2
         fits = len(shapes) == count
+        fits = fits and all(isinstance(shape, tuple) for shape in shapes)
         fits = fits and len(shapes[0]) == len(shapes[1]) == 3
         if fits:
             (a, _, dim_x), (b, _, dim_y) = shapes[:2]
@@ -78,7 +83,7 @@ class _TransportLayer(keras.layers.Layer):
 
     def call(self, inputs, mask=None):
         # The layer is built once, but may be called with any shapes.
-        self._check_shapes([z.shape for z in inputs])
+        self._check_shapes([getattr(z, "shape", None) for z in inputs])
         # Marginals need more digits than half precision has.
         x, y, *importance = (
             ops.cast(z, keras.backend.result_type(z.dtype, "float32"))

@@ -30,6 +30,55 @@ def check_options(cost, weights):
         )
 
 
+def given_masses(weights, importance, is_symmetric=False):
+    """The pair of arrays that masses are made of, of the argument it came in.
+
+    Args:
+        weights: One of `WEIGHTS`, or a pair of arrays.
+        importance: Pair of arrays for `"importance"`, else `None`.
+        is_symmetric: Whether the second of the pair is to be `None`.
+
+    Returns:
+        `(name, pair)`; the pair is `(None, None)` where nothing is given.
+
+    Raises:
+        ValueError: where one is given without the other, or half a pair.
+    """
+    if weights == "importance" and importance is None:
+        raise ValueError(
+            'Expected `importance` with weights="importance": a pair of '
+            "arrays, one number for each word, such as those of "
+            "`inverse_document_frequency`. Received: importance=None"
+        )
+    if importance is not None and weights != "importance":
+        raise ValueError(
+            'Expected `importance` with weights="importance" only, since other '
+            f"weights do not use it. Received: weights={weights!r}, "
+            f"importance={importance!r}"
+        )
+    if isinstance(weights, str) and importance is None:
+        return "weights", (None, None)
+    name = "weights" if importance is None else "importance"
+    pair = weights if importance is None else importance
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+        raise ValueError(
+            f"Expected `{name}` to be a pair, one for each side. "
+            f"Received: {name}={pair!r}"
+        )
+    first, second = pair
+    if is_symmetric and second is not None:
+        raise ValueError(
+            f"Expected None as the second of `{name}` without `y`. "
+            f"Received: y=None, {name}={pair!r}"
+        )
+    if first is None or (second is None and not is_symmetric):
+        raise ValueError(
+            f"Expected `{name}` to have numbers for the words of each side. "
+            f"Received: {name}={pair!r}"
+        )
+    return name, (first, second)
+
+
 def mass_and_vectors(xp, x, mask, cost, weights, given=None):
     """The distribution of a sequence over its words.
 

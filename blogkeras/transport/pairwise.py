@@ -87,18 +87,13 @@ def pairwise_distances(
     weights = renamed_value("weights", weights, measures.OLD_WEIGHTS)
     measures.check_options(cost, weights)
     is_symmetric = y is None
-    given = weights if isinstance(weights, (list, tuple)) else importance
-    masks, masses = (
-        _pair("mask", mask),
-        _pair("importance" if given is importance else "weights", given),
-    )
-    if is_symmetric:
-        for name, (_, second) in (("mask", masks), ("weights", masses)):
-            if second is not None:
-                raise ValueError(
-                    f"Expected None as the second of `{name}` without `y`. "
-                    f"Received: y=None, {name}={second!r}"
-                )
+    name, masses = measures.given_masses(weights, importance, is_symmetric)
+    masks = _pair("mask", mask)
+    if is_symmetric and masks[1] is not None:
+        raise ValueError(
+            "Expected None as the second of `mask` without `y`. Received: "
+            f"y=None, mask={mask!r}"
+        )
     first = _Texts("x", x, masks[0], masses[0])
     second = first if is_symmetric else _Texts("y", y, masks[1], masses[1])
     if first.vectors.shape[-1] != second.vectors.shape[-1]:
@@ -122,14 +117,15 @@ def pairwise_distances(
             # A shape of its own would be compiled anew.
             i, j = (np.resize(part, size) for part in (i, j))
         (a, a_mask, a_mass), (b, b_mask, b_mass) = first.take(i), second.take(j)
-        pair: Any = None if given is None else (a_mass, b_mass)
+        given = {"weights": weights}
+        if a_mass is not None:
+            given[name] = a_mass, b_mass
         distances = word_mover_distance(
             a,
             b,
             (a_mask, b_mask),
             cost,
-            pair if given is weights else weights,
-            None if given is weights else pair,
+            **given,
             solver=solver,
             regularization=regularization,
             tolerance=tolerance,

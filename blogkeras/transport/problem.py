@@ -213,6 +213,7 @@ class Texts:
         """Arrays that fit, in NumPy for the exact solver, else tensors."""
         weights = renamed_value("weights", weights, measures.OLD_WEIGHTS)
         measures.check_options(cost, weights)
+        _, given = measures.given_masses(weights, importance)
         x, y = as_array(x, solver), as_array(y, solver)
         lead = max(x.shape[:-2], y.shape[:-2], key=len)
         alone = [len(z.shape) == 2 and len(lead) > 0 for z in (x, y)]
@@ -228,28 +229,15 @@ class Texts:
                 f"y.shape={tuple(y.shape)}"
             )
         kind = weights if isinstance(weights, str) else "given"
-        given = importance if kind == "importance" else weights
-        if kind == "importance" and importance is None:
+        mask = (None, None) if mask is None else mask
+        if not isinstance(mask, (list, tuple)) or len(mask) != 2:
             raise ValueError(
-                'Expected `importance` with weights="importance": a pair of '
-                "arrays, one number for each word, such as those of "
-                "`inverse_document_frequency`. Received: importance=None"
+                "Expected `mask` to be a pair, one for each text. "
+                f"Received: mask={mask!r}"
             )
-        if kind in ("uniform", "norm"):
-            given = (None, None)
-        pairs = {
-            "mask": (None, None) if mask is None else mask,
-            "importance": given,
-        }
-        for name, pair in pairs.items():
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise ValueError(
-                    f"Expected `{name}` to be a pair, one for each text. "
-                    f"Received: {name}={pair!r}"
-                )
         masks, masses = [], []
         for name, z, z_mask, mass, one in zip(
-            "xy", (x, y), pairs["mask"], given, alone, strict=True
+            "xy", (x, y), mask, given, alone, strict=True
         ):
             if z_mask is not None:
                 z_mask = as_array(z_mask, solver, "bool")

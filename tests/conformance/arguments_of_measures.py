@@ -215,7 +215,9 @@ WORDS = {
     "y": Kind("text", np.ones(3), np.full((3, 4), NAN), np.ones((3, 5))),
     "mask": FREE,
 }
-WORD_OPTIONS = {"cost": COST, "weights": WEIGHTS, "importance": FREE}
+# The weights of the rows are not "importance".
+IMPORTANCE = Kind(3, (None, None), (np.ones(4), np.ones(2)), none=True)
+WORD_OPTIONS = {"cost": COST, "weights": WEIGHTS, "importance": IMPORTANCE}
 P = np.full(3, 1 / 3)
 D = np.abs(np.random.default_rng(1).normal(size=(3, 3)))
 PROBLEM = {

@@ -145,7 +145,14 @@ def test_the_progress_bar(capsys):
         ((TEXTS, [OTHERS[0][:, :2]]), {}, "vectors of one size"),
         ((TEXTS,), {"mask": (np.ones((5, 5), bool), None)}, "Expected no mask"),
         ((TEXTS,), {"mask": True}, "to be a pair"),
-        ((TEXTS,), {"importance": (None, [1])}, "Expected None as the second"),
+        (
+            (TEXTS,),
+            {"weights": "importance", "importance": ([[1.0]] * 5, [1])},
+            "Expected None as the second of `importance`",
+        ),
+        ((TEXTS,), {"importance": (None, None)}, "importance=.None, None"),
+        ((TEXTS,), {"weights": (None, None)}, "weights=.None, None"),
+        ((TEXTS[:1],), {"weights": "importance"}, "Expected `importance`"),
         (
             (TEXTS,),
             {"weights": ([[1.0]] * 5, None)},
@@ -162,7 +169,7 @@ def test_the_progress_bar(capsys):
             "mask of `x`",
         ),
     ],
-    ids=range(14),
+    ids=range(17),
 )
 def test_errors(args, options, message):
     with pytest.raises(ValueError, match=message):

@@ -22,6 +22,7 @@ from blogkeras.transport import (
     entropic,
     exact,
     measures,
+    pairwise_distances,
     relaxed_wasserstein_distances,
     sinkhorn,
     transport_plan,
@@ -119,11 +120,12 @@ def test_cost_and_weights_span_the_family():
     ):
         p, q = a / a.sum(), b / b.sum()
         expected = ot.emd2(p, q, D)
-        found = word_mover_distance(X, Y, None, cost, weights, importance)
+        given = importance if weights == "importance" else None
+        found = word_mover_distance(X, Y, None, cost, weights, given)
         assert abs(found - expected) <= 1e-9
         found = word_mover_distance(X, Y, None, cost, (p, q))
         assert abs(found - expected) <= 1e-9
-        plan = transport_plan(X, Y, None, cost, weights, importance)
+        plan = transport_plan(X, Y, None, cost, weights, given)
         np.testing.assert_allclose(plan, ot.emd(p, q, D), atol=1e-9)
 
 
@@ -581,6 +583,47 @@ def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
     # One problem in four has two plans of nearly the same cost, between which
     # float32 cannot tell.
     assert np.median(error) <= 10 * tolerance
+
+
+def pairwise(x, y, **options):
+    """The distance of two collections of one text each."""
+    for name in {"weights", "importance"} & set(options):
+        pair = options[name]
+        if isinstance(pair, (list, tuple)):
+            options[name] = [None if a is None else [a] for a in pair]
+    return pairwise_distances([x], [y], **options)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        word_mover_distance,
+        word_rotator_distance,
+        word_rotator_similarity,
+        word_centroid_distance,
+        transport_plan,
+        pairwise,
+    ],
+)
+def test_weights_and_importance_go_together(function):
+    """Half a pair, and what would have no effect, are errors."""
+    p, q = np.full(6, 1 / 6), np.full(4, 1 / 4)
+    for weights in ({}, {"weights": "norm"}, {"weights": (p, q)}):
+        with pytest.raises(ValueError, match=r"only.*\sReceived: weights="):
+            function(X, Y, **weights, importance=(p, q))
+    for half in ((p, None), (None, q), (None, None)):
+        with pytest.raises(ValueError, match=r"`weights` .*\sReceived: "):
+            function(X, Y, weights=half)
+        with pytest.raises(ValueError, match=r"`importance` .*\sReceived: "):
+            function(X, Y, weights="importance", importance=half)
+    for wrong in (p, (p,), (p, q, q)):
+        with pytest.raises(ValueError, match=r"`importance` to be a pair"):
+            function(X, Y, weights="importance", importance=wrong)
+    np.testing.assert_allclose(
+        function(X, Y, weights=(p, q)),
+        function(X, Y, weights="importance", importance=(3 * p, q)),
+        atol=1e-12,
+    )
 
 
 def test_errors():

@@ -271,14 +271,23 @@ def test_layer_errors():
         WordRotatorDistance(tolerance=0)
     with pytest.raises(ValueError, match="x_importance"):
         WordMoverDistance(weighting="importance")([X, Y])
-    with pytest.raises(ValueError, match="batch, length, dim"):
-        WordMoverDistance()([X[0], Y[0]])
+    importance = ops.ones(X.shape[:2])
+    for inputs in ([X, Y, importance, None], [X, None, importance, importance]):
+        with pytest.raises(ValueError, match="x_importance"):
+            WordMoverDistance(weighting="importance")(inputs)
+    for inputs in ([X[0], Y[0]], [X, None], X):
+        with pytest.raises(ValueError, match="batch, length, dim"):
+            WordMoverDistance()(inputs)
     # Shapes that would broadcast, also after the layer was built.
     layer = WordMoverDistance(solver="relaxed")
     layer([X, Y])
     for inputs in ([X, Y[:1]], [X, Y[..., :1]], [X, Y[:, 0]]):
         with pytest.raises(ValueError, match="batch, length, dim"):
             layer(inputs)
+    layer = WordMoverDistance(weighting="importance")
+    layer([X, Y, importance, ops.ones(Y.shape[:2])])
+    with pytest.raises(ValueError, match="x_importance"):
+        layer([X, Y, importance, None])
     layer = WordMoverDistance(weighting="importance")
     with pytest.raises(ValueError, match="x_importance"):
         layer([X, Y, ops.ones(X.shape[:2]), ops.ones((len(Y), 1))])
