@@ -34,6 +34,16 @@ from blogkeras.outputs import check_output_arguments, read_outputs
 from blogkeras.state import draw_rows
 
 
+def _check_output_kind(name, value):
+    check_output_arguments(value, None)
+    return value
+
+
+def _check_from_logits(name, value):
+    check_output_arguments(None, value)
+    return value
+
+
 class LabelFreeMethod(AdversarialMethod):
     """A method that uses the predictions f(x) and not the labels.
 
@@ -55,10 +65,6 @@ class LabelFreeMethod(AdversarialMethod):
     ):
         super().__init__(epsilon, "output", start_step)
         self.output_kind = output_kind
-        for each in tree.flatten(from_logits):
-            check_output_arguments(None, each)
-        for each in tree.flatten(output_kind):
-            check_output_arguments(each, None)
         self.from_logits = from_logits
 
     parts = (CLEAN, PENALTY)
@@ -66,6 +72,8 @@ class LabelFreeMethod(AdversarialMethod):
     checks = {
         **AdversarialMethod.checks,
         "site": functools.partial(check_choice, choices=("output",)),
+        "output_kind": _check_output_kind,
+        "from_logits": _check_from_logits,
     }
 
     def hook(self, model, name=None, padding_mask=None, joint_norm=False):

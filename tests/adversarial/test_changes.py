@@ -1,5 +1,7 @@
 """Methods that are changed, and models that change their method, later."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -190,6 +192,10 @@ WRONG = {
     "choice": (1, None, True, "matrices", ["matrix"]),
     "boolean": (0, 1, None, "yes", [True]),
     "seed": (4.0, True, "4", float("nan"), [1]),
+    "bounds": (3, True, (1, 0), (0, 1, 2), (0, float("inf")), "01"),
+    "output": ("tanh", 3, True, ["softmax", "tanh"], {"labels": 0.5}),
+    "logits": ("yes", 1, 0.5, [True, "no"], {"labels": 0}),
+    "attack": (3, True, "fgm", FGM, FreeLB(), FGM(clean_weight=0.5)),
 }
 KINDS = {
     "epsilon": "number",
@@ -205,15 +211,20 @@ KINDS = {
     "xi": "number",
     "iters": "count",
     "seed": "seed",
+    "bounds": "bounds",
+    "weight": "number",
+    "output_kind": "output",
+    "from_logits": "logits",
+    "attack": "attack",
 }
 ALLOWED = {(name, "step_size"): (None,) for name in ("PGD", "TRADES", "SMART")}
 
 
 def table():
     for cls in blogkeras.adversarial.METHODS.values():
-        for name in cls.checks:
-            if name in KINDS:
-                yield cls, name
+        names = {*cls.checks, *inspect.signature(cls).parameters}
+        for name in sorted(names - {"kwargs"}):
+            yield cls, name
 
 
 @pytest.mark.parametrize(
@@ -223,8 +234,11 @@ def test_each_argument_of_each_method(cls, name):
     for value in WRONG[KINDS[name]]:
         if value in ALLOWED.get((cls.__name__, name), ()):
             continue
+        method = cls()
+        before = getattr(method, name)
         with pytest.raises(ValueError, match=rf"Expected .*Received: {name}="):
-            setattr(cls(), name, value)
+            setattr(method, name, value)
+        assert getattr(method, name) == before
 
 
 @pytest.mark.parametrize(
