@@ -50,19 +50,25 @@ def as_batch(item, inputs_only=False):
 
     Returns:
         A tuple of `x` and, where there are any, `y` and `sample_weight`.
+
+    Raises:
+        ValueError: on another number of entries, and where `x` is missing.
     """
     if inputs_only:
-        x = item[0] if isinstance(item, tuple) else item
-        return (as_arrays(x),)
-    if not isinstance(item, (list, tuple)):
-        return (as_arrays(item),)
-    if not 1 <= len(item) <= 3:
+        entries = item[:1] if isinstance(item, tuple) else (item,)
+    else:
+        entries = item if isinstance(item, (list, tuple)) else (item,)
+    if len(entries) > 3:
         raise ValueError(
-            "Expected a generator to yield (x, y) or (x, y, sample_weight). "
-            f"Received: {len(item)} entries"
+            "Expected a generator to yield (x,), (x, y) or "
+            f"(x, y, sample_weight). Received: {len(entries)} entries"
         )
-    x, y, *weight = item
-    parts = [as_arrays(x), as_arrays(y), *map(as_arrays, weight)]
+    parts = [as_arrays(entry) for entry in entries]
+    if not parts or parts[0] is None:
+        raise ValueError(
+            "Expected a generator to yield inputs, the first entry of a batch. "
+            f"Received: {item!r}"
+        )
     while parts[-1] is None:
         parts.pop()
     return tuple(parts)

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from blogkeras.arguments import check_boolean
 from blogkeras.bert4keras.names import register
 
 
@@ -29,20 +30,43 @@ class ShortName:
 
 
 class LearningRate(ShortName):
-    """Mixin that takes Keras 2's arguments `lr=` and `decay=`."""
+    """Mixin that takes the arguments of Keras 2.3.1, `lr=` and `decay=` too.
+
+    Positional arguments mean what they meant there: Keras 3 has `epsilon` in
+    the fourth place of `Adam`, where `amsgrad` was.
+
+    Raises:
+        ValueError: on more positional arguments than Keras 2.3.1 has, on an
+            argument that is given twice, and on what Keras 3 does not know.
+    """
 
     def __init__(self, *args, **kwargs):
+        if len(args) > len(self._places):
+            raise ValueError(
+                f"Expected at most {len(self._places)} positional arguments, "
+                f"those of Keras 2.3.1: {', '.join(self._places)}. "
+                f"Received: {args!r}"
+            )
+        named = dict(zip(self._places, args, strict=False))
+        twice = sorted(set(named) & set(kwargs))
+        if twice:
+            raise ValueError(
+                f"Expected `{twice[0]}` once. Received: {args!r} and "
+                f"{twice[0]}={kwargs[twice[0]]!r}"
+            )
+        for name in {"nesterov", "amsgrad"} & set(named):
+            # Before Keras 2.3, and in tf.keras, a number has their places.
+            check_boolean(name, named[name])
+        kwargs.update(named)
         if "lr" in kwargs:
+            # It counts beside a `learning_rate`, as in Keras 2.3.1.
             kwargs["learning_rate"] = kwargs.pop("lr")
         decay = kwargs.pop("decay", None)
         if decay:
-            rate = kwargs.pop("learning_rate", None)
-            if args:
-                rate, *args = args
             # Keras 2: rate / (1 + decay * iterations)
             kwargs["learning_rate"] = (
                 keras.optimizers.schedules.InverseTimeDecay(
-                    rate or self._default_rate, 1, decay
+                    kwargs.get("learning_rate", self._default_rate), 1, decay
                 )
             )
         if kwargs.get("epsilon", 0) is None:
@@ -54,31 +78,32 @@ class LearningRate(ShortName):
                     f"Keras 3 knows no `{name}` but {default}. "
                     f"Received: {name}={value!r}"
                 )
-        super().__init__(*args, **kwargs)
+        super().__init__(**kwargs)
 
 
-def _of_keras_2(name):
-    """Returns a class of the optimizer `name` with Keras 2's names."""
+def _of_keras_2(name, *places):
+    """Returns a class of the optimizer `name` with Keras 2's arguments."""
     cls = getattr(keras.optimizers, name)
     rate = inspect.signature(cls).parameters["learning_rate"].default
     members = {
         "__doc__": f"`keras.optimizers.{name}` that takes Keras 2's `lr`.",
         "__module__": __name__,
         "_default_rate": rate,
+        "_places": ("learning_rate", *places),
     }
     return register(type(name, (LearningRate, cls), members), f"keras.{name}")
 
 
 OPTIMIZERS = {
-    name: _of_keras_2(name)
-    for name in (
-        "SGD",
-        "RMSprop",
-        "Adagrad",
-        "Adadelta",
-        "Adam",
-        "Adamax",
-        "Nadam",
+    name: _of_keras_2(name, *places)
+    for name, *places in (
+        ("SGD", "momentum", "nesterov"),
+        ("RMSprop", "rho"),
+        ("Adagrad",),
+        ("Adadelta", "rho"),
+        ("Adam", "beta_1", "beta_2", "amsgrad"),
+        ("Adamax", "beta_1", "beta_2"),
+        ("Nadam", "beta_1", "beta_2"),
     )
 }
 

@@ -379,3 +379,110 @@ def test_decay_of_the_learning_rate_is_that_of_keras_2():
         optimizer.apply_gradients([(np.float32(1.0), w)])
     # Keras 2: rate / (1 + decay * iterations)
     np.testing.assert_allclose(w, -0.5 * (1 + 1 / 1.1 + 1 / 1.2), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("SGD", (0.5, 0.75, True), {"momentum": 0.75, "nesterov": True}),
+        ("RMSprop", (0.5, 0.75), {"rho": 0.75, "momentum": 0.0}),
+        ("Adagrad", (0.5,), {}),
+        ("Adadelta", (0.5, 0.75), {"rho": 0.75}),
+        (
+            "Adam",
+            (0.5, 0.25, 0.75, True),
+            {"beta_1": 0.25, "beta_2": 0.75, "amsgrad": True, "epsilon": 1e-7},
+        ),
+        ("Adamax", (0.5, 0.25, 0.75), {"beta_1": 0.25, "beta_2": 0.75}),
+        ("Nadam", (0.5, 0.25, 0.75), {"beta_1": 0.25, "beta_2": 0.75}),
+    ],
+)
+def test_arguments_of_optimizers_by_their_places(name, args, expected):
+    """Those of the signatures in optimizers.py of Keras 2.3.1."""
+    cls = getattr(old.optimizers, name)
+    config = cls(*args).get_config()
+    assert config["learning_rate"] == 0.5
+    assert {key: config[key] for key in expected} == expected
+    # A decay leaves them where they are.
+    config = cls(*args, decay=0.1).get_config()
+    assert {key: config[key] for key in expected} == expected
+    schedule = config["learning_rate"]["config"]
+    assert schedule["initial_learning_rate"] == 0.5
+    for more in (1e-7, True):
+        with pytest.raises(ValueError, match=r"at most .*learning_rate.* Rec"):
+            cls(*args, more)
+    for place in list(expected)[: len(args) - 1]:
+        with pytest.raises(ValueError, match=f"Expected `{place}` once.* Rec"):
+            cls(*args, **{place: 0.5})
+
+
+def test_a_momentum_by_its_place_beside_a_decay():
+    optimizer = old.optimizers.SGD(0.5, 0.9, decay=0.1)
+    w = keras.Variable(np.float32(0.0))
+    for _ in range(3):
+        optimizer.apply_gradients([(np.float32(1.0), w)])
+    # Keras 2.3.1: v = 0.9 v - rate * g; w += v
+    expected = velocity = 0.0
+    for step in range(3):
+        velocity = 0.9 * velocity - 0.5 / (1 + 0.1 * step)
+        expected += velocity
+    np.testing.assert_allclose(w, expected, rtol=1e-6)
+
+
+def test_rates_and_flags_of_optimizers():
+    sgd = old.optimizers.SGD
+    assert float(sgd(0.5, lr=0.25).lr) == 0.25
+    assert float(sgd(learning_rate=0.5, lr=0.25).lr) == 0.25
+    schedule = sgd(0.0, decay=0.1).get_config()["learning_rate"]["config"]
+    assert schedule["initial_learning_rate"] == 0.0
+    # The decay of Keras 2.2 and the epsilon of tf.keras stood there.
+    with pytest.raises(ValueError, match=r"`nesterov` .*Received"):
+        sgd(0.5, 0.9, 1e-6)
+    with pytest.raises(ValueError, match=r"`amsgrad` .*Received"):
+        old.optimizers.Adam(0.5, 0.9, 0.99, 1e-7)
+
+
+ROWS = np.ones((4, 3))
+
+
+@pytest.mark.parametrize("form", [tuple, list])
+def test_the_entries_of_a_batch(form):
+    for item, expected in (
+        ((ROWS,), (ROWS,)),
+        ((ROWS, None), (ROWS,)),
+        ((ROWS, None, None), (ROWS,)),
+        ((ROWS, TARGETS), (ROWS, TARGETS)),
+        (([ROWS, ROWS],), ((ROWS, ROWS),)),
+    ):
+        batch = data.as_batch(form(item))
+        assert len(batch) == len(expected)
+        for found, array in zip(batch, expected, strict=True):
+            np.testing.assert_array_equal(found, array)
+    for item in ((), (None,), (None, None), ([None, None], None), ([], None)):
+        with pytest.raises(ValueError, match=r"yield inputs.* Received: "):
+            data.as_batch(form(item))
+    with pytest.raises(ValueError, match=r"Received: 4 entries"):
+        data.as_batch(form((ROWS, TARGETS, None, None)))
+
+
+def test_the_entries_of_a_batch_of_predict():
+    [x] = data.as_batch((ROWS, TARGETS), inputs_only=True)
+    np.testing.assert_array_equal(x, ROWS)
+    [(x, other)] = data.as_batch([ROWS, TARGETS], inputs_only=True)
+    np.testing.assert_array_equal(other, TARGETS)
+    for item in (None, (), (None,), [None], []):
+        with pytest.raises(ValueError, match=r"yield inputs.* Received: "):
+            data.as_batch(item, inputs_only=True)
+
+
+def test_a_generator_of_inputs_alone():
+    x = keras.Input((3,))
+    y = old.layers.Dense(1, use_bias=False, kernel_initializer="ones")(x)
+    model = old.models.Model(x, y)
+    model.add_loss(K.mean(y))
+    model.compile(keras.optimizers.SGD(0.1))
+    model.fit_generator(iter([(ROWS,)]), steps_per_epoch=1, verbose=0)
+    # The mean of the sums of rows of ones has the gradient 1.
+    np.testing.assert_allclose(model.get_weights()[0], 0.9, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"yield inputs.* Received: "):
+        model.fit_generator(iter([(None,)]), steps_per_epoch=1, verbose=0)
