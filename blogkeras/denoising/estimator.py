@@ -29,14 +29,14 @@ from blogkeras.denoising.energy import (
 )
 from blogkeras.denoising.samplers import langevin
 
+_Schedule = keras.optimizers.schedules.LearningRateSchedule
+
 
 class _OneNoise(DenoisingModel):
     """σ is one number, after annealing, or follows a Keras schedule."""
 
     def __init__(self, network, sigma, annealing_steps, seed=None, **kwargs):
-        scheduled = isinstance(
-            sigma, keras.optimizers.schedules.LearningRateSchedule
-        )
+        scheduled = isinstance(sigma, _Schedule)
         if not scheduled:
             sigma = check_sigma("sigma", sigma)
         is_auto = isinstance(annealing_steps, str) and annealing_steps == "auto"
@@ -176,9 +176,6 @@ class _OneNoise(DenoisingModel):
         return super().from_config(config)
 
 
-_Schedule = keras.optimizers.schedules.LearningRateSchedule
-
-
 def _steps_per_epoch(x, batch_size, kwargs):
     """Steps in an epoch of `fit`; `None` where they are unknown."""
     check_source(x)
@@ -282,7 +279,7 @@ class DenoisingDensityEstimator(_OneNoise):
     def __init__(
         self,
         network: keras.layers.Layer,
-        sigma: float,
+        sigma: float | keras.optimizers.schedules.LearningRateSchedule,
         annealing_steps: int | str = "auto",
         control_variate: bool = False,
         allow_piecewise: bool = False,
@@ -444,7 +441,7 @@ class DenoisingAutoencoder(_OneNoise):
     def __init__(
         self,
         network: keras.layers.Layer,
-        sigma: float,
+        sigma: float | keras.optimizers.schedules.LearningRateSchedule,
         annealing_steps: int = 0,
         seed: int | None = None,
         **kwargs: Any,

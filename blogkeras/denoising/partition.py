@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -92,7 +93,7 @@ def log_partition(
     num_samples: int | None = None,
     num_steps: int | None = None,
     samples: Any = None,
-    seed: int | None = None,
+    seed: int | keras.random.SeedGenerator | None = None,
     verbose: str | int = 0,
 ) -> LogPartition:
     """Estimates log Z = log ∫ exp(log_density(x)) dx, with its error.

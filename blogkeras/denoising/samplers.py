@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -35,7 +36,7 @@ def langevin(
     step_size: float,
     temperature: float = 1.0,
     *,
-    seed: int | None = None,
+    seed: int | keras.random.SeedGenerator | None = None,
     allow_non_finite: bool = False,
     verbose: str | int = 0,
 ) -> Samples:
@@ -109,7 +110,7 @@ def annealed_langevin(
     mask: Tensor | None = None,
     known_sigmas: Any = None,
     *,
-    seed: int | None = None,
+    seed: int | keras.random.SeedGenerator | None = None,
     allow_non_finite: bool = False,
     verbose: str | int = 0,
 ) -> Samples:
@@ -273,7 +274,7 @@ def mala(
     step_size: float,
     temperature: float = 1.0,
     *,
-    seed: int | None = None,
+    seed: int | keras.random.SeedGenerator | None = None,
     allow_non_finite: bool = False,
     verbose: str | int = 0,
 ) -> Samples:
@@ -337,7 +338,7 @@ def hmc(
     temperature: float = 1.0,
     *,
     step_size_jitter: float = 0.2,
-    seed: int | None = None,
+    seed: int | keras.random.SeedGenerator | None = None,
     allow_non_finite: bool = False,
     verbose: str | int = 0,
 ) -> Samples:
