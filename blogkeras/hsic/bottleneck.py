@@ -168,24 +168,26 @@ class HSICBottleneck(CompositeModel):
             name="activity",
         )
 
-    def hidden(self, x):
+    def hidden(self, x, training=False):
         """Every layer's output, with the gradient stopped at its input."""
         outputs = []
         for block in self.blocks:
-            x = block(ops.stop_gradient(x))
+            # Pass `training` to each block: on JAX Keras's trainer runs `call`
+            # itself, and Keras passes the argument on only in `__call__`.
+            x = block(ops.stop_gradient(x), training=training)
             outputs.append(x)
         return outputs
 
     def call(self, x, training=False):
-        hidden = self.hidden(x)
-        scores = self.scores(hidden[-1])
+        hidden = self.hidden(x, training)
+        scores = self.scores(hidden[-1], training)
         return {"hidden": hidden, "scores": scores} if training else scores
 
-    def scores(self, last):
+    def scores(self, last, training=False):
         """The last layer's output as `(batch, num_classes)`."""
         last = flat(ops.stop_gradient(last))
         if self.head is not None:
-            return self.head(last)
+            return self.head(last, training=training)
         return ops.take(last, self.units(), axis=-1)
 
     def units(self):

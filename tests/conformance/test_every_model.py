@@ -9,7 +9,10 @@ import pytest
 import toy
 import train_steps
 from keras import tree
-from kit import slow_on_jax, value
+from kit import JAX, lower_train_step, slow_on_jax, value
+
+import blogkeras
+from blogkeras.nvae import cells
 
 TOKEN_MODELS = ("ElectraPretrainer", "MaskedLanguageModel")
 # They are built by their first call.
@@ -84,3 +87,63 @@ def test_layer_in_a_model(cls, kwargs, inputs, tmp_path):
         for pair in zip(tree.flatten(other(structure)), expected, strict=True):
             # Sinkhorn's loop may end a round earlier.
             np.testing.assert_allclose(*map(value, pair), rtol=1e-3, atol=1e-6)
+
+
+# Parts that run as in inference while others are trained.
+FROZEN_PARTS = ("teacher", "data_density", "predecessor_modules")
+TOLD = []  # `(layer, training)` of each call of a `Probe` or `ProbeNorm`
+
+
+class Probe(keras.layers.Dense):
+    """Notes what its calls are told of `training`."""
+
+    def call(self, x, training=None):
+        TOLD.append((self, training))
+        return super().call(x)
+
+
+class ProbeNorm(cells.BatchNorm):
+    def call(self, x, training=None):
+        TOLD.append((self, training))
+        return super().call(x, training=training)
+
+
+def probe(units=3, inputs=3, activation="tanh", name=None):
+    layer = Probe(units, activation, name=name)
+    layer.build((None, inputs))
+    return layer
+
+
+def probed_log_density(input_shape, units, head=None):
+    inputs = keras.Input(input_shape)
+    return keras.Model(inputs, probe(1, *input_shape)(inputs))
+
+
+# A `CodePrior` has no layer that differs in training.
+@pytest.mark.parametrize("name", sorted({*train_steps.MODELS} - {"CodePrior"}))
+def test_parts_are_told_whether_they_train(name, monkeypatch):
+    """On JAX Keras's trainer runs `call` itself, and so tells nobody else."""
+    monkeypatch.setattr(train_steps, "dense", probe)
+    monkeypatch.setattr(blogkeras, "mlp_log_density", probed_log_density)
+    monkeypatch.setattr(cells, "BatchNorm", ProbeNorm)
+    toy.reset()
+    make, x, y = train_steps.MODELS[name]
+    model = make(run_eagerly=not JAX)
+    TOLD.clear()
+    model.evaluate(x, y, verbose=0)
+    assert TOLD
+    assert not any(training for _, training in TOLD)
+    TOLD.clear()
+    if JAX:  # traced, and not compiled
+        lower_train_step(model, x, y)
+    else:
+        model.train_on_batch(x, y)
+    frozen = {
+        id(layer)
+        for part in FROZEN_PARTS
+        for outer in tree.flatten(getattr(model, part, []))
+        for layer in outer._flatten_layers()
+    }
+    assert TOLD
+    for layer, training in TOLD:
+        assert training is (id(layer) not in frozen), layer.path

@@ -118,6 +118,32 @@ def test_one_forward_pass_and_nothing_twice():
     assert Counted.calls == 2
 
 
+def test_blocks_train():
+    """The statistics of batch normalization move, and dropout drops."""
+    keras.utils.set_random_seed(0)
+    blocks = [
+        keras.Sequential(
+            [layers.Dense(6), layers.BatchNormalization(momentum=0.75)]
+        ),
+        layers.Dropout(0.5, seed=0),
+        layers.Dense(3, "softmax"),
+    ]
+    model = HSICBottleneck(blocks, 3)
+    model.build((None, X.shape[1]))
+    dense, normalization = blocks[0].layers
+    h = X @ value(dense.kernel)
+    draws = value(blocks[1].seed_generator.state).tolist()
+    model.compile(keras.optimizers.SGD(0.0), jit_compile=JAX)
+    model.train_on_batch(X, LABELS)
+    np.testing.assert_allclose(
+        value(normalization.moving_mean), 0.25 * h.mean(0), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        value(normalization.moving_variance), 0.75 + 0.25 * h.var(0), rtol=1e-4
+    )
+    assert value(blocks[1].seed_generator.state).tolist() != draws
+
+
 def test_counts_of_units_and_classes():
     model = bottleneck()
     hidden = value(model(X, training=True)["hidden"][-1])
