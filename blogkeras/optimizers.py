@@ -19,16 +19,22 @@ class SkipNonFinite(keras.optimizers.Optimizer):
     count goes on growing, the training is unstable: take a smaller learning
     rate, or set `global_clipnorm` in the optimizer inside.
 
+    A `LossScaleOptimizer` belongs around it, where `compile` puts one under
+    `"mixed_float16"`. It drops such a step itself, to lower its scale, and
+    `skipped` does not count that.
+
     Args:
-        inner_optimizer: `keras.optimizers.Optimizer`, or its name.
+        inner_optimizer: `keras.optimizers.Optimizer`, or its name; no
+            `LossScaleOptimizer`.
         name: String.
 
     Attributes:
         skipped: Variable, int32: how many steps were dropped. It is saved.
 
     Raises:
-        ValueError: if `inner_optimizer` is none, and on clipping, weight decay
-            and the like, which are arguments of the optimizer inside.
+        ValueError: if `inner_optimizer` is none or a `LossScaleOptimizer`, and
+            on clipping, weight decay and the like, which are arguments of the
+            optimizer inside.
 
     Example:
 
@@ -54,6 +60,14 @@ class SkipNonFinite(keras.optimizers.Optimizer):
         if not isinstance(inner_optimizer, keras.optimizers.Optimizer):
             raise ValueError(
                 "Expected a Keras optimizer or its name. Received: "
+                f"inner_optimizer={inner_optimizer!r}"
+            )
+        if isinstance(inner_optimizer, keras.optimizers.LossScaleOptimizer):
+            # Its scale would be put back with the rest of the state.
+            raise ValueError(
+                "Expected the optimizer inside of the `LossScaleOptimizer`: "
+                "LossScaleOptimizer(SkipNonFinite(...)), which `compile` makes "
+                "by itself under 'mixed_float16'. Received: "
                 f"inner_optimizer={inner_optimizer!r}"
             )
         super().__init__(learning_rate=0.0, name=name)

@@ -119,11 +119,22 @@ def test_the_gradient_of_a_lookup():
     assert (after != before).any()
 
 
-def test_float16_loss_scaling_around_it():
+def test_float16_loss_scaling_around_it(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     guarded = model(SkipNonFinite("adam"), run_eagerly=True)
     fit(guarded, X)
     assert all(np.isfinite(w).all() for w in toy.weights(guarded))
+    guarded.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    loaded.run_eagerly = True
+    for network in (guarded, loaded):
+        assert isinstance(network.optimizer.inner_optimizer, SkipNonFinite)
+        fit(network, X)
+    assert toy.difference(toy.weights(guarded), toy.weights(loaded)) == 0
+    with pytest.raises(ValueError, match=r"LossScaleOptimizer\(SkipNonFin"):
+        SkipNonFinite(
+            keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam())
+        )
 
 
 def test_learning_rate_is_the_inner_one():
