@@ -16,6 +16,7 @@ from blogkeras.arguments import (
 from blogkeras.hsic.grams import rescale
 from blogkeras.hsic.kernels import (
     LinearKernel,
+    PrecomputedKernel,
     as_kernel,
     deserialize,
     serialize,
@@ -38,7 +39,8 @@ class HSICLoss(keras.losses.Loss):
     of the pairs in the sample measure (a row of weight 0 is left out). Under
     `tf.distribute` the replicas' batches are gathered, so that the loss and
     gradients are those of one large batch. All axes but the first are features;
-    masked time steps count as zeros. Computed in float32.
+    masked time steps count as zeros. Computed in float32. A batch of fewer than
+    4 rows, such as the last one, is 0 with `"unbiased"`.
 
     Args:
         kernel_true: Kernel of the target, or a function or Keras layer
@@ -92,7 +94,7 @@ class HSICLoss(keras.losses.Loss):
         y_true, y_pred, weight = gathered(
             flat(y_true), flat(y_pred, mask), sample_weight
         )
-        value = hsic(
+        value = hsic_of_batch(
             y_true,
             y_pred,
             self.kernel_true,
@@ -127,7 +129,8 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
     representation x independent of y (a nuisance attribute, another
     representation) or, with a negative rate, dependent. All axes but the first
     are features; masked time steps count as zeros. Replicas are gathered as in
-    `HSICLoss`. Sample weights do not reach layers.
+    `HSICLoss`. Sample weights do not reach layers. Of fewer than 4 rows the
+    term is 0 with `"unbiased"`, in training and in `predict`.
 
     With the default kernels the bandwidth of each step is a median over the
     batch, so shrinking the features does not lower the term.
@@ -192,7 +195,7 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
         x, y = inputs
         mask_x, mask_y = (None, None) if mask is None else mask
         first, second, _ = gathered(flat(x, mask_x), flat(y, mask_y), None)
-        value = hsic(
+        value = hsic_of_batch(
             first, second, self.kernel_x, self.kernel_y, self.estimator
         )
         self.add_loss(self.rate * ops.cast(value, "float32"))
@@ -324,6 +327,30 @@ class CKA(keras.metrics.Metric):
                 for k, v in config.items()
             }
         )
+
+
+def hsic_of_batch(x, y, kernel_x, kernel_y, estimator, weight=None):
+    """`hsic` of batches of any size: unbiased, 0 for fewer than 4 rows."""
+    rows = x.shape[0]
+    if estimator == "unbiased" and rows in (1, 2, 3) and y.shape[0] == rows:
+        # Copies of weight 0 fill the batch up. So the value 0 has a gradient,
+        # of 0, without which TensorFlow's optimizers complain.
+        index = np.minimum(np.arange(4), rows - 1)
+        x = _taken(x, index, kernel_x)
+        y = _taken(y, index, kernel_y)
+        counted = np.arange(4) < rows
+        if weight is not None:
+            counted = ops.where(counted, ops.take(weight, index), 0.0)
+        weight = counted
+    return hsic(x, y, kernel_x, kernel_y, estimator, weight)
+
+
+def _taken(x, index, kernel):
+    """Rows of a variable; of a kernel matrix also these columns."""
+    for axis in (0, 1) if isinstance(kernel, PrecomputedKernel) else (0,):
+        take = np.take if is_array(x) else ops.take
+        x = take(x, index, axis=axis)
+    return x
 
 
 def as_kernel_or_none(kernel):

@@ -27,6 +27,7 @@ from blogkeras.hsic import (
     HSICBottleneck,
     HSICLoss,
     HSICRegularization,
+    PrecomputedKernel,
     compare_layers,
     hsic,
 )
@@ -62,6 +63,55 @@ def test_loss_is_hsic(estimator):
     found = HSICLoss(STANDARD, LINEAR)(Y[:5], flat)
     same = hsic(Y[:5], flat.reshape(5, -1), STANDARD, LINEAR)
     assert float(found) == pytest.approx(float(value(same)), rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_unbiased_of_few_rows(rows):
+    """0, as for pairs of weight 0, and a gradient of 0; no error in `fit`."""
+
+    class Scaled(layers.Layer):
+        def build(self, x1_shape, x2_shape):
+            self.scale = self.add_weight((), initializer="ones", name="scale")
+
+        def call(self, x1, x2):
+            return self.scale * ops.matmul(x1, ops.swapaxes(x2, -1, -2))
+
+    x, y = X[:rows], Y[:rows]
+    square = X[:rows, :1] @ X[:rows, :1].T
+    for loss, target in (
+        (HSICLoss(estimator="unbiased"), y),
+        (HSICLoss(DeltaKernel(), estimator="unbiased"), np.arange(rows)),
+        (HSICLoss(PrecomputedKernel(), estimator="unbiased"), square),
+    ):
+        for weight in (None, np.ones(rows)):
+            assert float(loss(target, x, weight)) == 0
+    with pytest.raises(ValueError, match="as many samples"):
+        loss(Y[:rows], X[:4])
+    image, other = keras.Input((3,)), keras.Input((2,))
+    features = HSICRegularization(1.0, Scaled(), estimator="unbiased")(
+        [layers.Dense(3)(image), other]
+    )
+    model = keras.Model([image, other], features)
+    model.compile(keras.optimizers.SGD(1.0), run_eagerly=True)
+    before = toy.weights(model)
+    assert model.train_on_batch([x, y]) == 0
+    assert toy.difference(before, toy.weights(model)) == 0
+    assert model.predict([x, y], verbose=0).shape == (rows, 3)
+
+
+def test_unbiased_of_a_small_last_batch():
+    """`fit` and `evaluate` count it as 0, with its number of rows."""
+    model = linear_model()
+    loss = HSICLoss(STANDARD, STANDARD, "unbiased")
+    model.compile(keras.optimizers.SGD(0.0), loss, jit_compile=JAX)
+    matrices = gaussian(Y[:4], 1.0), gaussian(value(model(X[:4])), 1.0)
+    expected = definition(*matrices, "unbiased") * 4 / 7
+    kwargs = {"batch_size": 4, "verbose": 0}
+    assert model.evaluate(X[:7], Y[:7], **kwargs) == pytest.approx(
+        expected, rel=1e-3
+    )
+    history = model.fit(X[:7], Y[:7], shuffle=False, **kwargs).history
+    assert history["loss"] == pytest.approx([expected], rel=1e-3)
 
 
 def test_sample_weights_are_the_measure():
