@@ -224,7 +224,8 @@ def _batches(data, batch_size):
             stop = start + batch_size
             return keras.tree.map_structure(lambda a: a[start:stop], data)
 
-        starts = range(0, len(arrays[0]), batch_size)
+        rows = len(keras.tree.flatten(data)[0])
+        starts = range(0, rows, batch_size)
         return map(part, starts), len(starts)
     return (keras.utils.unpack_x_y_sample_weight(b)[0] for b in data), None
 

@@ -105,6 +105,49 @@ def test_a_subclassed_and_a_functional_model(tmp_path):
     assert found.matrix[0, 0] == pytest.approx(1, rel=1e-5)
 
 
+class Table:
+    """As those of pandas: an array, and an iterable of names."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype)
+
+    def __iter__(self):
+        return iter("xyz")
+
+
+def test_whatever_holds_the_data():
+    """Tensors and tables are taken as the array; batches stay batches."""
+    tf = pytest.importorskip("tensorflow")
+    first, second = keras.Input((3,), name="a"), keras.Input((3,), name="b")
+    both = layers.Dense(2)(layers.Add()([first, second]))
+    pair = keras.Model({"a": first, "b": second}, both)
+
+    def matrix(model, data):
+        return compare_layers(model, model, data, batch_size=16).matrix
+
+    expected = matrix(subclassed(), X)
+    for data in (
+        ops.convert_to_tensor(X),
+        tf.constant(X),
+        Table(X),
+        [(X[:16],), (X[16:],)],
+        iter([(X[:16], X[:16]), (X[16:], X[16:])]),
+        tf.data.Dataset.from_tensor_slices(X).batch(16),
+    ):
+        np.testing.assert_allclose(
+            matrix(subclassed(), data), expected, rtol=1e-5, atol=1e-7
+        )
+    expected = matrix(pair, {"a": X, "b": -X[::-1]})
+    for make in (ops.convert_to_tensor, Table):
+        found = matrix(pair, {"a": make(X), "b": make(-X[::-1])})
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="Received: none"):
+        matrix(pair, [])
+
+
 def test_models_that_cannot_be_compared():
     for model in (Subclassed(), keras.Sequential([layers.Dense(2)])):
         with pytest.raises(ValueError, match="Expected `model_a` to be a buil"):
