@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from blogkeras.backend import dropout, get_keras_mask
+from blogkeras.backend import dropout, get_keras_mask, set_keras_mask
 from blogkeras.bert4keras.names import get_initializer
 
 # The bridged layer whose `build` or `call` is running, if any. Layers that
@@ -63,8 +63,12 @@ def _cast(structure, dtype):
 
     def cast(x):
         kind = keras.backend.standardize_dtype(getattr(x, "dtype", "bool"))
-        if keras.backend.is_float_dtype(kind) and kind != dtype:
-            return keras.ops.cast(x, dtype)
+        if not keras.backend.is_float_dtype(kind) or kind == dtype:
+            return x
+        # Layers inside of a layer find the mask at the tensor.
+        mask, x = get_keras_mask(x), keras.ops.cast(x, dtype)
+        if mask is not None:
+            set_keras_mask(x, mask)
         return x
 
     return keras.tree.map_structure(cast, structure)

@@ -306,7 +306,10 @@ class Distillation(CompositeModel):
             check_pair(names, kind, *shapes, self.hidden_heads, sizes)
             if mapped is not None:
                 s = mapped(s)
-            distance = HiddenLoss(kind, self.hidden_heads, reduction)
+            # Keras's losses cast a tensor of another dtype, and the copy has no
+            # mask.
+            mask = backend.get_keras_mask(s)
+            distance = HiddenLoss(kind, self.hidden_heads, reduction, mask)
             weights = _row_weights(sample_weight, s)
             total += distance(ops.stop_gradient(z), s, weights)
         return total / len(self.hidden)

@@ -3,7 +3,6 @@
 import keras
 from keras import ops, tree
 
-from blogkeras import backend
 from blogkeras.graph import find_blocks
 from blogkeras.training import perturbed
 
@@ -177,11 +176,13 @@ class HiddenLoss(keras.losses.Loss):
         kind: One of `KINDS`.
         heads: Integer, of `"relation"`.
         reduction: As in Keras.
+        mask: Boolean tensor `(batch, positions)` or `None`, of `"relation"`:
+            the student's positions that others are compared with.
     """
 
-    def __init__(self, kind, heads, reduction):
+    def __init__(self, kind, heads, reduction, mask=None):
         super().__init__("hidden", reduction, dtype="float32")
-        self.kind, self.heads = kind, heads
+        self.kind, self.heads, self.mask = kind, heads, mask
 
     def call(self, y_true, y_pred):
         z, s = (ops.cast(x, "float32") for x in (y_true, y_pred))
@@ -194,20 +195,19 @@ class HiddenLoss(keras.losses.Loss):
             z, s = (ops.clip(x, 1e-7, 1.0) for x in (z, s))
             divergence = ops.sum(z * (ops.log(z) - ops.log(s)), axis=-1)
             return ops.mean(divergence, axis=1)
-        mask = backend.get_keras_mask(y_pred)
-        z, s = (self._relations(x, mask) for x in (z, s))
+        z, s = (self._relations(x) for x in (z, s))
         divergence = ops.sum(ops.exp(z) * (z - s), axis=-1)
         return ops.mean(divergence, axis=1)
 
-    def _relations(self, x, mask):
+    def _relations(self, x):
         """log softmax of the products of all positions, for each head."""
         length, dim = x.shape[1:]
         length = ops.shape(x)[1] if length is None else length
         size = dim // self.heads
         x = ops.reshape(x, [-1, length, self.heads, size])
         scores = ops.einsum("bthd,bshd->bhts", x, x) * size**-0.5
-        if mask is not None:
-            scores = ops.where(mask[:, None, None], scores, -1e9)
+        if self.mask is not None:
+            scores = ops.where(self.mask[:, None, None], scores, -1e9)
         return ops.log_softmax(scores)
 
 

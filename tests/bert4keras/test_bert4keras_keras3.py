@@ -273,3 +273,31 @@ def test_two_replicas_train_as_one():
         """
     )
     assert float(output.splitlines()[-1]) < 1e-5
+
+
+@HALF
+def test_layers_inside_of_a_layer_see_the_mask(policy):
+    """A layer of one's own is computed in float32: the cast keeps the mask."""
+
+    class Mean(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.supports_masking = True
+            self.mean = keras.layers.GlobalAveragePooling1D()
+
+        def call(self, inputs):
+            return self.mean(inputs)
+
+        def compute_output_shape(self, shape):
+            return shape[0], shape[2]
+
+        def compute_mask(self, inputs, mask=None):
+            return None
+
+    table = keras.initializers.Constant([[8.0], [1.0], [2.0], [3.0]])
+    tokens = keras.Input((4,), dtype="int32")
+    embedding = keras.layers.Embedding(
+        4, 1, mask_zero=True, embeddings_initializer=table
+    )
+    model = keras.Model(tokens, Mean()(embedding(tokens)))
+    assert np.array(model(np.array([[1, 3, 0, 0]]))).tolist() == [[2.0]]

@@ -140,6 +140,18 @@ def test_each_kind_by_its_formula(kind):
     assert float(value(found)) == pytest.approx(expected, rel=2e-5)
 
 
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_padding_stays_out_of_relations_in_half_precision(policy):
+    keras.config.set_dtype_policy(policy)
+    teacher, student = make(6, "t", seed=1), make(4, "s", seed=2)
+    pairs = [("t0", "s0", "relation")]
+    model = distillation(teacher, student, pairs, hidden_heads=2, weight=0.0)
+    each = distances("relation", inside(teacher, "t0"), inside(student, "s0"))
+    expected = each[IDS > 0].mean()
+    found = model.compute_loss(IDS, None, model(IDS, training=True))
+    assert float(value(found)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_it_is_added_to_the_loss_in_training_alone():
     teacher, student = make(4, "t", seed=1), make(4, "s", seed=2)
     start = student.get_weights()
