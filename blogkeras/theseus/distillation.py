@@ -60,7 +60,8 @@ class Distillation(CompositeModel):
     are added without a factor.
 
     Without labels (`fit(x)`) the divergence alone is learned: α T² D.
-    `evaluate` gives the plain loss; without labels, the divergence.
+    `evaluate` gives the plain loss; without labels, all that `fit(x)` learns,
+    hidden states included.
 
     With `hidden`, the student also learns what lies inside of the teacher: the
     mean over pairs of layers, times `hidden_weight`, of the distance of the
@@ -251,14 +252,14 @@ class Distillation(CompositeModel):
         others = others / backend.num_replicas()
         # The teacher runs once, for its hidden states and its predictions.
         target, inside = None, 0.0
-        if self.hidden is not None and training:
+        if self.hidden is not None and (training or y is None):
             target, states = call_with_hidden(
                 self.teacher,
                 self._hidden_names(0),
                 _own_inputs(self.teacher, x),
             )
             inside = self.hidden_weight * self._hidden_distance(
-                states, x, y_pred, sample_weight
+                states, x, y_pred, sample_weight, training
             )
         if y is None:
             loss = others + inside
@@ -280,20 +281,23 @@ class Distillation(CompositeModel):
             + ops.cast(inside, loss.dtype)
         )
 
-    def _hidden_distance(self, states, x, y_pred, sample_weight):
+    def _hidden_distance(self, states, x, y_pred, sample_weight, training):
         """The mean over the pairs of layers, a scalar.
 
         Args:
             states: The teacher's hidden states, one for each pair.
-            x, y_pred, sample_weight: As for `compute_loss`.
+            x, y_pred, sample_weight, training: As for `compute_loss`.
         """
         hidden = backend.get_tensor_attr(
             tree.flatten(y_pred)[0], "_blogkeras_hidden"
         )
-        if hidden is None:  # the prediction is not that of `call`
+        if hidden is None:
+            # The prediction is not that of `call` in training. Evaluation
+            # changes no state, so that a second pass is harmless (and XLA
+            # merges the two).
             own = _own_inputs(self.student, x)
             _, hidden = call_with_hidden(
-                self.student, self._hidden_names(1), own, training=True
+                self.student, self._hidden_names(1), own, training
             )
         reduction = self._reductions(y_pred)[0]
         total = 0.0

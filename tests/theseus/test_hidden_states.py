@@ -46,13 +46,15 @@ def wide():
     return keras.initializers.RandomNormal(stddev=1.0)
 
 
-def make(dim, prefix, blocks=1, seed=0, name="ids"):
+def make(dim, prefix, blocks=1, seed=0, name="ids", dropout=0.0):
     """Embedding, blocks, attention that is not used, mean, classes."""
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((5,), dtype="int32", name=name)
     x = layers.Embedding(
         11, dim, mask_zero=True, embeddings_initializer=wide()
     )(inputs)
+    if dropout:
+        x = layers.Dropout(dropout)(x)
     for i in range(blocks):
         x = layers.Dense(
             dim,
@@ -152,7 +154,7 @@ def test_padding_stays_out_of_relations_in_half_precision(policy):
     assert float(value(found)) == pytest.approx(expected, rel=1e-3)
 
 
-def test_it_is_added_to_the_loss_in_training_alone():
+def test_it_is_added_in_training_and_without_labels():
     teacher, student = make(4, "t", seed=1), make(4, "s", seed=2)
     start = student.get_weights()
     logs, tests = [], []
@@ -175,7 +177,41 @@ def test_it_is_added_to_the_loss_in_training_alone():
     each = distances("mse", z, s, np.eye(4)) + distances("cosine", z, s)
     hidden = (each / 2 * mask).sum() / mask.sum()
     assert logs[1] - logs[0] == pytest.approx(3 * hidden, rel=1e-4)
-    assert tests[0] == tests[1]
+    labelled, unlabelled = (b - a for a, b in zip(*tests, strict=True))
+    assert labelled == 0
+    assert unlabelled == pytest.approx(3 * hidden, rel=1e-4)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_without_labels_evaluation_is_what_is_learned(weight):
+    """Without dropout; `val_loss` is the same number."""
+    teacher, student = make(4, "t", seed=1), make(4, "s", seed=2, dropout=0.5)
+    each = distances(
+        "mse", inside(teacher, "t0"), inside(student, "s0"), np.eye(4)
+    )
+    p, q = (value(m(IDS), "f8") for m in (teacher, student))
+    divergence = np.mean(np.sum(p * np.log(p / q), -1))
+    expected = 2 * each[IDS > 0].mean() + weight * divergence
+    if not weight:
+        student = body(student, "s0")  # TensorFlow warns of unused weights
+    model = Distillation(
+        teacher,
+        student,
+        1.0,
+        weight,
+        from_logits=False,
+        output_kind="softmax",
+        hidden=[("t0", "s0")],
+        hidden_weight=2.0,
+    )
+    model.compile(keras.optimizers.SGD(0.0), jit_compile=JAX)
+    assert model.evaluate(IDS, verbose=0) == pytest.approx(expected, rel=1e-4)
+    history = model.fit(
+        IDS, batch_size=8, validation_data=(IDS,), verbose=0
+    ).history
+    assert history["val_loss"] == pytest.approx([expected], rel=1e-4)
+    # With dropout the numbers are others.
+    assert history["loss"] != pytest.approx([expected], rel=1e-2)
 
 
 def test_each_model_runs_once_in_a_step():
