@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from blogkeras.arguments import as_numpy, check_choice, check_integer
+from blogkeras.extras import require
 from blogkeras.transport.index import TransportIndex
 from blogkeras.typing import Tensor
 
@@ -170,6 +171,16 @@ class TransportClassifier:
                 f"shape {labels.shape} for {len(found)} documents"
             )
         return float((found == labels).mean())
+
+    def __sklearn_tags__(self) -> Any:
+        """What the estimator is and takes, for scikit-learn from 1.6 on."""
+        utils = require("sklearn.utils")
+        return utils.Tags(
+            estimator_type="classifier",
+            target_tags=utils.TargetTags(required=True),
+            classifier_tags=utils.ClassifierTags(),
+            input_tags=utils.InputTags(two_d_array=False),
+        )
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of the constructor.
