@@ -115,7 +115,7 @@ def run(kind, seed, settings, train, test):
         if kind == "back-propagation"
         else None,
         metrics=["accuracy"],
-        jit_compile=False,
+        jit_compile=keras.backend.backend() == "jax",
     )
     for _ in range(EPOCHS):
         start = time.process_time()

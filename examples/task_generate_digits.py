@@ -66,11 +66,21 @@ def optimizer(rate, steps):
     return keras.optimizers.Adam(schedule, use_ema=True, ema_momentum=0.99)
 
 
+def batches(x):
+    rng = np.random.default_rng(0)
+    while True:
+        yield x[rng.integers(0, len(x), BATCH_SIZE)]
+
+
 def fit(model, x, steps):
-    """`steps` steps on the rows of `x`, in one call."""
-    data = np.resize(x, (BATCH_SIZE * min(steps, 100), *x.shape[1:]))
-    epochs = max(steps // 100, 1)
-    return model.fit(data, batch_size=BATCH_SIZE, epochs=epochs, verbose=2)
+    """`steps` steps on rows of `x`, in one call."""
+    model.adapt(x)  # a generator can be read only once
+    return model.fit(
+        batches(x),
+        steps_per_epoch=min(steps, 100),
+        epochs=max(steps // 100, 1),
+        verbose=2,
+    )
 
 
 def first_road(x, options):

@@ -25,6 +25,7 @@ import numpy as np
 from keras import layers
 
 from blogkeras import HSICBottleneck, report
+from blogkeras.extras import require
 
 BATCH_SIZE = 512  # HSIC compares the samples of a batch: not a small one
 
@@ -75,7 +76,7 @@ def make_model(kind, steps):
         keras.optimizers.Adam(rate),
         loss,
         metrics=["accuracy"],
-        jit_compile=False,
+        jit_compile=keras.backend.backend() == "jax",
     )
     return model
 
@@ -89,6 +90,8 @@ def main():
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--figure", default="results/hsic_bottleneck.png")
     args = parser.parse_args()
+    require("rich")
+    require("matplotlib")
     train, test = read(args.data)
     steps = args.epochs * len(train[0]) // BATCH_SIZE
     curves = {}

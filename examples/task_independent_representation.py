@@ -119,6 +119,8 @@ def main():
         "--figure", default="results/hsic_independent_representation.png"
     )
     args = parser.parse_args()
+    require("rich")
+    require("matplotlib")
     rng = np.random.default_rng(0)
     (x, y), (test_x, test_y) = read(args.data, args.size)
     (x, camera), (test_x, test_camera) = (

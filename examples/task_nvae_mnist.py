@@ -26,6 +26,7 @@ Run: python examples/task_nvae_mnist.py --data train.npz test.npz
 
 import argparse
 import csv
+import json
 import math
 import pathlib
 
@@ -33,6 +34,7 @@ import keras
 import numpy as np
 
 from blogkeras import NVAE, SkipNonFinite, report
+from blogkeras.extras import require
 
 
 def load(paths):
@@ -59,11 +61,12 @@ def make_model(args, steps):
         kl_warmup_steps=max(3 * steps // 10, 1),
         **changes,
     )
+    warmup = max(steps // 80, 1)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
-        steps,
+        steps - warmup,
         warmup_target=args.learning_rate,
-        warmup_steps=max(steps // 80, 1),
+        warmup_steps=warmup,
         alpha=0.01,
     )
     optimizer = keras.optimizers.Adamax(
@@ -84,11 +87,27 @@ def read_curve(path):
         return list(csv.DictReader(file))
 
 
+def keep_settings(args, path, goes_on):
+    """Writes what a run depends on; a run that goes on must have the same."""
+    others = ("data", "output", "samples")
+    settings = {k: v for k, v in vars(args).items() if k not in others}
+    if goes_on and path.exists():
+        before = json.loads(path.read_text("utf-8"))
+        changed = [k for k in settings if before.get(k) != settings[k]]
+        if changed:
+            raise SystemExit(
+                f"The run in {path.parent} would go on, and had others for "
+                f"{', '.join(changed)}. Give a new run another --output."
+            )
+    path.write_text(json.dumps(settings), "utf-8")
+
+
 def train(args, x):
     """The trained model and the rows of its curve."""
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     saved, curve = output / "model.keras", output / "curve.csv"
+    keep_settings(args, output / "settings.json", saved.exists())
     next_curve = output / "next.csv"
     # Whole batches: a compiled step sees one shape.
     x = x[: len(x) // args.batch_size * args.batch_size]
@@ -147,6 +166,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", default="results/nvae_mnist")
     args = parser.parse_args()
+    require("rich")
+    require("matplotlib")
     x, test = load(args.data)
     print(f"{len(x)} pictures for training, {len(test)} to test")
     model, rows = train(args, x)

@@ -102,12 +102,18 @@ class Batches(DataGenerator):
     """Batches of reviews of about the same length."""
 
     def __iter__(self, random=False):
-        waiting = collections.defaultdict(list)
+        waiting, made = collections.defaultdict(list), False
         for _, (token_ids, label) in self.sample(random):
             length = -(-len(token_ids) // BUCKET) * BUCKET
             waiting[length].append((token_ids, label))
             if len(waiting[length]) == self.batch_size:
                 yield as_arrays(waiting.pop(length), length)
+                made = True
+        if not made:
+            raise ValueError(
+                f"Expected {self.batch_size} reviews or more of about the same "
+                f"length. Received: {len(self.data)} in all"
+            )
 
 
 def as_arrays(data, length):

@@ -103,6 +103,8 @@ def main():
     parser.add_argument("--prior-epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    require("rich")
+    require("matplotlib")
     with backend.distribution().scope():
         run(args)
 

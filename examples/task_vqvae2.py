@@ -46,6 +46,7 @@ from keras import layers
 from task_vqvae import load
 
 from blogkeras import CodePrior, VectorQuantizer, backend, report
+from blogkeras.extras import require
 
 BATCH_SIZE = 64
 
@@ -184,6 +185,8 @@ def main():
     parser.add_argument("--prior-epochs", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    require("rich")
+    require("matplotlib")
     with backend.distribution().scope():
         run(args)
 

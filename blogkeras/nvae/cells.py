@@ -10,13 +10,22 @@ from blogkeras.nvae.convolution import Convolution, fan_in_uniform, merge
 class BatchNorm(layers.BatchNormalization):
     """Batch normalization with few operations in a training step.
 
-    Results, state and configuration are those of Keras. On a CPU, TensorFlow
-    needs about a third of the time for it and its gradient.
+    Results, state and configuration are those of Keras, but a batch with
+    numbers that are not finite leaves the moving averages as they are: they
+    would never be finite again. On a CPU, TensorFlow needs about a third of the
+    time for it and its gradient.
     """
 
     def call(self, x, training=None):
-        if not training or not self.trainable or self.synchronized:
+        if not training or not self.trainable:
             return super().call(x, training=training)
+        averages = self.moving_mean, self.moving_variance
+        if self.synchronized:
+            old = [ops.copy(v.value) for v in averages]
+            x = super().call(x, training=training)
+            for variable, before in zip(averages, old, strict=True):
+                variable.assign(_finite_or(variable.value, before))
+            return x
         gamma, beta, *old = (
             ops.convert_to_tensor(v)
             for v in (
@@ -29,11 +38,14 @@ class BatchNorm(layers.BatchNormalization):
         x, *new = backend.batch_normalization(
             ops.cast(x, "float32"), gamma, beta, self.epsilon
         )
-        for variable, before, now in zip(
-            (self.moving_mean, self.moving_variance), old, new, strict=True
-        ):
-            variable.assign(before * self.momentum + now * (1 - self.momentum))
+        for variable, before, now in zip(averages, old, new, strict=True):
+            now = before * self.momentum + now * (1 - self.momentum)
+            variable.assign(_finite_or(now, before))
         return ops.cast(x, self.compute_dtype)
+
+
+def _finite_or(x, other):
+    return ops.where(ops.isfinite(x), x, other)
 
 
 class SqueezeExcite(layers.Layer):

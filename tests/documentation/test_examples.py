@@ -125,6 +125,44 @@ def test_the_reviews_are_unique_and_have_one_label(reviews, monkeypatch):
     assert len({text for text, _ in built_in}) == len(built_in)
 
 
+@pytest.mark.skipif(not ON_TENSORFLOW, reason="bert4keras runs on TensorFlow")
+def test_too_few_reviews_of_a_length_are_an_error(monkeypatch):
+    """Without a batch bert4keras's generator would never end."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import task_sentiment_adversarial_training as demo
+
+    few = [([1] * (8 * n), n % 2) for n in range(1, 8)]
+    with pytest.raises(ValueError, match="32 reviews or more"):
+        next(iter(demo.Batches(few, 32)))
+    assert len(list(demo.Batches(few * 32, 32))) > 0
+
+
+def test_tables_of_positions_are_trained(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import task_electra_pretraining as pre
+
+    model = pre.transformer(50, 64, 1, 16)
+    shapes = {w.path: tuple(w.shape) for w in model.trainable_weights}
+    assert (16, 128) in [s for path, s in shapes.items() if "places" in path]
+
+
+def test_nvae_goes_on_with_the_settings_it_began_with(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import task_nvae_mnist as mnist
+
+    settings = types.SimpleNamespace(
+        data=None, output=tmp_path, samples=1, preset="mnist_small", epochs=2
+    )
+    path = tmp_path / "settings.json"
+    mnist.keep_settings(settings, path, False)
+    settings.samples = 5
+    mnist.keep_settings(settings, path, True)
+    settings.epochs = 3
+    with pytest.raises(SystemExit, match=r"had others for epochs.*--output"):
+        mnist.keep_settings(settings, path, True)
+    mnist.keep_settings(settings, path, False)
+
+
 @pytest.mark.verify
 def test_pre_training_goes_on_with_the_settings_it_began_with(
     capsys, monkeypatch, tmp_path

@@ -385,6 +385,10 @@ def test_gradients_skip_is_the_halls():
     assert int(model.optimizer.skipped) == 1
     for w, old in zip(model.trainable_variables, before, strict=True):
         np.testing.assert_array_equal(value(w), old)
+    # Statistics are of the forward pass, which has been made.
+    for norm in model.norms:
+        for w in (norm.moving_mean, norm.moving_variance):
+            assert np.isfinite(value(w)).all()
 
 
 @jax_only
