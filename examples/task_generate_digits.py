@@ -69,7 +69,7 @@ def optimizer(rate, steps):
 def batches(x):
     rng = np.random.default_rng(0)
     while True:
-        yield x[rng.integers(0, len(x), BATCH_SIZE)]
+        yield (x[rng.integers(0, len(x), BATCH_SIZE)],)
 
 
 def fit(model, x, steps):
