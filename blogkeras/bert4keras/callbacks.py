@@ -19,6 +19,30 @@ class Callback(keras.callbacks.Callback):
         self._model = model
 
 
+def _direction(monitor, mode):
+    """Keras 2's meaning of `mode="auto"`: only accuracies shall be large."""
+    if mode != "auto":
+        return mode
+    large = "acc" in monitor or monitor.startswith("fmeasure")
+    return "max" if large else "min"
+
+
+class EarlyStopping(keras.callbacks.EarlyStopping):
+    """`EarlyStopping` whose `mode="auto"` goes by the name, as in Keras 2."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mode = _direction(self.monitor, self.mode)
+
+
+class ReduceLROnPlateau(keras.callbacks.ReduceLROnPlateau):
+    """`ReduceLROnPlateau` whose `mode="auto"` goes by the name."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mode = _direction(self.monitor, self.mode)
+
+
 class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     """`ModelCheckpoint` of files of any name, and of every `period` epochs.
 
@@ -47,7 +71,7 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
             verbose,
             save_best_only,
             save_weights_only,
-            mode,
+            _direction(monitor, mode),
             **kwargs,
         )
         self.filepath = str(filepath)

@@ -5,7 +5,7 @@ import contextvars
 import keras
 import tensorflow as tf
 
-from blogkeras.bert4keras import data, layers, saving
+from blogkeras.bert4keras import compiling, data, layers, saving
 from blogkeras.bert4keras.names import register
 from blogkeras.bert4keras.optimizers import get_optimizer
 
@@ -77,14 +77,25 @@ class Habits:
                 "weights of steps are known by their shape. "
                 f"Received: sample_weight_mode={sample_weight_mode!r}"
             )
+        given = {
+            "loss": loss,
+            "metrics": metrics,
+            "weighted_metrics": weighted_metrics,
+        }
+        count = len(getattr(self, "output_names", None) or [""])
         super().compile(
             get_optimizer(optimizer),
-            loss,
-            metrics=metrics,
+            compiling.as_losses(loss),
+            metrics=compiling.as_metrics(metrics, count),
             loss_weights=loss_weights,
-            weighted_metrics=weighted_metrics,
+            weighted_metrics=compiling.as_metrics(
+                weighted_metrics, count, weighted=True
+            ),
             **kwargs,
         )
+        # Files, copies and readers of the loss get what was given.
+        self._compile_config.config.update(given)
+        object.__setattr__(self, "loss", loss)
 
     def compile_from_config(self, config):
         # Keras does this itself for models that leave `compile` as it is.

@@ -109,7 +109,9 @@ def make_keras():
         "activations": {"get": names.get_activation},
         "callbacks": {
             "Callback": callbacks.Callback,
+            "EarlyStopping": callbacks.EarlyStopping,
             "ModelCheckpoint": callbacks.ModelCheckpoint,
+            "ReduceLROnPlateau": callbacks.ReduceLROnPlateau,
             "TensorBoard": callbacks.TensorBoard,
         },
         "initializers": {"get": names.get_initializer},

@@ -98,6 +98,7 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
     """
     path = str(filepath)
     name = pathlib.Path(path).name
+    own = custom_objects
     if os.path.isfile(path) and not path.endswith((".keras", *_HDF5)):
         name = "model.keras" if zipfile.is_zipfile(path) else "model.h5"
     if name.endswith(_HDF5):
@@ -117,7 +118,9 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
             link, custom_objects, compile, safe_mode
         )
     if compile and name.endswith(_HDF5) and model.compiled:
-        _restore_optimizer(model, path)
+        # The model is compiled again, by the names of the user's functions.
+        with keras.saving.custom_object_scope(own or {}):
+            _restore_optimizer(model, path)
     return model
 
 
