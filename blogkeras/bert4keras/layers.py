@@ -550,3 +550,57 @@ class Subtract(_Merge, keras.layers.Subtract):
 
 class Average(_Merge, keras.layers.Average):
     """`Average` with Keras 2's mask rule."""
+
+
+class Multiply(_Merge, keras.layers.Multiply):
+    """`Multiply` with Keras 2's mask rule."""
+
+
+class Maximum(_Merge, keras.layers.Maximum):
+    """`Maximum` with Keras 2's mask rule."""
+
+
+class Minimum(_Merge, keras.layers.Minimum):
+    """`Minimum` with Keras 2's mask rule."""
+
+
+class Concatenate(_Merge, keras.layers.Concatenate):
+    """`Concatenate` with Keras 2's mask rule.
+
+    Tokens side by side are masked unless all of them are there; those one after
+    the other keep their masks.
+    """
+
+    def compute_mask(self, inputs, mask=None):
+        if mask is None or all(m is None for m in mask):
+            return None
+        masks = []
+        for x, m in zip(inputs, mask, strict=True):
+            there = keras.ops.ones_like(x, dtype="bool")
+            if m is not None:
+                m = m if len(m.shape) == len(x.shape) else m[..., None]
+                there = keras.ops.logical_and(there, m)
+            masks.append(there)
+        return keras.ops.all(keras.ops.concatenate(masks, self.axis), axis=-1)
+
+
+def _as_function(cls):
+    """Keras 2's function that merges tensors by the layer `cls`."""
+
+    def merge(inputs, **kwargs):
+        return cls(**kwargs)(inputs)
+
+    merge.__doc__ = f"`{cls.__name__}` as a function of a list of tensors."
+    merge.__name__ = merge.__qualname__ = cls.__name__.lower()
+    return merge
+
+
+def _concatenate(inputs, axis=-1, **kwargs):
+    """`Concatenate` as a function of a list of tensors."""
+    return Concatenate(axis, **kwargs)(inputs)
+
+
+MERGES = {"concatenate": _concatenate} | {
+    cls.__name__.lower(): _as_function(cls)
+    for cls in (Add, Subtract, Average, Multiply, Maximum, Minimum)
+}

@@ -67,6 +67,18 @@ class MethodInitializer(keras.initializers.Initializer):
 register(MethodInitializer)
 
 
+def old_hard_sigmoid(x):
+    """Keras 2's `hard_sigmoid`: 0.2 x + 0.5 between 0 and 1.
+
+    Keras 3 has x / 6 + 0.5, and would find its own function by that name in a
+    file.
+    """
+    return keras.ops.clip(0.2 * x + 0.5, 0.0, 1.0)
+
+
+register(old_hard_sigmoid)
+
+
 def _own(identifier):
     if isinstance(identifier, str):
         return custom_objects.get(identifier, identifier)
@@ -75,7 +87,19 @@ def _own(identifier):
 
 def get_activation(identifier):
     """`keras.activations.get` that looks up bert4keras's names first."""
-    return keras.activations.get(_own(identifier))
+    found = _own(identifier)
+    if isinstance(found, str) and found == "hard_sigmoid":
+        return old_hard_sigmoid
+    return keras.activations.get(found)
+
+
+def set_old_activations(model):
+    """Gives a model from a file of Keras 2 the `hard_sigmoid` of Keras 2."""
+    for layer in model._flatten_layers():
+        for name in ("activation", "recurrent_activation"):
+            # A recurrent layer shows those of its cell.
+            if vars(layer).get(name) is keras.activations.hard_sigmoid:
+                setattr(layer, name, old_hard_sigmoid)
 
 
 def get_initializer(identifier):

@@ -1,5 +1,6 @@
 """The modules that are `keras` for bert4keras and old scripts."""
 
+import inspect
 import types
 
 import keras
@@ -76,6 +77,41 @@ def _make_activation(activation, **kwargs):
     return keras.layers.Activation(names.get_activation(activation), **kwargs)
 
 
+_ACTIVATIONS = ("activation", "recurrent_activation")
+
+
+def _with_activations(cls, **defaults):
+    """Replaces a layer that may have Keras 2's `hard_sigmoid`.
+
+    Args:
+        cls: The layer of Keras, which is what is made.
+        defaults: Arguments of which Keras 2 had other defaults.
+    """
+    places = list(inspect.signature(cls).parameters)
+
+    def make(*args, **kwargs):
+        args = list(args)
+        for place, name in enumerate(places[: len(args)]):
+            if name in _ACTIVATIONS:
+                args[place] = names.get_activation(args[place])
+        for name in _ACTIVATIONS:
+            if name in kwargs:
+                kwargs[name] = names.get_activation(kwargs[name])
+        given = places[: len(args)]
+        others = {k: v for k, v in defaults.items() if k not in given}
+        return cls(*args, **{**others, **kwargs})
+
+    return Door(cls, make)
+
+
+_ACTIVATED = {
+    name: _with_activations(cls)
+    for name, cls in vars(keras.layers).items()
+    if isinstance(cls, type)
+    and any(name in inspect.signature(cls).parameters for name in _ACTIVATIONS)
+}
+
+
 def _public(module):
     return {k: v for k, v in vars(module).items() if not k.startswith("_")}
 
@@ -106,7 +142,10 @@ def make_keras():
     """Returns new modules to stand in `sys.modules` as Keras, by name."""
     model = Door(keras.Model, make_model, (Habits, keras.Model))
     changes = {
-        "activations": {"get": names.get_activation},
+        "activations": {
+            "get": names.get_activation,
+            "hard_sigmoid": names.old_hard_sigmoid,
+        },
         "callbacks": {
             "Callback": callbacks.Callback,
             "EarlyStopping": callbacks.EarlyStopping,
@@ -116,9 +155,16 @@ def make_keras():
         },
         "initializers": {"get": names.get_initializer},
         "layers": {
+            **_ACTIVATED,
             "Dense": Door(keras.layers.Dense, _make_dense),
             "Activation": Door(keras.layers.Activation, _make_activation),
+            "GRU": _with_activations(keras.layers.GRU, reset_after=False),
+            "GRUCell": _with_activations(
+                keras.layers.GRUCell, reset_after=False
+            ),
+            "CuDNNGRU": _with_activations(keras.layers.GRU),
             **_LAYERS,
+            **layers.MERGES,
         },
         "models": {
             "Model": model,

@@ -208,7 +208,6 @@ def _add_aliases(root):
     layers, losses, metrics = root.layers, root.losses, root.metrics
     for new, olds in {
         "LSTM": ["CuDNNLSTM"],
-        "GRU": ["CuDNNGRU"],
         "Conv1D": ["Convolution1D"],
         "Conv2D": ["Convolution2D"],
         "Conv3D": ["Convolution3D"],

@@ -21,6 +21,8 @@ from keras._tf_keras.keras import losses as legacy_losses
 # This is not public: `model.save_weights` no longer writes this format.
 from keras.src.legacy.saving import legacy_h5_format
 
+from blogkeras.bert4keras import names
+
 _HDF5 = (".h5", ".hdf5")
 
 
@@ -117,6 +119,10 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
         model = keras.models.load_model(
             link, custom_objects, compile, safe_mode
         )
+    if name.endswith(_HDF5):
+        with h5py.File(path, "r") as file:
+            if str(file.attrs.get("keras_version", "")).startswith("2."):
+                names.set_old_activations(model)
     if compile and name.endswith(_HDF5) and model.compiled:
         # The model is compiled again, by the names of the user's functions.
         with keras.saving.custom_object_scope(own or {}):
@@ -128,8 +134,8 @@ def _restore_optimizer(model, path):
     """Gives the optimizer its state, which Keras 3 leaves in an HDF5 file."""
     with h5py.File(path, "r") as file:
         group = file.get("optimizer_weights")
-        names = [] if group is None else group.attrs["weight_names"]
-        values = [group[name][()] for name in names]
+        paths = [] if group is None else group.attrs["weight_names"]
+        values = [group[path][()] for path in paths]
     config = model.get_compile_config()
     if values and config:
         # Compile again: the loaded optimizer has been built without variables.

@@ -1,5 +1,6 @@
 """What layers and `keras.backend` of old scripts do, on Keras 3."""
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -249,3 +250,151 @@ def test_small_functions_of_the_backend():
     assert abs(normal.mean() - 7) < 0.03
     with pytest.raises(ValueError, match="toarray"):
         K.variable(type("Sparse", (), {"tocoo": None})())
+
+
+MERGES = ["Add", "Subtract", "Average", "Multiply", "Maximum", "Minimum"]
+
+
+def merged_mask(merge, left=True, right=True):
+    """The mask of two merged sequences; a side without a mask has numbers."""
+    ids = np.array([[3, 0, 5], [1, 2, 0]]), np.array([[3, 1, 0], [0, 2, 1]])
+    inputs = [keras.Input((3,)) for _ in ids]
+    embed = keras_of_scripts.layers.Embedding
+    tables = [
+        embed(6, 2, mask_zero=mask)(x)
+        for mask, x in zip((left, right), inputs, strict=True)
+    ]
+
+    class Mask(OldLayer):
+        def call(self, inputs, mask=None):
+            shape = K.shape(inputs)
+            return K.cast(mask, "float32") if mask is not None else -shape
+
+        def compute_mask(self, inputs, mask=None):
+            return None
+
+    return Model(inputs, Mask()(merge(tables))).predict(ids) > 0
+
+
+@pytest.mark.parametrize("name", MERGES)
+@pytest.mark.parametrize("as_function", [False, True])
+def test_merged_masks_are_those_of_all_inputs(name, as_function):
+    """As `_Merge.compute_mask` of merge.py of Keras 2.3.1."""
+    if as_function:
+        merge = getattr(keras_of_scripts.layers, name.lower())
+    else:
+        merge = getattr(keras_of_scripts.layers, name)()
+    left = np.array([[1, 0, 1], [1, 1, 0]], bool)
+    right = np.array([[1, 1, 0], [0, 1, 1]], bool)
+    np.testing.assert_array_equal(merged_mask(merge), left & right)
+    if as_function:
+        np.testing.assert_array_equal(merged_mask(merge, right=False), left)
+        np.testing.assert_array_equal(merged_mask(merge, left=False), right)
+
+
+def test_masks_of_concatenated_sequences():
+    layers_of_scripts = keras_of_scripts.layers
+    left = np.array([[1, 0, 1], [1, 1, 0]], bool)
+    right = np.array([[1, 1, 0], [0, 1, 1]], bool)
+    full = np.ones_like(left)
+    for merge in (
+        layers_of_scripts.concatenate,
+        lambda x: layers_of_scripts.Concatenate()(x),
+    ):
+        np.testing.assert_array_equal(merged_mask(merge), left & right)
+        np.testing.assert_array_equal(merged_mask(merge, right=False), left)
+
+    def after(x):
+        return layers_of_scripts.concatenate(x, axis=1)
+
+    for sides, expected in (
+        ((True, True), [left, right]),
+        ((True, False), [left, full]),
+    ):
+        np.testing.assert_array_equal(
+            merged_mask(after, *sides), np.concatenate(expected, axis=1)
+        )
+
+
+def old_hard_sigmoid(x):
+    return np.clip(0.2 * x + 0.5, 0, 1)
+
+
+def test_hard_sigmoid_is_that_of_keras_2(tmp_path):
+    x = np.linspace(-4, 4, 9)[:, None].astype("float32")
+    expected = old_hard_sigmoid(x)
+    inputs = keras.Input((1,))
+    old = keras_of_scripts.layers
+    dense = old.Dense(1, "hard_sigmoid", kernel_initializer="ones")
+    conv = old.Conv1D(
+        1, 1, activation="hard_sigmoid", kernel_initializer="ones"
+    )
+    model = Model(
+        inputs,
+        [
+            old.Activation("hard_sigmoid")(inputs),
+            dense(inputs),
+            old.Flatten()(conv(old.Reshape((1, 1))(inputs))),
+        ],
+    )
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for found in (*model.predict(x), *loaded.predict(x)):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    for activations in (keras_of_scripts.activations, K):
+        np.testing.assert_allclose(
+            activations.hard_sigmoid(tf.constant(x)), expected, atol=1e-6
+        )
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
+@pytest.mark.parametrize("version", ["2.3.1", "3.0.0"])
+def test_hard_sigmoid_in_a_file(version, tmp_path):
+    inputs = keras.Input((1, 1))
+    lstm = keras.layers.LSTM(1, recurrent_activation="hard_sigmoid")
+    y = keras.layers.Activation("hard_sigmoid")(inputs)
+    model = keras.Model(inputs, [lstm(inputs), y])
+    model.save(tmp_path / "model.h5")
+    with h5py.File(tmp_path / "model.h5", "a") as file:
+        file.attrs["keras_version"] = version
+    model = keras_of_scripts.models.load_model(tmp_path / "model.h5")
+    lstm = next(x for x in model.layers if isinstance(x, keras.layers.LSTM))
+    kernel, _, _ = [np.zeros_like(w) for w in lstm.get_weights()]
+    lstm.set_weights([kernel + 1.0, lstm.get_weights()[1], np.zeros(4)])
+    gate = old_hard_sigmoid(2.0) if version == "2.3.1" else 2 / 6 + 0.5
+    state, activated = model.predict(np.full((1, 1, 1), 2.0))
+    np.testing.assert_allclose(
+        state, [[gate * np.tanh(gate * np.tanh(2.0))]], rtol=1e-5
+    )
+    np.testing.assert_allclose(activated, [[[gate]]], rtol=1e-5)
+
+
+def test_gru_resets_before_the_product():
+    """The default of recurrent.py of Keras 2.3.1."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 2)).astype("float32")
+    inputs = keras.Input((3, 2))
+    gru = keras_of_scripts.layers.GRU(4)
+    model = Model(inputs, gru(inputs))
+    weights = [rng.normal(size=w.shape) for w in gru.get_weights()]
+    assert [w.shape for w in weights] == [(2, 12), (4, 12), (12,)]
+    gru.set_weights(weights)
+    kernel, recurrent, bias = weights
+    h = np.zeros((2, 4))
+    for step in range(3):
+        part = x[:, step] @ kernel + bias
+        both = 1 / (1 + np.exp(-part[:, :8] - h @ recurrent[:, :8]))
+        update, reset = both[:, :4], both[:, 4:]
+        new = np.tanh(part[:, 8:] + (reset * h) @ recurrent[:, 8:])
+        h = update * h + (1 - update) * new
+    np.testing.assert_allclose(model.predict(x), h, rtol=1e-4, atol=1e-6)
+    for make, after in (
+        (keras_of_scripts.layers.GRU, False),
+        (keras_of_scripts.layers.GRUCell, False),
+        (keras_of_scripts.layers.CuDNNGRU, True),
+    ):
+        assert make(4).reset_after is after
+    assert keras_of_scripts.layers.GRU(4, reset_after=True).reset_after
+    assert isinstance(gru, keras_of_scripts.layers.GRU)
+    copy = keras.layers.GRU.from_config(gru.get_config())
+    assert not copy.reset_after

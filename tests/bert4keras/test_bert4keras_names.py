@@ -83,7 +83,8 @@ def test_modules_of_keras_2_are_found(stood_in):
     root = importlib.import_module("keras")
     assert Layer is root.layers.Layer
     assert Dense is root.layers.Dense
-    assert root.layers.CuDNNLSTM is LSTM is keras.layers.LSTM
+    assert root.layers.CuDNNLSTM is LSTM
+    assert type(LSTM(3)) is keras.layers.LSTM
     assert ModelCheckpoint is root.callbacks.ModelCheckpoint
     assert mse(np.zeros(2), np.ones(2)) == 1
     assert pad_sequences([[1]], 2).tolist() == [[0, 1]]
