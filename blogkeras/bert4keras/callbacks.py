@@ -8,7 +8,29 @@ from blogkeras import arguments
 class Callback(keras.callbacks.Callback):
     """A callback whose `model` a script may set itself."""
 
-    validation_data = None
+    # The arrays in a tuple, once `fit` has told; they may be None.
+    _told = ()
+
+    @property
+    def validation_data(self):
+        """Keras 2's list of arrays: inputs, targets and weights.
+
+        It is None without validation data, and where they are a generator.
+        """
+        if self._told:
+            return self._told[0]
+        if self.model is not None:
+            raise ValueError(
+                "Expected the model to be of the `Model` that fills in "
+                "`validation_data`: from bert4keras.backend import keras, then "
+                "keras.models.Model. With another model give the data to the "
+                f"callback's __init__. Received: model={self.model!r}"
+            )
+        return None
+
+    @validation_data.setter
+    def validation_data(self, arrays):
+        self._told = (arrays,)
 
     @property
     def model(self):

@@ -74,6 +74,49 @@ def as_batch(item, inputs_only=False):
     return tuple(parts)
 
 
+def last_rows(entries, share):
+    """The rows that `validation_split` takes of arrays, as Keras counts."""
+    rows = len(keras.tree.flatten(entries)[0])
+    start = int(rows * (1.0 - share))
+    return tuple(
+        None
+        if entry is None
+        else keras.tree.map_structure(lambda x: x[start:], entry)
+        for entry in entries
+    )
+
+
+def validation_arrays(held_out):
+    """Keras 2's list of validation data: inputs, targets and weights.
+
+    Args:
+        held_out: Tuple of `x`, `y` and maybe `sample_weight`, as arrays or
+            structures of them; else there is no such list.
+
+    Returns:
+        The arrays, of at least two axes but for the weights, which are ones if
+        there are none; or `None`.
+    """
+    if not isinstance(held_out, tuple):
+        return None
+    x, y, weights = (*held_out, None, None)[:3]
+    x, y = ([np.asarray(a) for a in _in_order(part)] for part in (x, y))
+    weights = _in_order(weights)
+    if not weights:
+        weights = [np.ones(len(target), "float32") for target in y]
+    columns = [a[:, None] if a.ndim == 1 else a for a in (*x, *y)]
+    return [*columns, *(np.asarray(w) for w in weights)]
+
+
+def _in_order(part):
+    """The arrays of an entry of a batch as a list."""
+    if part is None:
+        return []
+    if isinstance(part, dict):
+        return list(part.values())
+    return list(part) if isinstance(part, (list, tuple)) else [part]
+
+
 def is_iterator(data):
     """Tells whether `data` are batches of a generator or of a `Sequence`."""
     return isinstance(data, (collections.abc.Iterator, Sequence))

@@ -21,6 +21,22 @@ _QUEUE = (
     "pickle_safe",
 )
 
+# The arguments of `fit` behind the data, in their order in Keras 2 and 3.
+_OF_FIT = (
+    "batch_size",
+    "epochs",
+    "verbose",
+    "callbacks",
+    "validation_split",
+    "validation_data",
+    "shuffle",
+    "class_weight",
+    "sample_weight",
+    "initial_epoch",
+    "steps_per_epoch",
+    "validation_steps",
+)
+
 
 def model_at_work():
     """Returns the bridged model whose loss is being computed."""
@@ -131,6 +147,10 @@ class Habits:
                 # Keras would ignore `class_weight` for batches of our own
                 # class.
                 x = x.get_tf_dataset()
+        if not set(_OF_FIT[: len(args)]) & set(kwargs):
+            # A value that is given twice is left to Python's own error.
+            kwargs.update(zip(_OF_FIT, args, strict=False))
+            args = args[len(_OF_FIT) :]
         if kwargs.get("sample_weight") is not None:
             kwargs["sample_weight"] = data.as_arrays(kwargs["sample_weight"])
         held_out = kwargs.get("validation_data")
@@ -142,7 +162,22 @@ class Habits:
         elif isinstance(held_out, (list, tuple)):
             kwargs["validation_data"] = data.as_batch(held_out)
         x, y = _arrays(x), data.as_arrays(y)
+        self._tell_callbacks(x, y, kwargs)
         return super().fit(x, y, *args, **kwargs)
+
+    def _tell_callbacks(self, x, y, kwargs):
+        """Gives callbacks Keras 2's list of the arrays to validate with."""
+        callbacks = kwargs.get("callbacks")
+        callbacks = getattr(callbacks, "callbacks", callbacks)
+        held_out = kwargs.get("validation_data")
+        share = kwargs.get("validation_split")
+        if share and held_out is None:
+            held_out = data.last_rows(
+                (x, y, kwargs.get("sample_weight")), share
+            )
+        arrays = data.validation_arrays(held_out)
+        for callback in keras.tree.flatten(callbacks or []):
+            callback.validation_data = arrays
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         kwargs = _arguments(kwargs)

@@ -156,3 +156,64 @@ def test_callbacks_monitor_metrics_of_functions(tmp_path):
     # Nothing is learned, so that only the first epoch is an improvement.
     assert len(history["worse"]) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+class Seeing(old.callbacks.Callback):
+    """Keeps what a callback of Keras 2 finds in `validation_data`."""
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen = self.validation_data
+
+
+def assert_seen(callback, expected):
+    assert len(callback.seen) == len(expected)
+    for found, array in zip(callback.seen, expected, strict=True):
+        np.testing.assert_array_equal(found, array)
+
+
+@pytest.mark.filterwarnings("ignore:The model does not have any trainable")
+def test_callbacks_see_the_validation_data():
+    """`val_x + val_y + val_sample_weights` of training.py of Keras 2.3.1."""
+    model = identity_model()
+    model.compile("sgd", "mse")
+    callback = Seeing()
+    column, ones, weights = LABELS[:, None], np.ones(4), np.arange(4.0)
+    fit = {"x": X, "y": LABELS, "verbose": 0, "callbacks": [callback]}
+    for held_out, expected in (
+        ((X, LABELS), [X, column, ones]),
+        ([[X.tolist()], LABELS.tolist()], [X, column, ones]),
+        ((X, LABELS, weights), [X, column, weights]),
+    ):
+        model.fit(**fit, validation_data=held_out)
+        assert_seen(callback, expected)
+    model.fit(X, LABELS, 2, 1, 0, callback, 0.0, [X, LABELS])
+    assert_seen(callback, [X, column, ones])
+    model.fit(**fit, validation_split=0.25)
+    assert_seen(callback, [X[3:], column[3:], ones[3:]])
+    model.fit_generator(
+        iter([(X, LABELS)] * 2), 1, 1, 0, [callback], (X, LABELS)
+    )
+    assert_seen(callback, [X, column, ones])
+    model.fit(**fit)
+    assert callback.seen is None
+    several = identity_model(names=("a", "b"))
+    several.compile("sgd", "mse")
+    targets = [LABELS, X]
+    several.fit(
+        X,
+        targets,
+        callbacks=[callback],
+        verbose=0,
+        validation_data=(X, targets),
+    )
+    assert_seen(callback, [X, column, X, ones, ones])
+    with pytest.raises(TypeError, match="multiple values"):
+        model.fit(X, LABELS, 2, batch_size=2)
+
+
+def test_validation_data_of_another_model_is_an_error():
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    assert Seeing().validation_data is None
+    with pytest.raises(ValueError, match=r"`validation_data`.* Received: "):
+        model.fit(X, X, verbose=0, callbacks=[Seeing()])
