@@ -6,7 +6,7 @@ with any of their extensions, run unchanged, while `compile`, `fit`, clipping,
 loss scaling and saving are Keras 3's.
 """
 
-import inspect
+import numbers
 
 import keras
 import numpy as np
@@ -61,13 +61,20 @@ class LearningRate(ShortName):
         if "lr" in kwargs:
             # It counts beside a `learning_rate`, as in Keras 2.3.1.
             kwargs["learning_rate"] = kwargs.pop("lr")
-        decay = kwargs.pop("decay", None)
-        if decay:
-            # Keras 2: rate / (1 + decay * iterations)
-            kwargs["learning_rate"] = (
-                keras.optimizers.schedules.InverseTimeDecay(
-                    kwargs.get("learning_rate", self._default_rate), 1, decay
-                )
+        for name, default in self._defaults.items():
+            kwargs.setdefault(name, default)
+        if isinstance(kwargs["learning_rate"], numbers.Real):
+            kwargs["learning_rate"] = float(kwargs["learning_rate"])
+        if "global_clipnorm" not in kwargs and "clipnorm" in kwargs:
+            # Keras 2 compares it with the norm of all gradients together.
+            kwargs["global_clipnorm"] = kwargs.pop("clipnorm")
+        decay = kwargs.pop("decay", None) or 0.0
+        if decay and kwargs.get("weight_decay"):
+            raise ValueError(
+                "Expected `decay`, of the learning rate, or `weight_decay`; "
+                "with both take a schedule of keras.optimizers.schedules. "
+                f"Received: decay={decay}, "
+                f"weight_decay={kwargs['weight_decay']}"
             )
         if kwargs.get("epsilon", 0) is None:
             del kwargs["epsilon"]
@@ -79,31 +86,70 @@ class LearningRate(ShortName):
                     f"Received: {name}={value!r}"
                 )
         super().__init__(**kwargs)
+        self.decay = decay
+
+    def apply(self, grads, trainable_variables=None):
+        if self.global_clipnorm:
+            # The squares of slices of the same row are not those of its sum.
+            grads = [
+                tf.convert_to_tensor(g)
+                if isinstance(g, tf.IndexedSlices)
+                else g
+                for g in grads
+            ]
+        super().apply(grads, trainable_variables)
+
+    def update_step(self, gradient, variable, learning_rate):
+        # Not a schedule: as in Keras 2 the rate can be set beside a decay.
+        if self.decay:
+            rate = tf.convert_to_tensor(learning_rate)
+            steps = tf.cast(self.iterations, rate.dtype)
+            learning_rate = rate / (1.0 + self.decay * steps)
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self):
+        config = super().get_config()
+        return {**config, "decay": self.decay} if self.decay else config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        # In what Keras 3 has written it is the norm of one variable's gradient.
+        of_keras_3 = "global_clipnorm" in config
+        norm = config.pop("clipnorm", None) if of_keras_3 else None
+        optimizer = super().from_config(config, custom_objects)
+        if norm is not None:
+            optimizer.clipnorm = norm
+        return optimizer
 
 
-def _of_keras_2(name, *places):
+def _of_keras_2(name, defaults, *places):
     """Returns a class of the optimizer `name` with Keras 2's arguments."""
     cls = getattr(keras.optimizers, name)
-    rate = inspect.signature(cls).parameters["learning_rate"].default
     members = {
         "__doc__": f"`keras.optimizers.{name}` that takes Keras 2's `lr`.",
         "__module__": __name__,
-        "_default_rate": rate,
+        "_defaults": defaults,
         "_places": ("learning_rate", *places),
     }
     return register(type(name, (LearningRate, cls), members), f"keras.{name}")
 
 
+def _rate(value, **others):
+    return {"learning_rate": value, **others}
+
+
+# With the defaults of Keras 2.3.1.
 OPTIMIZERS = {
-    name: _of_keras_2(name, *places)
-    for name, *places in (
-        ("SGD", "momentum", "nesterov"),
-        ("RMSprop", "rho"),
-        ("Adagrad",),
-        ("Adadelta", "rho"),
-        ("Adam", "beta_1", "beta_2", "amsgrad"),
-        ("Adamax", "beta_1", "beta_2"),
-        ("Nadam", "beta_1", "beta_2"),
+    name: _of_keras_2(name, defaults, *places)
+    for name, defaults, *places in (
+        ("SGD", _rate(0.01), "momentum", "nesterov"),
+        ("RMSprop", _rate(0.001), "rho"),
+        ("Adagrad", _rate(0.01, initial_accumulator_value=0.0)),
+        ("Adadelta", _rate(1.0), "rho"),
+        ("Adam", _rate(0.001), "beta_1", "beta_2", "amsgrad"),
+        ("Adamax", _rate(0.002), "beta_1", "beta_2"),
+        ("Nadam", _rate(0.002), "beta_1", "beta_2"),
     )
 }
 

@@ -406,14 +406,132 @@ def test_arguments_of_optimizers_by_their_places(name, args, expected):
     # A decay leaves them where they are.
     config = cls(*args, decay=0.1).get_config()
     assert {key: config[key] for key in expected} == expected
-    schedule = config["learning_rate"]["config"]
-    assert schedule["initial_learning_rate"] == 0.5
+    assert (config["learning_rate"], config["decay"]) == (0.5, 0.1)
     for more in (1e-7, True):
         with pytest.raises(ValueError, match=r"at most .*learning_rate.* Rec"):
             cls(*args, more)
     for place in list(expected)[: len(args) - 1]:
         with pytest.raises(ValueError, match=f"Expected `{place}` once.* Rec"):
             cls(*args, **{place: 0.5})
+
+
+def steps_of(optimizer, gradients):
+    w = keras.Variable(np.zeros_like(gradients[0]))
+    for gradient in gradients:
+        optimizer.apply_gradients([(gradient, w)])
+    return np.array(w)
+
+
+def test_the_rate_can_be_set_beside_a_decay():
+    optimizer = old.optimizers.SGD(lr=0.5, decay=0.1)
+    w = keras.Variable(np.float32(0.0))
+    expected = 0.0
+    for step, rate in enumerate((0.5, 0.25, 0.125)):
+        if step == 1:
+            K.set_value(optimizer.lr, rate)
+        if step == 2:
+            optimizer.lr = rate
+        assert K.get_value(optimizer.lr) == rate
+        optimizer.apply_gradients([(np.float32(1.0), w)])
+        expected -= rate / (1 + 0.1 * step)
+        np.testing.assert_allclose(w, expected, rtol=1e-6)
+    copy = old.optimizers.SGD.from_config(optimizer.get_config())
+    assert (float(copy.lr), copy.decay) == (0.125, 0.1)
+
+
+def test_callbacks_change_the_rate_beside_a_decay(tmp_path):
+    """After a reload, too, the number of steps counts for the decay."""
+    x = np.ones((1, 1), "float32")
+    inputs = keras.Input((1,))
+    dense = old.layers.Dense(1, use_bias=False, kernel_initializer="zeros")
+    model = old.models.Model(inputs, dense(inputs))
+    # The gradient of this loss is 1.
+    model.compile(old.optimizers.SGD(0.5, decay=0.5), "mae")
+    rates = [0.25, 0.125]
+    callbacks = [
+        old.callbacks.LearningRateScheduler(lambda epoch: rates[epoch]),
+        old.callbacks.ReduceLROnPlateau("loss"),
+    ]
+    fit = {"epochs": 2, "verbose": 0, "callbacks": callbacks}
+    model.fit(x, x - 9, **fit)
+    expected = -(0.25 + 0.125 / 1.5)
+    np.testing.assert_allclose(model.get_weights()[0], expected, rtol=1e-6)
+    model.save(tmp_path / "model.keras")
+    loaded = old.models.load_model(tmp_path / "model.keras")
+    loaded.fit(x, x - 9, **fit)
+    expected -= 0.25 / 2 + 0.125 / 2.5
+    np.testing.assert_allclose(loaded.get_weights()[0], expected, rtol=1e-6)
+
+
+def test_schedules_in_old_files_are_read():
+    schedule = keras.optimizers.schedules.InverseTimeDecay(0.5, 1, 0.1)
+    config = old.optimizers.SGD(schedule).get_config()
+    optimizer = old.optimizers.SGD.from_config(config)
+    gradients = [np.float32(1.0)] * 2
+    np.testing.assert_allclose(
+        steps_of(optimizer, gradients), -0.5 * (1 + 1 / 1.1), rtol=1e-6
+    )
+
+
+def test_clipnorm_is_of_all_gradients():
+    """`get_gradients` of optimizers.py of Keras 2.3.1."""
+    a, b = (keras.Variable(np.zeros(2, "float32")) for _ in range(2))
+    gradients = [np.array([3.0, 0.0]), np.array([0.0, 4.0])]
+    optimizer = old.optimizers.SGD(1.0, clipnorm=1.0)
+    for _ in range(2):
+        optimizer.apply_gradients(zip(gradients, (a, b), strict=True))
+        np.testing.assert_allclose(a, [-0.6, 0.0], rtol=1e-6)
+        np.testing.assert_allclose(b, [0.0, -0.8], rtol=1e-6)
+        a.assign([0, 0]), b.assign([0, 0])
+        optimizer = type(optimizer).from_config(optimizer.get_config())
+    # A file of Keras 3 says what Keras 3 does, one of Keras 2 what Keras 2 did.
+    config = keras.optimizers.SGD(1.0, clipnorm=1.0).get_config()
+    optimizer = old.optimizers.SGD.from_config(config)
+    optimizer.apply_gradients(zip(gradients, (a, b), strict=True))
+    np.testing.assert_allclose([a, b], [[-1, 0], [0, -1]], rtol=1e-6)
+    config = {"learning_rate": 0.5, "decay": 0.0, "clipnorm": 1.0}
+    optimizer = old.optimizers.SGD.from_config(config)
+    assert (optimizer.clipnorm, optimizer.global_clipnorm) == (None, 1.0)
+
+
+def test_clipnorm_of_rows_that_are_looked_up_twice():
+    model = old.models.Sequential(
+        [keras.Input((2,)), old.layers.Embedding(3, 1), old.layers.Flatten()]
+    )
+    model.set_weights([np.zeros((3, 1))])
+    model.compile(old.optimizers.SGD(1.0, clipnorm=1.0), "mse")
+    # The gradients are 2 x -20 / 2 for row 1 twice.
+    model.train_on_batch(np.array([[1, 1]]), np.array([[20.0, 20.0]]))
+    np.testing.assert_allclose(
+        model.get_weights()[0], [[0], [1], [0]], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [
+        ("SGD", 0.01),
+        ("RMSprop", 0.001),
+        ("Adagrad", 0.01),
+        ("Adadelta", 1.0),
+        ("Adam", 0.001),
+        ("Adamax", 0.002),
+        ("Nadam", 0.002),
+    ],
+)
+def test_rates_by_default(name, rate):
+    """Those of the signatures in optimizers.py of Keras 2.3.1."""
+    cls = getattr(old.optimizers, name)
+    for optimizer in (cls(), cls(decay=0.1), old.optimizers.get(name.lower())):
+        assert float(optimizer.lr) == pytest.approx(rate)
+    config = getattr(keras.optimizers, name)().get_config()
+    assert cls.from_config(config).get_config() == config
+
+
+def test_adagrad_sums_from_zero():
+    found = steps_of(old.optimizers.Adagrad(), [np.float32([0.2, 0.0])] * 2)
+    expected = -0.01 * (1 + 1 / np.sqrt(2))
+    np.testing.assert_allclose(found, [expected, 0], rtol=1e-5)
 
 
 def test_a_momentum_by_its_place_beside_a_decay():
@@ -433,8 +551,10 @@ def test_rates_and_flags_of_optimizers():
     sgd = old.optimizers.SGD
     assert float(sgd(0.5, lr=0.25).lr) == 0.25
     assert float(sgd(learning_rate=0.5, lr=0.25).lr) == 0.25
-    schedule = sgd(0.0, decay=0.1).get_config()["learning_rate"]["config"]
-    assert schedule["initial_learning_rate"] == 0.0
+    assert float(sgd(0.0, decay=0.1).lr) == 0.0
+    assert float(sgd(1).lr) == 1.0
+    with pytest.raises(ValueError, match=r"`decay`.* Received: decay=0.1"):
+        sgd(0.5, decay=0.1, weight_decay=0.1)
     # The decay of Keras 2.2 and the epsilon of tf.keras stood there.
     with pytest.raises(ValueError, match=r"`nesterov` .*Received"):
         sgd(0.5, 0.9, 1e-6)

@@ -114,7 +114,7 @@ ELSEWHERE = {
 # Names of our own functions, and of attributes of classes that are not Keras's.
 OURS = {
     "_copy",
-    "_default_rate",
+    "_defaults",
     "_inputs",
     "_kernel",
     "_layers",
