@@ -8,6 +8,7 @@ import keras
 
 from blogkeras.bert4keras.data import Batches
 from blogkeras.bert4keras.models import model_at_work
+from blogkeras.bert4keras.optimizers import OPTIMIZERS, Optimizer
 from blogkeras.bert4keras.weights import save_checkpoint
 
 
@@ -38,6 +39,11 @@ def adapt(bert4keras):
     )
     # It needs the sessions of TensorFlow 1.
     optimizers.AdaFactorV1 = optimizers.AdaFactor
+    # In Keras 2.3.1 bert4keras's Adam is Keras's, which scripts extend.
+    for name, function in list(vars(optimizers).items()):
+        if name.startswith("extend_with_"):
+            extend = _of_bert4keras(function, optimizers.Adam)
+            setattr(optimizers, name, extend)
     # It keeps a graph and a session of TensorFlow 1.
     snippets.WebServing.__init__ = _serving
     # Keras 3 takes neither lists nor Nones from a generator, and fixes the
@@ -109,6 +115,36 @@ def _fixed_learning_rate(relative):
         )
 
     return property(get, set)
+
+
+def _of_bert4keras(extend, adam):
+    """Lets `extend` take Keras's Adam, for which bert4keras's stands in."""
+
+    class KerasAdam(adam):
+        """bert4keras's Adam with the arguments of Keras 2.3.1's."""
+
+        def __init__(self, *args, **kwargs):
+            if "lr" in kwargs:
+                kwargs["learning_rate"] = kwargs.pop("lr")
+            if len(args) < 4 and kwargs.get("epsilon") is None:
+                kwargs["epsilon"] = keras.config.epsilon()
+            super().__init__(*args, **kwargs)
+
+    @functools.wraps(extend)
+    def wrapped(BaseOptimizer, name=None):  # noqa: N803
+        base = BaseOptimizer
+        if base in (OPTIMIZERS["Adam"], keras.optimizers.Adam):
+            base = KerasAdam
+        if not issubclass(base, Optimizer):
+            raise ValueError(
+                "Expected an optimizer of bert4keras, or Keras's Adam: the "
+                "extensions change single steps of an update, as bert4keras's "
+                "optimizers are written (Adam, Lion, AdaFactor). "
+                f"Received: BaseOptimizer={base}"
+            )
+        return extend(base, name)
+
+    return wrapped
 
 
 class _Anywhere:

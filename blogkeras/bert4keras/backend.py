@@ -22,6 +22,7 @@ from blogkeras.bert4keras.layers import (
     is_symbolic,
     layer_at_work,
 )
+from blogkeras.bert4keras.models import trains_at_work
 from blogkeras.bert4keras.names import register
 
 
@@ -233,10 +234,10 @@ def batch_set_value(pairs):
 class _Phase(keras.layers.Layer):
     """Finds out whether the model that is running now is being trained."""
 
-    training = False
+    training = None
 
-    def call(self, inputs, training=False):
-        self.training = bool(training)
+    def call(self, inputs, training=None):
+        self.training = training
         return inputs
 
 
@@ -245,10 +246,12 @@ class _LearningPhase(int):
 
 
 def learning_phase():
-    """Returns 1 inside of a layer's `call` during training, else 0."""
+    """Returns 1 in a layer's `call` and a loss during training, else 0."""
     phase = _Phase(name="phase")
     phase(tf.zeros([]))
-    return _LearningPhase(phase.training)
+    if phase.training is None:  # not inside of a layer
+        return _LearningPhase(trains_at_work())
+    return _LearningPhase(bool(phase.training))
 
 
 def in_train_phase(x, alt, training=None):

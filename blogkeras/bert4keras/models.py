@@ -12,6 +12,9 @@ from blogkeras.bert4keras.optimizers import get_optimizer
 # The model whose loss is being computed, if any.
 _at_work = contextvars.ContextVar("model at work", default=None)
 
+# Whether that is for a step of training.
+_training = contextvars.ContextVar("loss of a step of training", default=False)
+
 # Arguments of Keras 2's queue of batches, which Keras 3 does not have.
 _QUEUE = (
     "max_queue_size",
@@ -41,6 +44,11 @@ _OF_FIT = (
 def model_at_work():
     """Returns the bridged model whose loss is being computed."""
     return _at_work.get()
+
+
+def trains_at_work():
+    """Tells whether a loss is being computed to be learned from."""
+    return _training.get()
 
 
 def _unwrapped(tensors):
@@ -263,13 +271,19 @@ class Habits:
     def _make_train_function(self):
         return self.total_loss
 
-    def compute_loss(self, *args, **kwargs):
-        # For a loss that searches the layers that its argument comes from.
-        token = _at_work.set(self)
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        # For a loss that searches the layers that its argument comes from, or
+        # that asks for the learning phase.
+        tokens = _at_work.set(self), _training.set(bool(training))
         try:
-            return super().compute_loss(*args, **kwargs)
+            return super().compute_loss(
+                x, y, y_pred, sample_weight, training=training
+            )
         finally:
-            _at_work.reset(token)
+            _at_work.reset(tokens[0])
+            _training.reset(tokens[1])
 
     def add_loss(self, loss, inputs=None):
         """Adds a loss: a symbolic tensor of the model, or a list of them."""

@@ -217,3 +217,35 @@ def test_validation_data_of_another_model_is_an_error():
     assert Seeing().validation_data is None
     with pytest.raises(ValueError, match=r"`validation_data`.* Received: "):
         model.fit(X, X, verbose=0, callbacks=[Seeing()])
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_a_loss_knows_the_learning_phase(eager):
+    def loss(y_true, y_pred):
+        number = K.in_train_phase(lambda: 3.0, 5.0)
+        return K.mean(0 * y_pred) + number + 10 * K.learning_phase()
+
+    x = keras.Input((1,))
+    model = old.models.Model(x, old.layers.Dense(1)(x))
+    model.compile("sgd", loss, run_eagerly=eager)
+    logs = model.fit(X, X, verbose=0, validation_data=(X, X)).history
+    assert logs == {"loss": [13.0], "val_loss": [5.0]}
+    assert model.evaluate(X, X, verbose=0) == 5
+    assert K.learning_phase() == 0
+
+
+def test_a_layer_in_a_loss_knows_its_own_phase():
+    class Phase(old.layers.Layer):
+        def call(self, inputs, training=None):
+            return K.in_train_phase(inputs + 1, inputs)
+
+    layer = Phase()
+
+    def loss(y_true, y_pred):
+        return K.mean(layer(0 * y_pred, training=False)) + K.mean(y_pred)
+
+    x = keras.Input((1,))
+    model = old.models.Model(x, layer(x))
+    model.compile("sgd", loss)
+    # The output of the model in training is one more, in the loss it is not.
+    assert model.evaluate(0 * X, X, verbose=0) == 0

@@ -13,6 +13,7 @@ import blogkeras.bert4keras  # noqa: F401
 
 # isort: split
 from bert4keras import optimizers
+from bert4keras.backend import keras as old
 
 
 def test_trajectories_equal_reference():
@@ -192,3 +193,23 @@ def test_learning_rate_can_be_changed():
     assert float(optimizer.learning_rate) == pytest.approx(0.3)
     with pytest.raises(ValueError, match="piecewise_linear_lr"):
         optimizers.AdaFactor(0.1).learning_rate = 0.2
+
+
+@pytest.mark.parametrize("adam", [old.optimizers.Adam, keras.optimizers.Adam])
+def test_adam_of_keras_can_be_extended(adam, tmp_path):
+    """In Keras 2.3.1 bert4keras's Adam is Keras's."""
+    found = stack(adam)(lr=0.01, lr_schedule={2: 1})
+    expected = stack(optimizers.Adam)(0.01, epsilon=1e-7, lr_schedule={2: 1})
+    steps = [quadratic(optimizer, 6) for optimizer in (found, expected)]
+    np.testing.assert_array_equal(*steps)
+    AdamW = optimizers.extend_with_weight_decay(adam, "AdamW")
+    assert AdamW.__name__ == "AdamW"
+    config = AdamW(0.01, weight_decay_rate=0.1, epsilon=None).get_config()
+    assert config["epsilon"] == 1e-7
+    assert AdamW.from_config(config).get_config() == config
+
+
+def test_other_optimizers_of_keras_cannot_be_extended():
+    for cls in (old.optimizers.SGD, keras.optimizers.Nadam):
+        with pytest.raises(ValueError, match=r"of bert4keras.* Received: .*"):
+            optimizers.extend_with_weight_decay(cls)
