@@ -131,11 +131,16 @@ class Batches(DataAdapter):
     Args:
         items: Iterator of batches, as Keras 2 took them.
         inputs_only: Whether the batches are inputs for `predict`.
+        model: The model that they are for, if it is known: what sizes do not
+            vary.
     """
 
-    def __init__(self, items, inputs_only=False):
+    def __init__(self, items, inputs_only=False, model=None):
         self._items = iter(items)
         self._inputs_only = inputs_only
+        # Not the model itself, which keeps these batches while it trains.
+        self._inputs = getattr(model, "inputs", None) or []
+        self._outputs = getattr(model, "outputs", None) or []
         self._pending = []  # read from the iterator, not yet returned
 
     def __iter__(self):
@@ -158,7 +163,11 @@ class Batches(DataAdapter):
             ) from None
         self._pending.append(first)
         first = as_batch(first, self._inputs_only)
-        signature = keras.tree.map_structure(_spec, first)
+        x, *others = first
+        signature = (
+            _specs(x, self._inputs, _input_size),
+            *(_specs(y, self._outputs, _target_size) for y in others),
+        )
         return tf.data.Dataset.from_generator(
             self._batches, output_signature=signature
         ).prefetch(tf.data.AUTOTUNE)
@@ -200,10 +209,53 @@ def _as_array(x):
     return np.asarray(x) if listed or hasattr(x, "iloc") else x
 
 
-def _spec(array):
-    """Every size may vary, but an axis of size 1 stays one."""
+def _specs(arrays, tensors, size):
+    """What is known of all batches, by the first one and the model.
+
+    Args:
+        arrays: One entry of the first batch.
+        tensors: The inputs or the outputs of the model, if they are known.
+        size: Function of the size of an axis, the axis, the number of axes and
+            the model's shape or `None`. Returns the size, or `None` if it may
+            vary.
+    """
+    if isinstance(arrays, dict):
+        shapes = {tensor.name: tensor.shape for tensor in tensors}
+        return {
+            name: _spec(array, shapes.get(name), size)
+            for name, array in arrays.items()
+        }
+    flat = keras.tree.flatten(arrays)
+    shapes = [tensor.shape for tensor in tensors]
+    if len(shapes) != len(flat):
+        shapes = [None] * len(flat)
+    specs = [_spec(*pair, size) for pair in zip(flat, shapes, strict=True)]
+    return keras.tree.pack_sequence_as(arrays, specs)
+
+
+def _spec(array, shape, size):
     array = np.asarray(array)
-    sizes = [1 if size == 1 else None for size in array.shape[1:]]
+    sizes = [
+        size(n, axis, array.ndim, shape)
+        for axis, n in enumerate(array.shape)
+        if axis
+    ]
     dtype = "float32" if array.dtype == "float64" else array.dtype
     batch = [None] if array.ndim else []
     return tf.TensorSpec([*batch, *sizes], dtype)
+
+
+def _input_size(size, axis, ndim, shape):
+    """Layers such as convolutions need the sizes that the model's input has."""
+    known = shape is not None and len(shape) == ndim and shape[axis] == size
+    return size if known else None
+
+
+def _target_size(size, axis, ndim, shape):
+    """Losses and metrics look whether the last axis has the size 1."""
+    if size != 1:
+        return None
+    if shape is None:
+        return 1 if (ndim, axis) == (2, 1) else None
+    # Beside an output of several classes it holds the number of the class.
+    return 1 if axis >= len(shape) or shape[axis] is not None else None

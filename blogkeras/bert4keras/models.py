@@ -149,7 +149,7 @@ class Habits:
             if isinstance(x, data.Sequence):
                 steps = kwargs.get("steps_per_epoch") or len(x)
                 kwargs["steps_per_epoch"] = steps
-            x = _batches(x, shuffle=kwargs.pop("shuffle", True))
+            x = _batches(x, self, shuffle=kwargs.pop("shuffle", True))
             kwargs["shuffle"] = False
             if kwargs.get("class_weight") is not None:
                 # Keras would ignore `class_weight` for batches of our own
@@ -166,7 +166,7 @@ class Habits:
             if isinstance(held_out, data.Sequence):
                 steps = kwargs.get("validation_steps") or len(held_out)
                 kwargs["validation_steps"] = steps
-            kwargs["validation_data"] = _batches(held_out)
+            kwargs["validation_data"] = _batches(held_out, self)
         elif isinstance(held_out, (list, tuple)):
             kwargs["validation_data"] = data.as_batch(held_out)
         x, y = _arrays(x), data.as_arrays(y)
@@ -189,12 +189,12 @@ class Habits:
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         kwargs = _arguments(kwargs)
-        x = _with_steps(x, kwargs)
+        x = _with_steps(self, x, kwargs)
         return super().evaluate(_arrays(x), data.as_arrays(y), *args, **kwargs)
 
     def predict(self, x, batch_size=None, verbose=0, *args, **kwargs):
         kwargs = _arguments(kwargs)
-        x = _with_steps(x, kwargs, inputs_only=True)
+        x = _with_steps(self, x, kwargs, inputs_only=True)
         return super().predict(_arrays(x), batch_size, verbose, *args, **kwargs)
 
     def fit_generator(
@@ -334,19 +334,19 @@ def _arrays(x):
     return x if is_data else data.as_arrays(x)
 
 
-def _batches(items, inputs_only=False, shuffle=False):
+def _batches(items, model, inputs_only=False, shuffle=False):
     if isinstance(items, data.Sequence):
         items = data.endless(items, shuffle)
-    return data.Batches(items, inputs_only)
+    return data.Batches(items, inputs_only, model)
 
 
-def _with_steps(x, kwargs, inputs_only=False):
+def _with_steps(model, x, kwargs, inputs_only=False):
     """Makes batches of an iterator; a `Sequence` knows how many there are."""
     if not data.is_iterator(x):
         return x
     if isinstance(x, data.Sequence) and kwargs.get("steps") is None:
         kwargs["steps"] = len(x)
-    return _batches(x, inputs_only)
+    return _batches(x, model, inputs_only)
 
 
 class Model(Habits, keras.Model):

@@ -606,3 +606,56 @@ def test_a_generator_of_inputs_alone():
     np.testing.assert_allclose(model.get_weights()[0], 0.9, rtol=1e-6)
     with pytest.raises(ValueError, match=r"yield inputs.* Received: "):
         model.fit_generator(iter([(None,)]), steps_per_epoch=1, verbose=0)
+
+
+def fit_sizes(model, batches, loss="mse"):
+    """Trains, evaluates and predicts on a generator of these batches."""
+    model.compile("sgd", loss, ["acc"])
+    steps = len(batches)
+    model.fit(iter(batches), steps_per_epoch=steps, verbose=0)
+    losses = model.evaluate_generator(iter(batches), steps)
+    assert np.isfinite(losses).all()
+    for batch in batches:
+        assert len(model.predict_generator(iter([batch]), 1)) == len(batch[0])
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_lengths_may_begin_with_one(first):
+    """Tokens and labels of tokens: the first batch has sentences of one."""
+    tokens = keras.Input((None,))
+    x = old.layers.Embedding(5, 3)(tokens)
+    labels = old.layers.Dense(4, activation="softmax")(x)
+    batches = [
+        (np.ones((2, n), "int32"), np.ones((2, n, 1), "int32"))
+        for n in (first, 3, 1)
+    ]
+    model = old.models.Model(tokens, labels)
+    fit_sizes(model, batches, "sparse_categorical_crossentropy")
+    flat = [(x, y[..., 0]) for x, y in batches]
+    fit_sizes(model, flat, "sparse_categorical_crossentropy")
+    weighted = [(x, y, np.ones(y.shape)) for x, y in flat]
+    fit_sizes(model, weighted, "sparse_categorical_crossentropy")
+    scores = old.layers.Lambda(lambda x: x[..., 0])(x)
+    fit_sizes(old.models.Model(tokens, scores), [(x, 0.5 * x) for x, _ in flat])
+
+
+def test_sizes_that_the_model_has_are_known():
+    images = keras.Input((None, None, 3))
+    x = old.layers.Conv2D(2, 1)(images)
+    x = old.layers.GlobalAveragePooling2D()(x)
+    model = old.models.Model(images, old.layers.Dense(1)(x))
+    batches = [(np.ones((2, n, n, 3)), np.ones((2, 1))) for n in (1, 4)]
+    fit_sizes(model, batches)
+    several = old.models.Model(images, old.layers.Dense(4)(x))
+    fit_sizes(several, batches, "sparse_categorical_crossentropy")
+    [spec] = (
+        data.Batches(iter([(np.ones((2, 1)),)])).get_tf_dataset().element_spec
+    )
+    assert spec.shape.as_list() == [None, None]
+    batch = (np.ones((2, 1)), np.ones((2, 1)), np.ones(2))
+    specs = data.Batches(iter([batch])).get_tf_dataset().element_spec
+    assert [s.shape.as_list() for s in specs] == [
+        [None, None],
+        [None, 1],
+        [None],
+    ]
