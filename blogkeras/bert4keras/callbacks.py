@@ -61,6 +61,8 @@ class ReduceLROnPlateau(keras.callbacks.ReduceLROnPlateau):
     """`ReduceLROnPlateau` whose `mode="auto"` goes by the name."""
 
     def __init__(self, *args, **kwargs):
+        if "epsilon" in kwargs:  # its name in Keras 2.1, which Keras 3 ignores
+            kwargs["min_delta"] = kwargs.pop("epsilon")
         super().__init__(*args, **kwargs)
         self.mode = _direction(self.monitor, self.mode)
 

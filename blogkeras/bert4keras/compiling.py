@@ -43,7 +43,8 @@ def _map(items, change):
     if isinstance(items, dict):
         return {key: _map(item, change) for key, item in items.items()}
     if isinstance(items, (list, tuple)):
-        return [_map(item, change) for item in items]
+        changed = [_map(item, change) for item in items]
+        return tuple(changed) if isinstance(items, tuple) else changed
     return change(items)
 
 
@@ -59,11 +60,11 @@ def _seeing(function, prepare, rows=False):
     Under `rows` a single number counts as the value of each row: Keras 3 cannot
     weigh it.
     """
-    own = getattr(function, "__module__", None) or ""
+    module = getattr(function, "__module__", None) or ""
     known = (type, keras.metrics.Metric, keras.losses.Loss)
     if not callable(function) or isinstance(function, known):
         return function
-    if own.startswith("keras."):
+    if module.startswith("keras."):
         return function
 
     @functools.wraps(function)

@@ -121,8 +121,11 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
         )
     if name.endswith(_HDF5):
         with h5py.File(path, "r") as file:
-            if str(file.attrs.get("keras_version", "")).startswith("2."):
-                names.set_old_activations(model)
+            version = file.attrs.get("keras_version", "")
+        if isinstance(version, bytes):  # as Keras 2 writes it
+            version = version.decode()
+        if version.startswith("2."):
+            names.set_old_activations(model)
     if compile and name.endswith(_HDF5) and model.compiled:
         # The model is compiled again, by the names of the user's functions.
         with keras.saving.custom_object_scope(own or {}):

@@ -137,6 +137,8 @@ def test_mode_auto_goes_by_the_name(monitor, mode, tmp_path):
         assert callback.mode == mode
     opposite = {"min": "max", "max": "min"}[mode]
     assert old.callbacks.EarlyStopping(monitor, mode=opposite).mode == opposite
+    plateau = old.callbacks.ReduceLROnPlateau(monitor, epsilon=0.5)
+    assert plateau.min_delta == 0.5
 
 
 def test_callbacks_monitor_metrics_of_functions(tmp_path):
