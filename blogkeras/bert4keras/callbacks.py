@@ -42,7 +42,10 @@ class Callback(keras.callbacks.Callback):
 
 
 def _direction(monitor, mode):
-    """Keras 2's meaning of `mode="auto"`: only accuracies shall be large."""
+    """Keras 2's meaning of `mode="auto"`: only accuracies shall be large.
+
+    Its `ModelCheckpoint` knew the old metric `fmeasure`, too; all do here.
+    """
     if mode != "auto":
         return mode
     large = "acc" in monitor or monitor.startswith("fmeasure")

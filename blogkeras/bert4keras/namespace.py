@@ -163,6 +163,10 @@ def make_keras():
                 keras.layers.GRUCell, reset_after=False
             ),
             "CuDNNGRU": _with_activations(keras.layers.GRU),
+            "ConvLSTM2D": _with_activations(
+                keras.layers.ConvLSTM2D,
+                recurrent_activation=names.old_hard_sigmoid,
+            ),
             **_LAYERS,
             **layers.MERGES,
         },

@@ -128,7 +128,7 @@ def worse(y_true, y_pred):
     ],
 )
 def test_mode_auto_goes_by_the_name(monitor, mode, tmp_path):
-    """The rule of callbacks.py of Keras 2.3.1."""
+    """The rule of `ModelCheckpoint` of callbacks.py of Keras 2.3.1."""
     for callback in (
         old.callbacks.EarlyStopping(monitor),
         old.callbacks.ReduceLROnPlateau(monitor),

@@ -370,6 +370,16 @@ def test_hard_sigmoid_in_a_file(version, tmp_path):
     np.testing.assert_allclose(activated, [[[gate]]], rtol=1e-5)
 
 
+def test_activations_inside_of_recurrent_layers_by_default():
+    """Those of recurrent.py and convolutional_recurrent.py of Keras 2.3.1."""
+    old, sigmoid = keras_of_scripts.layers, keras.activations.sigmoid
+    assert old.LSTM(2).recurrent_activation is sigmoid
+    layer = old.ConvLSTM2D(2, 1)
+    assert layer.cell.recurrent_activation(tf.constant(1.0)) == np.float32(0.7)
+    layer = old.ConvLSTM2D(2, 1, recurrent_activation="sigmoid")
+    assert layer.cell.recurrent_activation is sigmoid
+
+
 def test_gru_resets_before_the_product():
     """The default of recurrent.py of Keras 2.3.1."""
     rng = np.random.default_rng(0)
