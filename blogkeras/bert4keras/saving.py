@@ -22,6 +22,7 @@ from keras._tf_keras.keras import losses as legacy_losses
 from keras.src.legacy.saving import legacy_h5_format
 
 from blogkeras.bert4keras import names
+from blogkeras.bert4keras.optimizers import OPTIMIZERS
 
 _HDF5 = (".h5", ".hdf5")
 
@@ -110,6 +111,10 @@ def load_model(filepath, custom_objects=None, compile=True, safe_mode=False):
             for key in ("Model", "Sequential")
         }
         known["Functional"] = known["Model"]
+        # Keras looks for optimizers by names in small letters. Those of Keras 2
+        # have arguments that Keras 3's do not know, such as `lr` and `decay`.
+        for key, optimizer in OPTIMIZERS.items():
+            known[key.lower()] = optimizer
         custom_objects = {
             **_loss_functions(),
             **known,

@@ -1,5 +1,6 @@
 """Models, data, files and callbacks of old scripts, on Keras 3."""
 
+import json
 import zipfile
 
 import h5py
@@ -249,6 +250,37 @@ def test_errors_of_weights_files(tmp_path):
         model.load_weights(tmp_path / "damaged")
     with pytest.raises(FileNotFoundError, match="none"):
         model.load_weights(tmp_path / "none")
+
+
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
+@pytest.mark.filterwarnings("ignore:The state of the optimizer")
+@pytest.mark.parametrize("rate", ["lr", "learning_rate"])
+def test_a_compiled_model_that_keras_2_has_saved(rate, tmp_path):
+    """The compilation as Keras 2.2 and 2.3.1 wrote it, with the state."""
+    model = network(optimizer="adam")
+    model.fit([IDS, IDS], TARGETS, verbose=0)
+    model.save(tmp_path / "a.h5")
+    config = {rate: 0.25, "beta_1": 0.5, "beta_2": 0.75}
+    config |= {"decay": 0.125, "epsilon": 1e-7, "amsgrad": False}
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        file.attrs["keras_version"] = b"2.3.1"
+        file.attrs["training_config"] = json.dumps(
+            {
+                "optimizer_config": {"class_name": "Adam", "config": config},
+                "loss": "mean_squared_error",
+                "metrics": ["accuracy"],
+                "sample_weight_mode": None,
+                "loss_weights": None,
+            }
+        ).encode()
+        del file["optimizer_weights"]
+        state = file.create_group("optimizer_weights")
+        state["iterations"] = np.int64(3)
+        state.attrs["weight_names"] = [b"iterations"]
+    optimizer = old.models.load_model(tmp_path / "a.h5").optimizer
+    assert type(optimizer) is old.optimizers.Adam
+    assert (float(optimizer.lr), optimizer.decay) == (0.25, 0.125)
+    assert (optimizer.beta_1, optimizer.beta_2) == (0.5, 0.75)
 
 
 @pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5")
