@@ -1,6 +1,7 @@
 """What one output of a model means, and how far two predictions are apart."""
 
 import dataclasses
+import math
 
 import keras
 from keras import ops
@@ -74,9 +75,8 @@ class OutputMeaning:
             return ops.mean(ops.square(target - output), axis=-1)
         f = target_meaning._log_probabilities(target, temperature)
         g = self._log_probabilities(output, temperature)
-        kl = sum(
-            ops.exp(p) * (p - q) for p, q in zip(f, g, strict=True)
-        )  # of each class, or of each label
+        # Of each class, or of each label.
+        kl = sum(_share(p, q) for p, q in zip(f, g, strict=True))
         total = ops.sum if self.kind == "softmax" else ops.mean
         return temperature**2 * total(kl, axis=-1)
 
@@ -186,3 +186,13 @@ class OutputMeaning:
             output = ops.log(output) - ops.log1p(-output)
         output = output / temperature
         return [ops.log_sigmoid(output), ops.log_sigmoid(-output)]
+
+
+def _share(log_p, log_q):
+    """p log p/q from logarithms, and 0 where p is 0."""
+    # Of p = 0 the difference may be that of two infinities. It is replaced
+    # before it is formed, so that its gradient is no NaN either.
+    possible = log_p > -math.inf
+    log_p = ops.where(possible, log_p, 0.0)
+    log_q = ops.where(possible, log_q, 0.0)
+    return ops.exp(log_p) * (log_p - log_q)

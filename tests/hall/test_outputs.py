@@ -323,6 +323,24 @@ def test_certain_predictions_are_finite(kind):
     assert np.isfinite(hard).all()
 
 
+@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
+def test_logits_of_minus_infinity(kind):
+    """Classes that are masked out have no share in the divergence."""
+    meaning = OutputMeaning(kind, True)
+    z, s = Z.copy(), S.copy()
+    z[..., 1] = s[..., 1] = -np.inf
+    z[..., 2] = -np.inf  # certain in the target alone
+    expected = EXPECTED[kind](z, s)
+    np.testing.assert_allclose(value(meaning.divergence(z, s)), expected, 1e-5)
+    _, gradients = backend.value_and_grad(
+        lambda args: (ops.sum(meaning.divergence(*args)), None),
+        (ops.convert_to_tensor(z), ops.convert_to_tensor(s)),
+    )
+    assert all(np.isfinite(value(g)).all() for g in gradients)
+    features = value(meaning.features(z))
+    assert np.isfinite(features).all()
+
+
 @pytest.mark.parametrize("kind", outputs.KINDS)
 def test_features_are_half_a_squared_length(kind):
     """By a small step: D(f, f + δ) / (½ ‖Δφ‖²) tends to 1."""
