@@ -280,13 +280,19 @@ class Hook:
         if self.method.site != self._kind:
             self._kind = self.method.site
             self._site = self._find(objective.model)
-        changes = vars(self.method)["_version"]
+        # The method, and an attack that it holds.
+        changes = {
+            part: vars(part)["_version"]
+            for part in (self.method, *vars(self.method).values())
+            if isinstance(part, AdversarialMethod)
+        }
         try:
             return self.method.gradients(objective, weights, self._site)
         finally:
             # An attribute that the method itself sets in a step does not count
             # as a change.
-            object.__setattr__(self.method, "_version", changes)
+            for part, version in changes.items():
+                object.__setattr__(part, "_version", version)
 
 
 class Attack(AdversarialMethod):

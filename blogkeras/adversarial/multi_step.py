@@ -29,7 +29,7 @@ from blogkeras.arguments import check_boolean
 class PGD(Attack):
     """Projected gradient descent: FGM in several steps.
 
-    From δ₀ = 0, or a random point of the ball, for `steps` steps:
+    From δ₀ = 0, or a random one, for `steps` steps:
 
         δ ← Π (δ + α g(E + δ) / ‖g‖)
 
@@ -44,8 +44,9 @@ class PGD(Attack):
         steps: Integer ≥ 1.
         step_size: Float, as a share of ε. Defaults to 2.5 / steps, which can
             cross the ball.
-        random_start: Boolean. Start at a random point of the ball; needs a
-            site of positions, since noise on a matrix mostly falls on tokens
+        random_start: Boolean. Start at a random δ₀ of norm ε; with
+            `norm_scope="coordinate"` at one that is uniform in the cube. Needs
+            a site of positions, since noise on a matrix mostly falls on tokens
             that are not in the batch.
         norm_scope: `"batch"`, `"sample"`, `"token"` or `"coordinate"`: what
             shares one norm. With `"coordinate"` the ball is that of the maximum

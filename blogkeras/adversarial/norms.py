@@ -84,10 +84,7 @@ def norms(tensors, scope, site):
     if scope == "coordinate":
         return [ops.abs(x) for x in tensors]
     if scope == "token":
-        return [
-            ops.sqrt(ops.sum(ops.square(x), axis=-1, keepdims=True))
-            for x in tensors
-        ]
+        return [_length_of_rows(x) for x in tensors]
     found = []
     for group in site.groups(tensors):
         if scope == "sample":
@@ -95,7 +92,7 @@ def norms(tensors, scope, site):
             norm = sample_norms(together)
             found += [per_sample(norm, x) for x in together]
         else:
-            norm = ops.sqrt(squared_length(group))
+            norm = _length_of_group(group)
             found += [norm for _, part in group for _ in part]
     return found
 
@@ -120,12 +117,56 @@ def sample_norms(tensors):
             'norm_scope="token". Received: tensors of shapes '
             f"{[tuple(x.shape) for x in tensors]}"
         )
-    return ops.sqrt(
+    axes = [tuple(range(1, len(x.shape))) for x in tensors]
+    largest = _largest(
+        _largest_value(x, axis) for x, axis in zip(tensors, axes, strict=True)
+    )
+    return largest * ops.sqrt(
         sum(
-            ops.sum(ops.square(x), axis=tuple(range(1, len(x.shape))))
-            for x in tensors
+            ops.sum(ops.square(x / per_sample(largest, x)), axis)
+            for x, axis in zip(tensors, axes, strict=True)
         )
     )
+
+
+def length(x):
+    """The Euclidean norm of a tensor, scalar."""
+    largest = _largest([_largest_value(x)])
+    return largest * ops.sqrt(ops.sum(ops.square(x / largest)))
+
+
+def _length_of_rows(x):
+    largest = _largest([_largest_value(x, -1, keepdims=True)])
+    squares = ops.sum(ops.square(x / largest), -1, keepdims=True)
+    return largest * ops.sqrt(squares)
+
+
+def _length_of_group(group):
+    """The square root of `squared_length`."""
+    values = []
+    for site, tensors in group:
+        value = functools.reduce(ops.maximum, map(_largest_value, tensors))
+        # The sum over the replicas is as good: it is at most their number
+        # times the largest.
+        values.append(value if site.shared else backend.all_reduce_sum(value))
+    largest = _largest(values)
+    parts = [(site, [x / largest for x in tensors]) for site, tensors in group]
+    return largest * ops.sqrt(squared_length(parts))
+
+
+def _largest_value(x, axis=None, keepdims=False):
+    return ops.max(ops.abs(x), axis, keepdims, initial=0.0)
+
+
+def _largest(values):
+    """The largest of several tensors of absolute values; 1 where it is 0.
+
+    A norm is computed of tensors divided by it. In float32 the squares of
+    numbers below 1e-22 would be zero, such as the gradients of a sample that is
+    predicted with certainty, and those of numbers above 1e19 infinite.
+    """
+    largest = functools.reduce(ops.maximum, values)
+    return ops.where(largest > 0, largest, ops.ones_like(largest))
 
 
 def per_sample(values, x):

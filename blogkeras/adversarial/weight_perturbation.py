@@ -9,7 +9,7 @@ from blogkeras.adversarial.base import (
     AdversarialMethod,
     Attack,
 )
-from blogkeras.adversarial.norms import at_least_float32
+from blogkeras.adversarial.norms import at_least_float32, length
 
 
 def _check_attack(name, value):
@@ -104,8 +104,9 @@ class AdversarialWeightPerturbation(AdversarialMethod):
 
     @property
     def version(self):
+        # A pair, since in a sum changes of the two could cancel.
         attack = self.attack
-        return super().version + (0 if attack is None else attack.version)
+        return super().version, None if attack is None else attack.version
 
     def find_site(self, model, name=None, padding_mask=None):
         if self.attack is not None:
@@ -162,9 +163,9 @@ def _uphill(weight, gradient, strength):
     # All replicas have the same weights, and so the same step.
     g = backend.all_reduce_sum(at_least_float32(backend.dense(gradient)))
     w = ops.cast(weight, g.dtype)
-    length = ops.sqrt(ops.sum(ops.square(g)))
-    usable = ops.logical_and(length > 0, ops.isfinite(length))
-    size = ops.cast(strength, g.dtype) * ops.sqrt(ops.sum(ops.square(w)))
-    share = size / ops.where(usable, length, ops.ones_like(length))
-    step = ops.where(usable, share * g, ops.zeros_like(g))
+    norm = length(g)
+    usable = ops.logical_and(norm > 0, ops.isfinite(norm))
+    direction = g / ops.where(usable, norm, ops.ones_like(norm))
+    size = ops.cast(strength, g.dtype) * length(w)
+    step = ops.where(usable, size * direction, ops.zeros_like(g))
     return ops.cast(w + step, weight.dtype)

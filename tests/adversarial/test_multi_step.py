@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import toy
 from adversarial_reference import LABELS, TOKENS, compiled, small_model
-from keras import layers
+from keras import layers, ops
 
 import blogkeras
 from blogkeras import FGM, FGSM, PGD, FreeLB, GradientPenalty
+from blogkeras.adversarial import norms
+from blogkeras.adversarial.sites import Site
 
 MASK = (TOKENS != 0)[..., None]
 
@@ -293,6 +295,46 @@ def test_bad_arguments(make, message):
 def test_methods_that_do_not_fit_the_site(method, message):
     with pytest.raises(ValueError, match=message):
         blogkeras.adversarial_training(toy.classifier(), method=method)
+
+
+@pytest.mark.parametrize("scope", ["batch", "sample", "token"])
+def test_tiny_gradients_have_a_direction(scope):
+    """Their squares are zero in float32, those of huge ones infinite."""
+    axis = {"batch": None, "sample": (1, 2), "token": -1}[scope]
+    g = np.random.default_rng(0).normal(size=(3, 4, 2)).astype("float32")
+    expected = unit(g, axis)
+    for size in (1.0, 1e-27, 1e27):
+        tensors = [ops.convert_to_tensor(g * np.float32(size))]
+        [found] = norms.units(tensors, scope, Site())
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    for bad in (0.0, np.nan, np.inf, -np.inf):
+        [found] = norms.units([ops.full((3, 4, 2), bad)], scope, Site())
+        np.testing.assert_array_equal(found, np.zeros((3, 4, 2)))
+
+
+@pytest.mark.parametrize("scope", ["batch", "token"])
+def test_tiny_gradients_of_looked_up_rows_and_of_the_matrix(scope):
+    """A model that is sure of its labels, with gradients below 1e-22."""
+    found = []
+    for regularizer in (None, keras.regularizers.L2(0.0)):
+        tokens = keras.Input((4,), dtype="int32")
+        h = layers.Embedding(9, 3, embeddings_regularizer=regularizer)(tokens)
+        model = keras.Model(tokens, layers.Dense(1, use_bias=False)(h))
+        model.compile(keras.optimizers.SGD(0.0), tiny, run_eagerly=True)
+        rng = np.random.default_rng(0)
+        model.set_weights(
+            [rng.normal(size=(9, 3)), np.array([[1.0], [2.0], [2.0]])]
+        )
+        blogkeras.adversarial_training(model, method=FGM(1.0, scope))
+        loss = toy.batch_loss(model, TOKENS, LABELS)
+        blogkeras.plain_training(model)
+        found.append(loss - toy.batch_loss(model, TOKENS, LABELS))
+    assert found[0] > 1e-25
+    np.testing.assert_allclose(*found, rtol=1e-4)
+
+
+def tiny(y, y_pred):
+    return 1e-25 * ops.mean(y_pred, axis=(1, 2))
 
 
 def test_strings_are_shorthands():

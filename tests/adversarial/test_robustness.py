@@ -357,6 +357,11 @@ def test_samples_without_a_gradient_are_counted():
     assert result.column("loss") == [0.0, 0.0, 0.0]
 
 
+def test_samples_with_tiny_gradients_are_moved():
+    model = linear_model(lambda y, p: 1e-27 * p[:, 0], use_bias=False)
+    assert evaluated(model, X, np.zeros((7, 1)), batch_size=4).unmoved == 0
+
+
 def test_a_named_layer_or_input():
     a, b = keras.Input((3,), name="a"), keras.Input((3,), name="b")
     dense_a = layers.Dense(1, use_bias=False)
