@@ -30,7 +30,11 @@ from blogkeras.adversarial.norms import (
 from blogkeras.adversarial.penalty import second_order_gradients
 from blogkeras.arguments import check_choice
 from blogkeras.ops import masked_mean
-from blogkeras.outputs import check_output_arguments, read_outputs
+from blogkeras.outputs import (
+    check_output_arguments,
+    read_outputs,
+    spread_labels,
+)
 from blogkeras.state import draw_rows
 
 
@@ -95,9 +99,7 @@ class LabelFreeMethod(AdversarialMethod):
         """
         y_pred = evaluation.y_pred
         outputs = tree.flatten(y_pred)
-        labels = tree.flatten(objective.data[1])
-        if len(labels) != len(outputs):
-            labels = [None] * len(outputs)
+        labels = spread_labels(objective.model, y_pred, objective.data[1])
         return [
             (meaning, output, _counted(meaning, output, y, site))
             for meaning, output, y in zip(

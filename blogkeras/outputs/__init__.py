@@ -24,6 +24,7 @@ from blogkeras.outputs.structure import (
     output_losses,
     output_names,
     spread,
+    spread_labels,
 )
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "output_names",
     "read_outputs",
     "spread",
+    "spread_labels",
 ]

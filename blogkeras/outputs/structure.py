@@ -52,6 +52,17 @@ def output_losses(model, outputs, loss=None):
     return [[x for x in losses if x is not None] for losses in found]
 
 
+def spread_labels(model, outputs, y):
+    """The labels of each flat output, by name as the losses; else `None`."""
+    flat = tree.flatten(outputs)
+    if not tree.is_nested(y):
+        return [y if len(flat) == 1 else None] * len(flat)
+    try:
+        return spread(y, outputs, model, "y")
+    except ValueError:
+        return [None] * len(flat)
+
+
 def leaves(value):
     """The values in a list, tuple or dict; a single value as a list."""
     if isinstance(value, dict):

@@ -247,6 +247,42 @@ def test_rows_without_any_label_count_in_full():
     )
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_labels_by_name_are_those_of_their_outputs(swapped):
+    """A dict of labels is sorted by name, a list of outputs is not."""
+    inputs = keras.Input((3, 3))
+    names = ["second", "first"] if swapped else ["first", "second"]
+    model = keras.Model(
+        inputs,
+        [layers.Dense(4, use_bias=False, name=name)(inputs) for name in names],
+    )
+    loss = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, ignore_class=-1
+    )
+    model.compile(
+        keras.optimizers.SGD(0.0), {name: loss for name in names}, **CHEAPLY
+    )
+    V = RNG.normal(size=(3, 4))
+    model.get_layer("first").set_weights([W])
+    model.get_layer("second").set_weights([V])
+    x = RNG.normal(size=(2, 3, 3))
+    y = {
+        "first": np.array([[1, -1, -1], [0, 1, -1]]),
+        "second": np.array([[1, 2, 3], [0, -1, 2]]),
+    }
+    clean = toy.batch_loss(model, x, y)
+    method = Along(1.0)
+    method.step = np.ones((2, 3, 3))
+    blogkeras.adversarial_training(model, method=method)
+    expected = sum(
+        kl_classes(x @ w, (x + 1) @ w)[y[name] >= 0].mean()
+        for name, w in [("first", W), ("second", V)]
+    )
+    np.testing.assert_allclose(
+        toy.batch_loss(model, x, y) - clean, expected, rtol=1e-4
+    )
+
+
 def stability(kind, x, w):
     """½ Σ ‖∇φ‖² of one position, the second-order term of its divergence.
 
