@@ -387,7 +387,7 @@ def _method(method, epsilon):
     if epsilon is not None:
         epsilon = check_strength("epsilon", epsilon)
     if isinstance(method, AdversarialMethod):
-        if epsilon not in (None, 1.0, method.epsilon):
+        if epsilon not in (None, method.epsilon):
             raise ValueError(
                 "A method object carries its own strength: give `epsilon` to "
                 f"it alone. Received: epsilon={epsilon!r}, method={method!r}"

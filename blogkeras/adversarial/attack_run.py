@@ -368,10 +368,10 @@ def _forward(model, x, y, sample_weight):
     call = model.call if backend.BACKEND == "jax" else model
     y_pred = call(x, **_inference(model.call))
     loss = model.compute_loss(
-        x=x,
-        y=y,
-        y_pred=y_pred,
-        sample_weight=sample_weight,
+        x,
+        y,
+        y_pred,
+        sample_weight,
         **_inference(model.compute_loss),
     )
     model.compute_metrics(x, y, y_pred, sample_weight)

@@ -4,7 +4,7 @@ import inspect
 from typing import Any, NamedTuple
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.state import StepSeed
@@ -181,6 +181,7 @@ class Objective:
     def _loss_of(self, x, y, y_pred, sample_weight):
         model = self.model
         if self._loss is not None:
+            y, y_pred, sample_weight = map(_only, (y, y_pred, sample_weight))
             # Keras's losses are each replica's share of the mean.
             loss = self._loss(y, y_pred, sample_weight=sample_weight)
             for added in model.losses:
@@ -188,11 +189,12 @@ class Objective:
                 loss += added / backend.num_replicas()
             return loss
         self._require_loss()
+        # By position, as Keras does: an override may name them otherwise.
         return model.compute_loss(
-            x=x,
-            y=y,
-            y_pred=y_pred,
-            sample_weight=sample_weight,
+            x,
+            y,
+            y_pred,
+            sample_weight,
             **_training_argument(model.compute_loss),
         )
 
@@ -212,6 +214,18 @@ class Objective:
             if candidate is variable:
                 return index
         return None
+
+
+def _only(value):
+    """The one tensor, which may be in a list or dict."""
+    flat = tree.flatten(value)
+    if len(flat) != 1:
+        raise ValueError(
+            "Expected one output with one target, since `loss` is that of one: "
+            "compile a model of several outputs with their losses. Received: "
+            f"{len(flat)} tensors"
+        )
+    return flat[0]
 
 
 def _training_argument(fn):

@@ -129,6 +129,11 @@ def test_finds_the_embedding_of_a_keras_hub_model():
             "carries its own strength.*epsilon=0.5",
         ),
         (
+            two_towers,
+            {"epsilon": 1.0, "method": FGM(0.7)},
+            "carries its own strength.*epsilon=1.0",
+        ),
+        (
             lambda: two_towers(8),
             {"method": FGM(norm_scope="sample")},
             'needs site="output"',

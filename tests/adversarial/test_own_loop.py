@@ -404,6 +404,21 @@ def test_the_compiled_loss_of_several_outputs():
     np.testing.assert_allclose(value(result.loss), expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("structure", ["list", "dict"])
+def test_the_one_output_in_a_list_or_dict(structure):
+    x = keras.Input((2,))
+    dense = layers.Dense(1, use_bias=False, name="out")
+    wrap = {"list": lambda t: [t], "dict": lambda t: {"out": t}}[structure]
+    model = keras.Model(x, wrap(dense(x)))
+    dense.set_weights([np.array([[3.0], [4.0]])])
+    fn = adversarial_loss(model, "mse", FGM(0.0))
+    for y, weight in ((wrap(B), None), (B, np.ones(2, "float32"))):
+        result = fn(A, y, weight)
+        np.testing.assert_allclose(value(result.loss), (100 + 49) / 2)
+    with pytest.raises(ValueError, match=r"one output.*Received: 2 ten"):
+        fn(A, [B, B])
+
+
 def test_errors():
     with pytest.raises(ValueError, match="Received: loss=None"):
         adversarial_loss(linear())
