@@ -7,7 +7,7 @@ import keras
 
 from blogkeras import backend
 from blogkeras.training.parts import drop_parts, replace_parts, show_parts
-from blogkeras.training.steps import keep_state, make_step
+from blogkeras.training.steps import fill_variables, keep_state, make_step
 
 
 def install(model, hook):
@@ -121,6 +121,9 @@ def _keep_version(model, hook, train_function):
     def current(*args):
         if hook.version == version:
             return train_function(*args)
+        # On JAX, under a distribution, the new step takes the layout of the
+        # state from the variables, which Keras has emptied.
+        fill_variables(model, args[0])
         model.make_train_function(force=True)
         return model.train_function(*args)
 

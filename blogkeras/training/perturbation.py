@@ -18,8 +18,18 @@ class _StandIn:
 
     def __init__(self, layer, method):
         self.layer = layer
+        self.method = method
         self.call = getattr(layer, method)
+        # What the user may have set on this very layer.
+        self.own = layer.__dict__.get(method)
         self.users = 0
+
+    def leave(self):
+        """Gives the layer back what it had under the name."""
+        if self.own is None:
+            object.__delattr__(self.layer, self.method)
+        else:
+            object.__setattr__(self.layer, self.method, self.own)
 
     def __call__(self, *args, **kwargs):
         output = self.call(*args, **kwargs)
@@ -64,7 +74,7 @@ def perturbed(perturb):
             stand_in = layer.__dict__[method]
             stand_in.users -= 1
             if not stand_in.users:
-                object.__delattr__(layer, method)
+                stand_in.leave()
 
 
 def _after(first, second):

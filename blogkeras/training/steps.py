@@ -9,6 +9,7 @@ import keras
 from keras import ops, tree
 
 from blogkeras import backend
+from blogkeras.optimizers import SkipNonFinite
 from blogkeras.training.objective import Objective
 from blogkeras.training.parts import find_parts
 
@@ -48,7 +49,10 @@ if backend.BACKEND == "tensorflow":
                     sample_weight=_batch_size(x),
                 )
             if variables:
-                optimizer.apply(gradients, variables)
+                # As Keras does: some optimizers override it.
+                optimizer.apply_gradients(
+                    zip(gradients, variables, strict=True)
+                )
             logs = model.compute_metrics(x, y, evaluation.y_pred, sample_weight)
             if parts and tracker is not None:
                 logs = tracker.add_to(logs, parts)
@@ -59,6 +63,9 @@ if backend.BACKEND == "tensorflow":
     def keep_state(model, train_function):
         """The step itself, which assigns variables inside."""
         return train_function
+
+    def fill_variables(model, state):
+        """Nothing: variables have their values all the time."""
 
     def _build(model, x):
         # `fit` on TensorFlow builds layers and optimizer inside the step, but
@@ -84,6 +91,8 @@ if backend.BACKEND == "tensorflow":
         """Raises for two kinds of optimizers that fail in Keras's own `fit`."""
         if backend.num_replicas() == 1:
             return
+        if isinstance(optimizer, SkipNonFinite):
+            optimizer = optimizer.inner_optimizer
         if optimizer.gradient_accumulation_steps:
             raise ValueError(
                 "Keras cannot accumulate gradients under a TensorFlow "
@@ -190,6 +199,18 @@ elif backend.BACKEND == "jax":
                 raise
 
         return kept
+
+    def fill_variables(model, state):
+        """Gives the variables the values of a step's state, within `fit`."""
+        variables = (
+            model.trainable_variables,
+            model.non_trainable_variables,
+            model.optimizer.variables,
+            model.metrics_variables,
+        )
+        for part, values in zip(variables, state, strict=True):
+            for variable, value in zip(part, values, strict=True):
+                variable.assign(value)
 
 
 def _parts(objective, evaluation):

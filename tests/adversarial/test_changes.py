@@ -16,11 +16,13 @@ import blogkeras
 from blogkeras import (
     FGM,
     PGD,
+    AdversarialWeightPerturbation,
     FreeLB,
     GradientPenalty,
     NoiseStability,
     VirtualAdversarialTraining,
     adversarial_training,
+    backend,
 )
 
 
@@ -77,6 +79,34 @@ def test_a_strength_changed_by_a_callback_holds_in_the_same_fit(linear):
     np.testing.assert_allclose(
         strengths(linear, Climb()), [0, 1, 2, 3], atol=1e-5
     )
+
+
+@pytest.mark.skipif(TENSORFLOW, reason="keras.distribution is JAX's")
+def test_a_strength_changed_by_a_callback_under_a_distribution():
+    method = FGM(9.0, norm_scope="sample", site="output")
+
+    class Climb(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            method.epsilon = self.model.count
+            self.model.count += 1
+
+    with backend.distribution().scope():
+        model = make_linear()
+        model.count = 0
+        adversarial_training(model, method=method)
+        losses = model.fit(
+            np.ones((4, 3)),
+            np.zeros((4, 1)),
+            batch_size=2,
+            epochs=2,
+            verbose=0,
+            callbacks=[Climb()],
+        ).history["loss"]
+    np.testing.assert_allclose(
+        (np.array(losses) - CLEAN) / NORM, [0.5, 2.5], atol=1e-5
+    )
+    assert model.optimizer.iterations == 4
+    np.testing.assert_allclose(model.get_weights()[0][:, 0], [3, 0, 4])
 
 
 def test_a_callback_may_install_and_uninstall(linear):
@@ -156,6 +186,34 @@ def test_what_a_method_notes_down_compiles_nothing_anew(linear):
     for _ in range(4):
         strength(linear)
     assert method.traces <= 2
+
+
+def test_changes_of_an_attack_inside_do_not_cancel():
+    method = AdversarialWeightPerturbation(0.0, FGM(1.0))
+    other = FGM(2.0)
+    method.attack.epsilon = 3.0
+    before = method.version
+    method.attack = other
+    assert method.version != before
+
+
+def test_what_an_attack_inside_notes_down_compiles_nothing_anew(linear):
+    class Noting(FGM):
+        traces = 0
+
+        def perturbation(self, *args):
+            self.traces = self.traces + 1
+            return super().perturbation(*args)
+
+    attack = Noting(1.0)
+    adversarial_training(
+        linear, method=AdversarialWeightPerturbation(0.0, attack)
+    )
+    for _ in range(4):
+        strength(linear)
+    assert attack.traces <= 2
+    attack.epsilon = 2.0
+    np.testing.assert_allclose(strength(linear), 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,15 @@ def test_learning_rate_is_the_inner_one():
     assert float(SkipNonFinite(scaled).scale_loss(ops.ones(()))) == 8
 
 
+def test_what_is_excluded_from_decay_is_so_inside():
+    guarded = SkipNonFinite(keras.optimizers.AdamW(0.1, weight_decay=0.5))
+    guarded.exclude_from_weight_decay(var_names=["bias"])
+    kernel, bias = (keras.Variable([1.0], name=n) for n in ("kernel", "bias"))
+    guarded.apply([ops.zeros(1), ops.zeros(1)], [kernel, bias])
+    np.testing.assert_allclose(value(kernel), [0.95], rtol=1e-6)
+    np.testing.assert_array_equal(value(bias), [1.0])
+
+
 @pytest.mark.parametrize("bad", [None, 1, "no_such_optimizer", keras.Model])
 def test_bad_arguments(bad):
     with pytest.raises(ValueError, match=r"Expected a Keras|identifier"):

@@ -1,5 +1,6 @@
 """The train step in place: plain fit to the bit, and nothing left behind."""
 
+import contextlib
 import pickle
 
 import keras
@@ -10,6 +11,7 @@ from keras import layers, ops
 from kit import replica_run, replicated
 
 from blogkeras import backend, training
+from blogkeras.optimizers import SkipNonFinite
 
 TENSORFLOW = backend.BACKEND == "tensorflow"
 
@@ -122,6 +124,28 @@ def test_equals_fit_with_class_weight():
 
 def test_equals_fit_with_own_compute_loss():
     assert_identical(lambda: eager(toy.classifier(toy.OwnLoss)))
+
+
+class OwnNames(keras.Model):
+    """Its `compute_loss` has names of its own for the arguments."""
+
+    def compute_loss(self, inputs, targets, outputs, weights):
+        return super().compute_loss(inputs, targets, outputs, weights)
+
+
+def test_compute_loss_with_names_of_its_own():
+    assert_identical(lambda: eager(toy.classifier(OwnNames)))
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="Keras's JAX step does not call it")
+def test_an_optimizer_with_its_own_apply_gradients():
+    class Half(keras.optimizers.SGD):
+        def apply_gradients(self, grads_and_vars):
+            return super().apply_gradients(
+                [(0.5 * g, v) for g, v in grads_and_vars]
+            )
+
+    assert_identical(lambda: eager(toy.classifier(), Half(0.1)), epochs=1)
 
 
 def nested():
@@ -320,6 +344,31 @@ def test_perturbed_output():
     np.testing.assert_allclose(evaluated(model, hook)["loss"], 2, atol=1e-5)
     assert set(seen) == {5}
     assert "call" not in vars(embedding)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_call_set_on_the_layer_stays(fails):
+    model = mean_token_model()
+    embedding = model.get_layer("embedding")
+    call = embedding.call
+
+    def own(inputs):
+        return 2 * call(inputs)
+
+    def add(output, inputs):
+        if fails:
+            raise KeyboardInterrupt
+        return output + 1
+
+    embedding.call = own
+    clean, moved = float(ops.max(embedding(toy.TOKENS))), None
+    with contextlib.suppress(KeyboardInterrupt):
+        with training.perturbed({embedding: add}):
+            with training.perturbed({embedding: add}):
+                moved = float(ops.max(embedding(toy.TOKENS)))
+    if not fails:
+        np.testing.assert_allclose(moved, clean + 2, rtol=1e-6)
+    assert vars(embedding)["call"] is own
 
 
 def test_other_data():
@@ -539,6 +588,9 @@ def test_two_replicas():
     "optimizer",
     [
         lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+        lambda: SkipNonFinite(
+            keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+        ),
         lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1)),
     ],
 )
