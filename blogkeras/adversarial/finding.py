@@ -114,8 +114,8 @@ class DeferredSite(Site):
     def mask(self, tensors):
         return self._site.mask(tensors)
 
-    def padding(self):
-        return self._site.padding()
+    def padding(self, shape):
+        return self._site.padding(shape)
 
     def merge(self, objective, gradients, point_gradients):
         return self._site.merge(objective, gradients, point_gradients)

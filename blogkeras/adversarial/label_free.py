@@ -120,9 +120,9 @@ class LabelFreeMethod(AdversarialMethod):
 def _counted(meaning, output, y, site):
     counted = meaning.positions(output)
     if counted is None and len(output.shape) > 2:
-        mask = site.padding()
-        if mask is not None and mask.shape == output.shape[:-1]:
-            counted = mask
+        possible = site.padding(tuple(output.shape)[:-1])
+        if len(possible) == 1:
+            (counted,) = possible.values()
     if meaning.ignore_class is None or y is None or len(output.shape) < 3:
         return counted
     known = meaning.positions(ops.stop_gradient(output), y)

@@ -13,6 +13,7 @@ from blogkeras.adversarial.survey import (
     mask_of_positions,
     try_survey_step,
 )
+from blogkeras.arguments import shapes_agree
 
 # Names of inputs that are 1 at real positions and 0 at padding.
 _NAME = re.compile(
@@ -29,7 +30,8 @@ class Padding:
     a mask that the model gives to a layer together with a tensor that depends
     on the same input (`MultiHeadAttention(attention_mask=...)`,
     `LSTM(mask=...)`, the mask behind a `Masking` layer); an input that is a
-    mask by its name (`"padding_mask"`, `"attention_mask"`).
+    mask by its name (`"padding_mask"`, `"attention_mask"`) and, where the name
+    says of which inputs (`"encoder_padding_mask"`), of the right one.
 
     Args:
         name: String, the name of the input that is 1 at real positions and 0 at
@@ -39,7 +41,8 @@ class Padding:
     def __init__(self, name=None):
         self.name = name
         self._sources = None  # for each tensor, a `MaskSource` or an index
-        self._names = None  # of the inputs that they were found for
+        self._partial = None  # for each, whether it is of some inputs alone
+        self._present = None  # the inputs that they were found for
         self._step = threading.local()  # a thread for each replica
 
     @property
@@ -50,15 +53,37 @@ class Padding:
     def inputs(self, objective):
         """The indices of the inputs that are masks, and their names."""
         found = {}
+        flat = tree.flatten(objective.data[0])
         for index, leaf in enumerate(
             describe(objective.model, objective.data[0])
         ):
             for name in leaf.names:
-                if name == self.name or (
-                    self.name is None and _NAME.match(name)
+                if flat[index] is not None and (
+                    name == self.name
+                    or (self.name is None and _NAME.match(name))
                 ):
                     found.setdefault(index, name)
         return found
+
+    def of_output(self, shape):
+        """The masks that an output of the model may have, by their sources.
+
+        Of a model with two sequences, a source and a target, the padding of one
+        is not that of the other, though they may have one length.
+
+        Args:
+            shape: The shape of the output without its last axis.
+
+        Returns:
+            Dict. A value is `None` where a tensor of the site that has the
+            positions of the output has no mask, or one that may be that of
+            another input.
+        """
+        return {
+            key: mask
+            for key, mask, positions in getattr(self._step, "found", ())
+            if shapes_agree(positions, shape)
+        }
 
     @contextlib.contextmanager
     def watch(self, objective):
@@ -117,25 +142,46 @@ class Padding:
             inputs_of: Function of a `Survey` that returns for each tensor the
                 set of inputs that it depends on.
         """
-        names = [x.names for x in describe(objective.model, objective.data[0])]
-        if self._sources is None or names != self._names:
-            self._names = names
+        flat = tree.flatten(objective.data[0])
+        present = [
+            None if value is None else leaf.names
+            for value, leaf in zip(
+                flat,
+                describe(objective.model, objective.data[0]),
+                strict=True,
+            )
+        ]
+        if self._sources is None or present != self._present:
+            self._present = present
             self._sources = self._find(
                 objective, weights, tensors, carried, inputs_of
             )
             if self.needs_pass:
                 with self.watch(objective) as watch:
                     objective(weights, perturb=watch({}))
-        flat = tree.flatten(objective.data[0])
+            self._partial = [
+                isinstance(source, int) and self._is_partial(objective, source)
+                for source in self._sources
+            ]
         found = []
-        for mask, source in zip(carried, self._sources, strict=True):
-            if source is None:
-                found.append(mask)
-            elif isinstance(source, int):
-                found.append(mask_of_positions(flat[source]))
-            else:
-                found.append(self._step.seen.get(_key(source)))
-        return [None if m is None else ops.cast(m, "bool") for m in found]
+        self._step.found = []
+        for tensor, mask, source, partial in zip(
+            tensors, carried, self._sources, self._partial, strict=True
+        ):
+            key = None if mask is None else id(mask)
+            if isinstance(source, int):
+                key, mask = source, mask_of_positions(flat[source])
+            elif source is not None:
+                key = _key(source)
+                mask = self._step.seen.get(key)
+            if mask is not None:
+                mask = ops.cast(mask, "bool")
+            found.append(mask)
+            positions = tuple(tensor.shape)[:-1]
+            if mask is not None:
+                positions = tuple(mask.shape)
+            self._step.found.append((key, None if partial else mask, positions))
+        return found
 
     def _find(self, objective, weights, tensors, carried, inputs_of):
         """The source of each mask that the tensor itself does not have."""
@@ -164,23 +210,26 @@ class Padding:
             for index, name in self.inputs(objective).items()
             if _fits(flat[index].shape, tensor)
         }
+        described = describe(objective.model, objective.data[0])
         if self.name is not None:
             if not names:
-                leaves = describe(objective.model, objective.data[0])
                 raise ValueError(
                     "Expected `padding_mask` to be the name of an input of "
                     "shape (batch, positions), the first axes of what is "
                     f"perturbed, {tuple(tensor.shape)}. Received: "
                     f"padding_mask={self.name!r}; inputs "
-                    f"{[leaf.names for leaf in leaves]}"
+                    f"{[leaf.names for leaf in described]}"
                 )
             return next(iter(names))
         for source in () if survey is None or not leaves else survey.masks:
             if leaves <= source.leaves and _fits(source.shape, tensor):
                 return source
+        if leaves and len(names) == 1:
+            (index,) = names
+            fits = leaves & self._owners(objective, index)
+            return index if fits else None
         if len(names) > 1:
             # "encoder_token_ids" goes with "encoder_padding_mask".
-            described = describe(objective.model, objective.data[0])
             own = [name for i in leaves for name in described[i].names]
             names = {
                 index: name
@@ -189,6 +238,41 @@ class Padding:
                 and _prefix(name)
             }
         return next(iter(names)) if len(names) == 1 else None
+
+    def _is_partial(self, objective, index):
+        """Whether a mask is, by its name, that of some sequences alone."""
+        sequences = self._sequences(objective, index)
+        return self._owners(objective, index) != sequences
+
+    def _owners(self, objective, index):
+        """The inputs that have the padding of a mask; all, if none is named."""
+        described = describe(objective.model, objective.data[0])
+        prefixes = {
+            _prefix(name)
+            for name in described[index].names
+            if _NAME.match(name)
+        } - {""}
+        sequences = self._sequences(objective, index)
+        owners = {
+            i
+            for i in sequences
+            for name in described[i].names
+            if any(map(name.startswith, prefixes))
+        }
+        return owners or sequences
+
+    def _sequences(self, objective, index):
+        """The inputs with the positions of a mask that are no masks."""
+        described = describe(objective.model, objective.data[0])
+        flat = tree.flatten(objective.data[0])
+        shape = tuple(flat[index].shape)
+        return {
+            i
+            for i, value in enumerate(flat)
+            if value is not None
+            and shapes_agree(tuple(value.shape)[: len(shape)], shape)
+            and not any(map(_NAME.match, described[i].names))
+        }
 
 
 def _fits(shape, tensor):

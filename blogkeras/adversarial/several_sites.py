@@ -50,9 +50,14 @@ class SeveralSites(Site):
             x for site, part in self._pairs(tensors) for x in site.mask(part)
         ]
 
-    def padding(self):
-        masks = (site.padding() for site in self.sites)
-        return next((mask for mask in masks if mask is not None), None)
+    def padding(self, shape):
+        # Of words and of positions, the positions alone have no padding.
+        return {
+            key: mask
+            for site in self.sites
+            for key, mask in site.padding(shape).items()
+            if key is not None
+        }
 
     def merge(self, objective, gradients, point_gradients):
         for site, part in self._pairs(point_gradients):

@@ -50,9 +50,17 @@ class Site:
         """Zero where nothing may be perturbed (padding), else unchanged."""
         return tensors
 
-    def padding(self):
-        """The mask of the positions in this step, boolean, or `None`."""
-        return None
+    def padding(self, shape):
+        """The masks of positions in this step that an output may have.
+
+        Args:
+            shape: The shape of the output without its last axis.
+
+        Returns:
+            Dict, as `Padding.of_output` gives it. The mask is known where there
+            is one alone.
+        """
+        return {}
 
     def merge(self, objective, gradients, point_gradients):
         """Gradients of the weights, where those at the point are some of them.
@@ -146,8 +154,8 @@ class OutputSite(Site):
     def mask(self, tensors):
         return masked(tensors, self._step.masks)
 
-    def padding(self):
-        return self._step.masks[0]
+    def padding(self, shape):
+        return self._padding.of_output(shape)
 
     @property
     def place(self):
@@ -378,8 +386,8 @@ class InputSite(Site):
     def mask(self, tensors):
         return masked(tensors, self._step.masks)
 
-    def padding(self):
-        return self._step.masks[0]
+    def padding(self, shape):
+        return self._padding.of_output(shape)
 
 
 def path_of(layer, model):

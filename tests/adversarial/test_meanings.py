@@ -283,6 +283,91 @@ def test_labels_by_name_are_those_of_their_outputs(swapped):
     )
 
 
+@pytest.mark.skipif(not TENSORFLOW, reason="JAX knows all shapes")
+def test_a_mask_of_an_output_of_unknown_length():
+    import tensorflow as tf
+
+    class Forgets(layers.Layer):
+        def call(self, x):
+            shape = (None, None, 4)
+            return tf.compat.v1.placeholder_with_default(x, shape)
+
+    model, data, y, mask = tagger(3, "attention_mask")
+    outputs = Forgets()(model.output)
+    model = keras.Model(model.input, outputs)
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        jit_compile=False,
+    )
+    clean = toy.batch_loss(model, data, y)
+    method = Along(1.0)
+    method.step = np.ones((3, 3, 3))
+    blogkeras.adversarial_training(model, "features", method=method)
+    x = data["features"][mask]
+    expected = kl_classes(x @ W, (x + 1) @ W).mean()
+    np.testing.assert_allclose(
+        toy.batch_loss(model, data, y) - clean, expected, rtol=1e-4
+    )
+
+
+class Everywhere(VirtualAdversarialTraining):
+    """One step up at every coordinate."""
+
+    def direction(self, objective, weights, site, origin, target):
+        return [ops.ones_like(x) for x in origin]
+
+
+class Unmasked(layers.Layer):
+    """Passes no mask on."""
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None
+
+    def call(self, x):
+        return x
+
+
+@pytest.mark.parametrize("told_by", ["mask_zero", "name", "attention"])
+def test_padding_of_one_sequence_is_not_that_of_another(told_by):
+    """Source and target have one length and one embedding."""
+    x = {
+        "source": np.array([[1, 0, 0], [2, 3, 0]], "int32"),
+        "target": np.array([[3, 4, 1], [2, 0, 0]], "int32"),
+    }
+    inputs = {n: keras.Input((3,), dtype="int32", name=n) for n in x}
+    embedding = layers.Embedding(5, 3, mask_zero=told_by == "mask_zero")
+    source, target = (embedding(inputs[name]) for name in x)
+    nothing = 0 * ops.sum(Unmasked()(source), axis=1, keepdims=True)
+    if told_by == "name":
+        name = "source_padding_mask"
+        inputs[name] = keras.Input((3,), dtype="int32", name=name)
+        x[name] = (x["source"] != 0).astype("int32")
+        nothing += 0 * ops.cast(inputs[name], "float32")[..., None]
+    if told_by == "attention":
+        for name, values in (("source", source), ("target", target)):
+            mask = ops.not_equal(inputs[name], 0)[:, None]
+            layer = layers.MultiHeadAttention(1, 2)
+            nothing += 0 * layer(values, values, attention_mask=mask)
+    dense = layers.Dense(4, use_bias=False)
+    model = keras.Model(inputs, dense(Unmasked()(target)) + nothing[..., :1])
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **CHEAPLY,
+    )
+    dense.set_weights([W])
+    y = np.ones((2, 3), "int32")
+    clean = toy.batch_loss(model, x, y)
+    blogkeras.adversarial_training(model, method=Everywhere(1.0))
+    (E,) = embedding.get_weights()
+    h = E[x["target"]]
+    expected = kl_classes(h @ W, (h + 1) @ W).mean()
+    np.testing.assert_allclose(
+        toy.batch_loss(model, x, y) - clean, expected, rtol=1e-4
+    )
+
+
 def stability(kind, x, w):
     """½ Σ ‖∇φ‖² of one position, the second-order term of its divergence.
 

@@ -290,6 +290,63 @@ def test_each_text_has_its_own_padding_mask():
     np.testing.assert_allclose(losses[1] - losses[0], gain, rtol=1e-4)
 
 
+def test_a_mask_of_one_of_two_texts_is_not_that_of_the_other():
+    inputs = {
+        name: keras.Input((5,), dtype="int32", name=name)
+        for name in ("src_ids", "tgt_ids", "src_padding_mask")
+    }
+    dense, embedding = layers.Dense(1, use_bias=False), layers.Embedding(7, 4)
+    texts = (inputs["src_ids"], inputs["tgt_ids"])
+    total = sum(ops.sum(dense(embedding(text)), axis=1) for text in texts)
+    model = keras.Model(inputs, total)
+    model.compile("sgd", mean_output, **CHEAPLY)
+    x = {
+        "src_ids": TOKENS,
+        "tgt_ids": TOKENS,
+        "src_padding_mask": (TOKENS != 0).astype("int32"),
+    }
+    losses = evaluate_robustness(
+        model, x, np.zeros(3), (0.0, 1.0), verbose=0
+    ).column("loss")
+    slope = np.linalg.norm(dense.get_weights()[0])
+    gain = slope * np.sqrt(REAL + 5).mean()
+    np.testing.assert_allclose(losses[1] - losses[0], gain, rtol=1e-4)
+
+
+class OptionalMask(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.embedding = layers.Embedding(7, 4)
+        self.dense = layers.Dense(1, use_bias=False)
+
+    def call(self, x):
+        h = self.dense(self.embedding(x["tokens"]))
+        mask = x["padding_mask"]
+        if mask is not None:
+            h = h * ops.cast(mask, h.dtype)[..., None]
+        return ops.sum(h, axis=1)
+
+
+def test_a_mask_that_is_left_out():
+    """It may be given in one batch and left out in the next."""
+    model = OptionalMask()
+    model.compile(keras.optimizers.SGD(0.0), mean_output, **CHEAPLY)
+    x = {"tokens": TOKENS, "padding_mask": None}
+    clean = one_step(model, x)
+    slope = np.linalg.norm(model.dense.get_weights()[0])
+    method = FGM(2.0, site="output")
+    blogkeras.adversarial_training(model, method=method)
+    gain = 2 * slope * np.sqrt(TOKENS.size) / 3
+    np.testing.assert_allclose(one_step(model, x) - clean, gain, rtol=1e-4)
+    x["padding_mask"] = (TOKENS != 0).astype("int32")
+    clean = one_step(blogkeras.plain_training(model), x)
+    blogkeras.adversarial_training(model, method=method)
+    gain = 2 * slope * np.sqrt(REAL.sum()) / 3
+    for mask in (x["padding_mask"], None, x["padding_mask"]):
+        found = one_step(model, {**x, "padding_mask": mask})
+    np.testing.assert_allclose(found - clean, gain, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
