@@ -248,7 +248,7 @@ class _Inference:
         x, y, sample_weight = self.data if data is None else data
         with (
             backend.RecordingScope([*self._mapping, *values]) as scope,
-            training.perturbed(perturb or {}),
+            training.perturbed(perturb or {}, model),
         ):
             loss, y_pred = _forward(model, x, y, sample_weight)
             updates = [_current(scope, v) for v in model.metrics_variables]

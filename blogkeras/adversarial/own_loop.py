@@ -91,6 +91,7 @@ class LossFunction:
         evaluation, gradients = self._hook(
             objective, [ops.stop_gradient(w) for w in weights]
         )
+        objective.check_gradients(weights, gradients)
         new = {id(v): value for v, value in objective.after(evaluation)}
         loss = backend.with_gradients(evaluation.loss, weights, gradients)
         result = LossResult(

@@ -59,6 +59,19 @@ def value_and_grad(fn, args, unconnected="zero"):
     return _framework.value_and_grad(fn, args, unconnected)
 
 
+def gradients_of_variables(fn, variables):
+    """The gradients of `fn()` as Keras computes them, TensorFlow only.
+
+    Args:
+        fn: Function without arguments that reads variables, to a scalar.
+        variables: List of Keras variables.
+
+    Returns:
+        List of tensors, `None` of variables that `fn` does not depend on.
+    """
+    return _framework.gradients_of_variables(fn, variables)
+
+
 def dense(gradient):
     """The gradient as an ordinary tensor, repeated rows summed."""
     return _framework.dense(gradient)
@@ -254,6 +267,16 @@ def as_written(fn):
     that it calls, into operations of the graph.
     """
     return _framework.as_written(fn)
+
+
+def is_compiled(fn):
+    """Whether a function is a `tf.function`."""
+    return _framework.is_compiled(fn)
+
+
+def traced_anew(fn):
+    """A `tf.function` without the programs that it has; others as they are."""
+    return _framework.traced_anew(fn)
 
 
 def has_accelerator():

@@ -27,6 +27,12 @@ def value_and_grad(fn, args, unconnected):
     return (loss, aux), gradients
 
 
+def gradients_of_variables(fn, variables):
+    with tf.GradientTape() as tape:
+        loss = fn()
+    return tape.gradient(loss, [variable.value for variable in variables])
+
+
 def dense(gradient):
     return tf.convert_to_tensor(gradient)
 
@@ -557,6 +563,14 @@ def whole_batch(data):
         return x
 
     return tree.map_structure(whole, data)
+
+
+def is_compiled(fn):
+    return isinstance(fn, tf.types.experimental.GenericFunction)
+
+
+def traced_anew(fn):
+    return tf.function(fn.python_function) if is_compiled(fn) else fn
 
 
 # For `branches.py`.

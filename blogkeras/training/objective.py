@@ -1,6 +1,7 @@
 """The loss of a batch as a pure function of weights, values and outputs."""
 
 import inspect
+import weakref
 from typing import Any, NamedTuple
 
 import keras
@@ -68,7 +69,7 @@ class Objective:
         their dropout masks.
 
         Args:
-            weights: Values for `model.trainable_variables`.
+            weights: Values for `model.trainable_variables`; `None`: their own.
             values: Pairs `(variable, value)` that come before `weights` and
                 before the current values: any variable, trainable or not.
             perturb: Dict `{layer: fn}`: the output of each call of the layer
@@ -81,15 +82,14 @@ class Objective:
         """
         model = self.model
         x, y, sample_weight = self.data if data is None else data
-        mapping = [
-            *self._state,
+        mapping = [*self._state, *values]
+        if weights is not None:
             # Regularizers read their variable from the scope: map them all.
-            *zip(model.trainable_variables, weights, strict=True),
-            *values,
-        ]
+            pairs = zip(model.trainable_variables, weights, strict=True)
+            mapping = [*self._state, *pairs, *values]
         with (
             backend.RecordingScope(mapping) as scope,
-            perturbed(perturb or {}),
+            perturbed(perturb or {}, model),
         ):
             # Keras's JAX trainer runs `call`, its TensorFlow trainer
             # `__call__`; in half precision the two differ.
@@ -168,6 +168,54 @@ class Objective:
         """
         return StepSeed(seed, self.iterations)
 
+    def check_gradients(self, weights, gradients):
+        """Raises where weights have a gradient in plain training alone.
+
+        Weights are passed as values. What computes a gradient of its own from
+        the variables that it reads, as `tf.recompute_grad` does, sees none.
+
+        Args:
+            weights: List of tensors.
+            gradients: List of their gradients, `None` where there is none.
+        """
+        model = self.model
+        if (
+            all(gradient is not None for gradient in gradients)
+            or backend.BACKEND == "jax"
+            or backend.num_replicas() > 1
+            or model in _checked
+        ):
+            return
+        variables, lost = model.trainable_variables, []
+
+        def look():
+            _, passed = self.value_and_grad(self, weights)
+            read = backend.gradients_of_variables(
+                lambda: self(None)[0], variables
+            )
+            lost[:] = [
+                variable.path
+                for variable, own, other in zip(
+                    variables, passed, read, strict=True
+                )
+                if own is None and other is not None
+            ]
+
+        if backend.is_concrete(weights):
+            look()  # not every model that runs eagerly can be traced
+        else:
+            backend.trace(look)
+        if lost:
+            raise ValueError(
+                "Expected weights whose gradients pass through the layers. On "
+                "TensorFlow they do not pass through `keras.remat`, a "
+                "`keras.RematScope`, `tf.recompute_grad` and "
+                "`tf.custom_gradient` where these read variables. Leave them "
+                "out, or compute again with `backend.remat` of blogkeras. "
+                f"Received: no gradient for {', '.join(lost)}"
+            )
+        _checked.add(model)
+
     def value(self, weights, variable):
         """The value of a variable, trainable or not, in this step."""
         index = self.index(variable)
@@ -214,6 +262,10 @@ class Objective:
             if candidate is variable:
                 return index
         return None
+
+
+# Models in which weights without a gradient have none in `fit` of Keras.
+_checked = weakref.WeakSet()
 
 
 def _only(value):

@@ -20,6 +20,7 @@ class _StandIn:
         self.layer = layer
         self.method = method
         self.call = getattr(layer, method)
+        self.__wrapped__ = self.call  # for its signature
         # What the user may have set on this very layer.
         self.own = layer.__dict__.get(method)
         self.users = 0
@@ -32,7 +33,7 @@ class _StandIn:
             object.__setattr__(self.layer, self.method, self.own)
 
     def __call__(self, *args, **kwargs):
-        output = self.call(*args, **kwargs)
+        output = backend.traced_anew(self.call)(*args, **kwargs)
         fn = getattr(_local, "perturb", {}).get(id(self.layer))
         if fn is None:
             return output
@@ -48,18 +49,25 @@ class _StandIn:
 
 
 @contextlib.contextmanager
-def perturbed(perturb):
+def perturbed(perturb, model=None):
     """Within, and in this thread, layers' outputs pass through functions.
 
     Args:
         perturb: Dict `{layer: fn}`, as in `Objective.__call__`. Functions of a
             `perturbed` around this one stay, and come first.
+        model: A model that reads other values of its variables within: where
+            the `call` of one of its layers is a `tf.function`, each call is
+            traced anew. A program that it has would go on with the values of
+            the pass that it was traced in.
     """
     before = getattr(_local, "perturb", {})
     _local.perturb = dict(before)
     for layer, fn in perturb.items():
         _local.perturb[id(layer)] = _after(before.get(id(layer)), fn)
-    methods = {layer: _called_method(layer) for layer in perturb}
+    methods = {
+        layer: _called_method(layer)
+        for layer in [*perturb, *_compiled_layers(model)]
+    }
     for layer, method in methods.items():
         stand_in = layer.__dict__.get(method)
         if not isinstance(stand_in, _StandIn):
@@ -86,6 +94,17 @@ def _after(first, second):
         return second(first(output, *args, **kwargs), *args, **kwargs)
 
     return both
+
+
+def _compiled_layers(model):
+    """The layers of a model, itself included, that are a `tf.function`."""
+    if model is None or backend.BACKEND == "jax":
+        return []
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if backend.is_compiled(getattr(layer, _called_method(layer)))
+    ]
 
 
 def _called_method(layer):

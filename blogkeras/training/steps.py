@@ -35,6 +35,7 @@ if backend.BACKEND == "tensorflow":
             variables = model.trainable_variables
             weights = [backend.read(v) for v in variables]
             evaluation, gradients = hook(objective, weights)
+            objective.check_gradients(weights, gradients)
             for variable, value in evaluation.updates:
                 variable.assign(value)
             # Each replica's loss is its share of the sum; report the mean.

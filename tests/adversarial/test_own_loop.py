@@ -419,6 +419,22 @@ def test_the_one_output_in_a_list_or_dict(structure):
         fn(A, [B, B])
 
 
+@tensorflow_only
+def test_weights_in_what_is_computed_again_are_refused():
+    class Again(layers.Layer):
+        def build(self, shape):
+            self.dense = layers.Dense(1, name="inner")
+            self.dense.build(shape)
+
+        def call(self, x):
+            return keras.remat(self.dense)(x)
+
+    model = keras.Sequential([keras.Input((2,)), Again(), layers.Dense(1)])
+    fn = adversarial_loss(model, "mse", FGM(0.0))
+    with pytest.raises(ValueError, match="inner/kernel"):
+        fn(A, B)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="Received: loss=None"):
         adversarial_loss(linear())

@@ -572,6 +572,124 @@ def test_add_loss_alone_is_a_loss():
     assert np.isfinite(model.fit(toy.TOKENS, verbose=0).history["loss"][0])
 
 
+class Again(layers.Layer):
+    """A layer whose forward pass is computed once more for its gradient."""
+
+    def __init__(self, remat, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3, name="inner")
+        self.remat = remat
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        if self.remat is backend.remat:
+            return backend.remat(self.dense, [self.dense], x)
+        return self.remat(self.dense)(x)
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], 3)
+
+
+def recomputing(remat, **kwargs):
+    inputs = keras.Input((3,))
+    outputs = layers.Softmax()(Again(remat)(inputs))
+    return toy.compiled(keras.Model(inputs, outputs), **kwargs)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_weights_in_what_is_computed_again(eagerly):
+    model = recomputing(keras.remat, run_eagerly=eagerly)
+    training.install(model, plain)
+    before = toy.weights(model)
+    if TENSORFLOW:
+        with pytest.raises(ValueError, match=r"backend.remat.*inner/kernel"):
+            model.fit(toy.DENSE, toy.LABELS, verbose=0)
+        assert toy.difference(before, toy.weights(model)) == 0
+    else:
+        model.fit(toy.DENSE, toy.LABELS, verbose=0)
+        assert toy.difference(before, toy.weights(model)) > 0
+
+
+def test_remat_of_our_own_is_as_plain():
+    def make():
+        return recomputing(backend.remat, run_eagerly=True)
+
+    assert_identical(make, x=toy.DENSE, epochs=1)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_a_weight_that_is_not_used_is_no_error(eagerly):
+    inputs = keras.Input((3,))
+    used, idle = (layers.Dense(3, "softmax", name=n) for n in ("used", "idle"))
+    model = keras.Model(inputs, {"used": used(inputs), "idle": idle(inputs)})
+    model.compile(
+        keras.optimizers.SGD(0.1),
+        {"used": "sparse_categorical_crossentropy"},
+        run_eagerly=eagerly,
+    )
+    training.install(model, plain)
+    before = toy.weights(model)
+    model.fit(toy.DENSE, {"used": toy.LABELS}, verbose=0)
+    assert toy.difference(before, toy.weights(model)) > 0
+
+
+@pytest.mark.skipif(not TENSORFLOW, reason="tf.function")
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_call_that_is_a_function_of_tensorflow(eagerly, whole):
+    """Two evaluations at other weights, and the model works afterwards."""
+    import tensorflow as tf
+
+    class Layer(layers.Dense):
+        @tf.function
+        def call(self, x):
+            if tf.reduce_sum(x) > 1e9:
+                x = 0 * x
+            return super().call(x)
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(1, use_bias=False)
+            self.dense.build((None, 3))
+
+        @tf.function
+        def call(self, x):
+            return self.dense(x)
+
+    model = keras.Sequential([Layer(1, use_bias=False)])
+    if whole:
+        model = Model()
+    model.compile(
+        keras.optimizers.SGD(0.1), lambda y, p: p[:, 0], run_eagerly=eagerly
+    )
+    x = np.ones((2, 3), "float32")
+    model(x)
+    model.set_weights([np.array([[1.0], [2.0], [3.0]])])
+    before = model.predict(x, verbose=0)
+    np.testing.assert_allclose(before, [[6.0], [6.0]], rtol=1e-6)
+
+    def hook(objective, weights):
+        loss, _ = objective(weights)
+        evaluation, gradients = objective.value_and_grad(
+            objective, [2 * w for w in weights]
+        )
+        both = 100 * loss + evaluation.loss
+        return evaluation._replace(loss=both), gradients
+
+    training.install(model, hook)
+    loss = toy.batch_loss(model, x, x[:, :1])
+    np.testing.assert_allclose(loss, 612, rtol=1e-6)
+    (after,) = model.get_weights()
+    np.testing.assert_allclose(after[:, 0], [0.9, 1.9, 2.9], rtol=1e-6)
+    moved = model.predict(x, verbose=0)
+    np.testing.assert_allclose(moved, before - 0.3, rtol=1e-6)
+    model.evaluate(x, x[:, :1], verbose=0)
+
+
 @pytest.mark.filterwarnings("ignore:Using .* cross-replica")
 def test_two_replicas():
     plain_two, history = replica_run(None, 2)
