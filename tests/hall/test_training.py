@@ -586,7 +586,8 @@ class Again(layers.Layer):
     def call(self, x):
         if self.remat is backend.remat:
             return backend.remat(self.dense, [self.dense], x)
-        return self.remat(self.dense)(x)
+        # JAX goes on with the first trace of one function.
+        return self.remat(lambda x: self.dense(x))(x)
 
     def compute_output_shape(self, shape):
         return (*shape[:-1], 3)
