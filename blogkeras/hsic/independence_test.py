@@ -166,23 +166,28 @@ def hsic_test(
                 program_of(_matrix_moments),
                 program_of(_matrix_draws),
             )
-    statistic, mean, variance, constant = (
-        float(value) for value in program(*pair)
-    )
+    *moments, spread_x, spread_y = program(*pair)
+    statistic, mean, variance, constant = map(float, moments)
     if constant:
         nothing = (1.0, 0.0) if null == "gamma" else np.zeros(num_permutations)
         return HSICTest(0.0, 1.0, nothing)
+    unit = float(spread_x) * float(spread_y)
     if null == "gamma":
-        return _gamma_test(statistic, mean, variance, grams)
+        return _gamma_test(statistic, mean, variance, unit, grams)
     if approximation == "fourier":
-        pair = [program_of(_centered_waves)(*variable) for variable in pair]
+        pair = [
+            program_of(_centered_waves)(*variable, spread)
+            for variable, spread in zip(pair, (spread_x, spread_y), strict=True)
+        ]
+    else:
+        pair = [matrix for matrix, _ in pair]
     n, rng = pair[0].shape[0], np.random.default_rng(seed)
     orders = (rng.permutation(n) for _ in itertools.count())
     draws = permuted(draw, pair, orders, num_permutations, verbose)
     return HSICTest(
-        rescaled(statistic, grams),
+        rescaled(statistic, grams, unit),
         permutation_p_value(statistic, draws),
-        rescaled(draws, grams),
+        rescaled(draws, grams, unit),
     )
 
 
@@ -200,22 +205,22 @@ def permutation_p_value(statistic, draws):
     return float((1 + extreme) / (1 + len(draws)))
 
 
-def rescaled(values, grams):
-    """`rescale` in float64."""
+def rescaled(values, grams, unit=1.0):
+    """`rescale` of values in some unit, in float64."""
     exponent = sum(gram.exponent for gram in grams)
     for gram in grams:
         exponent += sum(round(math.log2(float(f))) for f in gram.factors)
     with np.errstate(over="ignore"):
-        values = np.ldexp(np.asarray(values, "float64"), exponent)
+        values = np.ldexp(np.asarray(values, "float64") * unit, exponent)
     return values if values.ndim else float(values)
 
 
-def _gamma_test(statistic, mean, variance, grams):
+def _gamma_test(statistic, mean, variance, unit, grams):
     from scipy.special import gammaincc
 
     shape, scale = mean**2 / variance, variance / mean
     p_value = float(gammaincc(shape, max(statistic, 0) / scale))
-    statistic, scale = (rescaled(v, grams) for v in (statistic, scale))
+    statistic, scale = (rescaled(v, grams, unit) for v in (statistic, scale))
     return HSICTest(statistic, p_value, (shape, scale))
 
 
@@ -288,7 +293,11 @@ def _program_of_shapes(fn):
 
 
 def _moments(x, y, kernels):
-    """Statistic, mean and variance under independence, and which are constant.
+    """Statistic, mean and variance if independent, whether constant; spreads.
+
+    A kernel's spread is the mean of its diagonal less that of the rest. The
+    moments are those of kernels divided by it: squares of products of kernels
+    that are large or small would be beyond float32.
 
     Two passes over the tiles: the means of the rows, then the rest.
     """
@@ -309,55 +318,57 @@ def _moments(x, y, kernels):
         return out
 
     mean_x, diagonal_x, mean_y, diagonal_y = map_blocks(first, everyone, rows)
+    means, spreads, constant = (mean_x, mean_y), [], False
+    for mean, diagonal in zip(means, (diagonal_x, diagonal_y), strict=True):
+        diagonal = ops.mean(diagonal)
+        spread = diagonal - (n * ops.mean(mean) - diagonal) / (n - 1)
+        constant = ops.logical_or(constant, spread <= CONSTANT * diagonal)
+        spreads.append(spread)
 
     def second(index):
         others = ops.cast(index[:, None] != everyone, "float32")
         product = 1.0
-        for gram, mean in zip(grams, (mean_x, mean_y), strict=True):
+        for gram, mean, spread in zip(grams, means, spreads, strict=True):
             own = ops.take(mean, index)[:, None]
-            product *= gram.rows(index) - own - (mean - ops.mean(mean))
+            matrix = gram.rows(index) - own - (mean - ops.mean(mean))
+            product *= matrix / spread
         return ops.mean(product, -1), ops.sum(ops.square(product) * others, -1)
 
     statistic, squares = map_blocks(second, everyone, rows)
-    return _distribution(
+    # As a float: n² is too large for an int32 tensor.
+    mean_square = ops.sum(squares) / float(n * (n - 1))
+    factor = 2.0 * (n - 4) * (n - 5) / n / (n - 1) / (n - 2) / max(n - 3, 1)
+    return (
         ops.mean(statistic),
-        # As a float: n² is too large for an int32 tensor.
-        ops.sum(squares) / float(n * (n - 1)),
-        [(mean_x, diagonal_x), (mean_y, diagonal_y)],
-        n,
+        1.0 / n,
+        factor * mean_square,
+        ops.cast(constant, "int32"),
+        *spreads,
     )
 
 
-def _distribution(statistic, mean_square, variables, n):
-    mean, constant = 1.0 / n, False
-    for row_means, diagonal in variables:
-        diagonal = ops.mean(diagonal)
-        others = (n * ops.mean(row_means) - diagonal) / (n - 1)
-        spread = diagonal - others
-        constant = ops.logical_or(constant, spread <= CONSTANT * diagonal)
-        mean *= spread
-    factor = 2.0 * (n - 4) * (n - 5) / n / (n - 1) / (n - 2) / max(n - 3, 1)
-    return statistic, mean, factor * mean_square, ops.cast(constant, "int32")
-
-
 def _centered_matrices(x, y, kernels):
-    """J K J of both; the rows of the first are scaled by 1/n²."""
-    matrices = []
+    """J K J of both, divided by the mean of its diagonal; and this mean."""
+    pairs = []
     for kernel, features in zip(kernels, (x, y), strict=True):
         matrix = Gram(kernel, features, "float32").matrix()
         scale = ops.mean(ops.abs(matrix))
         matrix = matrix - ops.mean(matrix, axis=1, keepdims=True)
         matrix = matrix - ops.mean(matrix, axis=0, keepdims=True)
         # The centered kernel of a constant variable is a rounding error.
-        constant = ops.mean(ops.diagonal(matrix)) <= CONSTANT * scale
-        matrices.append(ops.where(constant, 0.0, matrix))
-    return matrices
+        spread = ops.mean(ops.diagonal(matrix))
+        constant = spread <= CONSTANT * scale
+        unit = ops.where(constant, 1.0, spread)
+        pairs.append((ops.where(constant, 0.0, matrix / unit), unit))
+    return pairs
 
 
 def _matrix_moments(k, l):  # noqa: E741
+    (k, spread_k), (l, spread_l) = k, l  # noqa: E741
     constant = ops.logical_or(ops.all(k == 0), ops.all(l == 0))
     statistic = ops.mean(ops.mean(k * l, axis=-1))
-    return statistic, 0.0, 0.0, ops.cast(constant, "int32")
+    constant = ops.cast(constant, "int32")
+    return statistic, 0.0, 0.0, constant, spread_k, spread_l
 
 
 def _matrix_draws(k, l, orders):  # noqa: E741
@@ -372,19 +383,24 @@ def _fourier_moments(x, y):
     n = x[0].shape[0]
     xy, xx, yy = covariances([x, y], [(0, 1), (0, 0), (1, 1)])
     traces = ops.sum(ops.diagonal(xx)), ops.sum(ops.diagonal(yy))
-    squares = ops.sum(ops.square(xx)) * ops.sum(ops.square(yy))
     constant = ops.minimum(*traces) <= 0
+    squares = 1.0
+    for covariance, trace in zip((xx, yy), traces, strict=True):
+        squares *= ops.sum(ops.square(covariance / trace))
+        xy = xy / ops.sqrt(trace)
     return (
         ops.sum(ops.square(xy)),
-        traces[0] * traces[1] / n,
+        1.0 / n,
         2 * squares / float(n) ** 2,
         ops.cast(constant, "int32"),
+        *traces,
     )
 
 
-def _centered_waves(x, frequencies):
+def _centered_waves(x, frequencies, spread):
     features = waves(x, frequencies)
-    return features - ops.mean(features, axis=0, keepdims=True)
+    features = features - ops.mean(features, axis=0, keepdims=True)
+    return features / ops.sqrt(spread)
 
 
 def _fourier_draws(x, y, orders):

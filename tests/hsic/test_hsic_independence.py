@@ -3,12 +3,21 @@
 import numpy as np
 import pytest
 import scipy.stats
-from hsic_reference import LINEAR, default, definition, gaussian, median, value
+from hsic_reference import (
+    LINEAR,
+    default,
+    definition,
+    distances,
+    gaussian,
+    median,
+    value,
+)
 from keras import ops
 
 from blogkeras.hsic import (
     DeltaKernel,
     GaussianKernel,
+    PolynomialKernel,
     PrecomputedKernel,
     fourier_hsic,
     hsic_test,
@@ -60,6 +69,63 @@ def test_gamma():
     square = PrecomputedKernel()
     own = hsic_test(k, l, square, square)
     assert own.p_value == pytest.approx(p_value, rel=1e-3)
+
+
+def gamma_test(k, l):  # noqa: E741
+    """Statistic, p and null of matrices in float64, whatever their size."""
+    n = len(k)
+    off = ~np.eye(n, dtype=bool)
+    unit = np.prod([np.diag(m).mean() - m[off].mean() for m in (k, l)])
+    product = centered(k) * centered(l) / unit
+    variance = 2 * (n - 4) * (n - 5) / n / (n - 1) / (n - 2) / (n - 3)
+    variance *= np.mean(product[off] ** 2)
+    shape, scale = 1 / n**2 / variance, variance * n
+    p_value = scipy.stats.gamma.sf(product.mean(), shape, scale=scale)
+    return product.mean() * unit, p_value, (shape, scale * unit)
+
+
+@pytest.mark.parametrize("case", ["large", "small", "larger", "smaller"])
+def test_kernels_of_any_size(case):
+    """Squares of K L are beyond float32, or K L is already."""
+    x, y = X.astype("f4"), Y.astype("f4")[:, None]
+    if "large" in case:
+        factor = np.float32(200 if case == "large" else 2e5)
+        x, y = factor * x, factor * y
+        kernel, wide = PolynomialKernel(2), np.float64
+        k, l = ((wide(t) @ wide(t).T + 1) ** 2 for t in (x, y))  # noqa: E741
+    else:
+        factor = 1e8 if case == "small" else 1e12
+        kernel = GaussianKernel(factor, form="standard")
+        # Less 1, which in float64 would be all that is left of it.
+        k, l = (  # noqa: E741
+            np.expm1(-(distances(np.float64(t)) ** 2) / 2 / factor**2)
+            for t in (x, y)
+        )
+    statistic, p_value, null = gamma_test(k, l)
+    found = hsic_test(x, y, kernel, kernel)
+    assert found.statistic == pytest.approx(statistic, rel=1e-3)
+    assert found.p_value == pytest.approx(p_value, rel=1e-2)
+    np.testing.assert_allclose(found.null, null, rtol=1e-3)
+    settings = {"null": "permutation", "num_permutations": 20, "seed": 0}
+    found = hsic_test(x, y, kernel, kernel, **settings)
+    assert found.statistic == pytest.approx(statistic, rel=1e-3)
+    orders = np.random.default_rng(0)
+    expected = [
+        np.mean(centered(k) * l[order][:, order])
+        for order in (orders.permutation(60) for _ in range(20))
+    ]
+    np.testing.assert_allclose(found.null, expected, rtol=1e-2)
+
+
+def test_wide_kernels_of_fourier_features():
+    """The smaller it is, the more a centered Gaussian is a linear kernel."""
+    kernel = GaussianKernel(1e8, form="blog")
+    settings = {"approximation": "fourier", "size": 2048, "seed": 0}
+    found = hsic_test(X, Y, kernel, kernel, **settings)
+    linear = hsic_test(X, Y, LINEAR, LINEAR)
+    assert np.log(found.p_value) == pytest.approx(
+        np.log(linear.p_value), rel=0.2
+    )
 
 
 def test_permutations():
