@@ -185,7 +185,12 @@ class QuadraticHead(layers.Layer):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         self.first, self.second, self.third = (
-            layers.Dense(1, dtype=self.dtype_policy, name=name)
+            layers.Dense(
+                1,
+                dtype=self.dtype_policy,
+                trainable=self.trainable,
+                name=name,
+            )
             for name in ("first", "second", "third")
         )
 

@@ -29,7 +29,7 @@ from blogkeras.graph.cutting import (
     rearranged,
     spaced_blocks,
 )
-from blogkeras.graph.freezing import freeze, thaw, thawed
+from blogkeras.graph.freezing import freeze, freeze_inside, thaw, thawed
 from blogkeras.graph.segments import Cut, Segment, Untracked
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "described_layer",
     "find_blocks",
     "freeze",
+    "freeze_inside",
     "input_like",
     "is_functional",
     "keep_blocks",

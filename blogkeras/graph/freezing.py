@@ -16,6 +16,20 @@ def freeze(layers):
             variable.trainable = False
 
 
+def freeze_inside(layer):
+    """Freezes what is inside of a layer, if the layer itself is frozen.
+
+    Keras hands `trainable=False`, given to a constructor, to no layer inside.
+    Copies and files are made by the constructor.
+    """
+    if not layer.trainable:
+        # On TensorFlow it does nothing to set an attribute to what it is.
+        for part in _parts([layer]):
+            part.trainable = False
+        for variable in layer.variables:
+            variable.trainable = False
+
+
 def thaw(layers):
     """Makes layers as trainable as they were before `freeze`.
 

@@ -4,6 +4,7 @@ import keras
 from keras import tree
 
 from blogkeras.graph.calls import calls, calls_of, input_like
+from blogkeras.graph.freezing import freeze_inside
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")
@@ -47,6 +48,7 @@ class Segment(keras.layers.Layer):
         ]
         self.supports_masking = True
         self.built = True
+        freeze_inside(self)
 
     def build(self, input_shape=None):
         pass

@@ -10,6 +10,7 @@ from keras import ops
 from blogkeras import backend
 from blogkeras.arguments import check_boolean, check_choice, check_number
 from blogkeras.backend.scopes import no_autocast
+from blogkeras.graph import freeze_inside
 from blogkeras.models import map_batches
 from blogkeras.pretraining.drawing import (
     checked_logits,
@@ -210,6 +211,7 @@ class ElectraPretrainer(TokenModel):
         self._add_metrics()
         self._detector = None
         self.built = True
+        freeze_inside(self)
 
     def _add_heads(self):
         self.discriminator_head = BinaryHead(

@@ -3,6 +3,8 @@
 import keras
 from keras import layers, ops
 
+from blogkeras.graph import freeze_inside
+
 
 def initializer():
     """A new initializer for a kernel of the heads, as in BERT.
@@ -54,6 +56,7 @@ class MaskedTokenHead(layers.Layer):
             (vocabulary_size,), "zeros", autocast=False, name="bias"
         )
         self.built = True
+        freeze_inside(self)
 
     @property
     def sizes(self):
@@ -122,6 +125,7 @@ class BinaryHead(layers.Layer):
         self.dense.build((None, dim))
         self.logit.build((None, dim))
         self.built = True
+        freeze_inside(self)
 
     def build(self, *shapes):
         pass

@@ -9,6 +9,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import check_choice, check_integer, check_number
+from blogkeras.graph import freeze_inside
 from blogkeras.loops import ProgramCache
 from blogkeras.models import map_batches
 from blogkeras.pretraining.backbones import Backbone, checked_embedding
@@ -142,6 +143,7 @@ class MaskedLanguageModel(TokenModel):
         self._set_means(names)
         self._fillers = ProgramCache()
         self.built = True
+        freeze_inside(self)
 
     def _checked_head(self, head):
         """The head given, or a new one."""

@@ -215,7 +215,10 @@ class VectorQuantizer(EstimatedGradient, Quantizer):
                 "codebook_dim", codebook_dim, minimum=1
             )
             self.project_in = keras.layers.Dense(
-                codebook_dim, dtype="float32", name="project_in"
+                codebook_dim,
+                dtype="float32",
+                trainable=self.trainable,
+                name="project_in",
             )
         self.codebook_dim = codebook_dim
         if embeddings_initializer is None:

@@ -19,6 +19,7 @@ from blogkeras.arguments import (
     check_seed,
     check_sizes,
 )
+from blogkeras.graph import freeze_inside
 from blogkeras.loops import ProgramCache
 from blogkeras.models import TargetlessModel
 from blogkeras.quantization.networks import PixelAttention, PixelCNN
@@ -191,6 +192,7 @@ class CodePrior(TargetlessModel):
         self.network.build()
         if self.num_classes is not None:
             self.classes.build((None,))
+        freeze_inside(self)
 
     def _symbolic_inputs(self):
         codes = keras.KerasTensor((None, *self.code_shape), "int32")

@@ -13,7 +13,7 @@ from blogkeras.arguments import (
     check_integer,
 )
 from blogkeras.backend import get_keras_mask, set_keras_mask
-from blogkeras.graph import Untracked, as_list, freeze
+from blogkeras.graph import Untracked, as_list, freeze, freeze_inside
 from blogkeras.state import NumberedDraws
 from blogkeras.theseus.modules import (
     chain,
@@ -132,6 +132,7 @@ class ModuleReplacement(keras.layers.Layer):
         self.successor = successor
         self.replacement_rate = replacement_rate
         self.supports_masking = True
+        freeze_inside(self)
         freeze(as_list(predecessor))
         self.draws = NumberedDraws(self, self.seed)
         self._plans = Untracked({})

@@ -196,6 +196,25 @@ def test_layer(cls, kwargs, inputs, tmp_path):
 
 
 @pytest.mark.parametrize(("cls", "kwargs", "inputs"), LAYERS, ids=identify)
+def test_frozen_stays_frozen(cls, kwargs, inputs, tmp_path):
+    """By its constructor, as a copy and as a file is made, and afterwards."""
+    symbolic = keras.tree.map_structure(
+        lambda t: keras.Input(t.shape[1:], dtype=t.dtype), inputs
+    )
+    for trainable in (False, True):
+        serialized = keras.saving.serialize_keras_object(cls(**kwargs))
+        serialized["config"]["trainable"] = trainable
+        layer = keras.saving.deserialize_keras_object(serialized)
+        model = keras.Model(symbolic, layer(symbolic))
+        if trainable:
+            layer.trainable = False
+        model.save(tmp_path / "model.keras")
+        loaded = keras.saving.load_model(tmp_path / "model.keras")
+        for instance in (layer, loaded):
+            assert [v.path for v in instance.variables if v.trainable] == []
+
+
+@pytest.mark.parametrize(("cls", "kwargs", "inputs"), LAYERS, ids=identify)
 def test_frozen_before_it_is_built(cls, kwargs, inputs):
     """A layer that was frozen first has nothing to train afterwards."""
     layer = cls(**kwargs)

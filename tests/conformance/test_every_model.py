@@ -43,6 +43,18 @@ def test_summary(name):
 
 
 @slow_on_jax
+@every_model
+def test_frozen_stays_frozen(name, tmp_path):
+    """A part of another model, it has nothing to train when it is loaded."""
+    model, x = model_of(name)
+    model(x)
+    model.trainable = False
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert [v.path for v in loaded.variables if v.trainable] == []
+
+
+@slow_on_jax
 @pytest.mark.filterwarnings("ignore:The `native_serialization` parameter")
 @every_model
 def test_export(name, tmp_path):
