@@ -8,7 +8,7 @@ from keras import ops
 
 from blogkeras.arguments import check_choice, check_integer, check_number
 from blogkeras.hsic.grams import rescale
-from blogkeras.hsic.kernels import PrecomputedKernel
+from blogkeras.hsic.kernels import CustomKernel, PrecomputedKernel
 from blogkeras.hsic.tiles import TILE, measure, prepare, statistics
 from blogkeras.ops import map_blocks, safe_sqrt
 from blogkeras.typing import Tensor
@@ -378,13 +378,20 @@ def hsic_of_blocks(x, y, kernel_x, kernel_y, block_size, estimator):
     # Blocks are small, so several of them make a tile.
     grams = [blocks(gram) for gram in grams]
     together = max(1, TILE // block_size**2)
+    # A function of the user's takes the rows of one block, `(n, dim)`.
+    alone = any(isinstance(gram.kernel, CustomKernel) for gram in grams)
+    if alone:
+        together = 1
 
     def values(index):
         some = [
-            gram.with_features(ops.take(gram.features, index, axis=0))
+            gram.with_features(
+                ops.take(gram.features, index[0] if alone else index, axis=0)
+            )
             for gram in grams
         ]
-        return statistics(some, None, [(0, 1)], estimator)[0]
+        (value,) = statistics(some, None, [(0, 1)], estimator)
+        return value[None] if alone else value
 
     numbers_of_blocks = ops.arange(count, dtype="int32")
     values = map_blocks(values, numbers_of_blocks, together)

@@ -581,6 +581,20 @@ def test_block_hsic():
     kernel = GaussianKernel(1.0, form="standard")
     found = value(block_hsic(X, Y, kernel, kernel, block_size=12))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+    def function(a, b):
+        """Of `(n, dim)` and `(m, dim)`, as a function of the user's is."""
+        assert a.shape[1:] == b.shape[1:] == (3,)
+        d2 = ops.sum(ops.square(a[:, None] - b[None]), axis=2)
+        return ops.exp(-d2 / 2)
+
+    found = value(block_hsic(X, Y, function, kernel, block_size=12))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    traced = backend.jit(
+        lambda x: block_hsic(x, Y, function, kernel, block_size=12)
+    )
+    found = value(traced(ops.convert_to_tensor(X)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
     with pytest.raises(ValueError, match="Received: block_size=41, n=40"):
         block_hsic(X, Y, block_size=41)
     with pytest.raises(ValueError, match="Received: block_size=3"):

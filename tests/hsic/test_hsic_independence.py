@@ -187,6 +187,13 @@ def test_blocks():
     expected = scipy.stats.ttest_1samp(blocks, 0, alternative="greater")
     assert found.p_value == pytest.approx(expected.pvalue, rel=1e-3)
     assert found.statistic == pytest.approx(np.mean(blocks), rel=1e-3)
+    kernel = GaussianKernel(median(X), form="blog")
+    own = hsic_test(
+        *(X, Y, lambda a, b: ops.reshape(kernel(a, b), [10, 10])),
+        approximation="block",
+        size=10,
+    )
+    np.testing.assert_allclose(own.null, blocks, rtol=1e-3, atol=1e-6)
 
 
 def test_fourier_features():
