@@ -262,8 +262,10 @@ def known_labels(name, x, weight=None):
         )
     x = columns(x)
     if weight is not None:
-        # All samples without weight get the same label.
-        x = np.where(weight[..., None] > 0, x, x.ravel()[:1])
+        # All samples without weight get the label of one that counts.
+        keep = np.broadcast_to(weight > 0, x.shape[:-1])
+        nothing = np.zeros((1, x.shape[-1]), x.dtype)
+        x = np.where(keep[..., None], x, x[keep][:1] if keep.any() else nothing)
     if x.dtype.kind == "f":
         require_finite(name, x)
     return x

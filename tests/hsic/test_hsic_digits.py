@@ -326,6 +326,20 @@ def test_labels_are_compared_as_they_are():
     assert value(loss(ids[:, None], labels[:, None])) == pytest.approx(table)
 
 
+@pytest.mark.parametrize("place", [0, 3])
+def test_masked_labels_have_no_influence(place):
+    labels = np.random.default_rng(0).integers(0, 3, (20, 2)).astype("f8")
+    mask = np.arange(20) != place
+    delta = DeltaKernel()
+    expected = value(hsic(labels[mask], labels[mask], delta, delta))
+    labels[place] = np.nan
+    found = hsic(labels, labels, delta, delta, mask=mask)
+    np.testing.assert_allclose(value(found), expected, rtol=1e-5)
+    assert value(hsic(labels, labels, delta, delta, mask=0 * mask)) == 0
+    with pytest.raises(ValueError, match="finite numbers in `x`"):
+        hsic(labels, labels, delta, delta, mask=mask | True)
+
+
 def test_what_is_no_number_is_refused():
     x = np.arange(10.0)
     with pytest.raises(ValueError, match="Expected numbers in `x`; for labels"):
