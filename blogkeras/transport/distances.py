@@ -11,7 +11,7 @@ from blogkeras.arguments import check_finite, renamed_argument
 from blogkeras.loops import ProgramCache
 from blogkeras.transport import measures
 from blogkeras.transport.checks import check_own_costs, check_problem
-from blogkeras.transport.entropic import as_tensor
+from blogkeras.transport.entropic import as_tensor, common_dtype
 from blogkeras.transport.problem import Solver, Texts, as_array
 from blogkeras.typing import Tensor
 
@@ -103,12 +103,16 @@ def wasserstein_distance(
         partial,
         own_costs is not None,
     )
-    p, q, D = (as_array(a, method.name) for a in (p, q, D))
+    is_pair = isinstance(own_costs, (list, tuple))
+    dtype = common_dtype(p, q, D, *(own_costs if is_pair else ()))
+    p, q, D = (as_array(a, method.name, dtype) for a in (p, q, D))
     check_problem(p, q, D)
     check_finite("D", D)
     if own_costs is None:
         return method.distance(p, q, D)
-    own_costs = check_own_costs(p, q, own_costs, as_tensor)
+    own_costs = check_own_costs(
+        p, q, own_costs, lambda costs: as_tensor(costs, dtype)
+    )
     return method.distance(p, q, D, own_costs)
 
 
@@ -481,7 +485,7 @@ def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
     Reference:
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf)
     """
-    p, q, D = (as_array(a, "exact") for a in (p, q, D))
+    p, q, D = (as_array(a, "exact", "float64") for a in (p, q, D))
     check_problem(p, q, D)
     check_finite("D", D)
     return measures.relaxed(np, p, q, D)

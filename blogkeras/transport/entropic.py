@@ -123,7 +123,7 @@ def sinkhorn(
         feasible plan
     """
     settings = check_settings(regularization, tolerance, max_iterations)
-    p, q, D = map(as_tensor, (p, q, D))
+    p, q, D = as_tensors(p, q, D)
     check_problem(p, q, D)
     check_finite("D", D)
     return approximate(p, q, D, *settings)
@@ -209,14 +209,28 @@ def _solve_any_rank(p, q, D, *settings):
     return SinkhornSolution(*values, iterations)
 
 
-def as_tensor(x, dtype=None):
-    """A tensor of float32; of float64 only if `x` is a tensor of that."""
-    if dtype is None:
-        # Half precision has too few digits for marginals. NumPy arrays are
-        # float64 by default, usually without intent.
-        wide = "float64" in str(getattr(x, "dtype", ""))
-        wide = wide and not isinstance(x, np.ndarray | np.generic)
-        dtype = "float64" if wide else "float32"
+def as_tensors(*arrays):
+    """Tensors of one dtype; TensorFlow does not multiply different ones."""
+    dtype = common_dtype(*arrays)
+    return [as_tensor(x, dtype) for x in arrays]
+
+
+def common_dtype(*arrays):
+    """Float32; float64 only if one of the arrays is a tensor of that.
+
+    Half precision has too few digits for marginals. NumPy arrays are float64 by
+    default, usually without intent.
+    """
+    wide = any(
+        (ops.is_tensor(x) or isinstance(x, keras.KerasTensor))
+        and "float64" in str(x.dtype)
+        for x in arrays
+    )
+    return "float64" if wide else "float32"
+
+
+def as_tensor(x, dtype):
+    """A tensor of an array, list or tensor of numbers."""
     return ops.cast(ops.convert_to_tensor(as_numbers(x)), dtype)
 
 

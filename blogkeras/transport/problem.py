@@ -25,6 +25,7 @@ from blogkeras.transport.checks import (
 from blogkeras.transport.entropic import (
     approximate,
     as_tensor,
+    common_dtype,
     length_classes,
     pad_axis,
 )
@@ -128,7 +129,7 @@ class Solver:
         if self.name == "sinkhorn":
             solution = approximate(p, q, D, self.regularization, self.tolerance)
             return solution.plan, solution.potentials
-        p, q, D = (as_array(a, "exact") for a in (p, q, D))
+        p, q, D = (as_array(a, "exact", "float64") for a in (p, q, D))
         lead = D.shape[:-2]
         flat = [a.reshape((-1, *a.shape[len(lead) :])) for a in (p, q, D)]
         _, *solution = exact.solve(*flat, duals=True)
@@ -214,7 +215,8 @@ class Texts:
         weights = renamed_value("weights", weights, measures.OLD_WEIGHTS)
         measures.check_options(cost, weights)
         _, given = measures.given_masses(weights, importance)
-        x, y = as_array(x, solver), as_array(y, solver)
+        dtype = common_dtype(x, y, *given)
+        x, y = (as_array(z, solver, dtype) for z in (x, y))
         lead = max(x.shape[:-2], y.shape[:-2], key=len)
         alone = [len(z.shape) == 2 and len(lead) > 0 for z in (x, y)]
         x, y = (
@@ -244,7 +246,7 @@ class Texts:
                 z_mask = _repeated(z_mask, lead) if one else z_mask
                 check_shape(f"mask of {name}", z_mask, z)
             if mass is not None:
-                mass = as_array(mass, solver)
+                mass = as_array(mass, solver, dtype)
                 mass = _repeated(mass, lead) if one else mass
                 check_shape(f"weights of {name}", mass, z)
                 check_mass(f"weights of {name}", mass, z_mask, kind == "given")
@@ -319,8 +321,8 @@ def _repeated(x, lead):
     return xp.broadcast_to(x, (*lead, *x.shape))
 
 
-def as_array(x, solver, dtype=None):
-    """NumPy float64 for the exact solver, else a tensor."""
+def as_array(x, solver, dtype):
+    """NumPy for the exact solver, of float64 for numbers, else a tensor."""
     x = as_numbers(x)
     if solver != "exact":
         return as_tensor(x, dtype)
@@ -329,7 +331,8 @@ def as_array(x, solver, dtype=None):
         if not isinstance(x, (np.ndarray, list, tuple, float, int)):
             _refuse()
     return np.asarray(
-        as_numpy(x) if ops.is_tensor(x) else x, dtype or "float64"
+        as_numpy(x) if ops.is_tensor(x) else x,
+        "bool" if dtype == "bool" else "float64",
     )
 
 

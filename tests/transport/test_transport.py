@@ -12,7 +12,7 @@ import numpy as np
 import ot
 import pytest
 from keras import ops
-from kit import slow_on_jax
+from kit import JAX, slow_on_jax
 from scipy.optimize import linprog
 
 from blogkeras import backend
@@ -698,3 +698,47 @@ def test_no_warnings_on_degenerate_costs():
         for solver in ("exact", "sinkhorn", "relaxed"):
             found = wasserstein_distance(p, p, D, solver=solver)
             np.testing.assert_allclose(numpy(found), expected, atol=1e-4)
+
+
+OF_DOUBLES = [
+    {"solver": "sinkhorn"},
+    {"solver": "relaxed"},
+    {"solver": "sinkhorn", "unbalanced": 0.5},
+    {"solver": "sinkhorn", "partial": 0.5},
+    {"solver": "sinkhorn", "debiased": True},
+]
+
+
+@pytest.mark.skipif(JAX, reason="needs float64, which JAX has switched off")
+@pytest.mark.parametrize("options", OF_DOUBLES, ids=str)
+def test_tensors_of_float64_beside_arrays(options):
+    """All are computed in the widest dtype of a tensor, wherever it stands."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(5, 3)), rng.normal(size=(4, 3))
+    masses = rng.dirichlet(np.ones(5)), rng.dirichlet(np.ones(4))
+    debiased = options.get("debiased")
+    costs, *own = (
+        np.linalg.norm(a[:, None] - b, axis=-1)
+        for a, b in ((x, y), (x, x), (y, y))
+    )
+    given = {k: v for k, v in options.items() if k != "debiased"}
+    if debiased:
+        given["own_costs"] = own
+
+    def by_costs(p, q, d):
+        return wasserstein_distance(p, q, d, **given)
+
+    def by_words(x, y, p, q):
+        return word_mover_distance(x, y, weights=(p, q), **options)
+
+    for fn, arrays in (
+        (by_costs, (*masses, costs)),
+        (by_words, (x, y, *masses)),
+    ):
+        expected = float(fn(*arrays))
+        for k in range(len(arrays)):
+            some = list(arrays)
+            some[k] = ops.convert_to_tensor(arrays[k], "float64")
+            found = fn(*some)
+            assert "float64" in str(found.dtype)
+            assert float(found) == pytest.approx(expected, rel=1e-5)
