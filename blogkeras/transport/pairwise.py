@@ -1,5 +1,6 @@
 """The distances between all texts of one or two collections."""
 
+import math
 from typing import Any
 
 import keras
@@ -37,8 +38,8 @@ def pairwise_distances(
 
     Without `y` the matrix is symmetric: each pair is computed once, and the
     diagonal is 0. With `cost="euclidean"` and `weights="uniform"` the distance
-    is `word_mover_distance`. Pairs are computed in blocks. The matrix is what
-    scikit-learn's estimators and scipy's clustering take as
+    is `word_mover_distance`. Pairs are computed in blocks, of similar lengths.
+    The matrix is what scikit-learn's estimators and scipy's clustering take as
     `metric="precomputed"`. For a gradient use a layer with `pairwise=True`; for
     the nearest of many texts `TransportIndex`, which leaves out most pairs.
 
@@ -96,10 +97,10 @@ def pairwise_distances(
         )
     first = _Texts("x", x, masks[0], masses[0])
     second = first if is_symmetric else _Texts("y", y, masks[1], masses[1])
-    if first.vectors.shape[-1] != second.vectors.shape[-1]:
+    if first.shape[-1] != second.shape[-1]:
         raise ValueError(
             "Expected x and y of vectors of one size. Received: "
-            f"x.shape={first.vectors.shape}, y.shape={second.vectors.shape}"
+            f"x.shape={first.shape}, y.shape={second.shape}"
         )
     shape = (len(first), len(second))
     matrix = np.zeros(shape)
@@ -107,16 +108,18 @@ def pairwise_distances(
         rows, columns = np.triu_indices(len(first), 1)
     else:
         rows, columns = (part.ravel() for part in np.indices(shape))
-    (n, dim), m = first.vectors.shape[1:], second.vectors.shape[1]
-    size = max(1, _BLOCK // (n * m + (n + m) * dim + 1))
     bar = keras.utils.Progbar(len(rows), unit_name="pair", verbose=verbose)
-    for start in range(0, len(rows), size):
-        i, j = rows[start : start + size], columns[start : start + size]
-        count = len(i)
-        if solver == "sinkhorn" and start and count < size:
-            # A shape of its own would be compiled anew.
-            i, j = (np.resize(part, size) for part in (i, j))
-        (a, a_mask, a_mass), (b, b_mask, b_mass) = first.take(i), second.take(j)
+    blocks = _blocks(
+        first.lengths[rows],
+        second.lengths[columns],
+        first.shape[-1],
+        is_compiled=solver == "sinkhorn",
+    )
+    done = 0
+    for pairs, count, (n, m) in blocks:
+        i, j = rows[pairs], columns[pairs]
+        a, a_mask, a_mass = first.take(i, n)
+        b, b_mask, b_mass = second.take(j, m)
         given = {"weights": weights}
         if a_mass is not None:
             given[name] = a_mass, b_mass
@@ -140,46 +143,132 @@ def pairwise_distances(
             "float64",
         )[:count]
         matrix[i[:count], j[:count]] = distances
-        bar.update(start + count)
+        done += count
+        bar.update(done)
     return matrix + matrix.T if is_symmetric else matrix
 
 
+def _blocks(n, m, dim, is_compiled):
+    """Blocks of pairs of texts, so that a long text pads few others.
+
+    Args:
+        n: `(pairs,)`, lengths of the first text of each pair.
+        m: `(pairs,)`, lengths of the second.
+        dim: Integer, the size of the vectors.
+        is_compiled: Boolean. Whether each shape is compiled: there are few.
+
+    Yields:
+        `(pairs, count, lengths)`: numbers of pairs, of which the first `count`
+        are new, and the pair of lengths that their texts are padded to.
+    """
+    if not len(n):
+        return
+    classes = [_length_classes(n), _length_classes(m)]
+    if is_compiled:
+        classes = [np.maximum(*classes)] * 2
+    order = np.lexsort(classes)
+    changes = np.diff([c[order] for c in classes]).any(axis=0)
+    for group in np.split(order, np.flatnonzero(changes) + 1):
+        lengths = [int(c[group[0]]) for c in classes]
+        numbers = math.prod(lengths) + sum(lengths) * dim + 1
+        size = max(1, _BLOCK // numbers)
+        for start in range(0, len(group), size):
+            pairs = group[start : start + size]
+            count = len(pairs)
+            if not is_compiled:
+                lengths = [z[pairs].max() for z in (n, m)]
+            elif start:
+                # A shape of its own would be compiled anew.
+                pairs = np.resize(pairs, size)
+            yield pairs, count, lengths
+
+
+def _length_classes(lengths):
+    """The next powers of two, 8 at least."""
+    return 2 ** np.ceil(np.log2(np.maximum(lengths, 8))).astype("int64")
+
+
 class _Texts:
-    """Texts of a collection as one array, with the masks of what is padding."""
+    """Texts of a collection, which gives some of them as one padded array.
+
+    Attributes:
+        lengths: `(texts,)`, how many words each has.
+        shape: `(texts, length of the longest, dim)`.
+    """
 
     def __init__(self, name, texts, mask, masses):
+        self.starts = None
         if isinstance(texts, (list, tuple)) and not _is_array(texts):
             if mask is not None:
                 raise ValueError(
                     f"Expected no mask of `{name}`, a sequence of texts of "
                     f"their own lengths. Received: mask={mask!r}"
                 )
-            texts, mask, masses = _padded(name, texts, masses)
+            self._set_sequence(name, texts, masses)
+            return
         self.vectors = as_numpy(texts)
-        if self.vectors.ndim != 3 or not len(self.vectors):
+        self.shape = self.vectors.shape
+        if len(self.shape) != 3 or not len(self.vectors):
             raise ValueError(
                 f"Expected `{name}` (texts, length, dim), at least one text, "
                 "or a sequence of texts (length, dim). Received: shape "
-                f"{self.vectors.shape}"
+                f"{self.shape}"
             )
+        self.lengths = np.full(*self.shape[:2])
         self.mask = None if mask is None else as_numpy(mask)
         self.masses = None if masses is None else as_numpy(masses)
         for what, array in (("mask", self.mask), ("weights", self.masses)):
-            if array is not None and array.shape != self.vectors.shape[:2]:
+            if array is not None and array.shape != self.shape[:2]:
                 raise ValueError(
                     f"Expected the {what} of `{name}` of shape "
-                    f"{self.vectors.shape[:2]}. Received: {array.shape}"
+                    f"{self.shape[:2]}. Received: {array.shape}"
                 )
 
-    def __len__(self):
-        return len(self.vectors)
+    def _set_sequence(self, name, texts, masses):
+        """Keeps the words of all texts one after the other."""
+        texts = [as_numpy(text) for text in texts]
+        dims = {text.shape[-1] for text in texts if text.ndim == 2}
+        if len(dims) != 1 or any(text.ndim != 2 for text in texts):
+            raise ValueError(
+                f"Expected `{name}` to be texts (length, dim) with one dim, at "
+                "least one. Received: shapes "
+                f"{[text.shape for text in texts]}"
+            )
+        self.lengths = np.array([len(text) for text in texts])
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.shape = (len(texts), self.lengths.max(), *dims)
+        # The last word is padding.
+        padding = np.zeros((1, *dims), texts[0].dtype)
+        self.vectors = np.concatenate([*texts, padding])
+        self.masses = None
+        if masses is None:
+            return
+        masses = [as_numpy(mass) for mass in masses]
+        if [mass.shape for mass in masses] != [
+            text.shape[:1] for text in texts
+        ]:
+            raise ValueError(
+                f"Expected one weight for each word of `{name}`. Received: "
+                f"shapes {[mass.shape for mass in masses]} for lengths "
+                f"{self.lengths.tolist()}"
+            )
+        self.masses = np.concatenate([*masses, np.zeros(1)])
 
-    def take(self, numbers):
-        """`(vectors, mask, masses)` of some texts."""
-        return tuple(
-            None if a is None else a[numbers]
-            for a in (self.vectors, self.mask, self.masses)
-        )
+    def __len__(self):
+        return len(self.lengths)
+
+    def take(self, numbers, length):
+        """`(vectors, mask, masses)` of some texts, padded to a length."""
+        if self.starts is None:
+            return tuple(
+                None if a is None else a[numbers]
+                for a in (self.vectors, self.mask, self.masses)
+            )
+        places = np.arange(max(length, 1))
+        mask = places < self.lengths[numbers][:, None]
+        places = np.where(mask, self.starts[numbers][:, None] + places, -1)
+        masses = None if self.masses is None else self.masses[places]
+        return self.vectors[places], mask, masses
 
 
 def _is_array(texts):
@@ -188,35 +277,6 @@ def _is_array(texts):
         return len({np.shape(text) for text in texts}) == 1
     except ValueError:
         return False
-
-
-def _padded(name, texts, masses):
-    texts = [as_numpy(text) for text in texts]
-    dims = {text.shape[-1] for text in texts if text.ndim == 2}
-    if len(dims) != 1 or any(text.ndim != 2 for text in texts):
-        raise ValueError(
-            f"Expected `{name}` to be texts (length, dim) with one dim, at "
-            f"least one. Received: shapes {[text.shape for text in texts]}"
-        )
-    longest = max(len(text) for text in texts)
-    (dim,) = dims
-    vectors = np.zeros((len(texts), max(longest, 1), dim))
-    mask = np.zeros(vectors.shape[:2], bool)
-    for k, text in enumerate(texts):
-        vectors[k, : len(text)] = text
-        mask[k, : len(text)] = True
-    if masses is None:
-        return vectors, mask, None
-    masses = [as_numpy(mass) for mass in masses]
-    if [mass.shape for mass in masses] != [text.shape[:1] for text in texts]:
-        raise ValueError(
-            f"Expected one weight for each word of `{name}`. Received: shapes "
-            f"{[mass.shape for mass in masses]} for lengths "
-            f"{[len(text) for text in texts]}"
-        )
-    padded = np.zeros(mask.shape)
-    padded[mask] = np.concatenate(masses)
-    return vectors, mask, padded
 
 
 def _pair(name, pair):

@@ -71,6 +71,32 @@ def test_blocks_of_sinkhorn(monkeypatch):
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+@pytest.mark.parametrize("solver", ["exact", "relaxed", "sinkhorn"])
+def test_a_long_text_pads_its_own_pairs_only(solver, monkeypatch):
+    texts = [RNG.normal(size=(n, 3)) for n in (3, 40, 2, 9, 12)]
+    others = [RNG.normal(size=(n, 3)) for n in (7, 1, 70)]
+    shapes, distance = [], pairwise.word_mover_distance
+
+    def noted(x, y, *args, **options):
+        shapes.append((x.shape, y.shape))
+        return distance(x, y, *args, **options)
+
+    monkeypatch.setattr(pairwise, "word_mover_distance", noted)
+    found = pairwise_distances(texts, others, solver=solver)
+    expected = by_one(texts, others, solver=solver)
+    tolerance = {"atol": 0.02} if solver == "sinkhorn" else {"rtol": 1e-5}
+    np.testing.assert_allclose(found, expected, **tolerance)
+    # Only the 7 pairs with a text of 40 or 70 words have long padding.
+    assert sum(x[0] for x, y in shapes if max(x[1], y[1]) <= 16) == 8
+    assert sum(x[0] for x, _ in shapes) == 15
+    if solver == "sinkhorn":
+        assert len({x[1:] + y[1:] for x, y in shapes}) <= 4
+    found = pairwise_distances(texts, solver=solver)
+    expected = by_one(texts, texts, solver=solver)
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_allclose(found, expected, **tolerance)
+
+
 def test_arrays_with_masks_and_weights():
     x = RNG.normal(size=(3, 4, 2))
     y = RNG.normal(size=(2, 5, 2))
