@@ -17,7 +17,7 @@ from blogkeras.arguments import (
     check_number,
 )
 from blogkeras.hsic.distance_kernels import GaussianKernel
-from blogkeras.hsic.layers import flat, gather, gathered
+from blogkeras.hsic.layers import flat, gather, gathered, num_features
 from blogkeras.hsic.statistic import Resolvent
 from blogkeras.models import CompositeModel
 
@@ -149,7 +149,7 @@ class HSICBottleneck(CompositeModel):
                 block.build(shape)
             shape = block.compute_output_shape(shape)
         if self.head is not None:
-            self.head.build((None, math.prod(shape[1:])))
+            self.head.build((None, num_features(shape)))
             return
         if len(shape) != 2 or shape[-1] < self.num_classes:
             raise ValueError(

@@ -13,6 +13,7 @@ from blogkeras.arguments import (
     check_choice,
     check_number,
 )
+from blogkeras.graph import freeze_inside
 from blogkeras.hsic.grams import rescale
 from blogkeras.hsic.kernels import (
     LinearKernel,
@@ -182,13 +183,14 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
         self.kernel_x = as_kernel_or_none(kernel_x)
         self.kernel_y = as_kernel_or_none(kernel_y)
         self.estimator = check_choice("estimator", estimator, ESTIMATORS)
+        freeze_inside(self)
 
     def build(self, input_shape):
         for kernel, shape in zip(
             (self.kernel_x, self.kernel_y), input_shape, strict=True
         ):
             if isinstance(kernel, keras.Layer) and not kernel.built:
-                features = keras.KerasTensor((None, math.prod(shape[1:])))
+                features = keras.KerasTensor((None, num_features(shape)))
                 kernel(features, features)
 
     def call(self, inputs, mask=None):
@@ -373,7 +375,19 @@ def flat(x, mask=None):
         for _ in range(len(x.shape) - len(mask.shape)):
             mask = mask[..., None]
         x = ops.where(mask, x, ops.zeros_like(x))
-    return ops.reshape(x, [-1, math.prod(x.shape[1:])])
+    return ops.reshape(x, [-1, num_features(x.shape)])
+
+
+def num_features(shape):
+    """The product of all axes but the first, which are features."""
+    if None in shape[1:]:
+        raise ValueError(
+            "Expected axes of known size, since all but the first are "
+            "features: give them the same size in each batch, or pool them, "
+            "such as by GlobalAveragePooling1D. Received: shape "
+            f"{tuple(shape)}"
+        )
+    return math.prod(shape[1:])
 
 
 def per_sample(weight):

@@ -241,6 +241,37 @@ def test_regularization_trains_its_kernel():
     assert 1 - after == pytest.approx(float(value(hsic(X, Y, LINEAR, LINEAR))))
     revived = keras.Model.from_config(model.get_config())
     assert len(revived.trainable_weights) == 1
+    frozen = HSICRegularization(1.0, Scaled(), LINEAR, trainable=False)
+    frozen.build([(None, 3), (None, 2)])
+    assert [v.path for v in frozen.variables if v.trainable] == []
+
+
+def test_axes_of_unknown_size():
+    message = r"(?s)Expected axes of known size.*Received: shape \(None, None, 3\)"
+
+    class Linear(layers.Layer):
+        def call(self, x1, x2):
+            return ops.matmul(x1, ops.transpose(x2))
+
+    with pytest.raises(ValueError, match=message):
+        HSICRegularization(1.0, Linear()).build([(None, None, 3), (None, 2)])
+    padded = layers.Conv1D(3, 1)
+    padded.build((None, None, 2))
+    with pytest.raises(ValueError, match=message):
+        HSICBottleneck([padded], 2, readout="format").build((None, None, 2))
+    if JAX:  # there a program is compiled for each size
+        return
+    import tensorflow as tf
+
+    sizes = tf.TensorSpec((None, None, 3)), tf.TensorSpec((None, 2))
+    for fn in (
+        HSICLoss(),
+        lambda x, y: HSICLoss()(y, x),
+        CKA().update_state,
+        lambda x, y: HSICRegularization(1.0)([x, y]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tf.function(fn, autograph=False).get_concrete_function(*sizes)
 
 
 # Replicas
