@@ -11,7 +11,7 @@ from keras import ops
 from blogkeras import backend, training
 from blogkeras.arguments import as_numpy, check_integer, check_verbose
 from blogkeras.hsic.kernels import LinearKernel, as_kernel
-from blogkeras.hsic.tiles import prepare
+from blogkeras.hsic.tiles import prepare_all
 
 LINEAR = LinearKernel()
 
@@ -238,7 +238,7 @@ def _centered(outputs, kernel):
         n = len(features)
         if n < 4:
             return None
-        (gram, _), _ = prepare(features, features, kernel, None, None, "biased")
+        (gram,), _ = prepare_all([("x", features, kernel)], None, "biased")
         matrix = ops.convert_to_numpy(gram.matrix()).astype("float64")
         matrix = np.ldexp(matrix, gram.exponent)
         np.fill_diagonal(matrix, 0)

@@ -6,7 +6,7 @@ import pytest
 from hsic_reference import definition, value
 from keras import layers, ops
 
-from blogkeras.hsic import compare_layers
+from blogkeras.hsic import GaussianKernel, LinearKernel, compare_layers
 
 X = np.random.default_rng(0).normal(size=(30, 3)).astype("float32")
 
@@ -146,6 +146,23 @@ def test_whatever_holds_the_data():
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
     with pytest.raises(ValueError, match="Received: none"):
         matrix(pair, [])
+
+
+def test_one_kernel_for_each_layer(monkeypatch):
+    """No other one is prepared, whose bandwidth is a median of distances."""
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    made = []
+    for kernel in (LinearKernel, GaussianKernel):
+        of_array = kernel.of_array
+
+        def noted(self, *args, of_array=of_array):
+            made.append(type(self))
+            return of_array(self, *args)
+
+        monkeypatch.setattr(kernel, "of_array", noted)
+    compare_layers(model, model, x)
+    assert set(made) == {LinearKernel}
 
 
 def test_models_that_cannot_be_compared():
