@@ -112,7 +112,7 @@ _EPSILON = {
 # The number of features up to which differences are as cheap as products.
 _FEW_FEATURES = 8
 # ‖x − y‖² below this share of ‖x‖² + ‖y‖² is computed by differences.
-_CANCELLATION = 2.0**-8
+CANCELLATION = 2.0**-8
 # The largest number of differences in memory at a time.
 _DIFFERENCES = 2**20
 # The number of features at a time where the number of rows is not known.
@@ -218,14 +218,9 @@ def squared_distances_of_arrays(x, y):
     Returns:
         `(..., n, m)` array.
     """
-    size = y.shape[-2]
-    center = np.median(y[..., np.arange(1, 19, 2) * size // 18, :], axis=-2)
-    center = center[..., None, :].astype(y.dtype)
-    share = 2.0**-20 if x.dtype == np.float64 else _CANCELLATION
+    share = 2.0**-20 if x.dtype == np.float64 else CANCELLATION
     with np.errstate(over="ignore", invalid="ignore"):
-        x0, y0 = x - center, y - center
-        sizes = np.square(x0).sum(-1)[..., :, None]
-        sizes = sizes + np.square(y0).sum(-1)[..., None, :]
+        x0, y0, sizes = centered_arrays(x, y)
         d2 = sizes - 2 * (x0 @ np.swapaxes(y0, -1, -2))
         # `not (d2 > ...)` and not `d2 <= ...`: it is true of NaN, too.
         near = np.nonzero(~(d2 > share * sizes))
@@ -235,6 +230,25 @@ def squared_distances_of_arrays(x, y):
             difference = x[(*lead, i)] - y[(*lead, j)]
             d2[(*lead, i, j)] = np.square(difference).sum(-1)
     return d2
+
+
+def centered_arrays(x, y):
+    """What `squared_distances_of_arrays` multiplies, and the sizes of it.
+
+    Args:
+        x: `(..., n, dim)` array.
+        y: `(..., m, dim)` array, with the same leading axes.
+
+    Returns:
+        `(x − c, y − c, sizes)`, c a central vector of `y`, and
+        ‖xᵢ − c‖² + ‖yⱼ − c‖², `(..., n, m)`.
+    """
+    size = y.shape[-2]
+    center = np.median(y[..., np.arange(1, 19, 2) * size // 18, :], axis=-2)
+    center = center[..., None, :].astype(y.dtype)
+    x, y = x - center, y - center
+    sizes = np.square(x).sum(-1)[..., :, None]
+    return x, y, sizes + np.square(y).sum(-1)[..., None, :]
 
 
 def _either(predicate, true_fn, false_fn):
@@ -290,7 +304,7 @@ def _squares_by_products(x, y, unit, tolerance, equal):
         + ops.sum(ops.square(y), axis=-1)[..., None, :]
     )
     d2 = size - 2 * full_precision_matmul(x, ops.swapaxes(y, -1, -2))
-    near = ops.logical_and(d2 < _CANCELLATION * size, unit * size > tolerance)
+    near = ops.logical_and(d2 < CANCELLATION * size, unit * size > tolerance)
     # Where squares overflow, their difference is NaN.
     near = ops.logical_or(near, ops.logical_not(ops.isfinite(size)))
     if equal is not None:

@@ -16,6 +16,7 @@ from blogkeras.arguments import (
     check_verbose,
 )
 from blogkeras.files import replace_file
+from blogkeras.ops import CANCELLATION, centered_arrays
 from blogkeras.transport import exact, measures
 from blogkeras.transport.first_pass import FirstPass
 from blogkeras.transport.index_documents import (
@@ -583,9 +584,16 @@ def _below(d, x, y, cost):
     # A product of two vectors is a sum of dim terms.
     unit = np.float32((x.shape[-1] + 8) * 2.0**-23)
     if cost == "cosine":
-        return np.maximum(d - unit, 0)
+        # Of directions less their medians ‖u − c‖² + ‖v − c‖² is below 12.
+        return np.maximum(d - 3 * unit, 0)
     x2, y2 = np.square(x).sum(-1), np.square(y).sum(-1)
-    size = (x2[:, None] + y2).astype("float32") * unit
+    size = x2[:, None] + y2
+    d2 = np.square(d)
     if cost == "rms":
-        size /= x.shape[-1]
-    return np.sqrt(np.maximum(np.square(d) - size, 0))
+        d2 *= x.shape[-1]
+    # Vectors are rounded where they are, and multiplied about a centre. Pairs
+    # that are near for their distance to it are not multiplied.
+    around = centered_arrays(x, y)[2]
+    size += np.where(d2 > CANCELLATION / 2 * around, around, 0)
+    below = np.sqrt(np.maximum(d2 - size.astype("float32") * unit, 0))
+    return below / x.shape[-1] ** 0.5 if cost == "rms" else below

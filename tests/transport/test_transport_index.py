@@ -9,8 +9,13 @@ import numpy as np
 import pytest
 
 import blogkeras
-from blogkeras import TransportIndex, inverse_document_frequency
-from blogkeras.transport import exact
+from blogkeras import (
+    TransportIndex,
+    inverse_document_frequency,
+    word_mover_distance,
+)
+from blogkeras.transport import exact, measures
+from blogkeras.transport.index import _below
 
 RNG = np.random.default_rng(0)
 VECTORS = RNG.normal(size=(40, 5))
@@ -353,3 +358,45 @@ def test_huge_costs_are_finite():
     plan, value, _, _ = exact.simplex()(np.full(2, 0.5), np.full(2, 0.5), cost)
     np.testing.assert_array_equal(plan, np.eye(2) / 2)
     assert value == 0
+
+
+def test_near_ties_beside_far_words():
+    """Products of words far from the centre round by more than a tie's gap."""
+    rng = np.random.default_rng(0)
+    query = rng.normal(size=(1, 2)).astype("f") * np.float32(0.02)
+
+    def pair(radius, turn, between):
+        angles = np.array([turn, turn + between])
+        circle = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        return (query + radius * circle).astype("f")
+
+    near = pair(1.0, rng.uniform(0, 6.28), 2.0)
+    less_near = pair(1 + 5e-7, rng.uniform(0, 6.28), 3.1)
+    far = np.array([10.3, 0]) + rng.normal(size=(28, 2)) * 0.05
+    far[-1] = 28 * query[0] - far[:-1].sum(0) + [14, 0]
+    documents = [near, less_near, far.astype("f")]
+    options = {"cost": "euclidean", "weights": "uniform"}
+    index = TransportIndex(documents, **options, verbose=0)
+    expected = [word_mover_distance(query, text) for text in documents]
+    assert np.argmin(expected) == 0
+    found = index.search(query, k=1)
+    assert found.indices.tolist() == [0]
+    assert found.distances[0] == pytest.approx(expected[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("cost", measures.COSTS)
+def test_bounds_of_single_precision(cost):
+    """Costs of float32 are lowered to at most those of float64."""
+    rng = np.random.default_rng(0)
+    for offset in (0.0, 10.0, 1e3):
+        for dim in (1, 2, 30):
+            x = rng.normal(size=(50, dim))
+            y = rng.normal(size=(60, dim))
+            y[::2] += offset  # the centre is among these
+            y[1::4] = x[:15] * (1 + 1e-4 * rng.normal(size=(15, dim)))
+            single = (a.astype("float32") for a in (x, y))
+            d = measures.cost_matrix(np, *single, cost)
+            right = measures.cost_matrix(np, x, y, cost)
+            lowered = _below(d, x, y, cost)
+            assert (lowered <= right).all()
+            np.testing.assert_allclose(lowered, right, rtol=0.1, atol=0.1)
