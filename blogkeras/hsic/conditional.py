@@ -87,7 +87,7 @@ def kci_test(
             1 for a Gaussian.
         num_draws: Integer ≥ 1, of `"spectral"`.
         seed: Integer for the draws; the same seed gives the same p-value.
-            `None` draws one.
+            `None` draws one, which `keras.utils.set_random_seed` decides.
 
     Returns:
         Named tuple `(statistic, p_value, null)`, T and in `null` the pair

@@ -18,6 +18,7 @@ from blogkeras.hsic.statistic import hsic_of_blocks
 from blogkeras.hsic.tiles import TILE, prepare
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul, map_blocks
+from blogkeras.state import base_seed
 from blogkeras.typing import Tensor
 
 NULLS = ("gamma", "permutation")
@@ -105,7 +106,8 @@ def hsic_test(
         approximation: `None`, `"block"` or `"fourier"`.
         size: Integer. Samples per block (100), or number of features (256).
         seed: Integer for permutations and random features; the same seed gives
-            the same p-value. `None` draws one.
+            the same p-value. `None` draws one, which
+            `keras.utils.set_random_seed` decides.
         verbose: 1 shows a progress bar of the permutations.
 
     Returns:
@@ -192,9 +194,9 @@ def hsic_test(
 
 
 def seed_of(seed):
-    """A seed for NumPy: the one given, or a new one."""
+    """A seed for NumPy: the one given, or a new one of Keras's."""
     if seed is None:
-        seed = int(np.random.default_rng().integers(2**31))
+        seed = int(base_seed(None))
     return check_integer("seed", seed, minimum=0)
 
 

@@ -111,7 +111,8 @@ def dhsic_test(
             `DeltaKernel()` for strings.
         num_permutations: Integer ≥ 1.
         seed: Integer for the permutations; the same seed gives the same
-            p-value. `None` draws one.
+            p-value. `None` draws one, which `keras.utils.set_random_seed`
+            decides.
         verbose: 1 shows a progress bar of the permutations.
 
     Returns:

@@ -21,6 +21,7 @@ from blogkeras.arguments import (
 from blogkeras.extras import require
 from blogkeras.hsic.distance_kernels import GaussianKernel
 from blogkeras.hsic.grams import Gram
+from blogkeras.hsic.independence_test import seed_of
 from blogkeras.hsic.kernel import known_numbers
 from blogkeras.hsic.kernels import (
     CustomKernel,
@@ -81,7 +82,8 @@ class HSICLasso:
             class counts alike.
         block_size: Integer ≥ 2, or `None`: all samples at once.
         num_shuffles: Integer ≥ 1.
-        seed: Integer, which blocks are drawn by; `None` draws one.
+        seed: Integer, which blocks are drawn by; `None` draws one, which
+            `keras.utils.set_random_seed` decides.
         verbose: 1 shows a progress bar.
 
     Attributes:
@@ -176,7 +178,7 @@ class HSICLasso:
         if size is not None:
             size = check_integer("block_size", size, minimum=2)
         if size is not None and size < n:
-            rng = np.random.default_rng(self.seed)
+            rng = np.random.default_rng(seed_of(self.seed))
             blocks = [
                 block
                 for _ in range(shuffles)

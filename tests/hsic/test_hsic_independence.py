@@ -1,5 +1,6 @@
 """The p-value: null distributions, invariances, level and power (post 6910)."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.stats
@@ -17,10 +18,13 @@ from keras import ops
 from blogkeras.hsic import (
     DeltaKernel,
     GaussianKernel,
+    HSICLasso,
     PolynomialKernel,
     PrecomputedKernel,
+    dhsic_test,
     fourier_hsic,
     hsic_test,
+    kci_test,
 )
 from blogkeras.hsic.fourier import covariances
 
@@ -149,6 +153,27 @@ def test_permutations():
     assert not np.array_equal(other.null, found.null)
     free = hsic_test(X, Y, null="permutation", num_permutations=70)
     assert not np.array_equal(free.null, found.null)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: hsic_test(X, Y, null="permutation", num_permutations=5).null,
+        lambda: dhsic_test([X, Y], num_permutations=5).null,
+        lambda: kci_test(X, Y, X[:, 1], null="spectral", num_draws=5).null,
+        lambda: (
+            HSICLasso(1, block_size=10, num_shuffles=1).fit(X, Y).relevance_
+        ),
+    ],
+    ids=["hsic_test", "dhsic_test", "kci_test", "HSICLasso"],
+)
+def test_keras_seeds_what_has_no_seed(draw):
+    found = []
+    for _ in range(2):
+        keras.utils.set_random_seed(7)
+        found.append([draw(), draw()])
+    np.testing.assert_array_equal(found[0], found[1])
+    assert not np.array_equal(*found[0])
 
 
 def test_equal_draws_count():

@@ -247,7 +247,9 @@ def test_regularization_trains_its_kernel():
 
 
 def test_axes_of_unknown_size():
-    message = r"(?s)Expected axes of known size.*Received: shape \(None, None, 3\)"
+    message = (
+        r"(?s)Expected axes of known size.*Received: shape \(None, None, 3\)"
+    )
 
     class Linear(layers.Layer):
         def call(self, x1, x2):
