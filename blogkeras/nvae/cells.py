@@ -24,7 +24,7 @@ class BatchNorm(layers.BatchNormalization):
             old = [ops.copy(v.value) for v in averages]
             x = super().call(x, training=training)
             for variable, before in zip(averages, old, strict=True):
-                variable.assign(_finite_or(variable.value, before))
+                variable.assign(self._kept(variable.value, before))
             return x
         gamma, beta, *old = (
             ops.convert_to_tensor(v)
@@ -40,12 +40,13 @@ class BatchNorm(layers.BatchNormalization):
         )
         for variable, before, now in zip(averages, old, new, strict=True):
             now = before * self.momentum + now * (1 - self.momentum)
-            variable.assign(_finite_or(now, before))
+            variable.assign(self._kept(now, before))
         return ops.cast(x, self.compute_dtype)
 
-
-def _finite_or(x, other):
-    return ops.where(ops.isfinite(x), x, other)
+    def _kept(self, now, before):
+        if not self.momentum:  # the batch's own statistics are asked for
+            return now
+        return ops.where(ops.isfinite(now), now, before)
 
 
 class SqueezeExcite(layers.Layer):

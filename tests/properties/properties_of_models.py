@@ -58,6 +58,8 @@ def built(name):
         # Compiling takes longer than all the steps.
         model.run_eagerly, model.jit_compile = True, False
     x, y = batch(name, 0, 1.0)
+    if hasattr(model, "adapt") and name != "VQVAE":
+        model.adapt(x)
     model.train_on_batch(x, y)
     return model, [ops.convert_to_numpy(v) for v in variables(model)]
 
