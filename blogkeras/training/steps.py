@@ -9,7 +9,6 @@ import keras
 from keras import ops, tree
 
 from blogkeras import backend
-from blogkeras.optimizers import SkipNonFinite
 from blogkeras.training.objective import Objective
 from blogkeras.training.parts import find_parts
 
@@ -92,14 +91,16 @@ if backend.BACKEND == "tensorflow":
         """Raises for two kinds of optimizers that fail in Keras's own `fit`."""
         if backend.num_replicas() == 1:
             return
-        if isinstance(optimizer, SkipNonFinite):
-            optimizer = optimizer.inner_optimizer
-        if optimizer.gradient_accumulation_steps:
+        # An optimizer around another one says nothing of how that one does it.
+        inner = getattr(optimizer, "inner_optimizer", None)
+        steps = optimizer.gradient_accumulation_steps or getattr(
+            inner, "gradient_accumulation_steps", None
+        )
+        if steps:
             raise ValueError(
                 "Keras cannot accumulate gradients under a TensorFlow "
                 "distribution strategy. Remove `gradient_accumulation_steps`. "
-                "Received: gradient_accumulation_steps="
-                f"{optimizer.gradient_accumulation_steps}"
+                f"Received: gradient_accumulation_steps={steps}"
             )
         if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
