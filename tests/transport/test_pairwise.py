@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from keras import ops
+from kit import slow_on_jax
 
 from blogkeras import (
     TransportIndex,
@@ -71,6 +72,7 @@ def test_blocks_of_sinkhorn(monkeypatch):
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("solver", ["exact", "relaxed", "sinkhorn"])
 def test_a_long_text_pads_its_own_pairs_only(solver, monkeypatch):
     texts = [RNG.normal(size=(n, 3)) for n in (3, 40, 2, 9, 12)]
