@@ -8,7 +8,7 @@ import functools
 
 import keras
 
-from blogkeras.backend import get_keras_mask, set_keras_mask
+from blogkeras.bert4keras.layers import cast_with_mask
 
 
 def as_losses(losses):
@@ -99,7 +99,4 @@ def _as_float(x):
     dtype = keras.config.floatx()
     if keras.backend.standardize_dtype(x.dtype) == dtype:
         return x
-    mask, x = get_keras_mask(x), keras.ops.cast(x, dtype)
-    if mask is not None:
-        set_keras_mask(x, mask)
-    return x
+    return cast_with_mask(x, dtype)

@@ -11,6 +11,7 @@ from blogkeras.bert4keras import (
     callbacks,
     data,
     layers,
+    merging,
     names,
     old_names,
     saving,
@@ -130,7 +131,7 @@ def _copy(module, name, **changes):
 
 _LAYERS = {
     name: value
-    for name, value in vars(layers).items()
+    for name, value in (vars(layers) | vars(merging)).items()
     if isinstance(value, type) and issubclass(value, layers.Bridged)
     if not name.startswith("_") and value is not layers.Bridged
 }
@@ -168,7 +169,7 @@ def make_keras():
                 recurrent_activation=names.old_hard_sigmoid,
             ),
             **_LAYERS,
-            **layers.MERGES,
+            **merging.MERGES,
         },
         "models": {
             "Model": model,

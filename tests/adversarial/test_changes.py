@@ -173,14 +173,17 @@ def test_two_models_of_one_method(linear):
         np.testing.assert_allclose(strength(model), 2, rtol=1e-5)
 
 
+class Noting(FGM):
+    """It sets an attribute of its own while it is traced."""
+
+    traces = 0
+
+    def perturbation(self, *args):
+        self.traces = self.traces + 1
+        return super().perturbation(*args)
+
+
 def test_what_a_method_notes_down_compiles_nothing_anew(linear):
-    class Noting(FGM):
-        traces = 0
-
-        def perturbation(self, *args):
-            self.traces = self.traces + 1
-            return super().perturbation(*args)
-
     method = Noting(1.0)
     adversarial_training(linear, method=method)
     for _ in range(4):
@@ -198,13 +201,6 @@ def test_changes_of_an_attack_inside_do_not_cancel():
 
 
 def test_what_an_attack_inside_notes_down_compiles_nothing_anew(linear):
-    class Noting(FGM):
-        traces = 0
-
-        def perturbation(self, *args):
-            self.traces = self.traces + 1
-            return super().perturbation(*args)
-
     attack = Noting(1.0)
     adversarial_training(
         linear, method=AdversarialWeightPerturbation(0.0, attack)
