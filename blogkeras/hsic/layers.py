@@ -40,7 +40,8 @@ class HSICLoss(keras.losses.Loss):
     of the pairs in the sample measure (a row of weight 0 is left out). Under
     `tf.distribute` the replicas' batches are gathered, so that the loss and
     gradients are those of one large batch. All axes but the first are features;
-    masked time steps count as zeros. Computed in float32. A batch of fewer than
+    masked time steps count as zeros, those of a target for each time step as
+    well. Computed in float32. A batch of fewer than
     4 rows, such as the last one, is 0 with `"unbiased"`.
 
     Args:
@@ -91,9 +92,8 @@ class HSICLoss(keras.losses.Loss):
         self.maximize = check_boolean("maximize", maximize)
 
     def __call__(self, y_true, y_pred, sample_weight=None):
-        mask = backend.get_keras_mask(y_pred)
         y_true, y_pred, weight = gathered(
-            flat(y_true), flat(y_pred, mask), sample_weight
+            unmasked(y_true, y_pred), unmasked(y_pred), sample_weight
         )
         value = hsic_of_batch(
             y_true,
@@ -178,6 +178,8 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        # Labels and large numbers are not numbers of half precision.
+        self.autocast = False
         self.supports_masking = True
         self.rate = check_number("rate", rate)
         self.kernel_x = as_kernel_or_none(kernel_x)
@@ -201,14 +203,18 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
             first, second, self.kernel_x, self.kernel_y, self.estimator
         )
         self.add_loss(self.rate * ops.cast(value, "float32"))
-        return x
+        return ops.cast(x, self._dtype_of(x))
 
     def compute_mask(self, inputs, previous_mask=None):
         return None if previous_mask is None else previous_mask[0]
 
     def compute_output_spec(self, inputs, mask=None):
         x, _ = inputs
-        return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+        return keras.KerasTensor(x.shape, dtype=self._dtype_of(x))
+
+    def _dtype_of(self, x):
+        is_float = keras.backend.is_float_dtype(x.dtype)
+        return self.compute_dtype if is_float else x.dtype
 
     def get_config(self):
         return {
@@ -283,8 +289,7 @@ class CKA(keras.metrics.Metric):
         ]
 
     def update_state(self, y_true, y_pred, sample_weight=None):
-        y_true = flat(y_true)
-        y_pred = flat(y_pred, backend.get_keras_mask(y_pred))
+        y_true, y_pred = unmasked(y_true, y_pred), unmasked(y_pred)
         sizes = {y_true.shape[0], y_pred.shape[0]} - {None}
         if len(sizes) > 1:
             raise ValueError(
@@ -376,6 +381,26 @@ def flat(x, mask=None):
             mask = mask[..., None]
         x = ops.where(mask, x, ops.zeros_like(x))
     return ops.reshape(x, [-1, num_features(x.shape)])
+
+
+def unmasked(x, masked=None):
+    """`flat`, without what the Keras mask of `masked`, or of `x`, hides.
+
+    The target of a model has no mask of its own. It has that of the outputs if
+    its first axes are as long, such as one of a target for each time step.
+    """
+    mask = backend.get_keras_mask(x if masked is None else masked)
+    if mask is not None and masked is not None:
+        shape, sizes = (
+            tuple(np.shape(x) if is_array(x) else x.shape),
+            mask.shape,
+        )
+        fits = len(shape) >= len(sizes) and all(
+            None in pair or pair[0] == pair[1]
+            for pair in zip(sizes, shape, strict=False)
+        )
+        mask = mask if fits else None
+    return flat(x, mask)
 
 
 def num_features(shape):

@@ -104,6 +104,9 @@ def numbers(name, x):
             x = x.astype("float64")
         except (TypeError, ValueError):
             x = None
+        if given.dtype.kind in "mM":
+            # A date that is missing would be a number.
+            x = np.where(np.isnat(given), np.nan, x)
     if x is None or x.dtype.kind not in "biuf":
         raise ValueError(
             f"Expected numbers in `{name}`; for labels take DeltaKernel(), for "

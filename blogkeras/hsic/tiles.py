@@ -293,20 +293,19 @@ def _combine(within, between, n, estimator):
 def _linear(grams, weight, pairs, estimator):
     """`statistics` of linear kernels, without n × n numbers.
 
-    Features have mean zero, so Σ_j K_ij = 0 and the sums over all other
+    Of features with mean zero, Σ_j K_ij = 0 and the sums over all other
     columns are those of the diagonal.
     """
     like, dtype = grams[0].features, grams[0].dtype
     if estimator == "unbiased" and weight is not None:
         weight = ops.cast(weight > 0, dtype)
     n, p = measure(weight, like, dtype)
-    features = [g.features for g in grams]
-    if weight is not None and estimator == "unbiased":
-        # They were centered by the weights, which count as 0 and 1 here.
-        features = [
-            f - ops.sum(f * p[..., None], axis=-2, keepdims=True)
-            for f in features
-        ]
+    # They were centered over all samples and by the weights. Here they may be a
+    # block of these samples, and the weights may count as 0 and 1.
+    features = [
+        g.features - ops.sum(g.features * p[..., None], axis=-2, keepdims=True)
+        for g in grams
+    ]
     values = []
     for i, j in pairs:
         x, y = features[i], features[j]

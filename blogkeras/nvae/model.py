@@ -101,7 +101,7 @@ class NVAE(TargetlessModel):
     Example:
 
     >>> model = NVAE.from_preset("digits", kl_warmup_steps=500)
-    >>> model.compile(keras.optimizers.Adamax(1e-3))
+    >>> model.compile(keras.optimizers.Adamax(5e-3))
     >>> images = np.random.rand(32, 8, 8, 1)
     >>> history = model.fit(images, verbose=0)  # take 20 epochs of real ones
     >>> model.sample(16, temperature=0.8).shape

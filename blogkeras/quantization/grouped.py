@@ -75,11 +75,9 @@ class GroupedQuantizer(Quantizer):
         self.codes_per_vector = (self.groups, *quantizer.codes_per_vector)
 
     def _part(self, quantizer, index):
-        config = quantizer.get_config()
+        config = _with_later_seed(quantizer.get_config(), index)
         config["name"] = f"group_{index}"
         config["trainable"] = config["trainable"] and self.trainable
-        if config.get("seed") is not None:
-            config["seed"] += index
         return type(quantizer).from_config(config)
 
     @property
@@ -195,3 +193,14 @@ class GroupedQuantizer(Quantizer):
     def from_config(cls, config):
         quantizer = keras.saving.deserialize_keras_object(config["quantizer"])
         return cls(**{**config, "quantizer": quantizer})
+
+
+def _with_later_seed(config, steps):
+    """A configuration of a quantizer, or of groups of it, with a later seed."""
+    if config.get("seed") is not None:
+        return {**config, "seed": config["seed"] + steps}
+    if "groups" not in config:
+        return dict(config)
+    inner = config["quantizer"]
+    moved = _with_later_seed(inner["config"], steps * config["groups"])
+    return {**config, "quantizer": {**inner, "config": moved}}

@@ -127,7 +127,9 @@ class CodePrior(TargetlessModel):
         super().__init__(**kwargs)
         num_codes = check_integer("num_codes", num_codes, minimum=2)
         code_shape = check_sizes("code_shape", code_shape)
-        dim = check_integer("dim", dim, minimum=1)
+        # Half of it are the channels of a convolution.
+        smallest = 2 if architecture == "convolution" else 1
+        dim = check_integer("dim", dim, minimum=smallest)
         num_layers = check_integer("num_layers", num_layers, minimum=1)
         num_heads = check_integer("num_heads", num_heads, minimum=1)
         if num_classes is not None:

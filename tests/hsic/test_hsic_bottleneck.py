@@ -251,6 +251,38 @@ def test_layers_keep_their_regularizers_and_precision():
     assert losses[0] - losses[1] == pytest.approx(penalty, abs=0.2 * penalty)
 
 
+def test_masks_reach_all_layers():
+    """Tokens are integers; 0 is padding."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 9, (48, 4))
+    tokens[:, 2:] *= rng.integers(0, 2, (48, 1))
+    blocks = [
+        layers.Embedding(9, 5, mask_zero=True),
+        layers.Dense(4, "tanh"),
+        layers.GlobalAveragePooling1D(),
+        layers.Dense(3),
+    ]
+    model = HSICBottleneck(
+        blocks, 3, bandwidth=2.0, label_weight=4.0, epsilon=1e-3
+    )
+    model.build(tokens.shape)
+    kept = (tokens > 0)[..., None]
+    z = value(blocks[0](tokens)).astype("f8") * kept
+    dense = np.tanh(z @ value(blocks[1].kernel)) * kept  # biases are zero
+    pooled = dense.sum(axis=1) / kept.sum(axis=1)
+    last = pooled @ value(blocks[3].kernel)
+    hidden = model.hidden(ops.convert_to_tensor(tokens))
+    np.testing.assert_allclose(value(hidden[2]), pooled, rtol=1e-4, atol=1e-6)
+    one_hot = np.eye(3)[LABELS]
+    expected = sum(
+        papers_nhsic(z.reshape(48, -1), tokens.astype("f8"))
+        - 4 * papers_nhsic(z.reshape(48, -1), one_hot)
+        for z in (z, dense, last)
+    )
+    found = stepped(model, tokens, LABELS)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
 def test_errors():
     dense = layers.Dense(3)
     for arguments, message in [

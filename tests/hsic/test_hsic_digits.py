@@ -352,6 +352,17 @@ def test_what_is_no_number_is_refused():
         hsic(x, np.where(x > 3, np.nan, x), None, DeltaKernel())
 
 
+def test_missing_dates_are_no_numbers():
+    """NumPy gives NaT the number −2⁶³."""
+    dates = np.datetime64("2020-01-01") + np.arange(20) * np.arange(20)
+    for times in (dates.astype("M8[ns]"), dates - dates[0]):
+        numbers = times.astype("int64").astype("float64")
+        assert float(hsic(times, numbers)) == float(hsic(numbers, numbers))
+        times[3] = "NaT"
+        with pytest.raises(ValueError, match="Expected finite numbers in `x`"):
+            hsic(times, numbers)
+
+
 # Memory
 
 

@@ -16,11 +16,14 @@ from hsic_reference import (
 from keras import ops
 
 from blogkeras.hsic import (
+    CosineKernel,
     DeltaKernel,
     GaussianKernel,
     HSICLasso,
+    LinearKernel,
     PolynomialKernel,
     PrecomputedKernel,
+    block_hsic,
     dhsic_test,
     fourier_hsic,
     hsic_test,
@@ -219,6 +222,27 @@ def test_blocks():
         size=10,
     )
     np.testing.assert_allclose(own.null, blocks, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["biased", "unbiased"])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_blocks_of_kernels_with_features(cosine, estimator):
+    """A mean that drifts differs from block to block."""
+    drift = np.repeat(np.arange(3.0), 20)[:, None]
+    x, y = X + 3 * drift, Y[:, None] + 3 * drift
+    x, y = np.c_[x, np.ones(60)], np.c_[y, np.ones(60)]
+    kernel = CosineKernel() if cosine else LinearKernel()
+
+    def gram(x):
+        x = x / np.linalg.norm(x, axis=1, keepdims=True) if cosine else x
+        return x @ x.T
+
+    blocks = [
+        definition(gram(x[i : i + 20]), gram(y[i : i + 20]), estimator)
+        for i in range(0, 60, 20)
+    ]
+    found = block_hsic(x, y, kernel, kernel, 20, estimator)
+    assert float(found) == pytest.approx(np.mean(blocks), rel=1e-4)
 
 
 def test_fourier_features():

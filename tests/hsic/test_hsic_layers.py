@@ -162,6 +162,18 @@ def test_masked_time_steps_count_as_zeros():
     junk = ops.convert_to_tensor(np.asarray(prediction) + noise, "float32")
     backend.set_keras_mask(junk, mask)
     assert float(loss(y, junk)) == pytest.approx(expected, rel=1e-5)
+    # A target for each time step is masked as well.
+    targets = X.reshape(8, 4, 3)[..., :1]
+    others = targets + np.float32([[[0], [0], [7], [8]]])
+    expected = float(loss(targets[:, :2], np.asarray(prediction)[:, :2]))
+    for y in (targets, others):
+        assert float(loss(y, junk)) == pytest.approx(expected, rel=1e-5)
+        metric = CKA(STANDARD, STANDARD)
+        metric.update_state(ops.convert_to_tensor(y), junk)
+        cka = float(metric.result())
+        metric.reset_state()
+        metric.update_state(targets[:, :2], np.asarray(prediction)[:, :2])
+        assert cka == pytest.approx(float(metric.result()), rel=1e-4)
 
 
 # Regularization
@@ -187,6 +199,27 @@ def test_regularization_adds_hsic():
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     with pytest.raises(ValueError, match="Received: rate=nan"):
         HSICRegularization(float("nan"))
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_regularization_in_mixed_precision(dtype):
+    """Half precision has no number between 3000 and 3002, and not 100,000."""
+    ids = (3000 + np.arange(len(X)) % 2).astype("float32")[:, None]
+    equal = (ids == ids.T).astype("float64")
+    large = X + np.float32(1e5)
+    for y, kernel, gram in (
+        (ids, DeltaKernel(), equal),
+        (large, STANDARD, gaussian(large.astype("float64"), 1.0)),
+    ):
+        layer = HSICRegularization(1.0, STANDARD, kernel, dtype=dtype)
+        out = layer([ops.convert_to_tensor(X), ops.convert_to_tensor(y)])
+        assert keras.backend.standardize_dtype(out.dtype) == dtype[6:]
+        expected = definition(gaussian(X, 1.0), gram, "biased")
+        assert float(layer.losses[0]) == pytest.approx(expected, rel=1e-4)
+    codes = ops.convert_to_tensor(np.arange(len(X), dtype="int32")[:, None])
+    layer = HSICRegularization(1.0, DeltaKernel(), LINEAR, dtype=dtype)
+    out = layer([codes, ops.convert_to_tensor(X)])
+    assert keras.backend.standardize_dtype(out.dtype) == "int32"
 
 
 def test_regularization_makes_independent():

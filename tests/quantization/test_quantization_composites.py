@@ -427,6 +427,13 @@ def test_each_group_is_quantized_on_its_own(kind):
     assert not again.built
 
 
+def test_groups_of_groups_have_seeds_of_their_own():
+    part = VectorQuantizer(4, gradient="diveq", seed=5)
+    layer = GroupedQuantizer(GroupedQuantizer(GroupedQuantizer(part, 2), 2), 2)
+    seeds = [p.seed for a in layer.parts for b in a.parts for p in b.parts]
+    assert seeds == [*range(5, 13)]
+
+
 @slow_on_jax
 def test_groups_are_adapted_and_trained_in_a_model():
     encoder = keras.Sequential([keras.Input((3, DIM)), keras.layers.Dense(DIM)])

@@ -154,6 +154,8 @@ def test_bad_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             make(**kwargs)
+    with pytest.raises(ValueError, match=r"at least 2.*dim=1"):
+        CodePrior(CODES, (2, 3), "convolution", dim=1)
     model = make()
     for known, message in (
         (np.zeros((2, *SHAPE)), "integers in `known`"),
