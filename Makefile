@@ -37,6 +37,11 @@ $(VENV)/.sonnet: | $(VENV)/.test
 		dm-sonnet==2.0.2 dm-tree==0.1.10 tabulate==0.10.0
 	@touch $@
 
+$(VENV)/.onnx: | $(VENV)/.test
+	$(BIN)/pip install -q --no-deps --target $(VENV)/onnx \
+		tf2onnx==1.17.0 onnx==1.23.2 onnxruntime==1.32.0
+	@touch $@
+
 demo: $(VENV)/.examples # adversarial training on real reviews (4 to 9 min)
 	@$(RUN) examples/task_sentiment_adversarial_training.py \
 		$(if $(STEPS),--steps $(STEPS))
@@ -50,10 +55,10 @@ test: $(VENV)/.test # the whole suite, TensorFlow and JAX side by side
 	@BIN=$(BIN) sh tests/run.sh
 
 # The short tests tell XLA not to optimize; trainings of minutes need it to.
-verify: $(VENV)/.test $(VENV)/.sonnet # long statistical checks, dm-sonnet
+verify: $(VENV)/.test $(VENV)/.sonnet $(VENV)/.onnx # long checks, sonnet, ONNX
 	@for backend in tensorflow jax; do \
 		XLA_FLAGS=--xla_force_host_platform_device_count=2 \
-		PYTHONPATH=$(VENV)/sonnet KERAS_BACKEND=$$backend \
+		PYTHONPATH=$(VENV)/sonnet:$(VENV)/onnx KERAS_BACKEND=$$backend \
 		$(RUN) -m pytest -q -m 'verify or matrix' || exit 1; done
 
 matrix: # lower bounds, newest versions, Python 3.11 to 3.13

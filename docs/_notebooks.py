@@ -25,8 +25,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 FOLDER = ROOT / "docs/notebooks"
 # What the cell that runs an example passes as its options.
 OPTIONS = {
+    "basic_compare_depths": ["--output", "theseus_depths.png"],
     "basic_electra": ["--output", "electra_bayes.png"],
     "basic_hsic": ["--figure", "hsic_shapes.png"],
+    "basic_robust_pictures": ["--output", "robust_pictures.png"],
     "basic_virtual_adversarial_training": ["--figure", "moons.png"],
     "basic_wrd": ["--figure", "wrd_alignment.png"],
 }

@@ -21,8 +21,10 @@ SHORT = {
     "basic_codebooks.py": [
         *("--epochs", "1", "--kinds", "rotation", "DiVeQ-detach, SimVQ"),
     ],
+    "basic_compare_depths.py": ["--epochs", "1", "--depths", "1"],
     "basic_custom_loop.py": ["--epochs", "2"],
     "basic_finite_scalar_quantizer.py": ["--epochs", "1"],
+    "basic_robust_pictures.py": ["--epochs", "1"],
     "basic_virtual_adversarial_training.py": ["--epochs", "10"],
     "basic_nvae.py": ["--steps", "2", "--samples", "2"],
     "basic_denoising_density.py": ["--steps", "200"],
