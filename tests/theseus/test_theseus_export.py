@@ -87,7 +87,6 @@ def bert():
     The texts stand alone here, without padding: what is exported sees them
     padded, so it must have the masks.
     """
-    pytest.importorskip("bert4keras")
     import blogkeras.bert4keras  # noqa: F401
 
     # isort: split
