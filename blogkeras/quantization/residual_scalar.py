@@ -20,33 +20,55 @@ from blogkeras.quantization.scalar import FiniteScalarQuantizer
 class ResidualFiniteScalarQuantizer(FiniteScalarQuantizer):
     """Rounds each component of a vector to levels, and the rest to finer ones.
 
-    With the activation u in [0, 1], σ(z) or (tanh(z) + 1) / 2, a component of L
-    levels has in stage i the digit d_i:
+    The first stage is a `FiniteScalarQuantizer` with the same options. Let u be
+    a component after the activation, in units of levels: the lowest level is at
+    0, the highest at L - 1. What rounding leaves is within ±½, whatever the
+    activation is, also at both ends. Each further stage divides that interval
+    into L equal cells and takes the middle of one:
 
-        v_0 = u,  d_i = round((L - 1) v_i),  v_{i+1} = (L - 1) v_i - d_i + ½
-        û = Σ_i (d_i / (L - 1) - ½ [i > 0]) (L - 1)^{-i}
-        output = û for the sigmoid, 2 û - 1 for tanh
+        v_0 = u,  d_i = round(v_i),  v_{i+1} = L (v_i - d_i) + (L - 1) / 2
+        û = d_0 + Σ_{i>0} (d_i - (L - 1) / 2) L^{-i}
 
-    so the levels of a stage are as far apart as 1 / (L - 1) of those of the one
-    before, and |û - u| ≤ (L - 1)^{-n} / 2 after n stages. There is no codebook
-    and no loss; the gradient is that of the activation.
+    So the scale of stage i is L^{-i} for every activation, û is on a grid with
+    the distance L^{-(n-1)} after n stages, and |û - u| ≤ L^{-(n-1)} / 2. The
+    output in terms of û is
+
+        sigmoid:          û / (L - 1)
+        tanh:             (û - ⌊L/2⌋) / ⌊L/2⌋
+        tanh, symmetric:  2 û / (L - 1) - 1
+
+    There is no codebook and no loss; the gradient is that of the activation.
+
+    The cells at both ends of the range are half outside of it. So with several
+    stages one of L combinations of digits is not in use. Of two levels that is
+    half of them: the second digit follows from the first, only from the third
+    stage on each halves the error, and n > 1 stages have 2^{n-1} values.
+
+    With `noise_rate` a component is, in training and with this probability, not
+    rounded, but gets uniform noise as wide as the distance of two levels of the
+    last stage: L^{-(n-1)}, where a row keeps n stages. Codes and counts are
+    those of the rounded vectors.
 
     A stage has one code, the number whose digits are the levels, as in
     `FiniteScalarQuantizer`. Usage is counted by stage and component.
 
     Args:
         num_quantizers: Integer ≥ 1. Number of stages, n.
-        levels: Sequence of integers ≥ 3, L for each component.
+        levels: Sequence of integers ≥ 2, L for each component; ≥ 3 for `"tanh"`
+            that is not symmetric.
         activation: `"tanh"` or `"sigmoid"`.
+        symmetric: Boolean, for `"tanh"`.
+        noise_rate: Float in [0, 1].
         quantizer_dropout: Float in [0, 1]. A row of a training batch keeps,
             with this probability, only its first stages, as in
             `ResidualVectorQuantizer`.
-        seed: Integer or `None`, of the dropout. The draws are numbered by a
-            count that is saved.
+        seed: Integer or `None`, of noise and dropout. The draws are numbered by
+            a count that is saved.
 
     Call arguments:
         inputs: `(..., len(levels))`, floating.
-        training: Boolean. Whether to count codes and to drop stages.
+        training: Boolean. Whether to count codes, to drop stages and to add
+            noise.
         return_codes: Boolean. Whether to return `(quantized, codes)`.
         mask: Boolean, `(...)`. Which vectors count.
 
@@ -56,8 +78,9 @@ class ResidualFiniteScalarQuantizer(FiniteScalarQuantizer):
         first stages alone.
 
     Raises:
-        ValueError: on numbers out of range, on inputs of another dimension, and
-            when codes are asked for and a stage has more than 2³¹.
+        ValueError: on numbers out of range, on `symmetric` with the sigmoid, on
+            inputs of another dimension, and when codes are asked for and a
+            stage has more than 2³¹.
 
     Example:
 
@@ -67,11 +90,10 @@ class ResidualFiniteScalarQuantizer(FiniteScalarQuantizer):
     (2, 16, 3)
 
     Reference:
-        [Mentzer et al., 2023](https://arxiv.org/abs/2309.15505);
+        [Mentzer et al., 2023](https://arxiv.org/abs/2309.15505), one stage;
+        [Parker et al., 2024](https://arxiv.org/abs/2411.19842), symmetric
+        levels and noise;
         [blog post 9826](https://kexue.fm/archives/9826)
-
-    Departs from the paper, which has one stage: the levels of each stage are
-    equally spaced and reach both ends, also where their number is even.
     """
 
     def __init__(
@@ -80,16 +102,20 @@ class ResidualFiniteScalarQuantizer(FiniteScalarQuantizer):
         levels: Sequence[int],
         activation: str = "tanh",
         *,
+        symmetric: bool = False,
+        noise_rate: float = 0.0,
         quantizer_dropout: float = 0.0,
         seed: int | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(levels, activation, seed=seed, **kwargs)
-        if min(self.levels) < 3:
-            raise ValueError(
-                "Expected a list of integers of at least 3: of two levels the "
-                f"stages would not get finer. Received: levels={levels!r}"
-            )
+        super().__init__(
+            levels,
+            activation,
+            symmetric=symmetric,
+            noise_rate=noise_rate,
+            seed=seed,
+            **kwargs,
+        )
         self.num_quantizers = check_integer(
             "num_quantizers", num_quantizers, minimum=1
         )
@@ -101,40 +127,35 @@ class ResidualFiniteScalarQuantizer(FiniteScalarQuantizer):
         self.alphabets = tuple(self.levels) * self.num_quantizers
         self.codes_per_vector = (self.num_quantizers,)
 
-    def _activated(self, z):
-        """u, in [0, 1]."""
-        if self.activation == "sigmoid":
-            return ops.sigmoid(z)
-        return (ops.tanh(z) + 1) / 2
-
-    def _stage_digits(self, u):
+    def _stage_digits(self, bounded):
         """The digits of each stage, a list of int32 tensors."""
-        digits = []
-        for _ in range(self.num_quantizers):
-            digit = self._in_range(ops.round(self._top * u))
-            u = self._top * u - ops.cast(digit, "float32") + 0.5
-            digits.append(digit)
+        digits = [self._in_range(ops.round(bounded))]
+        for _ in range(1, self.num_quantizers):
+            rest = bounded - ops.cast(digits[-1], "float32")
+            bounded = (self._top + 1) * rest + self._top / 2
+            digits.append(self._in_range(ops.round(bounded)))
         return digits
 
-    def _value(self, digits, kept=None):
-        """The vectors of digits, those of the first stages at least.
+    def _place(self, digits, kept=None):
+        """û, where the digits of the first stages lead.
 
         Args:
             digits: List of tensors.
             kept: `None`, or for each stage which vectors have it.
         """
-        u = 0.5
-        for index in reversed(range(len(digits))):
-            digit = ops.cast(digits[index], "float32")
-            finer = (digit + u - 0.5) / self._top
-            u = finer if kept is None else ops.where(kept[index], finer, u)
-        return u if self.activation == "sigmoid" else 2 * u - 1
+        first, *others = [ops.cast(digit, "float32") for digit in digits]
+        rest = 0.0
+        for index in reversed(range(len(others))):
+            rest = (others[index] - self._top / 2 + rest) / (self._top + 1)
+            if kept is not None:
+                rest = ops.where(kept[index + 1], rest, 0)
+        return first + rest
 
     def _quantize(self, z, weights, training):
-        u = self._activated(z)
-        digits = self._stage_digits(ops.stop_gradient(u))
-        seed, kept = self._next_seed(training), None
-        if seed is not None:
+        bounded = self._bound(z)
+        digits = self._stage_digits(ops.stop_gradient(bounded))
+        seed, kept, depths = self._next_seed(training), None, None
+        if seed is not None and self.quantizer_dropout:
             depths = drawn_depths(
                 z, self.num_quantizers, self.quantizer_dropout, seed
             )[..., None]
@@ -150,14 +171,18 @@ class ResidualFiniteScalarQuantizer(FiniteScalarQuantizer):
             self._keep_counts(
                 self.count_symbols(symbols, ops.concatenate(by_stage, -1))
             )
-        bounded = u if self.activation == "sigmoid" else 2 * u - 1
-        quantized = self._value(digits, kept)
+        place = self._place(digits, kept)
         # Digits of NaN are 0, but its value stays NaN, as that of one stage.
-        quantized = ops.where(ops.isnan(bounded), bounded, quantized)
-        return straight_through(quantized, bounded), symbols, None
+        place = ops.where(ops.isnan(bounded), bounded, place)
+        output = straight_through(place, bounded)
+        if depths is None:
+            depths = self.num_quantizers
+        width = ops.power(self._top + 1, 1.0 - depths)
+        output = self._with_noise(output, bounded, seed, width)
+        return self._as_output(output), symbols, None
 
     def _symbols(self, z):
-        return ops.concatenate(self._stage_digits(self._activated(z)), -1)
+        return ops.concatenate(self._stage_digits(self._bound(z)), -1)
 
     def _codes(self, symbols):
         code = super()._codes
@@ -175,13 +200,12 @@ class ResidualFiniteScalarQuantizer(FiniteScalarQuantizer):
 
     def _decode(self, codes):
         stages = range(codes.shape[-1])
-        return self._value([self._digits(codes[..., i]) for i in stages])
+        place = self._place([self._digits(codes[..., i]) for i in stages])
+        return self._as_output(place)
 
     def get_config(self):
-        config = super().get_config()
-        del config["symmetric"], config["noise_rate"]
         return {
-            **config,
+            **super().get_config(),
             "num_quantizers": self.num_quantizers,
             "quantizer_dropout": self.quantizer_dropout,
         }

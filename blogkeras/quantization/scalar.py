@@ -179,17 +179,31 @@ class FiniteScalarQuantizer(Quantizer):
     def _quantize(self, z, weights, training):
         bounded = self._bound(z)
         digits = ops.stop_gradient(ops.round(bounded))
-        output = straight_through(digits, bounded)
         symbols = self._in_range(digits)
-        seed = self._next_seed(training)
-        if seed is not None:
-            shape = ops.shape(z)
-            noisy = draw_uniform(shape, seed) < self.noise_rate
-            noise = draw_uniform(shape, seed) - 0.5
-            output = ops.where(noisy, bounded + noise, output)
         if training:
             self._keep_counts(self.count_symbols(symbols, counted(z, weights)))
-        return (output - self._zero) / self._width, symbols, None
+        output = straight_through(digits, bounded)
+        output = self._with_noise(output, bounded, self._next_seed(training))
+        return self._as_output(output), symbols, None
+
+    def _with_noise(self, output, bounded, seed, width=1.0):
+        """The output, some components of which become noise around `bounded`.
+
+        Args:
+            output, bounded: `(..., dim)`, in units of levels.
+            seed: As `_next_seed` gives it.
+            width: Distance of two levels, to be broadcast.
+        """
+        if seed is None or not self.noise_rate:
+            return output
+        shape = ops.shape(bounded)
+        noisy = draw_uniform(shape, seed) < self.noise_rate
+        noise = draw_uniform(shape, seed) - 0.5
+        return ops.where(noisy, bounded + width * noise, output)
+
+    def _as_output(self, place):
+        """What is at a place given in units of levels, from the lowest one."""
+        return (place - self._zero) / self._width
 
     def _symbols(self, z):
         return self._in_range(ops.round(self._bound(z)))
@@ -230,8 +244,7 @@ class FiniteScalarQuantizer(Quantizer):
         return super().decode(codes)
 
     def _decode(self, codes):
-        digits = self._digits(codes)
-        return (ops.cast(digits, "float32") - self._zero) / self._width
+        return self._as_output(ops.cast(self._digits(codes), "float32"))
 
     def load_own_variables(self, store):
         # Older files have counts of whole codes, `(num_codes,)`. Their sums

@@ -97,6 +97,8 @@ row(
             3, "333", [], [3.0, 3, 3], [True, 3, 3], [2, 3, 3], [[3]]
         ),
         "activation": choice(),
+        "symmetric": boolean(),
+        "noise_rate": number(0, maximum=1),
         "quantizer_dropout": number(0, maximum=1),
         "seed": seed(),
         "kwargs": FREE,

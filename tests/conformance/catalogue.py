@@ -44,8 +44,9 @@ LAYERS = [
         blogkeras.ResidualFiniteScalarQuantizer,
         {
             "num_quantizers": 2,
-            "levels": [3, 4, 5],
-            "activation": "sigmoid",
+            "levels": [2, 4, 5],
+            "symmetric": True,
+            "noise_rate": 0.5,
             "quantizer_dropout": 0.5,
         },
         toy.DENSE[:24].reshape(4, 6, 3),

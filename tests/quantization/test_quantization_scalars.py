@@ -89,55 +89,142 @@ def test_noise_is_as_wide_as_the_distance_of_levels(options, width):
 # Several stages.
 
 
-def reference(z, levels, stages, activation):
-    """`(output, digits (..., stages, dim))`, from the published recursion.
+KINDS = {
+    "google": ("tanh", False, [3, 4, 5]),
+    "symmetric": ("tanh", True, [2, 4, 5]),
+    "sigmoid": ("sigmoid", False, [2, 4, 5]),
+}
 
-    A stage quantizes the rest, divided by its scale, to equally spaced levels
-    from -1 to 1; the scale is (L - 1)^-i.
+
+def by_kind(kind, stages, **options):
+    activation, symmetric, levels = KINDS[kind]
+    return ResidualFiniteScalarQuantizer(
+        stages, levels, activation, symmetric=symmetric, **options
+    )
+
+
+def reference(z, kind, stages):
+    """`(output, digits, bounded output)` from the rest and a scale by stage.
+
+    The first stage has the levels of its kind. Each further one has L equally
+    spaced levels on both sides of 0, at the middles of the L equal parts of the
+    interval that rounding leaves: L^-i as far apart as those of the first.
     """
-    y = np.tanh(z) if activation == "tanh" else 2 / (1 + np.exp(-z)) - 1
-    top, rest, digits = np.array(levels) - 1.0, y, []
+    activation, symmetric, levels = KINDS[kind]
+    top, z = np.array(levels) - 1.0, z.astype("f8")
+    if activation == "sigmoid":
+        lowest, step, y = 0.0, 1 / top, 1 / (1 + np.exp(-z))
+    elif symmetric:
+        lowest, step, y = -1.0, 2 / top, np.tanh(z)
+    else:
+        # h tanh(z + s) - o over ⌊L/2⌋, from the paper
+        h, o = top / 2 * 0.999, np.where(top % 2, 0.5, 0)
+        width = (top + 1) // 2
+        lowest, step = -1.0, 1 / width
+        y = (h * np.tanh(z + np.arctanh(o / h)) - o) / width
+    rest, digits = y, []
     for stage in range(stages):
-        scale = top**-stage
-        place = top * (rest / scale + 1) / 2
+        scale = step * (top + 1) ** -stage
+        first = lowest if stage == 0 else -scale * top / 2
+        place = (rest - first) / scale
         assert np.abs(np.abs(place - np.round(place)) - 0.5).min() > 1e-5
         digits.append(np.round(place))
-        rest = rest - scale * (2 * digits[-1] / top - 1)
-    output = y - rest
-    if activation == "sigmoid":
-        output = (output + 1) / 2
-    return output, np.stack(digits, -2)
+        assert np.all((digits[-1] >= 0) & (digits[-1] <= top))
+        rest = rest - first - scale * digits[-1]
+        assert np.all(np.abs(rest) <= scale / 2)
+    return y - rest, np.stack(digits, -2), y
 
 
-@pytest.mark.parametrize("activation", ["tanh", "sigmoid"])
-def test_stages_round_the_rest(activation):
-    levels, radix = [3, 4, 5], [1, 3, 12]
-    layer = ResidualFiniteScalarQuantizer(3, levels, activation)
-    expected, digits = reference(Z.astype("f8"), levels, 3, activation)
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_round_the_rest(kind):
+    levels = KINDS[kind][2]
+    layer = by_kind(kind, 3)
+    expected, digits, y = reference(Z, kind, 3)
+    radix = np.cumprod([1, *levels[:2]])
     output, codes = layer(Z, training=True, return_codes=True)
     np.testing.assert_allclose(value(output), expected, atol=1e-6)
     np.testing.assert_array_equal(value(codes), digits @ radix)
     np.testing.assert_array_equal(value(layer.encode(Z)), value(codes))
     for stages in (1, 2, 3):
-        coarse, _ = reference(Z.astype("f8"), levels, stages, activation)
         np.testing.assert_allclose(
-            value(layer.decode(codes[..., :stages])), coarse, atol=1e-6
+            value(layer.decode(codes[..., :stages])),
+            reference(Z, kind, stages)[0],
+            atol=1e-6,
         )
-    u = np.tanh(Z) if activation == "tanh" else 1 / (1 + np.exp(-Z))
-    reach = (1 if activation == "tanh" else 0.5) / np.array([2, 3, 4.0]) ** 3
-    assert np.all(np.abs(value(output) - u) <= reach + 1e-6)
     counts = value(layer.stacked_counts("batch_counts"))
     flat = digits.reshape(-1, 9).astype(int)
     np.testing.assert_array_equal(
         counts, [np.bincount(d, minlength=5) for d in flat.T]
     )
-    assert layer.alphabets == (3, 4, 5) * 3
-    z = Z.astype("f8")
-    derivative = 1 - np.tanh(z) ** 2
-    if activation == "sigmoid":
-        derivative = u * (1 - u)
-    np.testing.assert_allclose(slope(layer, Z), derivative, atol=1e-6)
+    assert layer.alphabets == tuple(levels) * 3
+    z, h = Z.astype("f8"), 1e-5
+    derivative = (
+        reference(z + h, kind, 1)[2] - reference(z - h, kind, 1)[2]
+    ) / (2 * h)
+    np.testing.assert_allclose(slope(layer, Z), derivative, atol=1e-5)
     assert layer.losses == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_stage_is_a_finite_scalar_quantizer(kind):
+    activation, symmetric, levels = KINDS[kind]
+    options = {"noise_rate": 0.4, "seed": 3}
+    alone = FiniteScalarQuantizer(
+        levels, activation, symmetric=symmetric, **options
+    )
+    layer = by_kind(kind, 1, **options)
+    for call in ({}, {"training": True}):
+        for ours, theirs in zip(
+            layer(Z, return_codes=True, **call),
+            alone(Z, return_codes=True, **call),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(
+                value(ours).ravel(), value(theirs).ravel()
+            )
+
+
+def test_two_levels_get_finer():
+    z = np.linspace(-4, 4, 2001, dtype="f4")[:, None]
+    for stages in (1, 2, 3, 4):
+        layer = ResidualFiniteScalarQuantizer(stages, [2], symmetric=True)
+        output = value(layer(z))
+        # The middles of 2^(n - 1) equal parts of [-1, 1]; both ends for n = 1.
+        parts = 2 ** (stages - 1)
+        expected = (np.arange(parts) + 0.5) * 2 / parts - 1
+        if stages == 1:
+            expected = [-1, 1]
+        np.testing.assert_allclose(np.unique(output), expected, atol=1e-6)
+        error = np.abs(output - np.tanh(z)).max()
+        assert error <= 2.0 ** (1 - stages) + 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_is_as_wide_as_the_distance_of_levels_of_the_last_stage(kind):
+    levels = np.array(KINDS[kind][2])
+    layer = by_kind(kind, 2, noise_rate=0.3, quantizer_dropout=0.6, seed=0)
+    rows = np.repeat(Z, 500, axis=0)
+    y = reference(Z, kind, 1)[2].repeat(500, axis=0)
+    outputs = [reference(Z, kind, n)[0].repeat(500, axis=0) for n in (1, 2)]
+    output, codes = layer(rows, training=True, return_codes=True)
+    np.testing.assert_array_equal(value(codes), value(layer.encode(rows)))
+    output = value(output)
+    rounded = [np.abs(output - x) < 1e-5 for x in outputs]
+    # Seven in ten of the components of a row show how many stages it keeps.
+    kept = np.argmax([r.sum((1, 2)) for r in rounded], axis=0)
+    np.testing.assert_allclose(np.mean(kept == 0), 0.3, atol=0.03)
+    step = {"sigmoid": 1 / (levels - 1), "symmetric": 2 / (levels - 1)}
+    step = step.get(kind, 1 / (levels // 2))
+    for depth in (0, 1):
+        noisy = (kept == depth)[:, None, None] & ~rounded[depth]
+        share = noisy[kept == depth].mean()
+        np.testing.assert_allclose(share, 0.3, atol=0.02)
+        for axis in range(3):
+            width = step[axis] * float(levels[axis]) ** -depth
+            noise = ((output - y) / width)[..., axis][noisy[..., axis]]
+            assert np.abs(noise).max() < 0.5 + 1e-4
+            np.testing.assert_allclose(noise.mean(), 0, atol=0.03)
+            np.testing.assert_allclose(noise.var(), 1 / 12, rtol=0.06)
 
 
 @slow_on_jax
@@ -167,7 +254,7 @@ def test_rows_keep_their_first_stages():
 def test_all_kinds_train_and_draw_on(tmp_path):
     kinds = (
         lambda: ResidualFiniteScalarQuantizer(
-            2, [4, 4], quantizer_dropout=0.5, seed=1
+            2, [4, 4], noise_rate=0.5, quantizer_dropout=0.5, seed=1
         ),
         lambda: GroupedQuantizer(
             FiniteScalarQuantizer([2], symmetric=True, noise_rate=0.5, seed=1),
@@ -206,7 +293,8 @@ def test_what_is_not_finite_keeps_its_place():
     output, symbols, _ = layer._quantize(ops.convert_to_tensor(z), None, True)
     output, symbols = value(output), value(symbols)
     assert np.isnan(output[0, 0])
-    np.testing.assert_allclose(output[1], [1, -1], atol=1 / 9 + 1e-6)
+    # The ends of the levels, up to the bound's 10⁻³ and half a level.
+    np.testing.assert_allclose(output[1], [1, -1], atol=1 / 8 + 2e-3)
     assert symbols.min() >= 0
     assert np.all(symbols < [3, 4, 3, 4])
     assert value(layer.batch_counts).sum(1).max() == 0
@@ -227,9 +315,21 @@ def test_bad_arguments():
         (ResidualFiniteScalarQuantizer, [0, [3]], {}, "num_quantizers=0"),
         (
             ResidualFiniteScalarQuantizer,
-            [2, [2], "sigmoid"],
+            [2, [2]],
             {},
-            r"not get finer.*levels=\[2\]",
+            r"at least 3 .symmetric, of at.*levels=\[2\]",
+        ),
+        (
+            ResidualFiniteScalarQuantizer,
+            [2, [2], "sigmoid"],
+            {"symmetric": True},
+            "equally spaced anyhow",
+        ),
+        (
+            ResidualFiniteScalarQuantizer,
+            [2, [3]],
+            {"noise_rate": 2},
+            "noise_rate=2",
         ),
         (
             ResidualFiniteScalarQuantizer,
