@@ -14,7 +14,8 @@ memory is that of the process less what it had before the first step.
 Sampling: a 32×32 code map by `CodePrior.sample`, against the whole network
 again for every code. Priors: training step and sampling of both networks.
 Options: gradient estimators and other quantizers, beside those of
-vector-quantize-pytorch that compute the same.
+vector-quantize-pytorch that compute the same. (`--options NAME ...` measures
+some of them alone, for another `--page`: the section has those rows only.)
 """
 
 import argparse
@@ -41,11 +42,16 @@ CONTENDERS = {
     "sonnet-xla": "Sonnet 2, XLA",
     "torch": "vector-quantize-pytorch",
 }
-# Name: title, our layer, the peer's, each as a class and its arguments. All
-# codebooks but the first are moved by a gradient.
+# Name: title, our layer, the peer's (None: it has no such one), each as a class
+# and its arguments. Codebooks are moved by a gradient where the title does not
+# say that they are averaged, as theirs with the cosine have to be.
 _LEARNED = {"learnable_codebook": True, "ema_update": False}
 _STRAIGHT = {"rotation_trick": False}  # theirs is the rotation unless told
 _DIVEQ = {"directional_reparam": True, "threshold_ema_dead_code": 2}
+_STAGES = {"num_quantizers": 4, "num_codes": 256}
+_THEIR_STAGES = {"num_quantizers": 4, "codebook_size": 256, **_STRAIGHT}
+# The sizes of vectors that are not those of "options".
+DIMS = {"lfq": 10, "bsq": 10, "fsq": 4, "residual-fsq": 4}
 OPTIONS = {
     "averaged": (
         "averaged codebook",
@@ -91,28 +97,72 @@ OPTIONS = {
         ),
         ("SimVQ", {"codebook_size": 1024}),
     ),
+    "simvq-diagonal": (
+        "SimVQ, diagonal",
+        (
+            "VectorQuantizer",
+            {"num_codes": 1024, "codebook_transform": "diagonal"},
+        ),
+        None,
+    ),
     "residual": (
         "residual, 4 stages of 256",
-        ("ResidualVectorQuantizer", {"num_quantizers": 4, "num_codes": 256}),
+        ("ResidualVectorQuantizer", _STAGES),
+        ("ResidualVQ", {**_THEIR_STAGES, **_LEARNED}),
+    ),
+    "residual-cosine": (
+        "residual, 4 stages of 256, averaged, cosine",
         (
-            "ResidualVQ",
-            {
-                "num_quantizers": 4,
-                "codebook_size": 256,
-                **_LEARNED,
-                **_STRAIGHT,
-            },
+            "ResidualVectorQuantizer",
+            {**_STAGES, "ema_decay": 0.99, "metric": "cosine"},
         ),
+        ("ResidualVQ", {**_THEIR_STAGES, "use_cosine_sim": True}),
+    ),
+    "residual-shared": (
+        "residual, 4 stages of one averaged codebook of 256",
+        (
+            "ResidualVectorQuantizer",
+            {**_STAGES, "ema_decay": 0.99, "shared_codebook": True},
+        ),
+        ("ResidualVQ", {**_THEIR_STAGES, "shared_codebook": True}),
+    ),
+    "grouped": (
+        "2 groups of 4 stages of 256",
+        (
+            "GroupedQuantizer",
+            {"quantizer": ("ResidualVectorQuantizer", _STAGES), "groups": 2},
+        ),
+        ("GroupedResidualVQ", {**_THEIR_STAGES, **_LEARNED, "groups": 2}),
     ),
     "lfq": (
         "look-up free, 10 bits, with entropy loss",
         ("LookupFreeQuantizer", {"num_bits": 10}),
         ("LFQ", {"codebook_size": 1024, "entropy_loss_weight": 0.1}),
     ),
+    "bsq": (
+        "look-up free on the sphere (BSQ), 10 bits, with entropy loss",
+        ("LookupFreeQuantizer", {"num_bits": 10, "spherical": True}),
+        (
+            "LFQ",
+            {
+                "codebook_size": 1024,
+                "entropy_loss_weight": 0.1,
+                "spherical": True,
+            },
+        ),
+    ),
     "fsq": (
         "finite scalars, 8 × 5 × 5 × 5",
         ("FiniteScalarQuantizer", {"levels": [8, 5, 5, 5]}),
         ("FSQ", {"levels": [8, 5, 5, 5]}),
+    ),
+    "residual-fsq": (
+        "finite scalars, 4 stages of 8 × 5 × 5 × 5, symmetric",
+        (
+            "ResidualFiniteScalarQuantizer",
+            {"num_quantizers": 4, "levels": [8, 5, 5, 5], "symmetric": True},
+        ),
+        ("ResidualFSQ", {"num_quantizers": 4, "levels": [8, 5, 5, 5]}),
     ),
 }
 
@@ -237,7 +287,7 @@ def torch_step_of(layer, z):
         layer.zero_grad()
         z.grad = None
         answer = layer(z)
-        # FSQ has no loss.
+        # Rounding has no loss.
         loss = answer[2].sum() if len(answer) > 2 else 0
         (loss + answer[0].square().sum()).backward()
 
@@ -249,20 +299,27 @@ def option(options):
     name = options.option
     _, (kind, arguments), theirs = OPTIONS[name]
     z, _ = data(options)
-    z = z[:, : {"lfq": 10, "fsq": 4}.get(name, z.shape[1])]
+    z = z[:, : DIMS.get(name, z.shape[1])]
     if options.worker == "torch":
         import vector_quantize_pytorch
 
         kind, arguments = theirs
-        if name != "fsq":
+        if "levels" not in arguments:
             arguments = {**arguments, "dim": z.shape[1]}
         layer = getattr(vector_quantize_pytorch, kind)(**arguments)
         return torch_step_of(layer, z)
-    import blogkeras
-
-    layer = getattr(blogkeras, kind)(**arguments)
+    layer = our_layer(kind, arguments)
     layer.build(z.shape)
     return step_of(layer, z, True)
+
+
+def our_layer(kind, arguments):
+    import blogkeras
+
+    if "quantizer" in arguments:  # of groups
+        part = our_layer(*arguments["quantizer"])
+        arguments = {**arguments, "quantizer": part}
+    return getattr(blogkeras, kind)(**arguments)
 
 
 def prepare(options):
@@ -373,8 +430,11 @@ def contest(size, options):
 
 def option_lines(options):
     rows = []
-    names = ["jax", "xla", *(["torch"] if options.torch else [])]
-    for name, (title, *_) in OPTIONS.items():
+    for name in options.options:
+        title, _, theirs = OPTIONS[name]
+        names = ["jax", "xla"]
+        if options.torch and theirs:
+            names.append("torch")
         seconds = compete(
             __file__,
             names,
@@ -393,7 +453,8 @@ def option_lines(options):
     return [
         "A step as above, in milliseconds, with the gradient of the codebook "
         f"where it is learned; {options.rounds} rounds. Vectors of 10 for the "
-        "look-up free one, of 4 for finite scalars.",
+        "look-up free ones, of 4 for finite scalars. A peer that has no such "
+        "option has no number.",
         "",
         *page.table(
             [
@@ -451,6 +512,7 @@ def main():
     add("--size", choices=SIZES, help=argparse.SUPPRESS)
     add("--option", choices=OPTIONS, help=argparse.SUPPRESS)
     recorded = [name for name in sections if name != "trial"]
+    add("--options", nargs="*", choices=OPTIONS, default=[*OPTIONS])
     add("--sections", nargs="*", choices=sections, default=recorded)
     add("--sonnet", help="a folder that has dm-sonnet")
     add("--torch", help="a Python that has vector-quantize-pytorch")

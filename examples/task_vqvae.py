@@ -10,6 +10,9 @@ for each class, and draws new ones. Written to `--output`, as `vqvae_*.png`:
     interpolations    between two pictures, mixed before quantization
     codebook          share of codes used, by epoch: as configured, and by plain
                       moving averages without k-means and restarts
+    completions       with `--complete`: test pictures; what of them is known,
+                      the upper half; three lower halves that the prior draws
+                      for it
 
 Data: the 1797 handwritten digits (8×8, doubled to 16×16) inside scikit-learn.
 `--data mnist` or `--data cifar10` takes those of keras.datasets;
@@ -89,6 +92,23 @@ def make_model(x, args, prevent_collapse=True):
     return model
 
 
+def completions(model, prior, images, labels, seed):
+    """Rows of pictures: the given ones, what is known, three completions."""
+    known = np.array(model.encode(images))
+    half = known.shape[1] // 2
+    # Codes beside the border have seen some rows of pixels beyond it.
+    known[:, half:] = -1
+    upper = images.copy()
+    upper[:, images.shape[1] * half // known.shape[1] :] = 0
+    rows = {"test pictures": images, "known": upper}
+    for i in range(3):
+        codes = prior.sample(
+            len(images), labels=labels, seed=seed + i, known=known
+        )
+        rows[f"completion {i + 1}"] = model.decode(codes)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -101,6 +121,9 @@ def main():
     parser.add_argument("--hidden", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--prior-epochs", type=int, default=60)
+    parser.add_argument(
+        "--complete", action="store_true", help="draw lower halves of pictures"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     require("rich")
@@ -194,6 +217,11 @@ def run(args):
     drawn = prior.sample(len(labels), labels=labels, seed=args.seed)
     new = model.decode(drawn).reshape(5, classes, *x.shape[1:])
     draw("samples", {f"sample {i + 1}": row for i, row in enumerate(new)})
+    if args.complete:
+        draw(
+            "completions",
+            completions(model, prior, some, y_test[:10], args.seed),
+        )
     mixed = model.interpolate(test[:5], test[5:10], 10)
     draw(
         "interpolations", {f"pair {i + 1}": row for i, row in enumerate(mixed)}

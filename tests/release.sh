@@ -38,7 +38,7 @@ basic() { # runs the copied basic examples, but those named
         basic_denoising_density.py) options="--steps 200" ;;
         basic_electra.py) options="--steps 50" ;;
         basic_virtual*.py) options="--epochs 10" ;;
-        basic_finite*.py) options="--epochs 1" ;;
+        basic_finite*.py | basic_residual*.py) options="--epochs 1" ;;
         *) options= ;;
         esac
         # shellcheck disable=SC2086

@@ -29,6 +29,7 @@ SHORT = {
     "basic_nvae.py": ["--steps", "2", "--samples", "2"],
     "basic_denoising_density.py": ["--steps", "200"],
     "basic_electra.py": ["--steps", "50"],
+    "basic_residual_quantizer.py": ["--epochs", "1"],
 }
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 # XLA takes half a minute or more to compile these for a CPU.

@@ -1,5 +1,7 @@
 """Options of residual quantizers, small codes and groups, against NumPy."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -247,6 +249,90 @@ def test_usage_of_a_shared_codebook_is_reported_once():
     assert set(logs) == {"loss", "rq_perplexity", "rq_usage"}
     layer.reset_counts()
     assert value(layer.total_counts).sum() == 0
+
+
+# Every option of a codebook holds in the composites.
+
+OPTIONS = {
+    "rotation": {"gradient": "rotation"},
+    "diveq": {"gradient": "diveq", "noise_variance": 0.1, "seed": 3},
+    "diveq-detach": {"gradient": "diveq-detach", "codebook_cost": 0.5},
+    "linear": {"codebook_transform": "linear", "commitment_cost": 2.0},
+    "diagonal": {"codebook_transform": "diagonal", "gradient": "rotation"},
+    "averages": {"ema_decay": 0.9, "restart_threshold": 0.5},
+    "small": {"codebook_dim": SMALL, "codebook_transform": "linear"},
+    "small averages": {"codebook_dim": SMALL, "ema_decay": 0.9},
+    "cosine": {"metric": "cosine", "codebook_dim": SMALL},
+}
+
+
+def test_options_of_a_codebook_are_options_of_stages():
+    ours, theirs = (
+        set(inspect.signature(cls).parameters)
+        for cls in (VectorQuantizer, ResidualVectorQuantizer)
+    )
+    assert ours <= theirs
+
+
+def without_draws(part):
+    """The weights but for those that number draws: a composite numbers."""
+    drawn = ("draw_seed", "iterations")
+    return [v for v in part.weights if v.name not in drawn]
+
+
+def step_of(layer, part):
+    """Output, loss, gradients and the state after a step in training."""
+    trained = part.trainable_weights
+
+    def objective(arguments):
+        z, weights = arguments
+        with keras.StatelessScope(
+            zip(trained, weights, strict=True), collect_losses=True
+        ) as scope:
+            output = layer(z, training=True)
+            loss = sum(scope.losses)
+            state = [v.value for v in without_draws(part)]
+        return ops.sum(U * output) + loss, (output, loss, state)
+
+    (_, (output, loss, state)), (slope, slopes) = backend.value_and_grad(
+        objective, [Z, [v.value for v in trained]]
+    )
+    return [value(x) for x in (output, loss, slope, *slopes, *state)]
+
+
+@pytest.mark.parametrize(
+    ("composite", "name"),
+    [
+        (composite, name)
+        for composite in ("stage", "group")
+        for name in OPTIONS
+        # The directions of stages keep their lengths.
+        if (composite, name) != ("stage", "cosine")
+    ],
+)
+@slow_on_jax
+def test_one_stage_or_group_is_the_codebook_alone(composite, name):
+    options = OPTIONS[name]
+    alone = VectorQuantizer(CODES, **options)
+    if composite == "group":
+        layer = GroupedQuantizer(VectorQuantizer(CODES, **options), 1)
+    else:
+        layer = ResidualVectorQuantizer(1, CODES, **options)
+    for quantizer in (alone, layer):
+        quantizer.build(Z.shape)
+    (part,) = layer.parts if composite == "group" else layer.stages
+    rng = np.random.default_rng(1)
+    for variable in alone.weights:
+        if variable.name in ("embeddings", "transform", "kernel"):
+            variable.assign(rng.normal(size=variable.shape))
+    pairs = zip(without_draws(part), without_draws(alone), strict=True)
+    for variable, other in pairs:
+        assert variable.name == other.name
+        variable.assign(other.value)
+    for ours, theirs in zip(
+        step_of(layer, part), step_of(alone, alone), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 # Dropout of stages.

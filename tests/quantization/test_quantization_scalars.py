@@ -139,7 +139,7 @@ def reference(z, kind, stages):
 def test_stages_round_the_rest(kind):
     levels = KINDS[kind][2]
     layer = by_kind(kind, 3)
-    expected, digits, y = reference(Z, kind, 3)
+    expected, digits, _ = reference(Z, kind, 3)
     radix = np.cumprod([1, *levels[:2]])
     output, codes = layer(Z, training=True, return_codes=True)
     np.testing.assert_allclose(value(output), expected, atol=1e-6)
@@ -248,6 +248,43 @@ def test_rows_keep_their_first_stages():
     np.testing.assert_array_equal(counts[:3], 3 * len(z))
     np.testing.assert_array_equal(counts[3:], 3 * kept.sum())
     np.testing.assert_allclose(value(layer(z)), full, atol=1e-6)
+
+
+@slow_on_jax
+def test_truncated_codes_decode_better_after_dropout():
+    rng = np.random.default_rng(0)
+    x = np.tanh(rng.normal(size=(768, 3)) @ rng.normal(size=(3, 8)))
+    x, test = np.split(x.astype("f4"), [512])
+    errors = []
+    for rate in (0.0, 0.5):
+        keras.utils.set_random_seed(0)
+        encoder, decoder = (
+            keras.Sequential(
+                [
+                    keras.Input((first,)),
+                    keras.layers.Dense(32, activation="tanh"),
+                    keras.layers.Dense(last),
+                ]
+            )
+            for first, last in ((8, 4), (4, 8))
+        )
+        layer = ResidualFiniteScalarQuantizer(
+            3, [3] * 4, quantizer_dropout=rate, seed=0
+        )
+        model = VQVAE(encoder, layer, decoder)
+        model.compile(keras.optimizers.Adam(0.01), jit_compile=ON_JAX)
+        model.fit(x, batch_size=64, epochs=40, verbose=0)
+        codes = model.encode(test)
+        errors.append(
+            [
+                np.mean((model.decode(codes[:, :n]) - test) ** 2)
+                for n in (1, 2, 3)
+            ]
+        )
+    without, kept = np.array(errors) / test.var()
+    assert kept[0] < 0.7 * without[0], (without, kept)
+    # Of all stages both know the data.
+    assert max(kept[2], without[2]) < 0.1, (without, kept)
 
 
 @slow_on_jax
