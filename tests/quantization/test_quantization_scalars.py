@@ -272,8 +272,8 @@ def test_truncated_codes_decode_better_after_dropout():
             3, [3] * 4, quantizer_dropout=rate, seed=0
         )
         model = VQVAE(encoder, layer, decoder)
-        model.compile(keras.optimizers.Adam(0.01), jit_compile=ON_JAX)
-        model.fit(x, batch_size=64, epochs=40, verbose=0)
+        model.compile(keras.optimizers.Adam(0.02), jit_compile=ON_JAX)
+        model.fit(x, batch_size=64, epochs=12, verbose=0)
         codes = model.encode(test)
         errors.append(
             [
@@ -282,7 +282,7 @@ def test_truncated_codes_decode_better_after_dropout():
             ]
         )
     without, kept = np.array(errors) / test.var()
-    assert kept[0] < 0.7 * without[0], (without, kept)
+    assert kept[0] < 0.6 * without[0], (without, kept)
     # Of all stages both know the data.
     assert max(kept[2], without[2]) < 0.1, (without, kept)
 
