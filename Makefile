@@ -110,9 +110,10 @@ bench-transport: $(VENV)/.test # Sinkhorn, exact, search and their peers
 	$(BIN)/pip install -q --target $(VENV)/peers gensim==4.4.0 ott-jax==0.6.0
 	@$(RUN) benchmarks/bench_transport.py --peers $(VENV)/peers
 
-bench-hsic: $(VENV)/.test # HSIC and its tests, hyppo and dcor; the bottleneck
+bench-hsic: $(VENV)/.test # HSIC, its tests and selection, and their peers
 	test -d $(VENV)/hyppo || $(PYTHON) -m venv $(VENV)/hyppo
-	$(VENV)/hyppo/bin/pip install -q hyppo==0.5.2 dcor==0.7
+	$(VENV)/hyppo/bin/pip install -q hyppo==0.5.2 dcor==0.7 \
+		causal-learn==0.1.4.8 pyHSICLasso==1.4.2
 	@$(RUN) benchmarks/bench_hsic.py --peer $(VENV)/hyppo/bin/python
 
 bench-quantization: $(VENV)/.test $(VENV)/.sonnet # codebooks and their peers

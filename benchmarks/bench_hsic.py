@@ -1,10 +1,11 @@
-"""HSIC against hyppo, dcor and NumPy, and the bottleneck against its script.
+"""HSIC, its tests and selection against peers; the bottleneck and its script.
 
     make bench-hsic
 
-`--peer` is the Python of an environment with hyppo 0.5.2 and dcor 0.7, which
-nothing else needs (make installs one); without it the contenders that need
-them are left out. One thread each, set by this script; float32 for us, float64
+`--peer` is the Python of an environment with hyppo 0.5.2, dcor 0.7,
+causal-learn 0.1.4.8 and pyHSICLasso 1.4.2, which nothing else needs (make
+installs one); without it the contenders that need them are left out. One
+thread each, set by this script; float32 for us, float64
 for the others, as they are used. `--only NAME` measures one of the contests;
 `--only` alone writes the page from the rows that stand in
 `docs/results/hsic_benchmark.csv`. Fewer than six rounds have no interval.
@@ -18,12 +19,14 @@ import sys
 import time
 
 import numpy as np
+import record_independence as independence
 from harness import page, statistics
 from harness.contest import ONE_THREAD, ask, compete, peak, serve
 from harness.recording import Measurements
 
 PAGE = page.ROOT / "docs/benchmarks/hsic.md"
 ROWS = page.ROOT / "docs/results/hsic_benchmark.csv"
+PEERS = ["hyppo", "dcor", "causal-learn", "pyHSICLasso"]
 BANDWIDTH = 4.0
 PERMUTATIONS = {("ours", 1000): 200, ("ours", 4000): 50}
 PERMUTATIONS.update({("hyppo", 1000): 200, ("hyppo", 4000): 5})
@@ -38,9 +41,36 @@ CONTESTS = {
     "gamma": ("p-value without permutations, n = 4000", {"hyppo": 8}),
     "permutations-1000": ("200 permutations, n = 1000", {"hyppo": 15}),
     "permutations-4000": ("one permutation, n = 4000", {"hyppo": 20}),
+    "joint": (
+        "dHSIC of 3 variables, 100 permutations, n = 500",
+        {"hyppo": 10},
+    ),
+    "conditional": ("KCI given one variable, n = 1000", {"causal-learn": 1}),
+    "selection": (
+        "HSIC Lasso, 4 of 100 features, n = 400",
+        {"pyHSICLasso": 2},
+    ),
     "bottleneck": (
         "bottleneck step, 5 × 256 + 10 units, batch 512",
         {"script": 3},
+    ),
+}
+# Questions of record_independence.py: (case, n, the contenders' methods)
+QUESTIONS = {
+    "joint": (
+        *("no pair", 500),
+        {
+            "ours": "ours, standard form, permutations",
+            "hyppo": "hyppo dHsic, permutations",
+        },
+    ),
+    "conditional": (
+        *("dependent 1", 1000),
+        {"ours": "ours, gamma", "causal-learn": "causal-learn KCI, gamma"},
+    ),
+    "selection": (
+        *("additive", 400),
+        {"ours": "ours", "pyHSICLasso": "pyHSICLasso"},
     ),
 }
 
@@ -108,6 +138,24 @@ def numpy(contest):
         return np.mean(k * m) + k.mean() * m.mean() - 2 * between
 
     return step
+
+
+def question(name, who):
+    """Asks one of `QUESTIONS`; the facts are the answer."""
+    case, n, methods = QUESTIONS[name]
+    sample = independence.draw(name, case, np.random.default_rng(0), n)
+    if name == "selection":
+        ask_for = functools.partial(independence.selected, methods[who])
+    else:
+        ask_for = independence.result_of(name, methods[who], permutations=100)
+
+    def step():
+        return ask_for(*sample)
+
+    answer = step()
+    if name == "selection":
+        answer = sorted(answer)
+    return step, {"answer": [float(value) for value in answer]}
 
 
 def network():
@@ -209,28 +257,33 @@ def scripts_bottleneck(sigma=5.0, label_weight=50.0, rate=1e-4):
 def contender(contest, name):
     if contest == "bottleneck":
         return our_bottleneck if name == "ours" else scripts_bottleneck
+    if contest in QUESTIONS:
+        return functools.partial(question, contest, name)
     makers = {"ours": ours, "hyppo": hyppo, "numpy": numpy}
     return functools.partial(makers[name], contest)
 
 
 def contest(name, options):
-    """Seconds of a statistic, a test or a step, by contender."""
-    names = ["ours", *CONTESTS[name][1]]
+    """Seconds of a statistic, a test or a step, and answers, by contender."""
+    names, facts = ["ours", *CONTESTS[name][1]], {}
     seconds = compete(
         __file__,
-        [who for who in names if who != "hyppo" or options.peer],
+        [who for who in names if who not in PEERS or options.peer],
         ["--contest", name],
         rounds=options.rounds,
         warm_up=1,
+        facts=facts,
         environment=dict.fromkeys(names, ONE_THREAD),
-        python={"hyppo": options.peer},
+        python=dict.fromkeys(PEERS, options.peer),
     )
     if name == "permutations-4000":
         # hyppo evaluates the statistic itself by the same code.
         for who, values in seconds.items():
             number = PERMUTATIONS[who, 4000]
             seconds[who] = values / (number + (who == "hyppo"))
-    return {who: list(values) for who, values in seconds.items()}
+    seconds = {who: list(values) for who, values in seconds.items()}
+    answers = {who: f["answer"] for who, f in facts.items() if f}
+    return seconds, answers
 
 
 # Memory, and many samples
@@ -335,7 +388,10 @@ def measure(name, options, state):
         return ask(__file__, *arguments, environment=ONE_THREAD, python=python)
 
     if name in CONTESTS:
-        state.save("seconds", name, contest(name, options))
+        seconds, answers = contest(name, options)
+        state.save("seconds", name, seconds)
+        if answers:
+            state.save("answers", name, answers)
     elif name == "memory":
         state.save(name, "ours", alone(name, "ours"))
         if options.peer:
@@ -351,7 +407,8 @@ def measure(name, options, state):
 
 
 def report(state):
-    rows, measured = [], state.of("seconds")
+    rows, answered = [], []
+    measured, answers = state.of("seconds"), state.of("answers")
     for name, (what, targets) in CONTESTS.items():
         times = measured.get(name, {})
         for who in targets:
@@ -361,7 +418,14 @@ def report(state):
                 cells.append(f"{np.median(times[who]):.3g}")
                 cells += page.interval_cells(*ratio, digits=1)
                 cells.append(f">= {targets[who]}")
-                rows.append(cells)
+                if name not in answers:
+                    rows.append(cells)
+                    continue
+                for values in (answers[name]["ours"], answers[name][who]):
+                    cells.append(", ".join(f"{v:.5g}" for v in values))
+                answered.append(cells)
+    columns = ["what", "ours, s", "peer", "peer, s", "ratio"]
+    columns += ["95 % interval", "target"]
     return [
         "# Benchmark: HSIC (post 6910)",
         "",
@@ -371,17 +435,17 @@ def report(state):
         "",
         *state.of("environment").values(),
         "",
-        *page.table(
-            [
-                *("what", "ours, s", "peer", "peer, s"),
-                *("ratio", "95 % interval", "target"),
-            ],
-            rows,
-        ),
+        *page.table(columns, rows),
         "",
         '"script": the scheme of the paper\'s script (a forward pass, gradient '
         "and update for every layer in turn, inverses anew each time), written "
         "for the same framework.",
+        "",
+        "On one draw each of `benchmarks/record_independence.py`, with the "
+        "answers: statistic and p of a test, numbers of the features that are "
+        "selected.",
+        "",
+        *page.table([*columns, "ours says", "the peer says"], answered),
         "",
         *page.table(
             ["memory of one statistic, n = 4000", "extra, MB"],
@@ -423,7 +487,7 @@ def main():
     add("--contest", choices=CONTESTS, help=argparse.SUPPRESS)
     for name in alone:
         add(f"--{name}", help=argparse.SUPPRESS)
-    add("--peer", help="a Python with hyppo and dcor")
+    add("--peer", help=f"a Python with {', '.join(PEERS)}")
     add("--rounds", type=int, default=7)
     add("--samples", type=int, default=100_000, help="of large")
     names = [*CONTESTS, *alone]
@@ -443,7 +507,7 @@ def main():
     if options.only:
         versions = page.environment(["keras", "tensorflow", "numpy"])
         if options.peer:
-            versions += "; peers: hyppo 0.5.2, dcor 0.7"
+            versions += "; peers: " + page.versions(options.peer, PEERS)
         state.save("environment", "line", versions)
     lines = report(state)
     page.write(options.page, lines)

@@ -67,17 +67,17 @@ METHODS = {
 PARTS = {"pair": 3, "joint": 1, "conditional": 2, "selection": 1}
 
 
-def draw(question, case, rng):
+def draw(question, case, rng, n=None):
     """One sample of a case."""
+    n = n or (200 if question == "conditional" else 100)
     if question == "selection":
-        x, noise = rng.normal(size=(100, 100)), rng.normal(size=100)
+        x, noise = rng.normal(size=(n, 100)), rng.normal(size=n)
         if case == "additive":
             y = -2 * np.sin(2 * x[:, 0]) + x[:, 1] ** 2 + x[:, 2]
             return x, y + np.exp(-x[:, 3]) + noise, 4
         if case == "product":
             return x, x[:, 0] * np.exp(2 * x[:, 1]) + x[:, 2] ** 2 + noise, 3
         return x, (x[:, 0] > 0).astype(int) + (np.abs(x[:, 1]) > 1), 2
-    n = 200 if question == "conditional" else 100
     if question == "joint":
         x, y, z = rng.normal(size=(3, n, 1))
         if case == "one pair":
@@ -103,36 +103,42 @@ def draw(question, case, rng):
     return x, 0.4 * x**2 + noise
 
 
-def p_value(question, method):
-    """Function of a sample that returns p."""
+def result_of(question, method, permutations=PERMUTATIONS):
+    """Function of a sample that returns the statistic and p."""
     if method.startswith("hyppo Hsic"):
         from hyppo.independence import Hsic
 
-        return lambda x, y: Hsic().test(x, y)[1]
+        return lambda x, y: Hsic().test(x, y)[:2]
     if method.startswith("hyppo dHsic"):
         from hyppo.d_variate import dHsic
 
-        return lambda *v: dHsic().test(*v, reps=PERMUTATIONS)[1]
+        return lambda *v: dHsic().test(*v, reps=permutations)[:2]
     if method.startswith("causal-learn"):
         from causallearn.utils.KCI.KCI import KCI_CInd, KCI_UInd
 
         kind = KCI_UInd if question == "pair" else KCI_CInd
-        return lambda *v: kind().compute_pvalue(*(a.copy() for a in v))[0]
+
+        def run(*variables):
+            copies = [a.copy() for a in variables]
+            p_value, statistic = kind().compute_pvalue(*copies)
+            return statistic / len(copies[0]), p_value
+
+        return run
     import blogkeras as b
 
-    permuted = {"num_permutations": PERMUTATIONS, "seed": 0}
+    permuted = {"num_permutations": permutations, "seed": 0}
     if question == "joint":
         kernel = None
         if "standard" in method:
             kernel = b.GaussianKernel(form="standard")
-        return lambda *v: b.dhsic_test(v, [kernel] * 3, **permuted).p_value
+        return lambda *v: b.dhsic_test(v, [kernel] * 3, **permuted)[:2]
     if question == "conditional":
         null = method.removeprefix("ours, ")
-        return lambda *v: b.kci_test(*v, null=null, seed=0).p_value
+        return lambda *v: b.kci_test(*v, null=null, seed=0)[:2]
     if method.endswith("gamma"):
         permuted = {}
     null = method.removeprefix("ours, ").rstrip("s")
-    return lambda *v: b.hsic_test(*v, null=null, **permuted).p_value
+    return lambda *v: b.hsic_test(*v, null=null, **permuted)[:2]
 
 
 def selected(method, x, y, wanted):
@@ -164,11 +170,11 @@ def work(question, case, method, part):
     """`[draws, rejected or found, CPU seconds]` of one row."""
     rng = np.random.default_rng(int(part))
     samples = [draw(question, case, rng) for _ in range(DRAWS)]
-    test = None if question == "selection" else p_value(question, method)
+    test = None if question == "selection" else result_of(question, method)
 
     def run(sample):
         if test is not None:
-            return float(test(*sample) <= LEVEL)
+            return float(test(*sample)[1] <= LEVEL)
         x, y, wanted = sample
         right = set(map(int, selected(method, x, y, wanted)))
         return len(right & set(range(wanted))) / wanted

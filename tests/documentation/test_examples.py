@@ -13,6 +13,7 @@ import sys
 import types
 
 import keras
+import numpy as np
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
@@ -61,6 +62,23 @@ def test_basic_example(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert capsys.readouterr().out.strip()
+
+
+def test_the_known_answers_are_found(monkeypatch):
+    """By the structure of the data: what depends on what."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import basic_independence_tests as example
+
+    rng = np.random.default_rng(1)
+    *pairs, together = example.triple_rows(example.make_triple(200, rng))
+    assert all(p > 0.01 for _, p in pairs)
+    assert together[1] < 0.01
+    chain = example.chain_rows(*example.make_chain(400, rng))
+    chained, given_the_middle, given_an_end = (p for _, p in chain)
+    assert max(chained, given_an_end) < 1e-6 < 0.01 < given_the_middle
+    selectors, _ = example.select(*example.make_features(400, rng))
+    names = selectors["HSIC Lasso"].get_feature_names_out(example.FEATURES)
+    assert set(names) == set(example.WANTED)
 
 
 @pytest.mark.verify
