@@ -147,7 +147,9 @@ def question(name, who):
     if name == "selection":
         ask_for = functools.partial(independence.selected, methods[who])
     else:
-        ask_for = independence.result_of(name, methods[who], permutations=100)
+        ask_for = independence.result_of(
+            name, methods[who], permutations=100, bandwidth=1.0
+        )
 
     def step():
         return ask_for(*sample)

@@ -103,8 +103,12 @@ def draw(question, case, rng, n=None):
     return x, 0.4 * x**2 + noise
 
 
-def result_of(question, method, permutations=PERMUTATIONS):
-    """Function of a sample that returns the statistic and p."""
+def result_of(question, method, permutations=PERMUTATIONS, bandwidth=None):
+    """Function of a sample that returns the statistic and p.
+
+    `bandwidth` is that of the standard form under `joint`; of `None` it is a
+    median, for which hyppo has another rule.
+    """
     if method.startswith("hyppo Hsic"):
         from hyppo.independence import Hsic
 
@@ -112,7 +116,8 @@ def result_of(question, method, permutations=PERMUTATIONS):
     if method.startswith("hyppo dHsic"):
         from hyppo.d_variate import dHsic
 
-        return lambda *v: dHsic().test(*v, reps=permutations)[:2]
+        fixed = {"gamma": 1 / (2 * bandwidth**2)} if bandwidth else {}
+        return lambda *v: dHsic(**fixed).test(*v, reps=permutations)[:2]
     if method.startswith("causal-learn"):
         from causallearn.utils.KCI.KCI import KCI_CInd, KCI_UInd
 
@@ -130,7 +135,7 @@ def result_of(question, method, permutations=PERMUTATIONS):
     if question == "joint":
         kernel = None
         if "standard" in method:
-            kernel = b.GaussianKernel(form="standard")
+            kernel = b.GaussianKernel(bandwidth, form="standard")
         return lambda *v: b.dhsic_test(v, [kernel] * 3, **permuted)[:2]
     if question == "conditional":
         null = method.removeprefix("ours, ")

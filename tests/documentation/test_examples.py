@@ -25,6 +25,7 @@ SHORT = {
     "basic_compare_depths.py": ["--epochs", "1", "--depths", "1"],
     "basic_custom_loop.py": ["--epochs", "2"],
     "basic_finite_scalar_quantizer.py": ["--epochs", "1"],
+    "basic_independence_tests.py": ["--draws", "1"],
     "basic_robust_pictures.py": ["--epochs", "1"],
     "basic_virtual_adversarial_training.py": ["--epochs", "10"],
     "basic_nvae.py": ["--steps", "2", "--samples", "2"],
@@ -76,9 +77,10 @@ def test_the_known_answers_are_found(monkeypatch):
     chain = example.chain_rows(*example.make_chain(400, rng))
     chained, given_the_middle, given_an_end = (p for _, p in chain)
     assert max(chained, given_an_end) < 1e-6 < 0.01 < given_the_middle
-    selectors, _ = example.select(*example.make_features(400, rng))
-    names = selectors["HSIC Lasso"].get_feature_names_out(example.FEATURES)
-    assert set(names) == set(example.WANTED)
+    counts, _ = example.select(5, rng)
+    right = {name: c[: example.WANTED].sum() for name, c in counts.items()}
+    assert right["HSIC Lasso"] >= 13  # of 20
+    assert right["HSIC Lasso"] > right["mutual information"]
 
 
 @pytest.mark.verify
