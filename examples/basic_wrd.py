@@ -2,8 +2,9 @@
 
 A question is compared with three sentences by the word mover's distance (WMD)
 and the word rotator's distance (WRD), with their lower bounds; then the plan
-between the question and its nearest sentence is printed and drawn. The word
-vectors are made up by hand: each number says how much a word has of a topic,
+between the question and its nearest sentence is printed and drawn. At the end
+the sentences are a collection: all distances between them, the neighbors of the
+question, and its class by those of its neighbors. The word vectors are made up by hand: each number says how much a word has of a topic,
 and words that carry little meaning are short. For real ones see
 task_sts_wrd.py.
 
@@ -15,6 +16,9 @@ import argparse
 import numpy as np
 
 from blogkeras import (
+    TransportClassifier,
+    TransportIndex,
+    pairwise_distances,
     plot_alignment,
     sinkhorn,
     transport_plan,
@@ -50,6 +54,7 @@ SENTENCES = [
     "the singer answered reporters in paris",
     "a band played songs in berlin",
 ]
+TOPICS = ["politics", "music", "music"]
 
 
 def vectors(sentence):
@@ -91,6 +96,18 @@ def main():
         f"\nSinkhorn: between {float(solution.lower):.4f} and "
         f"{float(solution.upper):.4f}"
     )
+
+    # Collections of texts: see task_similar_reviews.py for a large one.
+    texts = [vectors(sentence) for sentence in SENTENCES]
+    print("\nWRD between all sentences:")
+    print(pairwise_distances(texts).round(3))
+    index = TransportIndex(texts[:2], verbose=0)
+    index.add(texts[2:])
+    index.remove([1])  # those behind it move up: the band has number 1 now
+    distances, indices = index.kneighbors([x], k=2)
+    print("neighbors without the singer:", indices[0], distances[0].round(3))
+    classifier = TransportClassifier(k=1).fit(texts, TOPICS)
+    print("the question is about", *classifier.predict([x]))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ SHORT = {
     "basic_custom_loop.py": ["--epochs", "2"],
     "basic_finite_scalar_quantizer.py": ["--epochs", "1"],
     "basic_independence_tests.py": ["--draws", "1"],
+    "basic_partial_transport.py": ["--steps", "2"],
     "basic_robust_pictures.py": ["--epochs", "1"],
     "basic_virtual_adversarial_training.py": ["--epochs", "10"],
     "basic_nvae.py": ["--steps", "2", "--samples", "2"],
