@@ -4,12 +4,15 @@
 
 Every contender runs on one core, in a process of its own, in turn. Part `N`
 compares 256 pairs of texts of N words (dimension 300, vectors drawn around a
-topic of each pair, lognormal norms), with the same masses and costs for all;
-part `search` looks for the 10 nearest of 10,000 documents, and part `million`,
-which is measured only where `--parts million` asks for it and takes about 5 GiB
-of memory for each of two processes, of a million random ones. Parts that are
-measured stay in `--state`, so that each can be run by itself; the table is
-written from all of them.
+topic of each pair, lognormal norms), with the same masses and costs for all.
+Part `options` has partial, unbalanced and debiased distances of the pairs of 32
+words, part `collections` one query beside a batch, all pairs of some texts, and
+the neighbors of queries. Part `search` looks for the 10 nearest of 10,000
+documents, and part `million`, which is measured only where `--parts million`
+asks for it and takes about 5 GiB of memory for each of two processes, of a
+million random ones. Parts that are measured stay in `--state`, so that each can
+be run by itself. The sections of the page are written from all of them; a
+section of which nothing is known stays as it is.
 
 Peers stand in a folder made by `pip install --target PEERS gensim ott-jax`. All
 Sinkhorn solvers have ε = 0.02 (or 0.005) times the largest cost of each pair
@@ -24,6 +27,7 @@ without it the documents are drawn at random around 200 topics.
 import argparse
 import csv
 import gzip
+import importlib.util
 import math
 import os
 import pathlib
@@ -38,10 +42,11 @@ from harness.recording import Measurements
 
 PAGE = page.ROOT / "docs/benchmarks/transport.md"
 SIZES = (8, 32, 128)
-USUAL = (*map(str, SIZES), "search")
+USUAL = (*map(str, SIZES), "options", "collections", "search")
 PARTS = (*USUAL, "million")
 PAIRS, DIM, DOCUMENTS = 256, 300, 10_000
 MANY = 1_000_000  # documents of part "million"
+SOME = 100_000  # documents of part "collections" at most
 TOLERANCE = 1e-3
 STEP = 0.1  # seconds that a step lasts at least
 # name: (label, environment, whether it is a peer in PEERS)
@@ -69,6 +74,87 @@ MILLION = {
     "faiss": ("TransportIndex, WMD, faiss-cpu", JAX, False),
     "plain": ("TransportIndex, WMD, NumPy alone", JAX, False),
 }
+# Of the parts `options` and `collections`: what is measured, and contenders, of
+# which the first is that whose time is the unit.
+GROUPS = {
+    "options": {
+        "`partial=0.8`, ε = 0.02; error against the optimum without ε": {
+            "partial-jax": ("Sinkhorn, JAX", JAX, False),
+            "partial-tensorflow": ("Sinkhorn, TensorFlow", TENSORFLOW, False),
+            "partial-entropic": (
+                "POT entropic_partial_wasserstein in a loop",
+                {},
+                False,
+            ),
+            "partial-exact": ("exact", JAX, False),
+            "partial-pot": ("POT partial_wasserstein2 in a loop", {}, False),
+        },
+        "`unbalanced`, ρ the mean cost, ε = 0.02; error against the converged "
+        "distance": {
+            "unbalanced-jax": ("Sinkhorn, JAX", JAX, False),
+            "unbalanced-tensorflow": (
+                "Sinkhorn, TensorFlow",
+                TENSORFLOW,
+                False,
+            ),
+            "unbalanced-pot": (
+                "POT sinkhorn_unbalanced in a loop",
+                {},
+                False,
+            ),
+            "unbalanced-invariant": (
+                "the same, translation invariant",
+                {},
+                False,
+            ),
+        },
+        "`debiased=True`, ε = 0.05; error against the converged divergence": {
+            "debiased-jax": ("Sinkhorn, JAX", JAX, False),
+            "debiased-tensorflow": ("Sinkhorn, TensorFlow", TENSORFLOW, False),
+            "debiased-batch": ("POT solve_batch, three problems", {}, False),
+            "debiased-pot": (
+                "POT empirical_sinkhorn_divergence in a loop (without the "
+                "entropies, and so its error)",
+                {},
+                False,
+            ),
+        },
+    },
+    "collections": {
+        "One text of 32 words beside 256, WMD": {
+            "query-exact": ("one call, exact", JAX, False),
+            "query-exact-loop": ("a loop of calls, exact", JAX, False),
+            "query-pot": ("POT dist and emd2 in a loop", {}, False),
+            "query-sinkhorn": ("one call, Sinkhorn 0.005, JAX", JAX, False),
+            "query-sinkhorn-loop": (
+                "a loop of calls, Sinkhorn 0.005, JAX",
+                JAX,
+                False,
+            ),
+        },
+        "All pairs of 64 texts of 8 to 32 words, dimension 50, WMD": {
+            "pairs-exact": ("pairwise_distances, exact", JAX, False),
+            "pairs-sinkhorn": (
+                "pairwise_distances, Sinkhorn 0.005, JAX",
+                JAX,
+                False,
+            ),
+            "pairs-sklearn": (
+                "scikit-learn's pairwise_distances, metric=word_mover_distance",
+                JAX,
+                False,
+            ),
+            "pairs-pot": ("POT dist and emd2 in a loop", {}, False),
+        },
+        "The 10 neighbors of 5 queries in {documents:,} random documents of 12 "
+        "words, dimension 50, WMD, by `kneighbors`": {
+            "neighbors-numpy": ("TransportIndex, NumPy alone", JAX, False),
+            "neighbors-faiss": ("TransportIndex, faiss-cpu", JAX, False),
+        },
+    },
+}
+SHARE, EPSILON, DEBIASED_EPSILON = 0.8, 0.02, 0.05
+LENGTH = 32  # words of the texts of part `options`
 # label, contender, base, {part: at least}
 RATIOS = [
     ("ott-jax / Sinkhorn 0.02, TensorFlow", "ott", "sinkhorn", (5, 5, 4)),
@@ -176,6 +262,222 @@ def prepare(name, part):
     solution = blogkeras.sinkhorn(*tensors, regularization=regularization)
     gap = np.asarray(solution.upper) - np.asarray(solution.lower)
     return step, {**facts, "gap": float(np.mean(gap / exact))}
+
+
+def mean_error(found, exact):
+    return float(np.mean(np.abs(np.asarray(found) / exact - 1)))
+
+
+def loop(distance, count=None):
+    return lambda: [distance(k) for k in range(count or PAIRS)]
+
+
+def prepare_option(name):
+    """A step of part `options`."""
+    import ot
+
+    option, _, solver = name.partition("-")
+    texts = problems(LENGTH)
+    run, reference = {
+        "partial": partial_problem,
+        "unbalanced": unbalanced_problem,
+        "debiased": debiased_problem,
+    }[option](ot, solver, *texts)
+    return run, {"pairs": PAIRS, "error": mean_error(run(), reference())}
+
+
+def ours(p, q, D, regularization, **options):
+    """A step of our solver, on tensors of float32."""
+    import keras
+
+    import blogkeras
+
+    tensors = [keras.ops.convert_to_tensor(a, "float32") for a in (p, q, D)]
+
+    def run():
+        distance = blogkeras.wasserstein_distance(
+            *tensors, "sinkhorn", regularization, TOLERANCE, **options
+        )
+        return np.asarray(distance)
+
+    return run
+
+
+def partial_problem(ot, solver, x, y, p, q, D):
+    """The solver's step, and a function that returns the exact distances."""
+    epsilon = EPSILON * D.max(axis=(1, 2))
+
+    # POT stops on the change of the plan: at 1e-4 its marginals are as right as
+    # those of the others.
+    def entropic(k):
+        plan = ot.partial.entropic_partial_wasserstein(
+            p[k], q[k], D[k], epsilon[k], m=SHARE, stopThr=TOLERANCE / 10
+        )
+        return (plan * D[k]).sum()
+
+    exact = loop(
+        lambda k: ot.partial.partial_wasserstein2(p[k], q[k], D[k], m=SHARE)
+    )
+    if solver == "pot":
+        return exact, exact
+    if solver == "entropic":
+        return loop(entropic), exact
+    if solver == "exact":
+        import blogkeras
+
+        distance = blogkeras.wasserstein_distance
+        return lambda: distance(p, q, D, partial=SHARE), exact
+    return ours(p, q, D, EPSILON, partial=SHARE), exact
+
+
+def unbalanced_problem(ot, solver, x, y, p, q, D):
+    """The solver's step, and a function that returns converged distances."""
+    price = float(D.mean())
+    epsilon = EPSILON * D.max(axis=(1, 2))
+
+    def divergence(r, p):
+        return np.sum(r * np.log(r / p) - r + p)
+
+    def entropic(k, method="sinkhorn", tolerance=TOLERANCE):
+        plan = ot.unbalanced.sinkhorn_unbalanced(
+            *(p[k], q[k], D[k], epsilon[k], price),
+            method=method,
+            stopThr=tolerance,
+        )
+        moved = divergence(plan.sum(1), p[k]) + divergence(plan.sum(0), q[k])
+        return (plan * D[k]).sum() + price * moved
+
+    exact = loop(lambda k: entropic(k, "sinkhorn_translation_invariant", 1e-9))
+    if solver == "pot":
+        return loop(entropic), exact
+    if solver == "invariant":
+        method = "sinkhorn_translation_invariant"
+        return loop(lambda k: entropic(k, method)), exact
+    return ours(p, q, D, EPSILON, unbalanced=price), exact
+
+
+def debiased_problem(ot, solver, x, y, p, q, D):
+    """The solver's step, and a function that returns converged divergences."""
+    from ot.batch import solve_batch
+    from scipy.spatial.distance import cdist
+
+    costs = D, *(np.array([cdist(a, a) for a in z]) for z in (x, y))
+    masses = (p, q), (p, p), (q, q)
+    largest = np.max([c.max(axis=(1, 2)) for c in costs], axis=0)
+
+    def by_batches(what="value", **settings):
+        values = [
+            getattr(
+                solve_batch(
+                    cost / largest[:, None, None],
+                    DEBIASED_EPSILON,
+                    *pair,
+                    reg_type="kl",
+                    **settings,
+                ),
+                what,
+            )
+            for pair, cost in zip(masses, costs, strict=True)
+        ]
+        return largest * (values[0] - (values[1] + values[2]) / 2)
+
+    def entropic(k):
+        return ot.bregman.empirical_sinkhorn_divergence(
+            *(x[k], y[k], DEBIASED_EPSILON * largest[k], p[k], q[k]),
+            metric="euclidean",
+            stopThr=TOLERANCE,
+            warn=False,
+        )
+
+    converged = {"method": "sinkhorn", "tol": 1e-7, "max_iter": 10_000}
+    if solver == "pot":
+        return loop(entropic), lambda: by_batches("value_linear", **converged)
+
+    def exact():
+        return by_batches(**converged)
+
+    if solver == "batch":
+        settings = {"method": "sinkhorn", "tol": TOLERANCE}
+        return lambda: by_batches(**settings), exact
+    own = ours(p, q, D, DEBIASED_EPSILON, own_costs=costs[1:])
+    return own, exact
+
+
+def prepare_collection(name, count):
+    """A step of part `collections`, with `count` documents for `kneighbors`."""
+    task, _, solver = name.partition("-")
+    if task == "neighbors":
+        return prepare_neighbors(solver, count)
+    import ot
+
+    if task == "query":
+        x, y, *_ = problems(LENGTH)
+        texts = [x[0], *y]
+        rows, columns = np.zeros(PAIRS, int), np.arange(1, PAIRS + 1)
+    else:
+        rng = np.random.default_rng(0)
+        lengths = rng.integers(8, 33, 64)
+        texts = [rng.normal(size=(n, 50)) for n in lengths]
+        rows, columns = np.triu_indices(len(texts), 1)
+
+    def emd(k):
+        cost = ot.dist(texts[rows[k]], texts[columns[k]], "euclidean")
+        return ot.emd2([], [], cost)
+
+    by_pot = loop(emd, len(rows))
+    exact = by_pot()
+    if solver == "pot":
+        return by_pot, {"pairs": len(rows), "error": 0.0}
+    import blogkeras
+
+    distance = blogkeras.word_mover_distance
+    options = {"solver": "sinkhorn"} if "sinkhorn" in solver else {}
+    if task == "query":
+        batch = np.stack(texts[1:])
+
+        def run():
+            if "loop" in solver:
+                return [float(distance(texts[0], z, **options)) for z in batch]
+            return np.asarray(distance(texts[0], batch, **options))
+    elif solver == "sklearn":
+        from sklearn.metrics import pairwise_distances
+
+        def run():
+            numbers = np.arange(len(texts))[:, None]
+            return pairwise_distances(
+                numbers,
+                metric=lambda i, j: distance(
+                    texts[int(i[0])], texts[int(j[0])]
+                ),
+            )[rows, columns]
+    else:
+
+        def run():
+            return blogkeras.pairwise_distances(
+                texts, cost="euclidean", weights="uniform", **options
+            )[rows, columns]
+
+    return run, {"pairs": len(rows), "error": mean_error(run(), exact)}
+
+
+def prepare_neighbors(first, count):
+    from blogkeras import TransportIndex
+    from blogkeras.transport import first_pass
+
+    first_pass._MANY = 1 if first == "faiss" else math.inf
+    texts, table = many_documents(count)
+    index = TransportIndex(
+        list(texts), table, "euclidean", "uniform", verbose=0
+    )
+    numbers = np.random.default_rng(1).choice(count, 5, replace=False)
+    queries = texts[numbers]
+    facts = {
+        "pairs": len(queries),
+        "documents": count,
+        # The same with faiss and without.
+        "sum": float(index.kneighbors(queries, 10)[0].sum()),
+    }
+    return lambda: index.kneighbors(queries, 10), facts
 
 
 def ott_solver(p, q, D, lse_mode):
@@ -352,7 +654,16 @@ def long_enough(run, facts):
 
 
 def contenders_of(part):
+    if part in GROUPS:
+        return {
+            k: v for group in GROUPS[part].values() for k, v in group.items()
+        }
     return {"search": SEARCHERS, "million": MILLION}.get(part, CONTENDERS)
+
+
+def is_there(name):
+    """Whether the library is installed that a contender is about."""
+    return "faiss" not in name or importlib.util.find_spec("faiss") is not None
 
 
 def contest(part, options):
@@ -370,7 +681,9 @@ def contest(part, options):
         [
             name
             for name, (_, _, peer) in contenders.items()
-            if name in options.only and (options.peers or not peer)
+            if name in options.only
+            and (options.peers or not peer)
+            and is_there(name)
         ],
         ["--part", part, "--documents", str(options.documents)],
         rounds=options.rounds,
@@ -393,9 +706,47 @@ def ratio_cell(seconds, name, base, target):
     return f"{value:.3g} ({low:.3g} to {high:.3g}){aim}"
 
 
-def report(parts):
-    """The page of the parts measured so far, `{part: contest(part)}`."""
-    rounds = min(len(v) for p in parts.values() for v in p["seconds"].values())
+def head():
+    return [
+        "# Benchmark: transport (post 7388)",
+        "",
+        "One core; contenders in turn, each for at least "
+        f"{STEP} s, after warm-up. Sinkhorn solvers: ε relative to the largest "
+        "cost of each pair, marginal error 1e-3, float32 (POT: float64).",
+        "",
+        page.environment(
+            ["keras", "tensorflow", "jax", "pot", "scipy", "numpy"]
+        )
+        + ", gensim 4.4.0, ott-jax 0.6.0",
+        "",
+        "Regenerate: `make bench-transport`.",
+    ]
+
+
+def sections(parts):
+    """`{title: lines}` of the parts so far, `{part: contest(part)}`."""
+    found = {}
+    if any(str(size) in parts for size in SIZES):
+        found["Pairs of texts"] = pair_lines(parts)
+    titles = {
+        "options": "Partial, unbalanced and debiased distances",
+        "collections": "Batches, all pairs, neighbors",
+    }
+    for part, title in titles.items():
+        if part in parts:
+            found[title] = group_lines(part, parts[part])
+    if "search" in parts:
+        found["Search"] = search_lines(parts["search"])
+    if "million" in parts:
+        found["A million documents"] = million_lines(parts["million"])
+    return found
+
+
+def rounds_of(parts):
+    return min(len(v) for p in parts for v in p["seconds"].values())
+
+
+def pair_lines(parts):
     sizes = [part for part in map(str, SIZES) if part in parts]
     headings = [f"N = {part}" for part in sizes]
     times = []
@@ -421,19 +772,10 @@ def report(parts):
         ]
         if any(cells):
             ratios.append([label, *cells])
-    lines = [
-        "# Benchmark: transport (post 7388)",
-        "",
+    return [
         f"{PAIRS} pairs of N words against N words, dimension {DIM}, Euclidean "
-        "costs, equal masses; one core; contenders in turn, each for at least "
-        f"{STEP} s, {rounds} rounds or more after warm-up. Sinkhorn solvers: ε "
-        "relative to the largest cost of each pair, marginal error 1e-3, "
-        "float32 (POT: float64).",
-        "",
-        page.environment(
-            ["keras", "tensorflow", "jax", "pot", "scipy", "numpy"]
-        )
-        + ", gensim 4.4.0, ott-jax 0.6.0",
+        "costs, equal masses; "
+        f"{rounds_of([parts[size] for size in sizes])} rounds or more.",
         "",
         "Microseconds per pair (median), and mean error of the distance:",
         "",
@@ -442,13 +784,53 @@ def report(parts):
         "Ratios of times, median and 95 % interval, and what was aimed at:",
         "",
         *page.table(["ratio", *headings], ratios),
-        "",
     ]
-    if "search" in parts:
-        lines += search_lines(parts["search"])
-    if "million" in parts:
-        lines += million_lines(parts["million"])
-    return [*lines, "Regenerate: `make bench-transport`."]
+
+
+def group_lines(name, part):
+    """The tables of part `options` or `collections`."""
+    seconds, facts = part["seconds"], part["facts"]
+    lines = [f"{PAIRS} pairs of {LENGTH} words, as above. "] * (
+        name == "options"
+    )
+    lines = ["".join(lines) + f"{rounds_of([part])} rounds.", ""]
+    for title, group in GROUPS[name].items():
+        rows, first = [], next(iter(group))
+        for contender, (label, _, _) in group.items():
+            if contender in seconds:
+                known = facts[contender]
+                error = known.get("error")
+                rows.append(
+                    [
+                        label,
+                        f"{1e6 * np.median(seconds[contender]):.3g}",
+                        "" if error is None else f"{100 * error:.2g} %",
+                        ratio_cell(seconds, contender, first, None)
+                        if contender != first
+                        else "",
+                    ]
+                )
+            elif not is_there(contender):
+                rows.append([label, "faiss-cpu not installed", "", ""])
+        if not rows:
+            continue
+        counts = [facts[c].get("documents", 0) for c in group if c in facts]
+        unit = "µs per query" if any(counts) else "µs per pair"
+        lines += [
+            title.format(documents=max(counts, default=0)) + ":",
+            "",
+            *page.table(
+                [
+                    "contender",
+                    unit,
+                    "mean error",
+                    "times the first row's (95 %)",
+                ],
+                rows,
+            ),
+            "",
+        ]
+    return lines
 
 
 def search_lines(part):
@@ -509,7 +891,7 @@ def million_lines(part):
 
 def main():
     parser = command_line.benchmark(
-        __doc__, CONTENDERS | SEARCHERS | MILLION, PAGE
+        __doc__, set().union(*map(contenders_of, PARTS)), PAGE
     )
     add = parser.add_argument
     add("--parts", nargs="*", choices=PARTS, default=USUAL)
@@ -525,15 +907,17 @@ def main():
             make, what = prepare_search, options.data
         elif options.part == "million":
             make, what = prepare_million, options.documents
+        elif options.part == "options":
+            make, what = prepare_option, None
+        elif options.part == "collections":
+            make, what = prepare_collection, min(options.documents, SOME)
         else:
             make, what = prepare, options.part
         return serve(lambda: long_enough(*make(options.worker, what)))
     state = Measurements(options.state)
     for part in options.parts:
         state.save("part", part, contest(part, options))
-    lines = report(state.of("part"))
-    page.write(options.page, lines)
-    print("\n".join(lines))
+        page.update(options.page, head(), sections(state.of("part")))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ A question is compared with three sentences by the word mover's distance (WMD)
 and the word rotator's distance (WRD), with their lower bounds; then the plan
 between the question and its nearest sentence is printed and drawn. At the end
 the sentences are a collection: all distances between them, the neighbors of the
-question, and its class by those of its neighbors. The word vectors are made up by hand: each number says how much a word has of a topic,
-and words that carry little meaning are short. For real ones see
-task_sts_wrd.py.
+question, and its class by those of its neighbors. The word vectors are made up
+by hand: each number says how much a word has of a topic, and words that carry
+little meaning are short. For real ones see task_sts_wrd.py.
 
 Blog: 从EMD、WMD到WRD, https://kexue.fm/archives/7388
 """

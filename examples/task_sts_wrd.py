@@ -29,8 +29,8 @@ Result (STS-B English test, 1379 pairs; Keras 3.15.1, POT 0.9.7):
     WRD + uSIF  0.6355
 
 docs/results/transport.md has 63.3 for "WRD + uSIF", where words are counted in
-the training split and the main direction is that of the sentences' words, not of
-GloVe's whole table.
+the training split and the main direction is that of the sentences' words, not
+of GloVe's whole table.
 
 The norm of a GloVe word is no measure of its importance (docs/transport.md), so
 WRD gains nothing over "WMD cos" here before the weights are made.
