@@ -830,7 +830,7 @@ def group_lines(name, part):
             ),
             "",
         ]
-    return lines
+    return lines[:-1]
 
 
 def search_lines(part):
@@ -890,9 +890,8 @@ def million_lines(part):
 
 
 def main():
-    parser = command_line.benchmark(
-        __doc__, set().union(*map(contenders_of, PARTS)), PAGE
-    )
+    names = dict.fromkeys(n for part in PARTS for n in contenders_of(part))
+    parser = command_line.benchmark(__doc__, names, PAGE)
     add = parser.add_argument
     add("--parts", nargs="*", choices=PARTS, default=USUAL)
     add("--documents", type=int, default=MANY, help="of part `million`")
@@ -903,17 +902,14 @@ def main():
     options = parser.parse_args()
     if options.worker:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        if options.part == "search":
-            make, what = prepare_search, options.data
-        elif options.part == "million":
-            make, what = prepare_million, options.documents
-        elif options.part == "options":
-            make, what = prepare_option, None
-        elif options.part == "collections":
-            make, what = prepare_collection, min(options.documents, SOME)
-        else:
-            make, what = prepare, options.part
-        return serve(lambda: long_enough(*make(options.worker, what)))
+        name, count = options.worker, options.documents
+        prepared = {
+            "options": lambda: prepare_option(name),
+            "collections": lambda: prepare_collection(name, min(count, SOME)),
+            "search": lambda: prepare_search(name, options.data),
+            "million": lambda: prepare_million(name, count),
+        }.get(options.part, lambda: prepare(name, options.part))
+        return serve(lambda: long_enough(*prepared()))
     state = Measurements(options.state)
     for part in options.parts:
         state.save("part", part, contest(part, options))
