@@ -91,6 +91,11 @@ class Objective:
             backend.RecordingScope(mapping) as scope,
             perturbed(perturb or {}, model),
         ):
+            if weights is None:
+                # Regularizers find no variable that is not in the scope. Layers
+                # still read the variables themselves.
+                own = {id(v): v.value for v in model.trainable_variables}
+                scope.state_mapping = {**own, **scope.state_mapping}
             # Keras's JAX trainer runs `call`, its TensorFlow trainer
             # `__call__`; in half precision the two differ.
             forward = model.call if backend.BACKEND == "jax" else model
@@ -274,7 +279,8 @@ def _only(value):
     if len(flat) != 1:
         raise ValueError(
             "Expected one output with one target, since `loss` is that of one: "
-            "compile a model of several outputs with their losses. Received: "
+            "compile a model of several outputs with their losses, and give "
+            "labels as an array or tensor, not as a list of numbers. Received: "
             f"{len(flat)} tensors"
         )
     return flat[0]

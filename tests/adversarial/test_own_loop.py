@@ -435,7 +435,39 @@ def test_weights_in_what_is_computed_again_are_refused():
         fn(A, B)
 
 
+@pytest.mark.parametrize("subclassed", [False, True])
+def test_a_regularizer_beside_a_weight_that_is_not_used(subclassed):
+    class Idle(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used = layers.Dense(
+                1, use_bias=False, kernel_regularizer=keras.regularizers.L2(0.1)
+            )
+            self.idle = layers.Dense(1)
+
+        def call(self, x):
+            self.idle(x)
+            return self.used(x)
+
+    if subclassed:
+        model = Idle()
+        model(A)
+    else:
+        x, used = keras.Input((2,)), Idle().used
+        model = keras.Model(x, [used(x), layers.Dense(1)(x)])
+        model.compile("sgd", ["mse", None])
+    model.trainable_variables[0].assign([[3.0], [4.0]])
+    fn = adversarial_loss(model, "mse" if subclassed else None, FGM(0.0))
+    result = fn(A, B if subclassed else [B, B])
+    # The squares of the test above, and 0.1 (3² + 4²).
+    np.testing.assert_allclose(
+        value(result.loss), (100 + 49) / 2 + 2.5, rtol=1e-6
+    )
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="not as a list of numbers"):
+        adversarial_loss(linear(), "mse")(A, [0.0, 1.0])
     with pytest.raises(ValueError, match="Received: loss=None"):
         adversarial_loss(linear())
     with pytest.raises(ValueError, match="Received: loss=3"):

@@ -637,6 +637,53 @@ def test_a_weight_that_is_not_used_is_no_error(eagerly):
     assert toy.difference(before, toy.weights(model)) > 0
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("eagerly", [False, True])
+@pytest.mark.parametrize("subclassed", [False, True])
+def test_a_regularizer_beside_a_weight_that_is_not_used(subclassed, eagerly):
+    class Idle(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.used = layers.Dense(3, "softmax", kernel_regularizer="l2")
+            self.idle = layers.Dense(3)
+
+        def call(self, x):
+            self.idle(x)
+            return self.used(x)
+
+    def make():
+        if subclassed:
+            model = Idle()
+        else:
+            inputs = keras.Input((3,))
+            used = layers.Dense(3, "softmax", kernel_regularizer="l2")(inputs)
+            model = keras.Model(inputs, [used, layers.Dense(3)(inputs)])
+        loss = "sparse_categorical_crossentropy"
+        model.compile(
+            keras.optimizers.SGD(0.1),
+            loss if subclassed else [loss, None],
+            run_eagerly=eagerly,
+        )
+        return model
+
+    y = toy.LABELS if subclassed else [toy.LABELS, toy.LABELS]
+    _, state, history = run(make, None, toy.DENSE, y)
+    _, ours, our_history = run(make, plain, toy.DENSE, y)
+    toy.assert_near(ours, state)
+    np.testing.assert_allclose(our_history["loss"], history["loss"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("eagerly", [False, True])
+def test_a_regularizer_hides_no_weight_that_is_not_trained(eagerly):
+    model = recomputing(keras.remat, run_eagerly=eagerly)
+    (again,) = (layer for layer in model.layers if isinstance(layer, Again))
+    again.dense.kernel.regularizer = keras.regularizers.L2(0.1)
+    training.install(model, plain)
+    if TENSORFLOW:
+        with pytest.raises(ValueError, match=r"backend.remat.*inner/bias"):
+            model.fit(toy.DENSE, toy.LABELS, verbose=0)
+
+
 @pytest.mark.skipif(not TENSORFLOW, reason="tf.function")
 @pytest.mark.parametrize("eagerly", [False, True])
 @pytest.mark.parametrize("whole", [False, True])
