@@ -158,6 +158,41 @@ def test_what_is_far_is_not_moved():
     )
 
 
+@pytest.mark.parametrize("penalty", verified(1e7, 1e4, 1e6, 1e12))
+def test_a_large_price_is_the_balanced_problem(penalty):
+    p = np.array([0.13, 0.24, 0.22, 0.14, 0.27])  # has one pair of potentials
+    exact = ot.emd2(p, Q, D)
+    found = wasserstein_distance(p, Q, D, solver="sinkhorn", unbalanced=penalty)
+    assert exact * (1 - 1e-3) <= float(found) <= exact * 1.01
+    plan = value(
+        transport_plan(
+            X,
+            Y,
+            None,
+            "euclidean",
+            (p, Q),
+            None,
+            "sinkhorn",
+            unbalanced=penalty,
+        )
+    )
+    np.testing.assert_allclose(plan.sum(1), p, atol=2e-3)
+    np.testing.assert_allclose(plan.sum(0), Q, atol=2e-3)
+    # Mass that goes from one word to another, by POT's values.
+    change = np.array([0.01, -0.01, 0.0, 0.0, 0.0])
+    expected = ot.emd2(p + change, Q, D) - ot.emd2(p - change, Q, D)
+    of_p, _, of_costs = slope(
+        lambda p, q, D: wasserstein_distance(
+            p, q, D, solver="sinkhorn", unbalanced=penalty
+        ),
+        p,
+        Q,
+        D,
+    )
+    np.testing.assert_allclose(2 * np.sum(of_p * change), expected, rtol=0.05)
+    np.testing.assert_allclose(of_costs, plan, atol=1e-4)
+
+
 # Debiased
 
 
