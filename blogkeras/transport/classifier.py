@@ -22,7 +22,8 @@ class TransportClassifier:
         voting="uniform":   the number of c_i = c, divided by k
         voting="distance":  Σ_{c_i = c} 1/d_i, divided by Σ 1/d_i
 
-    Where neighbors have distance 0 only these vote, equally. The class with the
+    Where neighbors have distance 0 (the same words in any order, for example)
+    only these vote, equally. The class with the
     largest share is predicted, of equal ones the first. It has the methods of
     an estimator of scikit-learn, `get_params` and `set_params` included, so
     that its model selection takes it.
@@ -195,7 +196,10 @@ class TransportClassifier:
         return {name: getattr(self, name) for name in names}
 
     def set_params(self, **params: Any) -> "TransportClassifier":
-        """Sets arguments of the constructor, which the next `fit` takes.
+        """Sets arguments of the constructor.
+
+        The next `fit` takes all of them, the next prediction `k`, `voting` and
+        `verbose`.
 
         Args:
             **params: Their names and values.

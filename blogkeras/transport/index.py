@@ -39,6 +39,9 @@ from blogkeras.transport.weighting import (
 from blogkeras.typing import Tensor
 
 _BLOCK = 2**20  # numbers of vectors in float64 at a time
+# Masses are divided by sums that are rounded in the order of the words. So
+# between the same words a few units of the largest cost may be left.
+_ROUNDING = 16 * np.finfo("float64").eps
 
 
 class SearchResult(NamedTuple):
@@ -238,7 +241,9 @@ class TransportIndex:
 
         Returns:
             `(indices, distances, num_exact)`, a `SearchResult`. Of equally near
-            documents those with the smaller index come first.
+            documents those with the smaller index come first. The same words in
+            any order have the distance 0. Other distances that are equal but
+            for rounding, about 1e-15 of the largest cost, are in any order.
 
         Raises:
             ValueError: if the query is not a document of the index's kind.
@@ -377,6 +382,8 @@ class TransportIndex:
         # A computed bound may exceed the distance by a rounding error, which
         # is relative to the vectors: these may be far larger than the distance.
         largest = max(np.abs(x).max(initial=0), self._largest)
+        if self.cost == "cosine":
+            largest = 1.0  # of directions
         slack = 1e-6 * (1 + limit) + 1e-12 * largest
         candidates = search.within(limit + slack, without)
         bounds = self._relaxed(p, x, candidates)
@@ -422,7 +429,8 @@ class TransportIndex:
         part = slice(self._starts[number], self._starts[number + 1])
         _, q, y = self._words(part)
         d = measures.cost_matrix(np, x, y, self.cost)
-        return exact.solve(p[None], q[None], d[None])[0][0]
+        distance = exact.solve(p[None], q[None], d[None])[0][0]
+        return distance if distance > _ROUNDING * d.max() else 0.0
 
     def _relaxed(self, p, x, numbers):
         """RWMD to some documents; each of their words is compared once."""
@@ -439,6 +447,7 @@ class TransportIndex:
         y = np.zeros((len(words), self.vectors.shape[1]), self.vectors.dtype)
         real = words < len(self.vectors)
         y[real] = self.vectors[words[real]]
+        x, y, exponent = _moderate(x, y, self.cost)
         # Use float32 for speed, lowered by a bound of the rounding error.
         d = measures.cost_matrix(
             np, x.astype("float32"), y.astype("float32"), self.cost
@@ -446,7 +455,7 @@ class TransportIndex:
         d = _below(d, x, y, self.cost)[:, row[ids]]  # (n, all words)
         forward = p @ np.minimum.reduceat(d, first, axis=1)
         backward = np.add.reduceat(masses * d.min(0), first)
-        return np.maximum(forward, backward)
+        return np.ldexp(np.maximum(forward, backward), exponent)
 
     def save(self, path):
         """Writes the index to a file of NumPy's `.npz` format.
@@ -577,6 +586,25 @@ class TransportIndex:
             "`idf` does not follow from the documents",
         )
         return idf
+
+
+def _moderate(x, y, cost):
+    """Vectors whose squares are finite in float32, by powers of two.
+
+    Returns:
+        `(x, y, exponent)`: distances of these are to be multiplied by
+        2**exponent.
+    """
+    if cost == "cosine":
+        # Each vector by itself: only directions count.
+        return *(np.ldexp(z, -_exponents(z, 1)) for z in (x, y)), 0
+    exponent = max(_exponents(z, None).item() for z in (x, y))
+    return np.ldexp(x, -exponent), np.ldexp(y, -exponent), exponent
+
+
+def _exponents(x, axis):
+    largest = np.abs(x).max(axis=axis, initial=0, keepdims=True)
+    return np.frexp(largest)[1]
 
 
 def _below(d, x, y, cost):

@@ -214,3 +214,82 @@ def test_a_classifier_refuses():
     assert few.predict_proba(QUERIES).tolist() == [[0.5, 0.5]] * 6
     with pytest.raises(ValueError, match="one label for each"):
         few.score(QUERIES, [0])
+
+
+# The same words in another order
+
+
+@pytest.mark.parametrize("cost", ["cosine", "euclidean", "rms"])
+@pytest.mark.parametrize("weights", ["norm", "uniform"])
+def test_the_same_words_are_at_distance_zero(cost, weights):
+    rng = np.random.default_rng(0)
+    first = [rng.normal(size=(n, 4)) for n in range(2, 42)]
+    second = [a[rng.permutation(len(a))] for a in first]
+    index = TransportIndex([*first, *second], None, cost, weights, verbose=0)
+    for number, text in enumerate([*second, *first]):
+        found = index.search(text, k=2)
+        np.testing.assert_array_equal(found.distances, 0)
+        number %= len(first)
+        assert found.indices.tolist() == [number, number + len(first)]
+
+
+def test_ids_of_the_same_words_are_at_distance_zero():
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, 40, n) for n in range(2, 62)]
+    index = TransportIndex(documents, VECTORS, verbose=0)
+    for number, document in enumerate(documents):
+        found = index.search(rng.permutation(document), k=1)
+        assert found.distances == [0]
+        assert found.indices == [number]
+
+
+def test_a_small_distance_is_not_zero():
+    # 1 - cos of the angle 1e-7, by its series.
+    a, b = np.array([[1.0, 0.0]]), np.array([[1.0, 1e-7]])
+    index = TransportIndex([a, [[0.0, 1.0]]], verbose=0)
+    found = index.search(b, k=1).distances
+    np.testing.assert_allclose(found, 0.5e-14, rtol=1e-3)
+    far = np.array([[0.0, 0.0], [1e6, 0.0]])
+    near = far + np.array([[1e-6, 0.0], [0.0, 0.0]])
+    index = TransportIndex([far], None, "euclidean", "uniform", verbose=0)
+    found = index.search(near, k=1).distances
+    np.testing.assert_allclose(found, 0.5e-6, rtol=1e-3)
+
+
+def test_the_same_words_vote_equally():
+    a = np.random.default_rng(0).normal(size=(40, 6, 4))
+    for number, text in enumerate(a):
+        turned = text[np.random.default_rng(number).permutation(6)]
+        classifier = TransportClassifier(k=2, voting="distance")
+        classifier.fit([text, turned], ["a", "b"])
+        np.testing.assert_array_equal(
+            classifier.predict_proba([turned]), [[0.5, 0.5]]
+        )
+
+
+# Vectors beyond the range of float32's squares
+
+
+@pytest.mark.parametrize("cost", ["cosine", "euclidean", "rms"])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 1e25), ("float64", 1e60)]
+)
+def test_huge_vectors(cost, dtype, size):
+    """As the same problem in other units, with as few exact distances."""
+    rng = np.random.default_rng(0)
+    documents = rng.normal(size=(60, 5, 3)) + 4 * rng.normal(size=(60, 1, 3))
+    query = rng.normal(size=(5, 3))
+    unit = 2.0 ** np.round(np.log2(size))
+
+    def search(unit):
+        texts = (unit * documents).astype(dtype)
+        index = TransportIndex(list(texts), None, cost, "uniform", verbose=0)
+        return index.search((unit * query).astype(dtype), k=3)
+
+    expected, found = search(1.0), search(unit)
+    assert found.indices.tolist() == expected.indices.tolist()
+    scale = 1 if cost == "cosine" else unit
+    np.testing.assert_allclose(
+        found.distances / scale, expected.distances, rtol=1e-9
+    )
+    assert found.num_exact <= expected.num_exact < 60
