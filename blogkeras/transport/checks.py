@@ -4,9 +4,11 @@ Inside a traced function tensors have no values, so there these are not checked.
 """
 
 import numpy as np
+from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_numbers,
     as_numpy,
     check_finite,
     check_integer,
@@ -14,6 +16,8 @@ from blogkeras.arguments import (
 )
 
 _MASS_ERROR = 1e-4  # float32 weights of a long text sum to 1 within this
+# Those of half precision within four units in the last place.
+_HALF_ERRORS = {"bfloat16": 4 * 2.0**-7, "float16": 4 * 2.0**-10}
 
 
 def check_settings(regularization, tolerance, max_iterations=1):
@@ -102,10 +106,37 @@ def check_words(name, x, mask=None):
     check_finite(name, x)
 
 
-def check_mass(name, p, mask=None, normalized=True):
+def mass_error(p):
+    """How far the sum of weights may be from 1, by the dtype they came in."""
+    dtype = str(getattr(p, "dtype", ""))
+    found = (e for name, e in _HALF_ERRORS.items() if name in dtype)
+    return next(found, _MASS_ERROR)
+
+
+def widened(p):
+    """Weights of half precision in float32, divided by a sum of nearly 1."""
+    error = mass_error(p)
+    if error == _MASS_ERROR:
+        return p
+    p = as_numbers(p)
+    xp = np if isinstance(p, np.ndarray) else ops
+    p = p.astype("float32") if xp is np else ops.cast(p, "float32")
+    total = xp.sum(p, axis=-1, keepdims=True)
+    near = xp.abs(total - 1) <= error
+    return p / xp.where(near, total, xp.ones_like(total))
+
+
+def check_mass(name, p, mask=None, normalized=True, error=_MASS_ERROR):
     """Raises on weights that are not a distribution.
 
     The weights of an empty sequence may all be zero.
+
+    Args:
+        name: String, for the message.
+        p: `(..., n)`.
+        mask: `(..., n)`, boolean, or `None`.
+        normalized: Boolean. Whether the sum is to be 1.
+        error: Float. How far it may be from that.
     """
     if not backend.is_concrete(p):
         return
@@ -120,7 +151,7 @@ def check_mass(name, p, mask=None, normalized=True):
     if not normalized:
         return
     total = np.atleast_1d(p.sum(-1))
-    wrong = np.abs(total - 1) > _MASS_ERROR
+    wrong = np.abs(total - 1) > error
     if name not in "pq":
         wrong &= total != 0
     if wrong.any():

@@ -10,7 +10,11 @@ from blogkeras import backend
 from blogkeras.arguments import check_finite, renamed_argument
 from blogkeras.loops import ProgramCache
 from blogkeras.transport import measures
-from blogkeras.transport.checks import check_own_costs, check_problem
+from blogkeras.transport.checks import (
+    check_own_costs,
+    check_problem,
+    widened,
+)
 from blogkeras.transport.entropic import as_tensor, common_dtype
 from blogkeras.transport.problem import Solver, Texts, as_array
 from blogkeras.typing import Tensor
@@ -45,8 +49,9 @@ def wasserstein_distance(
     with KL(r ‖ p) = Σ rᵢ log(rᵢ/pᵢ) − rᵢ + pᵢ.
 
     Args:
-        p: `(..., m)`, nonnegative, sum 1.
-        q: `(..., n)`, nonnegative, sum 1.
+        p: `(..., m)`, nonnegative, sum 1. In half precision, where the sum has
+            few digits, it is divided by it.
+        q: `(..., n)`, nonnegative, sum 1, likewise.
         D: `(..., m, n)`, finite costs of any sign.
         solver: `"exact"`: the network simplex of POT, in NumPy float64; for use
             outside of compiled functions. `"sinkhorn"`: an upper bound, see
@@ -105,7 +110,9 @@ def wasserstein_distance(
     )
     is_pair = isinstance(own_costs, (list, tuple))
     dtype = common_dtype(p, q, D, *(own_costs if is_pair else ()))
-    p, q, D = (as_array(a, method.name, dtype) for a in (p, q, D))
+    p, q, D = (
+        as_array(a, method.name, dtype) for a in (widened(p), widened(q), D)
+    )
     check_problem(p, q, D)
     check_finite("D", D)
     if own_costs is None:
@@ -485,7 +492,9 @@ def relaxed_wasserstein_distances(p: Tensor, q: Tensor, D: Tensor) -> Tensor:
     Reference:
         [Kusner et al., 2015](http://proceedings.mlr.press/v37/kusnerb15.pdf)
     """
-    p, q, D = (as_array(a, "exact", "float64") for a in (p, q, D))
+    p, q, D = (
+        as_array(a, "exact", "float64") for a in (widened(p), widened(q), D)
+    )
     check_problem(p, q, D)
     check_finite("D", D)
     return measures.relaxed(np, p, q, D)

@@ -10,7 +10,7 @@ from blogkeras import backend
 from blogkeras.arguments import as_numbers, as_numpy, check_finite
 from blogkeras.loops import ProgramCache
 from blogkeras.ops import full_precision_matmul
-from blogkeras.transport.checks import check_problem, check_settings
+from blogkeras.transport.checks import check_problem, check_settings, widened
 from blogkeras.typing import Tensor
 
 _FACTOR = 4.0  # from one ε to the next
@@ -123,7 +123,7 @@ def sinkhorn(
         feasible plan
     """
     settings = check_settings(regularization, tolerance, max_iterations)
-    p, q, D = as_tensors(p, q, D)
+    p, q, D = as_tensors(widened(p), widened(q), D)
     check_problem(p, q, D)
     check_finite("D", D)
     return approximate(p, q, D, *settings)

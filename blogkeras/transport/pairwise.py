@@ -252,7 +252,7 @@ class _Texts:
                 f"shapes {[mass.shape for mass in masses]} for lengths "
                 f"{self.lengths.tolist()}"
             )
-        self.masses = np.concatenate([*masses, np.zeros(1)])
+        self.masses = np.concatenate([*masses, np.zeros(1, masses[0].dtype)])
 
     def __len__(self):
         return len(self.lengths)

@@ -21,6 +21,7 @@ from blogkeras.transport.checks import (
     check_settings,
     check_shape,
     check_words,
+    mass_error,
 )
 from blogkeras.transport.entropic import (
     approximate,
@@ -246,10 +247,13 @@ class Texts:
                 z_mask = _repeated(z_mask, lead) if one else z_mask
                 check_shape(f"mask of {name}", z_mask, z)
             if mass is not None:
+                error = mass_error(mass)
                 mass = as_array(mass, solver, dtype)
                 mass = _repeated(mass, lead) if one else mass
                 check_shape(f"weights of {name}", mass, z)
-                check_mass(f"weights of {name}", mass, z_mask, kind == "given")
+                check_mass(
+                    f"weights of {name}", mass, z_mask, kind == "given", error
+                )
             check_words(name, z, z_mask)
             masks.append(z_mask)
             masses.append(mass)

@@ -626,6 +626,43 @@ def test_weights_and_importance_go_together(function):
     )
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("as_tensor", [True, False])
+def test_weights_in_half_precision(dtype, as_tensor):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(1000, 2)), rng.normal(size=(3, 2))
+    given, double = [], []
+    for mass in (np.full(1000, 1 / 1000), np.array([0.4, 0.35, 0.25])):
+        half = ops.convert_to_tensor(mass, dtype)
+        double.append(np.asarray(ops.cast(half, "float32"), "float64"))
+        given.append(half if as_tensor else ops.convert_to_numpy(half))
+    assert abs(double[0].sum() - 1) > 1e-4
+    p, q = (z / z.sum() for z in double)
+    D = np.linalg.norm(x[:, None] - y, axis=-1)
+    expected = ot.emd2(p, q, D)
+    found = word_mover_distance(x, y, weights=tuple(given))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    mask = np.ones(1000, bool), np.ones(3, bool)
+    found = word_mover_distance(x, y, mask, weights=tuple(given))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    np.testing.assert_allclose(
+        wasserstein_distance(*given, D), expected, rtol=1e-6
+    )
+    lower = np.maximum(*relaxed_wasserstein_distances(*given, D))
+    assert 0 < lower <= expected * (1 + 1e-6)
+    for masses in ([given[0]], ops.convert_to_numpy(given[0])[None]):
+        found = pairwise_distances(
+            [x], [y], None, "euclidean", (masses, [given[1]]), verbose=0
+        )
+        np.testing.assert_allclose(found, [[expected]], rtol=1e-6)
+    few = given[0][:40], given[1]  # their sum is 0.04
+    with pytest.raises(ValueError, match="sum 1"):
+        wasserstein_distance(*few, D[:40])
+    solution = sinkhorn(given[1], given[1], D[:3] * 0 + 1)
+    plan = ops.convert_to_numpy(solution.plan)
+    np.testing.assert_allclose(plan.sum(0), q, atol=1e-6)
+
+
 def test_errors():
     p, q, D = np.full(2, 0.5), np.full(3, 1 / 3), np.ones((2, 3))
     cases = [
