@@ -138,8 +138,9 @@ class _Finder:
             if any(layer is other for other in reached)
         }
         if not candidates:
-            if any(leaf.is_float for leaf in describe(self.model, x)):
-                return InputSite(padding_mask=self.padding_mask)
+            leaves = describe(self.model, x)
+            if any(leaf.is_float for leaf in leaves):
+                return self._input_site(None, leaves)
             raise ValueError(
                 "Nothing to perturb: the model's inputs are integers and no "
                 "embedding layer looks them up. Name the layer whose output is "
@@ -207,7 +208,12 @@ class _Finder:
                 f"perturbed. Received: embedding_name={self.name!r}; "
                 f"{self.listing(x)}"
             )
-        return InputSite(self.name, self.padding_mask)
+        return self._input_site(self.name, inputs)
+
+    def _input_site(self, name, leaves):
+        site = InputSite(name, self.padding_mask)
+        site.check_dense(leaves)
+        return site
 
     def _site(self, layer):
         if self.kind == "output":

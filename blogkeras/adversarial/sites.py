@@ -317,6 +317,23 @@ class InputSite(Site):
     def place(self):
         return "input", self.index
 
+    def check_dense(self, leaves):
+        """Raises where a `Leaf` that is perturbed is sparse."""
+        sparse = [
+            leaf.names
+            for number, leaf in enumerate(leaves)
+            if leaf.is_sparse
+            and leaf.is_float
+            and (self.index in (None, number) or self.index in leaf.names)
+        ]
+        if sparse:
+            raise ValueError(
+                "Expected dense inputs: a sparse one cannot be perturbed. Give "
+                "it dense, or name the layer behind it as `embedding_name`, "
+                'with site="output", or a dense input. '
+                f"Received: sparse inputs {sparse}"
+            )
+
     def describe(self, model):
         if self.index is None:
             return "all floating inputs that are not masks"
@@ -335,6 +352,7 @@ class InputSite(Site):
     def origin(self, objective, weights):
         x = objective.data[0]
         leaves, flat = describe(objective.model, x), tree.flatten(x)
+        self.check_dense(leaves)
         indices = self._indices(objective)
         if not indices:
             raise ValueError(

@@ -31,11 +31,13 @@ class Leaf(NamedTuple):
         names: Its key in a dict of inputs, and the name of the model's `Input`.
         dtype: What the model casts it to, `None` where that is not declared.
         is_float: Whether it is floating in the model.
+        is_sparse: Whether it keeps its nonzeros alone.
     """
 
     names: tuple
     dtype: str | None
     is_float: bool
+    is_sparse: bool
 
 
 class MaskSource(NamedTuple):
@@ -271,6 +273,7 @@ def describe(model, x):
                 dtype,
                 is_float(symbol if symbol is not None else value)
                 and value is not None,
+                backend.is_sparse(value if symbol is None else symbol),
             )
         )
     return leaves

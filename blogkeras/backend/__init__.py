@@ -323,6 +323,13 @@ def is_concrete(x):
     return not isinstance(x, keras.KerasTensor) and _framework.is_concrete(x)
 
 
+def is_sparse(x):
+    """Whether `x`, a tensor or a symbol of one, keeps its nonzeros alone."""
+    if isinstance(x, keras.KerasTensor):
+        return bool(x.sparse)
+    return _framework.is_sparse(x)
+
+
 # Devices
 
 

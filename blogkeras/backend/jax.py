@@ -6,6 +6,7 @@ import itertools
 import os
 
 import jax
+import jax.experimental.sparse
 import keras
 from keras import ops
 
@@ -163,6 +164,10 @@ def is_concrete(x):
 
 def is_traced(x):
     return isinstance(x, jax.core.Tracer)
+
+
+def is_sparse(x):
+    return isinstance(x, jax.experimental.sparse.JAXSparse)
 
 
 @functools.cache

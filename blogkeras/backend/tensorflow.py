@@ -313,6 +313,10 @@ def is_concrete(x):
     return tf.executing_eagerly()
 
 
+def is_sparse(x):
+    return isinstance(x, tf.SparseTensor)
+
+
 # Devices
 
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import scipy.sparse
 import toy
 from adversarial_reference import (
     LABELS,
@@ -209,3 +210,61 @@ def test_a_layer_that_takes_no_part():
     )
     with pytest.raises(ValueError, match=r"takes no part.*'unused'"):
         model.fit(TOKENS, np.zeros((3, 4, 5)), verbose=0)
+
+
+# Sparse inputs
+
+
+def sparse_classifier():
+    x = keras.Input((6,), sparse=True, name="counts")
+    h = layers.Dropout(0.5)(layers.Dense(4, "relu", name="hidden")(x))
+    return toy.compiled(keras.Model(x, layers.Dense(3, "softmax")(h)))
+
+
+COUNTS = scipy.sparse.csr_matrix(
+    np.random.default_rng(0).poisson(0.5, (8, 6)).astype("float32")
+)
+
+
+@pytest.mark.parametrize("name", [None, "counts"])
+@pytest.mark.parametrize(
+    "method", ["fgm", "pgd", "vat", "trades", "gradient_penalty"]
+)
+def test_sparse_inputs_are_refused(name, method):
+    model = sparse_classifier()
+    with pytest.raises(ValueError, match=r"dense .*sparse inputs .*counts"):
+        blogkeras.adversarial_training(model, name, method=method)
+
+
+def test_sparse_inputs_of_a_subclassed_model_are_refused():
+    class Subclassed(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(3, "softmax")
+
+        def call(self, x):
+            return self.dense(x)
+
+    model = toy.compiled(Subclassed(), run_eagerly=True)
+    blogkeras.adversarial_training(model)
+    with pytest.raises(ValueError, match=r"dense .*Received: sparse inputs"):
+        model.fit(COUNTS, toy.LABELS[:8], verbose=0)
+
+
+def test_the_robustness_on_sparse_inputs_is_refused():
+    with pytest.raises(ValueError, match=r"dense .*sparse inputs .*counts"):
+        blogkeras.evaluate_robustness(
+            sparse_classifier(), COUNTS, toy.LABELS[:8], epsilons=(0, 0.5)
+        )
+
+
+@pytest.mark.parametrize(
+    "method", ["rdrop", "awp", FGM(0.5, site="output")], ids=str
+)
+def test_what_trains_on_sparse_inputs(method):
+    model = sparse_classifier()
+    name = None if isinstance(method, str) else "hidden"
+    blogkeras.adversarial_training(model, name, method=method)
+    before = toy.weights(model)
+    model.fit(COUNTS, toy.LABELS[:8], verbose=0)
+    assert toy.difference(before, toy.weights(model)) > 0
