@@ -11,6 +11,9 @@ from blogkeras.adversarial.base import (
 )
 from blogkeras.adversarial.norms import at_least_float32, length
 
+# What layers call their biases and gains; that of a GRU has two axes.
+_LEFT_OUT = ("bias", "gamma", "beta", "scale")
+
 
 def _check_attack(name, value):
     if value is None:
@@ -32,11 +35,13 @@ class AdversarialWeightPerturbation(AdversarialMethod):
     """Trains where a small step of the weights makes the loss worst.
 
     For each trainable tensor w of two or more axes (matrices, convolutions,
-    embeddings; not biases and gains), with g its gradient of the loss L:
+    embeddings), with g its gradient of the loss L:
 
         v = ε ‖w‖ g / ‖g‖        loss = L(w + v)
 
-    with Euclidean norms over the tensor. The gradient at w + v moves w, so the
+    with Euclidean norms over the tensor. Biases and gains, those that are named
+    "bias", "gamma", "beta" or "scale", are left out, of two axes too. The
+    gradient at w + v moves w, so the
     training ends where the loss is flat. The weights are never assigned a
     perturbed value, so an interrupt leaves them clean. Where g is zero or not
     finite, v is zero. Both passes share their dropout masks; loss, metrics and
@@ -120,7 +125,9 @@ class AdversarialWeightPerturbation(AdversarialMethod):
         return None
 
     def describe(self, model, site):
-        weights = "all trainable weights of two or more axes"
+        weights = (
+            "all trainable weights of two or more axes but biases and gains"
+        )
         if self.attack is None:
             return f"{self!r} perturbs {weights}"
         return f"{self!r} perturbs {site.describe(model)}, and {weights}"
@@ -148,8 +155,13 @@ class AdversarialWeightPerturbation(AdversarialMethod):
             objective.parts[CLEAN] = first.loss
         strength = self.strength(objective)
         moved = [
-            _uphill(w, g, strength)
-            for w, g in zip(weights, gradients, strict=True)
+            w if v.name in _LEFT_OUT else _uphill(w, g, strength)
+            for v, w, g in zip(
+                objective.model.trainable_variables,
+                weights,
+                gradients,
+                strict=True,
+            )
         ]
         evaluation, gradients = objective.value_and_grad(loss, moved)
         objective.parts[ADVERSARIAL] = evaluation.loss

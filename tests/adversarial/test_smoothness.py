@@ -331,6 +331,26 @@ def test_weights_move_uphill_by_a_share_of_their_norm(attack):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+def test_biases_and_gains_of_two_axes_are_not_moved():
+    x = keras.Input((3, 2))
+    h = layers.LayerNormalization(axis=[1, 2])(x)
+    h = layers.MultiHeadAttention(2, 2)(h, h)
+    model = keras.Model(x, layers.GRU(3)(h))
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    for variable in model.trainable_variables:
+        variable.assign(RNG.uniform(0.5, 1, variable.shape))
+        variable.trainable = "kernel" not in variable.name
+    sizes = {v.name: len(v.shape) for v in model.trainable_variables}
+    assert {"gamma": 2, "beta": 2, "bias": 2} == sizes
+    inputs, y = RNG.normal(size=(4, 3, 2)).astype("float32"), np.ones((4, 3))
+    expected = model.evaluate(inputs, y, verbose=0)
+    method = AdversarialWeightPerturbation(0.5)
+    blogkeras.adversarial_training(model, method=method)
+    loss = toy.batch_loss(model, inputs, y)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    assert "but biases and gains" in blogkeras.describe_training(model)
+
+
 def test_a_changed_attack_is_used_in_the_next_compiled_step():
     attack = FGM(0.0)
     method = AdversarialWeightPerturbation(0.0, attack)
