@@ -164,8 +164,8 @@ def virtual_adversarial_training(
     """Makes `fit` train with labelled and unlabelled rows, in place.
 
     Adds to the loss, for every row, how much the worst small step at the
-    embedding changes the prediction. Give unlabelled rows any label and the
-    sample weight 0:
+    embedding changes the prediction. Give unlabelled rows the sample weight 0
+    and any class that there is (not -1, unless the loss has `ignore_class=-1`):
 
     >>> tokens = keras.Input((4,), dtype="int32")
     >>> h = layers.GlobalAveragePooling1D()(layers.Embedding(9, 2)(tokens))

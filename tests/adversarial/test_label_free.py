@@ -200,6 +200,27 @@ def test_unlabelled_rows(reduction, share):
     np.testing.assert_allclose(loss, share * labelled, rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", ["vat", "trades", "smart"])
+def test_unlabelled_rows_of_a_class_that_the_loss_ignores(method):
+    weight = np.array([1.0, 0, 0, 1, 0, 0])
+    losses = []
+    for labels, ignored in ((Y, None), (np.where(weight, Y, -1), -1)):
+        model = linear(None)
+        model.compile(
+            keras.optimizers.SGD(0.0),
+            keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True,
+                ignore_class=ignored,
+                reduction="mean_with_sample_weight",
+            ),
+            jit_compile=True,
+        )
+        blogkeras.adversarial_training(model, epsilon=0.0, method=method)
+        losses.append(toy.batch_loss(model, X, labels, sample_weight=weight))
+    labelled = -np.log(softmax(X @ W)[[0, 3], Y[[0, 3]]]).mean()
+    np.testing.assert_allclose(losses, labelled, rtol=1e-5)
+
+
 def test_strength_zero_trains_plainly():
     expected, ours = (
         toy.compiled(toy.classifier(), run_eagerly=True) for _ in range(2)
