@@ -85,6 +85,14 @@ class SkipNonFinite(keras.optimizers.Optimizer):
             return
         self.inner_optimizer.build(variables)
         super().build(variables)
+        # `SwapEMAWeights` looks for them here where this optimizer is itself
+        # inside of a `LossScaleOptimizer` or `MultiOptimizer`. Not before
+        # `build`, which would make averages of its own.
+        self.use_ema = self.inner_optimizer.use_ema
+        if self.use_ema:
+            self._model_variables_moving_average = (
+                self.inner_optimizer._model_variables_moving_average
+            )
 
     def apply(self, grads, trainable_variables=None):
         if not self.built and trainable_variables is not None:

@@ -78,7 +78,9 @@ def cond(predicate, true_fn, false_fn, layers):
 def run_branch(fn, layers, unused=()):
     """Runs a function as `cond` runs the branch that it chooses.
 
-    For a choice that is known now, as in eager execution: no graph is built.
+    For a choice that is known now, as in eager execution: no graph is built;
+    and for what a model's loss calls, whose `add_loss` Keras's trainer for JAX
+    would not see.
 
     Args:
         fn: Function without arguments that returns a list of tensors.

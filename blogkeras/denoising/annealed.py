@@ -23,8 +23,10 @@ from blogkeras.denoising.base import (
 )
 from blogkeras.denoising.energy import (
     as_scalars,
+    call_with_loss,
     check_network,
     log_density_and_score,
+    score_and_loss,
 )
 from blogkeras.denoising.samplers import (
     annealed_langevin,
@@ -151,21 +153,24 @@ class AnnealedScoreMatching(DenoisingModel):
             return inputs
         return [inputs, keras.KerasTensor((None, 1), "float32")]
 
-    def _log_density(self, x, sigma, training=False):
+    def _inputs(self, x, sigma):
         """`sigma` of shape `(rows,)`; not used unless conditional."""
-        inputs = [x, ops.reshape(sigma, (-1, 1))] if self.conditional else x
-        return as_scalars(self.network(inputs, training=training))
+        return [x, ops.reshape(sigma, (-1, 1))] if self.conditional else x
 
-    def _score(self, x, sigma, training=False):
+    def _log_density(self, x, sigma):
+        inputs = self._inputs(x, sigma)
+        return as_scalars(self.network(inputs, training=False))
+
+    def _score(self, x, sigma):
         return log_density_and_score(
-            lambda x: self._log_density(x, sigma, training), x
+            lambda x: self._log_density(x, sigma), x
         )[1]
 
-    def call(self, inputs, training=None):
+    def call(self, inputs):
         x = ops.cast(inputs, "float32")
-        return self._log_density(x, self._sigma_of(x, self.sigma0), training)
+        return self._log_density(x, self._sigma_of(x, self.sigma0))
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs):
         return keras.KerasTensor(inputs.shape[:1], "float32")
 
     def _sigma_of(self, x, sigma):
@@ -183,13 +188,18 @@ class AnnealedScoreMatching(DenoisingModel):
         index = ops.minimum(ops.cast(drawn, "int32"), len(self.sigmas) - 1)
         sigmas = ops.take(ops.convert_to_tensor(self.sigmas, "float32"), index)
         wide = ops.reshape(sigmas, [-1] + [1] * (len(x.shape) - 1))
-        score = self._score(x + wide * unit, sigmas, training)
+        _, score, added = score_and_loss(
+            lambda x: call_with_loss(
+                self.network, self._inputs(x, sigmas), training
+            ),
+            x + wide * unit,
+        )
         backend.check_second_order([score])
         # Both losses in one: the score times a length should be −ε/σ.
         length = wide if self.conditional else self.sigma0**2 / wide
         error = row_mean(ops.square(length * score + unit))
         steady = error + 1 - row_mean(ops.square(unit))
-        return self._finish(error, steady, sample_weight)
+        return self._finish(error, steady, added, sample_weight)
 
     def log_density(self, x, sigma=None, batch_size=256, verbose=0):
         """log p̂ of rows up to a constant.

@@ -237,23 +237,27 @@ class DenoisingModel(RowModel):
     def _uniform(self, x, seed):
         return draw_rows(backend.uniform, (ops.shape(x)[0],), seed)
 
-    def _finish(self, each, error, sample_weight):
+    def _finish(self, each, error, added, sample_weight):
         """The scalar loss of a batch from one for each row.
 
         Args:
             each: `(rows,)`, to be minimized.
             error: `(rows,)`, for the metric.
+            added: Scalar: what layers gave to `add_loss`.
             sample_weight: `None`, `(rows,)` or `(rows, 1)`.
         """
         if sample_weight is not None:
             each = each * row_weights(sample_weight)
         self.denoising_loss.update_state(error)
-        loss = ops.mean(each)
-        for value in self.losses:
-            loss = loss + ops.cast(ops.sum(value), "float32")
-        # The score does not depend on the bias of the last layer. TensorFlow
-        # then has no gradient for it and warns. With this term it is zero.
+        loss = ops.mean(each) + added
         for variable in self.trainable_variables:
+            # `losses` would hold what layers add for rows without noise, too.
+            if variable.regularizer is not None:
+                value = variable.regularizer(variable.value)
+                loss = loss + ops.cast(ops.sum(value), "float32")
+            # The score does not depend on the bias of the last layer.
+            # TensorFlow then has no gradient for it and warns. With this term
+            # it is zero.
             if len(variable.shape) < 2:
                 loss = loss + 0 * ops.cast(ops.sum(variable.value), "float32")
         # Replicas add up their gradients.

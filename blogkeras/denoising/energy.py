@@ -49,14 +49,47 @@ def log_density_and_score(log_density, x, **kwargs):
         Both can be differentiated again.
     """
 
+    values, gradient, _ = score_and_loss(
+        lambda x: (log_density(x, **kwargs), 0.0), x
+    )
+    return values, gradient
+
+
+def score_and_loss(log_density, x):
+    """As `log_density_and_score`, with what layers add to the loss.
+
+    Args:
+        log_density: Function of `x` that returns `(values, loss)`, such as a
+            part of a model by `call_with_loss`.
+        x: Floating tensor `(rows, ...)`.
+
+    Returns:
+        `(values, gradient, loss)`.
+    """
+
     def total(x):
-        values = as_scalars(log_density(x, **kwargs), ops.shape(x)[0])
-        return ops.sum(values), values
+        values, loss = log_density(x)
+        values = as_scalars(values, ops.shape(x)[0])
+        return ops.sum(values), (values, loss)
 
     # Of a loss on the gradient the gradient is of second order.
     with backend.second_order():
-        (_, values), gradient = backend.value_and_grad(total, x)
-    return values, gradient
+        (_, (values, loss)), gradient = backend.value_and_grad(total, x)
+    return values, gradient, loss
+
+
+def call_with_loss(network, inputs, training):
+    """Calls a network inside of a model's `compute_loss`.
+
+    Returns:
+        `(outputs, loss)`, where the loss is the sum of what its layers gave to
+        `add_loss` (activity regularizers do so), a float32 scalar. Regularizers
+        of weights are not in it.
+    """
+    (outputs,), loss = backend.run_branch(
+        lambda: [network(inputs, training=training)], [network]
+    )
+    return outputs, loss
 
 
 def check_scalars(values, rows=None):

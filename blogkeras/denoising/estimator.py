@@ -24,8 +24,10 @@ from blogkeras.denoising.base import (
 )
 from blogkeras.denoising.energy import (
     as_scalars,
+    call_with_loss,
     check_network,
     log_density_and_score,
+    score_and_loss,
 )
 from blogkeras.denoising.samplers import langevin
 
@@ -292,26 +294,31 @@ class DenoisingDensityEstimator(_OneNoise):
         self.allow_piecewise = allow_piecewise
         self._build_if_known()
 
-    def call(self, inputs, training=None):
+    def call(self, inputs):
         x = ops.cast(inputs, "float32")
         sigma = self._sigma_at(self.draws.iterations.value, training=False)
-        return self._log_density(x, sigma, training)
+        values = as_scalars(self.network(x, training=False))
+        return values + self._gaussian(x, sigma)
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs):
         return keras.KerasTensor(inputs.shape[:1], "float32")
 
-    def _log_density(self, x, sigma, training=False):
+    def _gaussian(self, x, sigma):
+        """The term that is not trained."""
         distance = ops.reshape(
             ops.square(x - self.mean.value), (ops.shape(x)[0], -1)
         )
         variance = self.variance.value + ops.square(sigma)
-        base = -ops.sum(distance, axis=-1) / (2 * variance)
-        return as_scalars(self.network(x, training=training)) + base
+        return -ops.sum(distance, axis=-1) / (2 * variance)
 
-    def _score(self, x, sigma, training=False):
-        return log_density_and_score(
-            lambda x: self._log_density(x, sigma, training), x
-        )[1]
+    def _trained_score(self, x, sigma, training):
+        """`(score, loss)`, the loss being what layers add."""
+
+        def log_density(x):
+            values, loss = call_with_loss(self.network, x, training)
+            return as_scalars(values) + self._gaussian(x, sigma), loss
+
+        return score_and_loss(log_density, x)[1:]
 
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
@@ -319,16 +326,18 @@ class DenoisingDensityEstimator(_OneNoise):
         x = ops.cast(x, "float32")
         sigma, unit = self._sigma_and_noise(x, training)  # unit: ε / σ
         # σ ∇log p̂(x + ε); it should be −ε / σ.
-        score = sigma * self._score(x + sigma * unit, sigma, training)
+        noisy = x + sigma * unit
+        score, added = self._trained_score(noisy, sigma, training)
+        score = sigma * score
         backend.check_second_order([score])
         error = row_mean(ops.square(score + unit))
         # Only the mean of ‖ε‖² is kept: 1 for each number.
         steady = error + 1 - row_mean(ops.square(unit))
         if self.control_variate:
-            clean = sigma * self._score(x, sigma, training)
-            reduction = 2 * row_mean(clean * unit)
+            clean, _ = self._trained_score(x, sigma, training)
+            reduction = 2 * row_mean(sigma * clean * unit)
             error, steady = error - reduction, steady - reduction
-        return self._finish(error, steady, sample_weight)
+        return self._finish(error, steady, added, sample_weight)
 
     def log_density(self, x, batch_size=1024, verbose=0):
         """log p̂ of rows, up to one constant (see `log_partition`).
@@ -343,7 +352,7 @@ class DenoisingDensityEstimator(_OneNoise):
         """
         return self._by_batches(
             "log_density",
-            lambda x: self(x, training=False),
+            self,
             [self._check_rows(x)],
             batch_size,
             verbose,
@@ -353,7 +362,7 @@ class DenoisingDensityEstimator(_OneNoise):
         """∇log p̂ at rows: a NumPy array like `x`. Arguments: `log_density`."""
         return self._by_batches(
             "score",
-            lambda x: log_density_and_score(self, x, training=False)[1],
+            lambda x: log_density_and_score(self, x)[1],
             [self._check_rows(x)],
             batch_size,
             verbose,
@@ -458,13 +467,13 @@ class DenoisingAutoencoder(_OneNoise):
                 f"its input. Received: output of shape {tuple(received)}"
             )
 
-    def call(self, inputs, training=None):
+    def call(self, inputs):
         x = ops.cast(inputs, "float32")
-        outputs = self.network(x, training=training)
+        outputs = self.network(x, training=False)
         self._check_outputs(outputs, x.shape[1:])
         return ops.cast(outputs, "float32")
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs):
         return keras.KerasTensor(inputs.shape, "float32")
 
     def compute_loss(
@@ -472,11 +481,15 @@ class DenoisingAutoencoder(_OneNoise):
     ):
         x = ops.cast(x, "float32")
         sigma, unit = self._sigma_and_noise(x, training)
-        denoised = self(x + sigma * unit, training=training)
+        denoised, added = call_with_loss(
+            self.network, x + sigma * unit, training
+        )
+        self._check_outputs(denoised, x.shape[1:])
+        denoised = ops.cast(denoised, "float32")
         error = row_mean(ops.square((denoised - x) / sigma))
         # ε/σ is a part of the difference, so the mean of ‖ε‖² can be kept.
         steady = error + 1 - row_mean(ops.square(unit))
-        return self._finish(error, steady, sample_weight)
+        return self._finish(error, steady, added, sample_weight)
 
     def denoise(self, x, batch_size=1024, verbose=0):
         """r(x): a NumPy array like `x`.
@@ -488,7 +501,7 @@ class DenoisingAutoencoder(_OneNoise):
         """
         return self._by_batches(
             "denoise",
-            lambda x: self(x, training=False),
+            self,
             [self._check_rows(x)],
             batch_size,
             verbose,

@@ -19,10 +19,12 @@ from blogkeras.denoising.base import (
     warn_if_untrained,
 )
 from blogkeras.denoising.energy import (
+    call_with_loss,
     check_inputs,
     check_network,
     check_scalars,
     log_density_and_score,
+    score_and_loss,
 )
 from blogkeras.loops import ProgramCache
 from blogkeras.models import check_own_loss, map_batches
@@ -307,11 +309,13 @@ class DenoisingGenerator(RowModel):
             seed = self.draws.next_step()
         else:
             seed = evaluation_seed(self.draws, self.density_loss)
+        # Of the generator, and of all weights; the densities run only now.
+        added = [ops.cast(ops.sum(x), "float32") for x in self.losses]
         rows = y_pred
         unit = draw_rows(backend.normal, ops.shape(rows), seed)
         noisy = ops.stop_gradient(rows) + self.sigma * unit
-        log_q, score_q = log_density_and_score(
-            self.model_density, noisy, training=training
+        log_q, score_q, added_q = score_and_loss(
+            lambda x: call_with_loss(self.model_density, x, training), noisy
         )
         backend.check_second_order([score_q])
         log_p, score_p = log_density_and_score(
@@ -329,9 +333,7 @@ class DenoisingGenerator(RowModel):
             each = each * row_weights(sample_weight)
         self.density_loss.update_state(density_loss)
         self.divergence.update_state(log_q - log_p)
-        loss = ops.mean(each)
-        for value in self.losses:
-            loss = loss + ops.cast(ops.sum(value), "float32")
+        loss = ops.mean(each) + sum(added, start=added_q)
         # See `DenoisingModel._finish`: variables without influence.
         for variable in self.trainable_variables:
             if len(variable.shape) < 2:

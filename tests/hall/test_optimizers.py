@@ -137,6 +137,55 @@ def test_float16_loss_scaling_around_it(tmp_path):
         )
 
 
+class Weights(keras.callbacks.Callback):
+    """The weights at the end of each epoch; stands behind `SwapEMAWeights`."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seen.append(toy.weights(self.model))
+
+
+@pytest.mark.parametrize("around", ["loss scale", "several"])
+def test_averages_are_swapped_inside_of_other_optimizers(around):
+    """The averages by a model that makes the same steps."""
+    if around == "several" and not hasattr(keras.optimizers, "MultiOptimizer"):
+        pytest.skip("Keras 3.15 has MultiOptimizer")
+
+    def make():
+        return SkipNonFinite(
+            keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
+        )
+
+    optimizer, second = make(), make()
+    if around == "loss scale":
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer, 1.0)
+    else:
+        optimizer = keras.optimizers.MultiOptimizer(
+            lambda v, first=optimizer: first if "kernel" in v.path else second
+        )
+    plain = model(keras.optimizers.SGD(0.1), run_eagerly=True)
+    guarded = model(optimizer, run_eagerly=True)
+    seen, steps = Weights(), []
+    guarded.fit(
+        *(X, Y),
+        batch_size=64,
+        epochs=2,
+        verbose=0,
+        callbacks=[keras.callbacks.SwapEMAWeights(swap_on_epoch=True), seen],
+    )
+    for _ in range(2):
+        plain.train_on_batch(X, Y)
+        steps.append(toy.weights(plain))
+    # Keras's average begins with the weights after the first step.
+    averages = steps[0], [(a + b) / 2 for a, b in zip(*steps, strict=True)]
+    for ours, theirs in zip(seen.seen, averages, strict=True):
+        for x, y in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
 def test_learning_rate_is_the_inner_one():
     guarded = SkipNonFinite(keras.optimizers.SGD(0.5))
     assert float(guarded.learning_rate) == 0.5
