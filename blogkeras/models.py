@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from blogkeras import backend
 from blogkeras.arguments import (
     as_numpy,
     check_integer,
@@ -255,6 +256,25 @@ def check_own_loss(arguments):
                 f"Expected no loss and no metrics, here `{name}`: they are the "
                 f"model's own. Received: {name}={value!r}"
             )
+
+
+def compiled(model, fn, xla=True):
+    """A function compiled as the model's own steps are, by its `compile`.
+
+    Args:
+        model: A built Keras layer or model.
+        fn: Function of tensors that calls `model` or its parts and assigns
+            nothing.
+        xla: Boolean. Whether XLA compiles it where `compile` was not called.
+
+    Returns:
+        Function of tensors: `fn` itself under `run_eagerly`.
+    """
+    if isinstance(model, keras.Model) and model.compiled:
+        if model.run_eagerly:
+            return fn
+        xla = bool(model.jit_compile)
+    return backend.jit_layer(fn, model, xla)
 
 
 def map_batches(program, arrays, batch_size=32, verbose=0):

@@ -21,6 +21,7 @@ from blogkeras.loops import ProgramCache
 from blogkeras.models import (
     TargetlessModel,
     check_own_loss,
+    compiled,
     map_batches,
 )
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
@@ -107,6 +108,7 @@ class DenoisingModel(RowModel):
     def compile(self, optimizer="adam", **kwargs):
         check_own_loss(kwargs)
         super().compile(optimizer, **kwargs)
+        self._programs.clear()
 
     # Moments of the data
 
@@ -278,7 +280,7 @@ class DenoisingModel(RowModel):
             1 << (rows - 1).bit_length(),
         )
         program = self._programs.get(
-            (name, batch_size), lambda: backend.jit_layer(fn, self)
+            (name, batch_size), lambda: compiled(self, fn)
         )
         if rows < batch_size:
             arrays = [

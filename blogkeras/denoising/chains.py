@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from blogkeras import backend
+from blogkeras import backend, models
 from blogkeras.arguments import (
     as_numbers,
     as_numpy,
@@ -69,12 +69,13 @@ def compiler(log_density):
     """Compiles functions that call `log_density`: `backend.jit` or the like.
 
     The variables of a layer, or of a layer whose method it is, are read at each
-    call. A plain function is compiled with the present values of variables.
+    call. A plain function is compiled with the present values of variables. A
+    model's own `compile` decides about XLA and `run_eagerly`.
     """
     owner = _owner(log_density)
     if owner is None:
         return backend.jit
-    return lambda fn: backend.jit_layer(fn, owner)
+    return lambda fn: models.compiled(owner, fn)
 
 
 def compiled(log_density, key, make):

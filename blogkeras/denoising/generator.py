@@ -27,7 +27,7 @@ from blogkeras.denoising.energy import (
     score_and_loss,
 )
 from blogkeras.loops import ProgramCache
-from blogkeras.models import check_own_loss, map_batches
+from blogkeras.models import check_own_loss, compiled, map_batches
 from blogkeras.optimizers import SkipNonFinite, copied_optimizer
 from blogkeras.state import NumberedDraws, StepSeed, base_seed, draw_rows
 
@@ -254,6 +254,7 @@ class DenoisingGenerator(RowModel):
         _accumulate(first, generator_steps)
         _accumulate(second, energy_steps)
         super().compile(_together(first, second, self), **kwargs)
+        self._programs.clear()
 
     def get_compile_config(self):
         return self._compile_arguments
@@ -360,7 +361,7 @@ class DenoisingGenerator(RowModel):
         )
         program = self._programs.get(
             batch_size,
-            lambda: backend.jit_layer(lambda z: self(z, training=False), self),
+            lambda: compiled(self, lambda z: self(z, training=False)),
         )
         return map_batches(program, [z], batch_size, verbose)
 

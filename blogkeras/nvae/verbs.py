@@ -3,9 +3,8 @@
 import numpy as np
 from keras import ops
 
-from blogkeras import backend
+from blogkeras import backend, models
 from blogkeras.arguments import check_choice, check_number
-from blogkeras.models import map_batches
 from blogkeras.nvae.checks import check_pixels
 from blogkeras.nvae.distributions import noise, pixels
 from blogkeras.state import StepSeed, base_seed
@@ -13,14 +12,10 @@ from blogkeras.state import StepSeed, base_seed
 
 def compiled(model, fn):
     """`fn` as the model's own steps are run, by what `compile` was given."""
-    if model.compiled and model.run_eagerly:
-        return fn
     # XLA's depthwise convolutions are far slower on a CPU; JAX has nothing
     # else.
     xla = backend.BACKEND == "jax" or backend.has_accelerator()
-    if model.compiled:
-        xla = model.jit_compile
-    return backend.jit_layer(fn, model, xla=bool(xla))
+    return models.compiled(model, fn, xla)
 
 
 def run(model, key, fn, arrays, constants, seed, batch_size, verbose):
@@ -46,7 +41,7 @@ def run(model, key, fn, arrays, constants, seed, batch_size, verbose):
         base_seed(seed),
     ]
     rows = len(arrays[-1])
-    return map_batches(
+    return models.map_batches(
         lambda *arrays: program(*arrays, *constants),
         [*arrays, np.arange(rows, dtype="int32")],
         batch_size,

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, value
+from kit import TENSORFLOW, tensorflow_only, value
 
 from blogkeras.denoising import (
     AnnealedScoreMatching,
     DenoisingAutoencoder,
     DenoisingDensityEstimator,
     DenoisingGenerator,
+    hmc,
+    mlp_log_density,
 )
 from blogkeras.state import StepSeed, draw_rows
 
@@ -114,3 +116,54 @@ def test_regularizers_of_weights_count_once():
         model.adapt(X)
         losses.append(model.test_on_batch(X)[0])
     assert losses[0] - losses[1] == pytest.approx(2.0, rel=1e-4)
+
+
+@tensorflow_only
+def test_the_methods_are_compiled_as_the_steps_are():
+    """XLA on a CPU has no bicubic resizing, so it tells who compiles."""
+    toy.reset()
+
+    def pictures(width):
+        return keras.Sequential(
+            [
+                keras.Input((2, 2, 1)),
+                layers.UpSampling2D(2, interpolation="bicubic"),
+                layers.Flatten(),
+                layers.Dense(width),
+                layers.Reshape((2, 2, 1) if width == 4 else (1,)),
+            ]
+        )
+
+    x = np.ones((2, 2, 2, 1), "float32")
+    denoiser = DenoisingAutoencoder(pictures(4), 1.0, seed=0)
+    density = DenoisingDensityEstimator(pictures(1), 1.0, seed=0)
+    energy = AnnealedScoreMatching(pictures(1), [1.0, 0.5], 0.5, seed=0)
+    generator = DenoisingGenerator(
+        pictures(4), mlp_log_density((2, 2, 1), (2,)), pictures(1), 1.0
+    )
+    calls = {
+        denoiser: (lambda: denoiser.denoise(x), lambda: denoiser.score(x)),
+        density: (
+            lambda: density.log_density(x),
+            lambda: density.sample(2, 1, seed=0),
+            lambda: hmc(density, x, 1, 0.1, seed=0).x,
+        ),
+        energy: (lambda: energy.sample(2, 1, seed=0),),
+        generator: (lambda: generator.sample(2, seed=0),),
+    }
+    for model, methods in calls.items():
+        model.draws.iterations.assign(1)  # as if trained
+        for options in ({"jit_compile": False}, {"run_eagerly": True}):
+            # The program of another `compile` is not taken.
+            model.compile("sgd", jit_compile=True)
+            with pytest.raises(tf_error(), match="Resize"):
+                methods[0]()
+            model.compile("sgd", **options)
+            for method in methods:
+                assert np.isfinite(method()).all()
+
+
+def tf_error():
+    import tensorflow as tf
+
+    return tf.errors.InvalidArgumentError
