@@ -29,7 +29,14 @@ class CompositeModel(keras.Model):
         """
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.built and self.optimizer is not None:
+            # A part of another model may have been frozen after its training.
+            # Its optimizer has the state of what was trained.
+            trainable = self.trainable
+            if not trainable:
+                self.trainable = True
             self.optimizer.build(self.trainable_variables)
+            if not trainable:
+                self.trainable = False
 
     def fit(self, x=None, *args, **kwargs):
         """As in Keras."""

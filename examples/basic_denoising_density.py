@@ -101,11 +101,18 @@ def draw(model, log_z, samples, path):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument(
+        "--steps", type=int, default=8000, help="hundreds, or up to 100"
+    )
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("results")
     )
     options = parser.parse_args()
+    if options.steps > 100 and options.steps % 100:
+        parser.error(
+            "Expected hundreds of steps, or up to 100. Received: "
+            f"--steps {options.steps}"
+        )
     keras.utils.set_random_seed(0)
 
     model = train(options.steps)

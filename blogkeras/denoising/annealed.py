@@ -293,7 +293,8 @@ class AnnealedScoreMatching(DenoisingModel):
 
         Returns:
             NumPy array `(num, ...)`, float32. If up to half of the chains
-            diverge, they are drawn anew, with a warning.
+            diverge (they end more than 100 standard deviations of the noisiest
+            data from its mean), they are drawn anew, with a warning.
 
         Raises:
             FloatingPointError: if more of them diverge, or some do in ten
@@ -394,9 +395,7 @@ class AnnealedScoreMatching(DenoisingModel):
         Far from all data nothing tells a network to fall, so single chains may
         find a place where it rises without end.
         """
-        x, _, number = draw(seed)
-        if not number:
-            return x
+        x, _, stopped = draw(seed)
         mean, variance = map(ops.convert_to_numpy, (self.mean, self.variance))
         limit = _FAR * (variance + self.sigmas[0] ** 2) ** 0.5
 
@@ -406,9 +405,21 @@ class AnnealedScoreMatching(DenoisingModel):
             return far.reshape(len(x), -1).any(1)
 
         lost = diverged(x)
-        if lost.sum() < number or 2 * number > len(x):
-            # Most of them, or of another kind: the same again, for its error.
+        number = int(lost.sum())
+        if not number and not stopped:
+            return x
+
+        def fail():
+            # The same again, for its error, where chains were stopped.
             draw(seed, allow_non_finite=False)
+            raise FloatingPointError(
+                f"{number} of {len(x)} chains ended more than {limit:.3g} from "
+                "the mean of the data. More steps of training or a smaller "
+                "step_size may help."
+            )
+
+        if number < stopped or 2 * number > len(x):
+            fail()  # of another kind, or most of them
         for i in range(1, _NEW_DRAWS + 1):
             # Far from the seeds that users count up.
             again = draw((seed + i * 1_000_003) % 2**31).x
@@ -417,7 +428,7 @@ class AnnealedScoreMatching(DenoisingModel):
             if not lost.any():
                 break
         else:
-            draw(seed, allow_non_finite=False)
+            fail()
         warnings.warn(
             f"{number} of {len(x)} chains diverged and were drawn anew: far "
             "from the data the learned log-density rises. More steps of "

@@ -104,31 +104,6 @@ class ShiftFlow(layers.Layer):
     def call(self, z):
         return z - self.shift(z)
 
-    def inverse(self, z, max_iterations=None):
-        """The input that gives the output z.
-
-        x ← z + μ(x), starting with x = z. After t iterations the first t
-        variables are right, so as many iterations as there are variables are
-        always enough. Usually a few suffice, and the loop ends when nothing
-        changes.
-
-        Args:
-            z: `(batch, height, width, channels)`, float32.
-            max_iterations: Integer. Defaults to the number of variables.
-        """
-        if max_iterations is None:
-            max_iterations = int(np.prod(z.shape[1:]))
-
-        def changed(x, before):
-            return ops.any(x != before)
-
-        return ops.while_loop(
-            changed,
-            lambda x, before: (z + self.shift(x), x),
-            (z + self.shift(z), z),
-            maximum_iterations=max_iterations,
-        )[0]
-
 
 class PairedFlow(layers.Layer):
     """A `ShiftFlow` in each of the two orders.
@@ -147,10 +122,4 @@ class PairedFlow(layers.Layer):
     def call(self, z):
         for flow in self.flows:
             z = flow(z)
-        return z
-
-    def inverse(self, z):
-        """The input that gives the output z."""
-        for flow in reversed(self.flows):
-            z = flow.inverse(z)
         return z

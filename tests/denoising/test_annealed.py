@@ -327,6 +327,41 @@ def test_chains_that_run_away_are_drawn_anew():
         model.sample(16, 300, step_size=1.0, seed=1)
 
 
+class RisesInALine(layers.Layer):
+    """−50 x², from 2.6 on a line uphill: chains go far, but never explode."""
+
+    def call(self, inputs):
+        x = inputs[:, 0]
+        return ops.where(x < 2.6, -50 * x**2, 4e3 * (x - 2.6) - 338)
+
+
+def test_chains_that_run_away_slowly_are_drawn_anew_too():
+    model = AnnealedScoreMatching(RisesInALine(), SIGMAS, seed=0)
+    model.build((None, 1))
+    model.draws.iterations.assign(1)
+    way = np.r_[np.full(60, 1.0), np.geomspace(1.0, 0.1, 240)]
+    alone = annealed_langevin(
+        *(model, model._start(128, 1), 2e-3, (way / 0.1) ** 2), seed=1
+    )
+    # 100 standard deviations of data of variance 1 with noise of variance 1.
+    lost = np.abs(alone.x[:, 0]) > 141.4
+    assert 0 < lost.sum() < 64
+    with pytest.warns(UserWarning, match=f"^{lost.sum()} of 128 chains"):
+        x = model.sample(128, 300, denoise=False, seed=1)
+    assert np.abs(x).max() < 2.6
+    np.testing.assert_allclose(x[~lost], alone.x[~lost], rtol=1e-4, atol=1e-4)
+
+
+def test_a_line_uphill_is_an_error():
+    """Each step of ε = σ₀²/5 = 0.002 goes 100 up a slope of 10⁵."""
+    line = layers.Dense(1, kernel_initializer=keras.initializers.Constant(1e5))
+    model = AnnealedScoreMatching(line, SIGMAS, seed=0)
+    model.build((None, 2))
+    model.draws.iterations.assign(1)
+    with pytest.raises(FloatingPointError, match="4 of 4 chains ended more"):
+        model.sample(4, 100, seed=0)
+
+
 def test_what_is_known_stays_where_chains_run_away():
     model = AnnealedScoreMatching(RisesFarAway(), SIGMAS, seed=0)
     model.build((None, 2))

@@ -3,6 +3,8 @@
 Post 7038.
 """
 
+import operator
+
 import keras
 import numpy as np
 import pytest
@@ -289,6 +291,30 @@ def test_resumed_is_uninterrupted(given, tmp_path):
     fit(loaded, epochs=4, initial_epoch=2)
     assert toy.difference(toy.weights(whole), toy.weights(loaded)) == 0
     assert not loaded.data_density.trainable
+
+
+def test_the_optimizer_of_the_frozen_density_is_saved(tmp_path):
+    """Without Keras's warning, which would be an error here."""
+    toy.reset()
+    density = DenoisingDensityEstimator(
+        mlp_log_density((2,), (4,)), 0.5, 0, seed=0
+    )
+    density.compile("adam", run_eagerly=True)
+    density.fit(Z, batch_size=16, verbose=0)
+    model = compiled(small(density=density))
+    model.fit(Z, batch_size=32, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert not loaded.data_density.trainable
+    assert not loaded.data_density.trainable_variables
+    assert int(value(loaded.data_density.optimizer.iterations)) == 4
+    for name in ("optimizer", "data_density.optimizer"):
+        ours, theirs = (
+            operator.attrgetter(name)(part).variables
+            for part in (loaded, model)
+        )
+        for a, b in zip(ours, theirs, strict=True):
+            np.testing.assert_array_equal(value(a), value(b))
 
 
 def test_samples_and_weights():

@@ -84,6 +84,17 @@ def test_the_known_answers_are_found(monkeypatch):
     assert right["HSIC Lasso"] > right["mutual information"]
 
 
+@pytest.mark.parametrize(
+    "name", ["basic_denoising_density.py", "task_generate_digits.py"]
+)
+def test_steps_that_make_no_epochs(name, capsys, monkeypatch):
+    """An epoch has 100, so 250 would be 200 in silence."""
+    monkeypatch.setattr(sys, "argv", [name, "--steps", "250"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    assert "hundreds of steps, or up to 100" in capsys.readouterr().err
+
+
 @pytest.mark.verify
 def test_digits_in_short(monkeypatch, tmp_path):
     name = "task_generate_digits.py"

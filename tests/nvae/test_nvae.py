@@ -593,8 +593,6 @@ def test_with_flows_one_draw_bounds_alike():
         model.decoder.groups, codes["z"], codes["mean"], strict=True
     ):
         assert abs(z - mean).max() > 0
-        before = value(group.flows[0].inverse(ops.convert_to_tensor(z)))
-        np.testing.assert_allclose(value(group.flows[0](before)), z, atol=1e-5)
 
 
 @slow_on_jax
