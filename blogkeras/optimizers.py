@@ -21,7 +21,8 @@ class SkipNonFinite(keras.optimizers.Optimizer):
 
     A `LossScaleOptimizer` belongs around it, where `compile` puts one under
     `"mixed_float16"`. It drops such a step itself, to lower its scale, and
-    `skipped` does not count that.
+    `skipped` does not count that. `SwapEMAWeights` finds the averages of the
+    optimizer inside, there and in a `MultiOptimizer`, too.
 
     Args:
         inner_optimizer: `keras.optimizers.Optimizer`, or its name; no

@@ -162,9 +162,9 @@ class AnnealedScoreMatching(DenoisingModel):
         return as_scalars(self.network(inputs, training=False))
 
     def _score(self, x, sigma):
-        return log_density_and_score(
-            lambda x: self._log_density(x, sigma), x
-        )[1]
+        return log_density_and_score(lambda x: self._log_density(x, sigma), x)[
+            1
+        ]
 
     def call(self, inputs):
         x = ops.cast(inputs, "float32")

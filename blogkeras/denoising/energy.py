@@ -48,7 +48,6 @@ def log_density_and_score(log_density, x, **kwargs):
         `(values, gradient)`: float32 of shape `(rows,)`, and a tensor like `x`.
         Both can be differentiated again.
     """
-
     values, gradient, _ = score_and_loss(
         lambda x: (log_density(x, **kwargs), 0.0), x
     )

@@ -414,7 +414,8 @@ class DenoisingAutoencoder(_OneNoise):
 
     Args:
         network: Keras layer or model from rows to rows of the same shape. Any
-            activation will do: only its weights are differentiated.
+            activation will do: only its weights are differentiated. It is
+            trained on noisy rows alone; calling the model is inference.
         sigma, annealing_steps, seed: As for `DenoisingDensityEstimator`;
             `annealing_steps` is 0 here.
 
