@@ -272,7 +272,7 @@ def compiled(model, fn, xla=True):
         model: A built Keras layer or model.
         fn: Function of tensors that calls `model` or its parts and assigns
             nothing.
-        xla: Boolean. Whether XLA compiles it where `compile` was not called.
+        xla: Boolean. Whether XLA compiles it where `compile` does not say so.
 
     Returns:
         Function of tensors: `fn` itself under `run_eagerly`.
@@ -280,7 +280,8 @@ def compiled(model, fn, xla=True):
     if isinstance(model, keras.Model) and model.compiled:
         if model.run_eagerly:
             return fn
-        xla = bool(model.jit_compile)
+        given = getattr(model, "jit_argument", model.jit_compile)
+        xla = xla if given == "auto" else bool(given)
     return backend.jit_layer(fn, model, xla)
 
 

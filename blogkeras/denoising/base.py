@@ -43,6 +43,17 @@ class RowModel(TargetlessModel):
         # networks round them to half precision.
         super().__init__(**{"autocast": False, **kwargs})
 
+    def compile(self, *args, jit_compile="auto", **kwargs):
+        # Keras keeps only what "auto" becomes, without XLA on a CPU. Chains of
+        # samplers are many small operations, and want it there.
+        self.jit_argument = jit_compile
+        super().compile(*args, jit_compile=jit_compile, **kwargs)
+        self._programs.clear()
+
+    def get_compile_config(self):
+        config = super().get_compile_config()
+        return config and {**config, "jit_compile": self.jit_argument}
+
     def _symbolic_inputs(self):
         if not self.built:
             return None
@@ -108,7 +119,6 @@ class DenoisingModel(RowModel):
     def compile(self, optimizer="adam", **kwargs):
         check_own_loss(kwargs)
         super().compile(optimizer, **kwargs)
-        self._programs.clear()
 
     # Moments of the data
 

@@ -254,7 +254,6 @@ class DenoisingGenerator(RowModel):
         _accumulate(first, generator_steps)
         _accumulate(second, energy_steps)
         super().compile(_together(first, second, self), **kwargs)
-        self._programs.clear()
 
     def get_compile_config(self):
         return self._compile_arguments

@@ -153,9 +153,12 @@ def test_the_methods_are_compiled_as_the_steps_are():
     }
     for model, methods in calls.items():
         model.draws.iterations.assign(1)  # as if trained
-        for options in ({"jit_compile": False}, {"run_eagerly": True}):
+        for options, before in (
+            ({"jit_compile": False}, {"jit_compile": True}),
+            ({"run_eagerly": True}, {}),  # "auto" is XLA
+        ):
             # The program of another `compile` is not taken.
-            model.compile("sgd", jit_compile=True)
+            model.compile("sgd", **before)
             with pytest.raises(tf_error(), match="Resize"):
                 methods[0]()
             model.compile("sgd", **options)
