@@ -13,12 +13,14 @@ from blogkeras.graph.blocks import Block, block_boundaries, find_blocks
 from blogkeras.graph.calls import (
     Call,
     as_list,
+    by_name,
     calls,
     copied,
     copied_layer,
     described_layer,
     input_like,
     is_functional,
+    lasting_name,
     whole_model,
 )
 from blogkeras.graph.cutting import (
@@ -40,6 +42,7 @@ __all__ = [
     "Untracked",
     "as_list",
     "block_boundaries",
+    "by_name",
     "calls",
     "calls_of_blocks",
     "copied",
@@ -53,6 +56,7 @@ __all__ = [
     "is_functional",
     "keep_blocks",
     "kinds_of_blocks",
+    "lasting_name",
     "rearranged",
     "spaced_blocks",
     "thaw",

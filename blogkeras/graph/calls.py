@@ -6,9 +6,9 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import tree
+from keras import ops, tree
 
-from blogkeras.backend import get_keras_mask
+from blogkeras.backend import get_keras_mask, set_keras_mask
 from blogkeras.graph.freezing import thawed
 
 
@@ -223,6 +223,17 @@ def _constant(x):
     return x
 
 
+def lasting_name(model, layer):
+    """A layer's name, if a loaded model will have it, too, else `None`.
+
+    Those of a functional model's own layers stay. Keras gives layers inside of
+    other layers new names when it loads them.
+    """
+    own = model.layers if is_functional(model) else []
+    named = [x for x in own if x.name == layer.name]
+    return layer.name if named == [layer] else None
+
+
 def as_list(layers):
     """A list of one thing, or of a list or tuple of several."""
     several = isinstance(layers, (list, tuple, np.ndarray))
@@ -363,15 +374,67 @@ def _replay(model, values, nested, moved, training=None):
                 moved.setdefault(id(x), []).append(y)
 
 
+def by_name(struct, given):
+    """Of a dict of inputs those that a model takes, in the structure it has.
+
+    Args:
+        struct: The model's symbolic inputs.
+        given: What the model is called with. It is returned as it is, unless it
+            is a dict.
+
+    Raises:
+        ValueError: where an entry is missing, or where no dict is given and the
+            order of the model's own dict is not the one in which Keras would
+            read others, that of its sorted keys.
+    """
+    if isinstance(struct, dict):
+        names = {name: name for name in struct}
+    else:
+        names = tree.map_structure(lambda x: x.name, struct)
+    wanted = tree.flatten(names)
+    if isinstance(given, dict):
+        fits = set(wanted) <= set(given)
+    else:
+        fits = not isinstance(struct, dict) or list(struct) == sorted(struct)
+    if not fits:
+        received = sorted(given) if isinstance(given, dict) else type(given)
+        raise ValueError(
+            f"Expected a dict of inputs named {wanted}. Received: {received}"
+        )
+    if not isinstance(given, dict):
+        return given
+    return tree.map_structure(lambda name: given[name], names)
+
+
+def fitted(x, wanted):
+    """An input as Keras hands it to the layers of a functional model.
+
+    It gets the rank of the symbolic one, by an axis of size 1 at the end, and
+    its dtype, unless both are floating: each layer casts its own floats. The
+    mask is kept.
+    """
+    if x is None:  # an optional input
+        return x
+    y, mask = x, get_keras_mask(x)
+    dtypes = [keras.backend.standardize_dtype(a.dtype) for a in (x, wanted)]
+    if len(set(dtypes)) > 1 and not all(
+        map(keras.backend.is_float_dtype, dtypes)
+    ):
+        y = ops.cast(y, wanted.dtype)
+    more = len(y.shape) - len(wanted.shape)
+    if more == 1 and y.shape[-1] == 1:
+        y = ops.squeeze(y, axis=-1)
+    elif more == -1 and wanted.shape[-1] == 1:
+        y = ops.expand_dims(y, axis=-1)
+    if y is not x and mask is not None:
+        set_keras_mask(y, mask)
+    return y
+
+
 def _inputs(model, args, kwargs):
     """What a nested model is called with, in the order of its inputs."""
     given = args[0] if args else kwargs.get("inputs")
-    struct = model._inputs_struct
-    if isinstance(given, dict):
-        by_name = isinstance(struct, dict)
-        names = list(struct) if by_name else [x.name for x in model.inputs]
-        given = {name: given.get(name) for name in names}
-        given = given if by_name else list(given.values())
+    given = by_name(model._inputs_struct, given)
     flat = tree.flatten(given)
     fits = len(flat) == len(model.inputs) and all(
         isinstance(x, keras.KerasTensor) and len(x.shape) == len(y.shape)

@@ -3,7 +3,13 @@
 import keras
 from keras import tree
 
-from blogkeras.graph.calls import calls, calls_of, input_like
+from blogkeras.graph.calls import (
+    by_name,
+    calls,
+    calls_of,
+    fitted,
+    input_like,
+)
 from blogkeras.graph.freezing import freeze_inside
 
 
@@ -18,7 +24,8 @@ class Segment(keras.layers.Layer):
         cut: The cut model.
         index: Its number in it.
 
-    Input shape:  what crosses the cut before it, a tensor or a list of them.
+    Input shape:  what crosses the cut before it, a tensor or a list of them;
+        of the first segment what the model takes, a dict by name included.
     Output shape: what crosses the cut after it.
 
     Raises:
@@ -55,12 +62,17 @@ class Segment(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         ours = tree.flatten(self.cut.crossing[self.index])
+        if self.index == 0:
+            # The model's own inputs, which Keras takes by name, too.
+            inputs = by_name(self.cut.crossing[0], inputs)
         given = tree.flatten(inputs)
         if len(given) != len(ours):
             raise ValueError(
                 f"Segment {self.name!r} takes {len(ours)} tensors: "
                 f"{[x.name for x in ours]}. Received: {len(given)}"
             )
+        if self.index == 0:
+            given = map(fitted, given, ours)
         values = dict(zip(map(id, ours), given, strict=True))
         self.compute(values, training)
         return tree.map_structure(

@@ -6,7 +6,7 @@ import keras
 from keras import ops, tree
 
 from blogkeras.arguments import check_layer
-from blogkeras.graph import is_functional
+from blogkeras.graph import lasting_name
 
 
 class Backbone:
@@ -182,14 +182,10 @@ def checked_embedding(embedding):
 def embedding_address(model, layer):
     """By which a loaded model finds the layer that looks the tokens up.
 
-    Its name, if that is the name of a functional model's own layer. Keras
-    gives layers inside of other layers new names when it loads them, so those
-    have a number.
+    Its name, if a loaded model has that, too; else its number.
     """
-    own = model.layers if is_functional(model) else []
-    if [x for x in own if x.name == layer.name] == [layer]:
-        return layer.name
-    return _embeddings(model).index(layer)
+    name = lasting_name(model, layer)
+    return _embeddings(model).index(layer) if name is None else name
 
 
 def _embeddings(model):
@@ -208,6 +204,7 @@ def find_embedding(name, model, given):
     elif given is not None:
         chosen = [x for x in layers if given is x]
         chosen = chosen or [x for x in layers if given == x.name]
+        chosen = [x for x in chosen if lasting_name(model, x)] or chosen
     elif getattr(model, "token_embedding", None) in layers:
         chosen = [model.token_embedding]
     else:

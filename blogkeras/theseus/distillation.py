@@ -14,7 +14,7 @@ from blogkeras.arguments import (
     check_layer,
     check_number,
 )
-from blogkeras.graph import freeze
+from blogkeras.graph import by_name, freeze
 from blogkeras.models import CompositeModel, symbolic_inputs
 from blogkeras.outputs import (
     UnreadableLossError,
@@ -33,6 +33,7 @@ from blogkeras.theseus.hidden import (
     hidden_shapes,
     inputs_of,
     read_pairs,
+    sublayer,
 )
 
 
@@ -59,7 +60,9 @@ class Distillation(CompositeModel):
     without a loss is left out. Losses of the layers (regularizers, `add_loss`)
     are added without a factor.
 
-    Without labels (`fit(x)`) the divergence alone is learned: α T² D.
+    Without labels (`fit(x)`) the divergence alone is learned: α T² D. Keras
+    ignores sample weights of arrays without labels, so they are refused there;
+    with α = 1 labels of any value will do.
     `evaluate` gives the plain loss; without labels, all that `fit(x)` learns,
     hidden states included.
 
@@ -99,8 +102,10 @@ class Distillation(CompositeModel):
         hidden: `"blocks"`: the ends of the blocks of two transformers, evenly
             mapped; or a list of pairs, a layer of the teacher and one of the
             student, by name or the layers themselves, anywhere inside of the
-            models. A third entry is the pair's own kind. Of a layer with
-            several outputs the first one counts.
+            models. (Keras gives layers inside of others new names when it loads
+            them, so the attribute `hidden` has numbers for these.) A third
+            entry is the pair's own kind. Of a layer with several outputs the
+            first one counts.
         hidden_loss: `"mse"`, `"cosine"`, `"relation"` or `"attention"`.
         hidden_weight: Float ≥ 0.
         hidden_heads: Integer that divides the sizes; of `"relation"`.
@@ -172,9 +177,10 @@ class Distillation(CompositeModel):
         self.supports_masking = True
         self.built = student.built
 
-    def _hidden_names(self, side):
+    def _hidden_layers(self, side):
         """The teacher's layers, side 0, or the student's, side 1."""
-        return [pair[side] for pair in self.hidden]
+        model = self.student if side else self.teacher
+        return [sublayer(model, pair[side]) for pair in self.hidden]
 
     def _make_hidden_maps(self):
         """A Dense layer for each pair whose sizes differ."""
@@ -182,14 +188,13 @@ class Distillation(CompositeModel):
         models = self.teacher, self.student
         if not all(getattr(model, "inputs", None) for model in models):
             return  # sizes are not known yet
-        shapes = [
-            hidden_shapes(model, self._hidden_names(side))
-            for side, model in enumerate(models)
-        ]
+        layers = [self._hidden_layers(side) for side in (0, 1)]
+        shapes = map(hidden_shapes, models, layers)
+        pairs = zip(*layers, strict=True)
         for index, (z, s) in enumerate(zip(*shapes, strict=True)):
-            *names, kind = self.hidden[index]
+            kind = self.hidden[index][-1]
             sizes = kind in ("cosine", "attention")
-            check_pair(names, kind, z, s, self.hidden_heads, sizes)
+            check_pair(next(pairs), kind, z, s, self.hidden_heads, sizes)
             if kind == "mse" and z[-1] != s[-1]:
                 self.hidden_maps[index] = keras.layers.Dense(
                     z[-1], dtype="float32", name=f"hidden_map_{index}"
@@ -224,12 +229,26 @@ class Distillation(CompositeModel):
     def _compares_outputs(self):
         return self.hidden is None or self.weight > 0
 
+    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        """As in Keras; without `y` the divergence alone is learned."""
+        _check_weights_have_labels(y, sample_weight)
+        known = kwargs.get("validation_data")
+        if isinstance(known, (tuple, list)):
+            _check_weights_have_labels(*[*known, None, None, None][1:3])
+        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+        _check_weights_have_labels(y, sample_weight)
+        return super().evaluate(
+            x, y, *args, sample_weight=sample_weight, **kwargs
+        )
+
     def call(self, inputs, training=False):
         inputs = _own_inputs(self.student, inputs)
         if self.hidden is None or not training:
             return self.student(inputs, training=training)
         outputs, hidden = call_with_hidden(
-            self.student, self._hidden_names(1), inputs, training
+            self.student, self._hidden_layers(1), inputs, training
         )
         # Kept with the prediction, which `compute_loss` is given: replicas of
         # TensorFlow trace one model in several threads.
@@ -250,12 +269,17 @@ class Distillation(CompositeModel):
         # Each is a mean over the replica's part of the batch.
         others = sum(ops.sum(loss) for loss in self.losses)
         others = others / backend.num_replicas()
+        # Before the teacher runs: what its layers give to `add_loss` would
+        # count as this model's.
+        loss = None
+        if y is not None:
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         # The teacher runs once, for its hidden states and its predictions.
         target, inside = None, 0.0
         if self.hidden is not None and (training or y is None):
             target, states = call_with_hidden(
                 self.teacher,
-                self._hidden_names(0),
+                self._hidden_layers(0),
                 _own_inputs(self.teacher, x),
             )
             inside = self.hidden_weight * self._hidden_distance(
@@ -268,7 +292,6 @@ class Distillation(CompositeModel):
                     x, None, y_pred, sample_weight, target
                 )
             return loss
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
         if not training:
             return loss
         if not self._compares_outputs:
@@ -297,24 +320,24 @@ class Distillation(CompositeModel):
             # merges the two).
             own = _own_inputs(self.student, x)
             _, hidden = call_with_hidden(
-                self.student, self._hidden_names(1), own, training
+                self.student, self._hidden_layers(1), own, training
             )
         reduction = self._reductions(y_pred)[0]
         total = 0.0
-        for pair, z, s, mapped in zip(
+        for (*pair, kind), z, s, mapped in zip(
             self.hidden, states, hidden, self.hidden_maps, strict=True
         ):
-            *names, kind = pair
             sizes = kind != "relation" and mapped is None
             shapes = tuple(z.shape), tuple(s.shape)
-            check_pair(names, kind, *shapes, self.hidden_heads, sizes)
+            layers = map(sublayer, (self.teacher, self.student), pair)
+            check_pair(layers, kind, *shapes, self.hidden_heads, sizes)
             if mapped is not None:
                 s = mapped(s)
             # Keras's losses cast a tensor of another dtype, and the copy has no
             # mask.
             mask = backend.get_keras_mask(s)
             distance = HiddenLoss(kind, self.hidden_heads, reduction, mask)
-            weights = _row_weights(sample_weight, s)
+            weights = _row_weights(sample_weight, s, kind)
             total += distance(ops.stop_gradient(z), s, weights)
         return total / len(self.hidden)
 
@@ -463,24 +486,27 @@ def _own_inputs(model, x):
     Raises:
         ValueError: where one is missing.
     """
-    inputs = getattr(model, "inputs", None)
-    if not isinstance(x, dict) or not inputs:
-        return x
-    names = [tensor.name for tensor in inputs]
-    missing = [name for name in names if name not in x]
-    if missing:
+    known = isinstance(x, dict) and getattr(model, "inputs", None)
+    return by_name(inputs_of(model), x) if known else x
+
+
+def _check_weights_have_labels(y, sample_weight):
+    if y is None and sample_weight is not None:
         raise ValueError(
-            f"Expected inputs named {names} for the model {model.name!r}. "
-            f"Received: {sorted(x)}"
+            "Expected `y` beside `sample_weight`: without labels Keras ignores "
+            "the weights of arrays. With `weight=1` labels of any value will "
+            f"do. Received: y=None, sample_weight={type(sample_weight)}"
         )
-    own = {name: x[name] for name in names}
-    if isinstance(inputs_of(model), dict):
-        return own
-    return list(own.values()) if len(names) > 1 else own[names[0]]
 
 
-def _row_weights(weights, s):
-    """Sample weights for a hidden state: one for each row, or each position."""
+def _row_weights(weights, s, kind):
+    """Sample weights for a hidden state: one for each row, or each position.
+
+    Args:
+        weights: What `compute_loss` was given.
+        s: The hidden state.
+        kind: Its kind, one of `KINDS`.
+    """
     if weights is None:
         return None
     flat = tree.flatten(weights)
@@ -490,7 +516,8 @@ def _row_weights(weights, s):
             "weights of several outputs"
         )
     weights = flat[0]
-    positions = s.shape[1:-1] if len(s.shape) < 4 else s.shape[2:3]
+    # The distance of attention is a mean over the heads.
+    positions = s.shape[2:3] if kind == "attention" else s.shape[1:-1]
     while len(weights.shape) > 1 and weights.shape[-1] == 1:
         weights = weights[..., 0]
     if len(weights.shape) == 1:

@@ -3,14 +3,14 @@
 import keras
 from keras import ops, tree
 
-from blogkeras.graph import find_blocks
+from blogkeras.graph import find_blocks, lasting_name
 from blogkeras.training import perturbed
 
 KINDS = ("mse", "cosine", "relation", "attention")
 
 
 def even_pairs(teacher, student):
-    """Names of the layers that end the blocks, evenly mapped.
+    """The layers that end the blocks, evenly mapped.
 
     The student's blocks learn from as many of the teacher's, the last from the
     last: of 12 and 4, from the third, sixth, ninth and twelfth.
@@ -18,7 +18,7 @@ def even_pairs(teacher, student):
     ends = []
     for model in (teacher, student):
         _, blocks = find_blocks(model)
-        ends.append([block.calls[-1].operation.name for block in blocks])
+        ends.append([block.calls[-1].operation for block in blocks])
     old, new = ends
     if len(new) > len(old):
         raise ValueError(
@@ -26,13 +26,13 @@ def even_pairs(teacher, student):
             f"of layers as `hidden`. Received: {len(new)} and {len(old)} blocks"
         )
     return [
-        (old[(i + 1) * len(old) // len(new) - 1], name)
-        for i, name in enumerate(new)
+        (old[(i + 1) * len(old) // len(new) - 1], layer)
+        for i, layer in enumerate(new)
     ]
 
 
 def read_pairs(hidden, kind, teacher, student):
-    """`[teacher's layer, student's layer, kind]` of each pair, by name.
+    """`[teacher's layer, student's layer, kind]` of each pair, by address.
 
     Raises:
         ValueError: where a pair is none, or a layer is not found.
@@ -52,30 +52,43 @@ def read_pairs(hidden, kind, teacher, student):
                 "of the teacher and one of the student, and their kind if it "
                 f"is not that of all: {KINDS}. Received: {pair!r}"
             )
-        names = [
-            sublayer(model, layer).name
+        addresses = [
+            _address(model, sublayer(model, layer))
             for model, layer in zip((teacher, student), entries, strict=False)
         ]
-        pairs.append([*names, entries[2]])
+        pairs.append([*addresses, entries[2]])
     return pairs
 
 
+def _address(model, layer):
+    """What `sublayer` finds a layer by, in a loaded model, too."""
+    name = lasting_name(model, layer)
+    return _inside(model).index(layer) if name is None else name
+
+
+def _inside(model):
+    return model._flatten_layers(include_self=False)
+
+
 def sublayer(model, layer):
-    """The one layer inside a model that has a name.
+    """One layer inside a model.
 
     Args:
         model: Model, functional or not.
-        layer: String, the name of a layer anywhere in the model, or the layer.
+        layer: The layer; its name, where the model's own layers come before
+            those inside of them; or its number among all of them.
 
     Raises:
         ValueError: if the model has no such layer, or several of this name.
     """
-    inside = model._flatten_layers(include_self=False)
-    inside = list({id(x): x for x in inside}.values())
-    if isinstance(layer, keras.Layer):
+    inside = _inside(model)
+    if isinstance(layer, int) and not isinstance(layer, bool):
+        found = inside[layer : layer + 1] if layer >= 0 else []
+    elif isinstance(layer, keras.Layer):
         found = [x for x in inside if x is layer]
     else:
         found = [x for x in inside if x.name == layer]
+        found = [x for x in found if lasting_name(model, x)] or found
     if len(found) == 1:
         return found[0]
     raise ValueError(
@@ -86,43 +99,40 @@ def sublayer(model, layer):
     )
 
 
-def call_with_hidden(model, names, x, training=False):
+def call_with_hidden(model, layers, x, training=False):
     """A model's outputs, and a list of those of some of its layers.
 
     Raises:
         ValueError: unless each of these layers is called once.
     """
-    found = {}
+    found = {layer: [] for layer in layers}
 
-    def recorder(name):
+    def recorder(layer):
         def record(output, *args, **kwargs):
             # Of several outputs, the first.
-            found.setdefault(name, []).append(tree.flatten(output)[0])
+            found[layer].append(tree.flatten(output)[0])
             return output
 
         return record
 
-    with perturbed({sublayer(model, name): recorder(name) for name in names}):
+    with perturbed({layer: recorder(layer) for layer in found}):
         outputs = model(x, training=training)
-    hidden = []
-    for name in names:
-        calls = found.get(name, [])
+    for layer, calls in found.items():
         if len(calls) != 1:
             raise ValueError(
                 "Expected layers in `hidden` that a call of the model "
-                f"{model.name!r} calls once. Received: {name!r}, which was "
-                f"called {len(calls)} times"
+                f"{model.name!r} calls once. Received: {layer.name!r}, which "
+                f"was called {len(calls)} times"
             )
-        hidden += calls
-    return outputs, hidden
+    return outputs, [found[layer][0] for layer in layers]
 
 
-def hidden_shapes(model, names):
+def hidden_shapes(model, layers):
     """The shapes of what layers of a functional model return."""
 
     class Probe(keras.layers.Layer):
         def call(self, x):
-            return call_with_hidden(model, names, x)[1]
+            return call_with_hidden(model, layers, x)[1]
 
     hidden = Probe().compute_output_spec(inputs_of(model))
     return [tuple(x.shape) for x in hidden]
@@ -134,16 +144,17 @@ def inputs_of(model):
     return model.inputs[0] if struct is None else struct
 
 
-def check_pair(names, kind, z, s, heads, sizes):
+def check_pair(layers, kind, z, s, heads, sizes):
     """Raises unless hidden states of the shapes z and s can be compared.
 
     Args:
-        names: The two layers, for the message.
+        layers: The two layers, for the message.
         kind: One of `KINDS`.
         z, s: Shapes.
         heads: Integer, of `"relation"`.
         sizes: Boolean. Whether the last axes must be equal.
     """
+    names = [layer.name for layer in layers]
     ranks = {"relation": (3,), "attention": (4,)}.get(kind, range(2, 9))
     compared = slice(1, None if sizes else -1)
     fits = len(z) == len(s) and len(z) in ranks

@@ -178,6 +178,14 @@ class Theseus(CompositeModel):
         ours = {id(v) for layer in layers for v in layer.variables}
         return [v for v in variables if id(v) in ours]
 
+    @property
+    def output_names(self):
+        """The last layer's names, by which Keras finds losses in a dict."""
+        last = self._successor()[-1]
+        if isinstance(last, Segment):
+            last = last.cut.model
+        return getattr(last, "output_names", None)
+
     def build(self, input_shape):
         # Keras would wrap a list or dict, and use the wrapper as inputs.
         self._input_shape = Untracked(input_shape)
@@ -208,6 +216,9 @@ class Theseus(CompositeModel):
         were when given. This model may be trained further. If stem or head
         contain BatchNormalization, `compile` it again before that: otherwise
         their statistics would be updated.
+
+        Stem and head are the predecessor's, too. To train what is detached
+        changes them there: measure the predecessor before, or take a copy.
 
         Take a copy for changes of the layers themselves (`quantize`,
         `enable_lora`) if this model is to be trained further: it cannot be

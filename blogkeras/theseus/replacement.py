@@ -142,6 +142,17 @@ class ModuleReplacement(keras.layers.Layer):
         """The weight that counts the training steps."""
         return self.draws.iterations
 
+    @property
+    def metrics(self):
+        # Of the layers inside, without those of a module's own training: they
+        # have the names of those of the training around it.
+        return [
+            metric
+            for layer in self._flatten_layers(include_self=False)
+            if not isinstance(layer, keras.Model)
+            for metric in layer._metrics
+        ]
+
     def build(self, input_shape):
         shapes = []
         for branch in (self.predecessor, self.successor):

@@ -387,6 +387,30 @@ def test_without_labels():
     np.testing.assert_allclose(model.evaluate(X, verbose=0), expected, 1e-4)
 
 
+def test_weights_without_labels():
+    """Keras would ignore those of arrays; those of a batch count."""
+    teacher, student = pair()
+    model = Distillation(teacher, student, 1.0, 1.0)
+    model.compile(keras.optimizers.SGD(0.0), "kld", run_eagerly=True)
+    weights = np.linspace(0, 2, len(X)).astype("float32")
+    for call in (
+        lambda: model.fit(X, sample_weight=weights, verbose=0),
+        lambda: model.evaluate(X, sample_weight=weights, verbose=0),
+        lambda: model.fit(X, validation_data=(X, None, weights), verbose=0),
+    ):
+        with pytest.raises(ValueError, match="`y` beside `sample_weight`"):
+            call()
+    p, q = (value(m(X)).astype("float64") for m in (teacher, student))
+    expected = np.mean(weights * np.sum(p * np.log(p / q), -1))
+    found = model.train_on_batch(X, None, weights)
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    # With a weight of 1 it makes no difference which labels there are.
+    history = model.fit(
+        X, np.ones_like(p), sample_weight=weights, batch_size=len(X), verbose=0
+    )
+    np.testing.assert_allclose(history.history["loss"], expected, rtol=1e-4)
+
+
 def test_losses_of_layers_are_added_whole():
     def student(strength):
         return keras.Sequential(

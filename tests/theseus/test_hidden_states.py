@@ -396,3 +396,141 @@ def test_functions_around_a_recording_stay():
         assert np.all(value(layer(np.ones((1, 3)))) == 4)
     assert np.all(value(seen[0]) == 4)
     assert np.all(value(layer(np.ones((1, 3)))) == 3)
+
+
+@keras.saving.register_keras_serializable(package="toy")
+class Mixer(layers.Layer):
+    """A layer around two layers whose names Keras makes."""
+
+    def build(self, shape):
+        self.first = layers.Dense(4, "tanh", kernel_initializer=wide())
+        self.second = layers.Dense(4)
+        self.first.build(shape)
+        self.second.build(shape)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+def mixers(dim, seed):
+    """Layers of one name each in two others, and one of the model itself."""
+    keras.utils.set_random_seed(seed)
+    inputs = keras.Input((5, dim))
+    blocks = [Mixer(name=f"block_{i}") for i in range(2)]
+    x = inputs
+    for block in blocks:
+        block.build((None, 5, dim))
+        block.first.name = "first"
+        x = block(x)
+    return keras.Model(inputs, layers.Dense(3, "softmax")(x)), blocks
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+@pytest.mark.parametrize("number", [0, 1])
+def test_layers_themselves_may_have_one_name(number, tmp_path):
+    (teacher, theirs), (student, ours) = (mixers(4, seed) for seed in (1, 2))
+    pair = theirs[number].first, ours[1].first
+    model = distillation(teacher, student, [pair], weight=0.0)
+    x = np.random.default_rng(3).normal(size=(8, 5, 4)).astype("float32")
+
+    def state(blocks, count):
+        h = x.astype("float64")
+        for block in blocks[: count + 1]:
+            kernel, bias = (value(w, "f8") for w in block.first.weights)
+            first = np.tanh(h @ kernel + bias)
+            h = first @ value(block.second.kernel, "f8")
+        return first
+
+    expected = ((state(theirs, number) - state(ours, 1)) ** 2).mean()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        found = each.train_on_batch(x)
+        assert found == pytest.approx(expected, rel=1e-5)
+    # A name alone says too little.
+    with pytest.raises(ValueError, match="'first', of which it has 2"):
+        Distillation(teacher, student, hidden=[("first", "first")])
+    with pytest.raises(ValueError, match="of which it has 0"):
+        Distillation(teacher, student, hidden=[(99, ours[0])])
+
+
+def test_names_that_keras_makes_anew_when_it_loads(tmp_path):
+    """A name is the model's own layer's before that of one inside."""
+    teacher, student = (mixers(4, seed)[0] for seed in (1, 2))
+    own = student.layers[-1].name
+    pairs = [(teacher.layers[-1].name, own)]
+    model = distillation(teacher, student, pairs, weight=0.0)
+    x = np.random.default_rng(3).normal(size=(8, 5, 4)).astype("float32")
+    for layer in student._flatten_layers():
+        if isinstance(layer, Mixer):
+            layer.second.name = own
+    z, s = (value(m(x), "f8") for m in (teacher, student))
+    expected = ((z - s) ** 2).mean()
+    assert model.train_on_batch(x) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+@pytest.mark.parametrize("size", [(8, 8), (2, 3), (4, 4, 4)])
+def test_weights_of_hidden_states_of_images(size, kind):
+    """Of pictures and volumes, as many rows as there are pixels or not."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(8, *size, 2)).astype("float32")
+    models = []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        hidden = layers.Dense(3, kernel_initializer=wide(), name="hidden")
+        models.append(
+            keras.Sequential(
+                [keras.Input((*size, 2)), hidden, layers.Flatten()]
+            )
+        )
+    model = distillation(*models, [("hidden", "hidden", kind)], weight=0.0)
+    kernels = [value(m.get_layer("hidden").kernel, "f8") for m in models]
+    z, s = (x @ kernel for kernel in kernels)
+    each = distances(kind, z, s, np.eye(3))
+    for weights in (WEIGHTS, rng.random((8, *size)).astype("float32")):
+        scale = weights.reshape(
+            8, *weights.shape[1:], *[1] * (1 + len(size) - weights.ndim)
+        )
+        found = model.compute_loss(
+            ops.convert_to_tensor(x),
+            None,
+            model(x, training=True),
+            ops.convert_to_tensor(weights),
+        )
+        expected = (each * scale).mean()
+        assert float(value(found)) == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize("hidden_weight", [0.0, 1.0])
+def test_what_the_teacher_adds_to_its_loss_stays_its_own(hidden_weight):
+    """Regularizers of activities, of the teacher and in a second pass."""
+    keras.utils.set_random_seed(0)
+    models = []
+    for strength in (100.0, 0.5):
+        hidden = layers.Dense(
+            3,
+            kernel_initializer=wide(),
+            activity_regularizer=keras.regularizers.L2(strength),
+            name="h",
+        )
+        outputs = layers.Dense(3, "softmax")
+        models.append(keras.Sequential([keras.Input((4,)), hidden, outputs]))
+    teacher, student = models
+    x = np.random.default_rng(3).normal(size=(8, 4)).astype("float32")
+    z, s = (x @ value(m.get_layer("h").kernel, "f8") for m in models)
+    kernel, bias = student.layers[-1].weights
+    scores = log_softmax(s @ value(kernel, "f8") + value(bias, "f8"))
+    entropy = -scores[np.arange(8), LABELS].mean()
+    # Keras's regularizer of activities is a mean over the rows.
+    own = 0.5 * (s**2).sum() / 8
+    expected = entropy + own + hidden_weight * ((z - s) ** 2).mean()
+    model = Distillation(
+        teacher,
+        student,
+        weight=0.0,
+        hidden=[("h", "h")],
+        hidden_weight=hidden_weight,
+    )
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    assert model.train_on_batch(x, LABELS) == pytest.approx(expected, rel=1e-5)

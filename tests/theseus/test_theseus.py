@@ -593,3 +593,40 @@ def test_bad_cuts():
     segment = cut_model(model, cuts([0]))[1]
     with pytest.raises(ValueError, match=r"takes . tensors.*Received: 1"):
         segment(ops.ones((2, 5, 4)))
+
+
+@no_gradient
+@pytest.mark.parametrize("segments", [True, False])
+def test_losses_of_several_outputs_by_name(segments):
+    def make(seed):
+        keras.utils.set_random_seed(seed)
+        inputs = keras.Input((3,))
+        x = layers.Dense(3, "tanh", name="body")(inputs)
+        outputs = [
+            layers.Dense(3, "softmax", name="b")(x),
+            layers.Dense(1, name="a")(x),
+        ]
+        return keras.Model(inputs, outputs)
+
+    def compiled(model):
+        model.compile(
+            keras.optimizers.SGD(0.0),
+            {"a": "mse", "b": "sparse_categorical_crossentropy"},
+            loss_weights={"a": 3.0, "b": 0.5},
+            metrics={"b": "accuracy"},
+        )
+        return model
+
+    large, small = make(1), make(2)
+    if segments:
+        old, new = (cut_model(m, ["body"]) for m in (large, small))
+        theseus = Theseus(old[:1], new[:1], old[1:], 0.0)
+    else:
+        theseus = Theseus([large], [small], replacement_rate=0.0)
+    targets = {"a": X[:, :1] ** 2, "b": Y}
+    expected = compiled(large).evaluate(X, targets, verbose=0, return_dict=True)
+    theseus = compiled(theseus)
+    # The predecessor runs in training.
+    history = theseus.fit(X, targets, verbose=0, batch_size=16).history
+    for name in ("loss", "a_loss", "b_loss", "b_accuracy"):
+        np.testing.assert_allclose(history[name], expected[name], rtol=1e-5)
