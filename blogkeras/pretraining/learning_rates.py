@@ -1,11 +1,9 @@
 """Learning rates that decay from the last layer to the first."""
 
-import re
-
 import keras
 
 from blogkeras.arguments import check_number
-from blogkeras.graph import calls, calls_of_blocks
+from blogkeras.graph import Untracked, calls, calls_of_blocks
 from blogkeras.optimizers import SkipNonFinite, copied_optimizer
 
 
@@ -34,7 +32,8 @@ def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
     Returns:
         A `keras.optimizers.MultiOptimizer`, for `compile`, inside of a
         `SkipNonFinite` if one was given. It has no learning rate of its own:
-        let a schedule change the rate, not a callback.
+        let a schedule change the rate, not a callback. A file of the model has
+        the depth of each of its variables.
 
     Raises:
         ImportError: where Keras has no `MultiOptimizer` (it came after 3.12;
@@ -99,32 +98,98 @@ def layerwise_optimizer(model, optimizer, decay=0.8, boundaries=None):
             f"Received: optimizer={optimizer!r}"
         )
     depths = _depths(model, boundaries)
-    paths = {}
-    for variable in model.trainable_variables:
-        depth = depths.get(id(variable), 0)
-        if paths.setdefault(variable.path, depth) != depth:
-            raise ValueError(
-                "Expected layers of different depth to have different names: "
-                "Keras tells variables by their paths. Received: "
-                f"{variable.path!r} at the depths {paths[variable.path]} and "
-                f"{depth}"
-            )
-    if not paths:
+    variables = model.trainable_variables
+    if not variables:
         raise ValueError(
             "Expected a model with variables to train. Received: "
             f"{model.name!r}, of which everything is frozen"
         )
-    optimizers = {}
-    for depth in sorted(set(paths.values())):
-        # One pattern for each depth, so that each optimizer is saved once.
-        pattern = "|".join(
-            re.escape(path) for path, at in paths.items() if at == depth
-        )
-        optimizers[pattern] = _scaled(optimizer, decay**depth)
-    default = next(iter(optimizers.values()))
-    return keras.optimizers.MultiOptimizer(
-        keras.optimizers.OptimizerMap(default, optimizers)
+    depths = [depths.get(id(v), 0) for v in variables]
+    levels = sorted(set(depths))
+    return LayerwiseOptimizer(
+        [_scaled(optimizer, decay**depth) for depth in levels],
+        [levels.index(depth) for depth in depths],
+        variables,
     )
+
+
+# `layerwise_optimizer` says so where Keras has none.
+_MultiOptimizer = getattr(
+    keras.optimizers, "MultiOptimizer", keras.optimizers.Optimizer
+)
+
+
+@keras.saving.register_keras_serializable(package="blogkeras")
+class LayerwiseOptimizer(_MultiOptimizer):  # type: ignore[valid-type]
+    """An optimizer for each depth: what `layerwise_optimizer` returns.
+
+    Args:
+        optimizers: List of `keras.optimizers.Optimizer`s.
+        numbers: List of integers, for each variable the number of its
+            optimizer. A file has these: the paths of variables, by which
+            Keras's `OptimizerMap` goes, change when a model is loaded.
+        variables: List of as many variables. Where it is built for none of
+            them, as it is in a loaded model, it goes by their order.
+        name: String.
+    """
+
+    def __init__(self, optimizers, numbers, variables=None, name=None):
+        choice = _Choice(optimizers)
+        super().__init__(choice, name=name)
+        self.choice = choice
+        self.numbers = list(numbers)
+        self.known = Untracked(list(variables or []))
+
+    def build(self, var_list):
+        if self.built:
+            return
+        known = dict(zip(map(id, self.known.value), self.numbers, strict=False))
+        if any(id(v) in known for v in var_list):
+            # Some may have been frozen since. Those that are trained along, of
+            # a model around the model, have the first optimizer.
+            self.numbers = [known.get(id(v), 0) for v in var_list]
+        if len(var_list) != len(self.numbers):
+            raise ValueError(
+                f"Expected the {len(self.numbers)} variables that the "
+                "optimizer was made for; make it anew by "
+                "`layerwise_optimizer`. "
+                f"Received: {len(var_list)} variables"
+            )
+        places = zip(var_list, self.numbers, strict=True)
+        self.choice.places = {id(v): number for v, number in places}
+        super().build(var_list)
+
+    def get_config(self):
+        return {
+            "optimizers": [
+                keras.saving.serialize_keras_object(optimizer)
+                for optimizer in self.choice.values()
+            ],
+            "numbers": self.numbers,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        optimizers = [
+            keras.saving.deserialize_keras_object(optimizer, custom_objects)
+            for optimizer in config["optimizers"]
+        ]
+        return cls(optimizers, config["numbers"], name=config["name"])
+
+
+class _Choice:
+    """Which optimizer a variable has, in place of Keras's `OptimizerMap`."""
+
+    def __init__(self, optimizers):
+        self.optimizers = optimizers
+        self.places = {}
+
+    def values(self):
+        return self.optimizers
+
+    def __call__(self, variable):
+        return self.optimizers[self.places[id(variable)]]
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")

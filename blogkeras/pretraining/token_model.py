@@ -169,7 +169,8 @@ class TokenModel(TargetlessModel):
         return self._check_stream(x), None
 
     def _check_batch(self, batch):
-        parts = batch if isinstance(batch, tuple) else (batch,)
+        # Keras takes a list of two arrays for inputs and targets.
+        parts = batch if isinstance(batch, (tuple, list)) else (batch,)
         self._check_arrays(*parts[:2])
 
     def _check_arrays(self, x, y=None):

@@ -198,11 +198,22 @@ def test_segments_that_would_be_targets_are_refused():
     model = MaskedLanguageModel(keras.Model([ids, segments], h), 4)
     model.compile("sgd", run_eagerly=True)
     zeros = np.zeros_like(IDS)
+
+    class Lists(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return [IDS, zeros]
+
     for x, options in (
         ([IDS, zeros], {"validation_data": [IDS, zeros]}),
         (IDS, {"y": zeros}),
         (tf.data.Dataset.from_tensors((IDS, zeros)), {}),
         (iter([(IDS, zeros)] * 2), {"steps_per_epoch": 1}),
+        # Keras takes a list for a tuple here.
+        (iter([[IDS, zeros]] * 2), {"steps_per_epoch": 1}),
+        (Lists(), {}),
     ):
         with pytest.raises(ValueError, match="Expected no targets"):
             model.fit(x, verbose=0, **options)

@@ -469,6 +469,96 @@ def test_layerwise_rates_inside_of_a_guard(tmp_path):
     check(guarded, loaded)
 
 
+@keras.saving.register_keras_serializable(package="toy")
+class TransformerBlock(layers.Layer):
+    """Layers inside of it get other names when Keras loads it."""
+
+    def build(self, shape):
+        self.dense = layers.Dense(shape[-1])
+        self.dense.build(shape)
+
+    def call(self, x):
+        return x + self.dense(x)
+
+
+def unnamed():
+    ids = keras.Input((8,), dtype="int32")
+    h = layers.Embedding(VOCABULARY, DIM)(ids)
+    for _ in range(2):
+        h = TransformerBlock()(h)
+    return keras.Model(ids, layers.Dense(2)(h))
+
+
+def moved(model):
+    """How far a step of all-ones gradients moves each variable."""
+    before = [value(v) for v in model.trainable_variables]
+    model.optimizer.apply(
+        [ops.ones(v.shape) for v in model.trainable_variables],
+        model.trainable_variables,
+    )
+    pairs = zip(before, model.trainable_variables, strict=True)
+    return [np.round((b - value(v)).mean(), 4) for b, v in pairs]
+
+
+# Table, kernel and bias of the blocks, and of the head.
+HALVED = [0.125, 0.25, 0.25, 0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_layerwise_rates_of_a_loaded_model(guarded, tmp_path):
+    model = unnamed()
+    optimizer = keras.optimizers.SGD(1.0)
+    if guarded:
+        optimizer = blogkeras.SkipNonFinite(optimizer)
+    model.compile(blogkeras.layerwise_optimizer(model, optimizer, 0.5), "mse")
+    # Before it is built, and after.
+    for name in ("new.keras", "trained.keras"):
+        model.save(tmp_path / name)
+        loaded = keras.saving.load_model(tmp_path / name)
+        assert moved(loaded) == HALVED
+        assert moved(model) == HALVED
+
+
+def test_layerwise_rates_keep_the_state_of_a_loaded_model(tmp_path):
+    model = unnamed()
+    optimizer = blogkeras.layerwise_optimizer(model, keras.optimizers.Adam())
+    model.compile(optimizer, "mse", jit_compile=False)
+    model.fit(IDS, np.ones((4, 8, 2)), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    for each in (model, loaded):
+        each.fit(IDS, np.ones((4, 8, 2)), verbose=0)
+    for ours, theirs in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_allclose(value(ours), value(theirs), rtol=1e-5)
+
+
+def test_layerwise_rates_of_what_is_trained_then(tmp_path):
+    """A part is frozen, or trained inside of another model, or a copy."""
+    model = unnamed()
+    sgd = keras.optimizers.SGD(1.0)
+    optimizer = blogkeras.layerwise_optimizer(model, sgd, 0.5)
+    model.layers[1].trainable = False
+    model.compile(optimizer, "mse")
+    assert moved(model) == HALVED[1:]
+    model = unnamed()
+    around = keras.Sequential(
+        [keras.Input((8,), dtype="int32"), model, layers.Dense(3)]
+    )
+    optimizer = blogkeras.layerwise_optimizer(model, sgd, 0.5)
+    around.compile(optimizer, "mse")
+    assert moved(around) == [*HALVED, 1.0, 1.0]
+    around.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert moved(loaded) == [*HALVED, 1.0, 1.0]
+    optimizer = blogkeras.layerwise_optimizer(model, sgd, 0.5)
+    copy = keras.models.clone_model(model)
+    copy.compile(optimizer, "mse")
+    assert moved(copy) == HALVED
+    optimizer = blogkeras.layerwise_optimizer(model, sgd, 0.5)
+    with pytest.raises(ValueError, match="make it anew"):
+        optimizer.build(copy.trainable_variables[1:])
+
+
 def test_layerwise_rates_need_a_new_keras(monkeypatch):
     monkeypatch.delattr(keras.optimizers, "MultiOptimizer")
     with pytest.raises(ImportError, match="MultiOptimizer"):
