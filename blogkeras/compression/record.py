@@ -15,7 +15,13 @@ _COSTS = {
     "training seconds": "seconds of training",
 }
 
-_LESS_IS_BETTER = re.compile("loss|error|mse|mae|perplexity|divergence")
+# Keras's losses and metrics by their names and short names; all others of its
+# metrics are better the greater they are.
+_LESS_IS_BETTER = re.compile(
+    "loss|error|mse|msle|mae|mape|perplexity|divergence|kld|entropy|bce|hinge"
+    "|poisson|log_?cosh|huber|false_",
+    re.IGNORECASE,
+)
 
 # An accuracy on a few thousand samples is uncertain by about 0.01. An axis that
 # is stretched to smaller differences would show noise as if it were a result.
@@ -89,7 +95,9 @@ class CompressionReport(report.Rows):
             cost: Name of a column, of which less is better.
             mode: `"max"` if more of the metric is better, `"min"` if less is;
                 `"auto"` is `"min"` for names that contain `loss`, `error`,
-                `mse`, `mae`, `perplexity` or `divergence`, else `"max"`.
+                `mse`, `msle`, `mae`, `mape`, `perplexity`, `divergence`, `kld`,
+                `entropy`, `bce`, `hinge`, `poisson`, `logcosh`, `huber` or
+                `false_`, else `"max"`.
 
         Returns:
             List of names.

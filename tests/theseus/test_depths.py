@@ -1,6 +1,8 @@
 """Several depths in one call, and the frontier of what they cost and reach."""
 
+import inspect
 import itertools
+import re
 
 import keras
 import numpy as np
@@ -215,6 +217,46 @@ def brute_force(rows, metric, sign):
             left.append(a)
     left.sort(key=lambda row: row["milliseconds"])
     return [row["model"] for row in left]
+
+
+BETTER = {
+    "min": "categorical_hinge hinge squared_hinge binary_crossentropy "
+    "categorical_crossentropy sparse_categorical_crossentropy kl_divergence "
+    "poisson logcosh mean_absolute_error mean_absolute_percentage_error "
+    "mean_squared_error mean_squared_logarithmic_error root_mean_squared_error "
+    "false_negatives false_positives mse MSE mae mape msle bce",
+    "max": "accuracy binary_accuracy categorical_accuracy "
+    "sparse_categorical_accuracy sparse_top_k_categorical_accuracy "
+    "top_k_categorical_accuracy auc precision recall true_negatives "
+    "true_positives concordance_correlation pearson_correlation f1_score "
+    "fbeta_score binary_io_u one_hot_io_u mean_io_u cosine_similarity r2_score",
+}
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_what_is_better_of_keras_metrics(mode):
+    for name in BETTER[mode].split():
+        rows = [
+            {"model": mode, "milliseconds": 1.0, name: 1.0},
+            {"model": "max", "milliseconds": 2.0, name: 2.0},
+        ]
+        frontier = CompressionReport(rows, 8).frontier()
+        assert len(frontier) == (1 if mode == "min" else 2), name
+
+
+def test_the_table_above_has_all_metrics_of_keras():
+    """Those that are made without arguments, by their names."""
+    known = " ".join(BETTER.values()).split()
+    for cls in vars(keras.metrics).values():
+        if not inspect.isclass(cls):
+            continue
+        try:
+            name = cls().name
+        except TypeError:
+            continue
+        # Further ones of the same name get a number.
+        name = re.sub(r"_\d+$", "", name)
+        assert name in [*known, "mean", "sum", "metric"], name
 
 
 def test_the_frontier():
