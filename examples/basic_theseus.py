@@ -60,8 +60,8 @@ def main():
     theseus = Theseus(modules, relu(2), head, LinearReplacement(0.002, 0.3))
     fit("replacing", theseus, 15)
 
-    # 3. The successor alone.
-    successor = fit("successor", theseus.detach(), 5)
+    # 3. The successor alone: a copy, since the head is the predecessor's, too.
+    successor = fit("successor", theseus.detach(copy=True), 5)
     seconds["successor"] = sum(seconds.values())
 
     direct = keras.Sequential(
