@@ -382,7 +382,9 @@ def test_what_is_perturbed_is_said():
         "perturbs the outputs of layer 'embedding'"
     )
     adversarial_training(model, method=AdversarialWeightPerturbation())
-    assert describe_training(model).endswith("weights of two or more axes")
+    assert describe_training(model).endswith(
+        "two or more axes but biases and gains"
+    )
     adversarial_training(
         model, method=AdversarialWeightPerturbation(attack=FGM(1.0))
     )
