@@ -30,6 +30,7 @@ OPTIONS = {
     "basic_hsic": ["--figure", "hsic_shapes.png"],
     "basic_independence_tests": ["--figure", "independence_tests.png"],
     "basic_partial_transport": ["--output", "."],
+    "basic_residual_quantizer": ["--output", "."],
     "basic_robust_pictures": ["--output", "robust_pictures.png"],
     "basic_virtual_adversarial_training": ["--figure", "moons.png"],
     "basic_wrd": ["--figure", "wrd_alignment.png"],
