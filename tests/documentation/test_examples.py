@@ -37,6 +37,8 @@ SHORT = {
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 # XLA takes half a minute or more to compile these for a CPU.
 SLOW_ON_JAX = ("basic_denoising_density.py", "basic_electra.py")
+# Two models and six depths, each of which is compiled.
+SLOW = ("basic_residual_quantizer.py",)
 
 
 # A codebook of moving averages alone has nothing that an optimizer trains.
@@ -49,7 +51,7 @@ SLOW_ON_JAX = ("basic_denoising_density.py", "basic_electra.py")
     "name",
     [
         pytest.param(name, marks=pytest.mark.verify)
-        if name in SLOW_ON_JAX and not ON_TENSORFLOW
+        if name in SLOW or (name in SLOW_ON_JAX and not ON_TENSORFLOW)
         else name
         for name in sorted(path.name for path in EXAMPLES.glob("basic_*.py"))
     ],

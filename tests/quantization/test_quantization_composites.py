@@ -387,7 +387,10 @@ def test_the_rate_of_dropout():
 @pytest.mark.parametrize(
     "options",
     [
-        {"codebook_dim": 2, "metric": "cosine", "gradient": "rotation"},
+        pytest.param(
+            {"codebook_dim": 2, "metric": "cosine", "gradient": "rotation"},
+            marks=pytest.mark.verify,
+        ),
         {"shared_codebook": True, "ema_decay": 0.9, "restart_threshold": 0.1},
     ],
     ids=["small", "shared"],
