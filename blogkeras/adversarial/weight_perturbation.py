@@ -41,11 +41,11 @@ class AdversarialWeightPerturbation(AdversarialMethod):
 
     with Euclidean norms over the tensor. Biases and gains, those that are named
     "bias", "gamma", "beta" or "scale", are left out, of two axes too. The
-    gradient at w + v moves w, so the
-    training ends where the loss is flat. The weights are never assigned a
-    perturbed value, so an interrupt leaves them clean. Where g is zero or not
-    finite, v is zero. Both passes share their dropout masks; loss, metrics and
-    BatchNormalization statistics are those of the pass at w + v.
+    gradient at w + v moves w, so the training ends where the loss is flat. The
+    weights are never assigned a perturbed value, so an interrupt leaves them
+    clean. Where g is zero or not finite, v is zero. Both passes share their
+    dropout masks; loss, metrics and BatchNormalization statistics are those of
+    the pass at w + v.
 
     With an `attack` the inputs (or the embedding) are perturbed first, as in
     the paper, and L is the loss at its perturbed values.

@@ -41,8 +41,8 @@ class HSICLoss(keras.losses.Loss):
     `tf.distribute` the replicas' batches are gathered, so that the loss and
     gradients are those of one large batch. All axes but the first are features;
     masked time steps count as zeros, those of a target for each time step as
-    well. Computed in float32. A batch of fewer than
-    4 rows, such as the last one, is 0 with `"unbiased"`.
+    well. Computed in float32. A batch of fewer than 4 rows, such as the last
+    one, is 0 with `"unbiased"`.
 
     Args:
         kernel_true: Kernel of the target, or a function or Keras layer
@@ -391,15 +391,12 @@ def unmasked(x, masked=None):
     """
     mask = backend.get_keras_mask(x if masked is None else masked)
     if mask is not None and masked is not None:
-        shape, sizes = (
-            tuple(np.shape(x) if is_array(x) else x.shape),
-            mask.shape,
-        )
-        fits = len(shape) >= len(sizes) and all(
-            None in pair or pair[0] == pair[1]
-            for pair in zip(sizes, shape, strict=False)
-        )
-        mask = mask if fits else None
+        shape = np.shape(x) if is_array(x) else x.shape
+        pairs = list(zip(mask.shape, shape, strict=False))
+        if len(pairs) < len(mask.shape) or any(
+            None not in pair and pair[0] != pair[1] for pair in pairs
+        ):
+            mask = None
     return flat(x, mask)
 
 

@@ -190,11 +190,11 @@ class Distillation(CompositeModel):
             return  # sizes are not known yet
         layers = [self._hidden_layers(side) for side in (0, 1)]
         shapes = map(hidden_shapes, models, layers)
-        pairs = zip(*layers, strict=True)
-        for index, (z, s) in enumerate(zip(*shapes, strict=True)):
+        rows = zip(*layers, *shapes, strict=True)
+        for index, (*pair, z, s) in enumerate(rows):
             kind = self.hidden[index][-1]
             sizes = kind in ("cosine", "attention")
-            check_pair(next(pairs), kind, z, s, self.hidden_heads, sizes)
+            check_pair(pair, kind, z, s, self.hidden_heads, sizes)
             if kind == "mse" and z[-1] != s[-1]:
                 self.hidden_maps[index] = keras.layers.Dense(
                     z[-1], dtype="float32", name=f"hidden_map_{index}"
@@ -234,7 +234,8 @@ class Distillation(CompositeModel):
         _check_weights_have_labels(y, sample_weight)
         known = kwargs.get("validation_data")
         if isinstance(known, (tuple, list)):
-            _check_weights_have_labels(*[*known, None, None, None][1:3])
+            parts = keras.utils.unpack_x_y_sample_weight(tuple(known))
+            _check_weights_have_labels(*parts[1:])
         return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):

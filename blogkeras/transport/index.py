@@ -16,7 +16,6 @@ from blogkeras.arguments import (
     check_verbose,
 )
 from blogkeras.files import replace_file
-from blogkeras.ops import CANCELLATION, centered_arrays
 from blogkeras.transport import exact, measures
 from blogkeras.transport.first_pass import FirstPass
 from blogkeras.transport.index_documents import (
@@ -447,15 +446,11 @@ class TransportIndex:
         y = np.zeros((len(words), self.vectors.shape[1]), self.vectors.dtype)
         real = words < len(self.vectors)
         y[real] = self.vectors[words[real]]
-        x, y, exponent = _moderate(x, y, self.cost)
-        # Use float32 for speed, lowered by a bound of the rounding error.
-        d = measures.cost_matrix(
-            np, x.astype("float32"), y.astype("float32"), self.cost
-        )
-        d = _below(d, x, y, self.cost)[:, row[ids]]  # (n, all words)
+        d, scale = measures.lowered_costs(x, y, self.cost)
+        d = d[:, row[ids]]  # (n, all words)
         forward = p @ np.minimum.reduceat(d, first, axis=1)
         backward = np.add.reduceat(masses * d.min(0), first)
-        return np.ldexp(np.maximum(forward, backward), exponent)
+        return np.maximum(forward, backward) / scale
 
     def save(self, path):
         """Writes the index to a file of NumPy's `.npz` format.
@@ -586,42 +581,3 @@ class TransportIndex:
             "`idf` does not follow from the documents",
         )
         return idf
-
-
-def _moderate(x, y, cost):
-    """Vectors whose squares are finite in float32, by powers of two.
-
-    Returns:
-        `(x, y, exponent)`: distances of these are to be multiplied by
-        2**exponent.
-    """
-    if cost == "cosine":
-        # Each vector by itself: only directions count.
-        return *(np.ldexp(z, -_exponents(z, 1)) for z in (x, y)), 0
-    exponent = max(_exponents(z, None).item() for z in (x, y))
-    return np.ldexp(x, -exponent), np.ldexp(y, -exponent), exponent
-
-
-def _exponents(x, axis):
-    largest = np.abs(x).max(axis=axis, initial=0, keepdims=True)
-    return np.frexp(largest)[1]
-
-
-def _below(d, x, y, cost):
-    """Float32 costs, lowered by a bound of the rounding error."""
-    # A product of two vectors is a sum of dim terms.
-    unit = np.float32((x.shape[-1] + 8) * 2.0**-23)
-    if cost == "cosine":
-        # Of directions less their medians ‖u − c‖² + ‖v − c‖² is below 12.
-        return np.maximum(d - 3 * unit, 0)
-    x2, y2 = np.square(x).sum(-1), np.square(y).sum(-1)
-    size = x2[:, None] + y2
-    d2 = np.square(d)
-    if cost == "rms":
-        d2 *= x.shape[-1]
-    # Vectors are rounded where they are, and multiplied about a centre. Pairs
-    # that are near for their distance to it are not multiplied.
-    around = centered_arrays(x, y)[2]
-    size += np.where(d2 > CANCELLATION / 2 * around, around, 0)
-    below = np.sqrt(np.maximum(d2 - size.astype("float32") * unit, 0))
-    return below / x.shape[-1] ** 0.5 if cost == "rms" else below

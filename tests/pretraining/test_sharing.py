@@ -301,6 +301,15 @@ def named(blocks=2):
     return keras.Model(ids, layers.Dense(2, name="head")(h))
 
 
+def assert_loaded_trains_alike(model, folder):
+    model.save(folder / "model.keras")
+    loaded = keras.saving.load_model(folder / "model.keras")
+    for each in (model, loaded):
+        each.fit(IDS, np.ones((4, 8, 2)), verbose=0)
+    for ours, theirs in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_allclose(value(ours), value(theirs), rtol=1e-5)
+
+
 def test_layerwise_rates(tmp_path):
     model = named()
     optimizer = blogkeras.layerwise_optimizer(
@@ -328,12 +337,7 @@ def test_layerwise_rates(tmp_path):
             rtol=1e-4,
             atol=1e-7,
         )
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for each in (model, loaded):
-        each.fit(IDS, np.ones((4, 8, 2)), verbose=0)
-    for ours, theirs in zip(model.weights, loaded.weights, strict=True):
-        np.testing.assert_allclose(value(ours), value(theirs), rtol=1e-5)
+    assert_loaded_trains_alike(model, tmp_path)
 
 
 def test_layerwise_rates_of_a_schedule():
@@ -524,12 +528,7 @@ def test_layerwise_rates_keep_the_state_of_a_loaded_model(tmp_path):
     optimizer = blogkeras.layerwise_optimizer(model, keras.optimizers.Adam())
     model.compile(optimizer, "mse", jit_compile=False)
     model.fit(IDS, np.ones((4, 8, 2)), verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.saving.load_model(tmp_path / "model.keras")
-    for each in (model, loaded):
-        each.fit(IDS, np.ones((4, 8, 2)), verbose=0)
-    for ours, theirs in zip(model.weights, loaded.weights, strict=True):
-        np.testing.assert_allclose(value(ours), value(theirs), rtol=1e-5)
+    assert_loaded_trains_alike(model, tmp_path)
 
 
 def test_layerwise_rates_of_what_is_trained_then(tmp_path):
