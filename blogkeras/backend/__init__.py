@@ -10,7 +10,7 @@ imported.
 import threading
 
 import keras
-from keras import tree
+from keras import ops, tree
 
 # There is no public name for the mask that a tensor carries along.
 from keras.src.backend import get_keras_mask, set_keras_mask  # noqa: F401
@@ -410,6 +410,9 @@ class ReplicaLosses:
         self._loss_threads = {}
 
     def add_loss(self, loss):
+        # Keras stacks all losses, its own are of this dtype.
+        dtype = keras.config.floatx()
+        loss = tree.map_structure(lambda x: ops.cast(x, dtype), loss)
         super().add_loss(loss)
         for x in tree.flatten(loss):
             self._loss_threads[id(x)] = threading.get_ident()

@@ -185,7 +185,11 @@ class HSICBottleneck(CompositeModel):
     def call(self, x, training=False):
         hidden = self.hidden(x, training)
         scores = self.scores(hidden[-1], training)
-        return {"hidden": hidden, "scores": scores} if training else scores
+        if training:
+            # Kept with the scores, which `compute_loss` is given: replicas of
+            # TensorFlow trace one model in several threads.
+            backend.set_tensor_attr(scores, "_blogkeras_hidden", hidden)
+        return scores
 
     def scores(self, last, training=False):
         """The last layer's output as `(batch, num_classes)`."""
@@ -222,10 +226,11 @@ class HSICBottleneck(CompositeModel):
                 "The layers have their own objectives: compile without `loss`. "
                 f"Received: loss={self.loss}"
             )
-        # Evaluation changes no state, so that a second pass is harmless (and
-        # XLA merges the two).
-        hidden = y_pred["hidden"] if training else self.hidden(x)
-        scores = y_pred["scores"] if training else y_pred
+        hidden = backend.get_tensor_attr(y_pred, "_blogkeras_hidden")
+        if hidden is None:
+            # Evaluation changes no state, so that a second pass is harmless
+            # (and XLA merges the two).
+            hidden = self.hidden(x, training)
         labels = self.one_hot(y)
         x, labels, weight = gathered(unmasked(x), labels, sample_weight)
         target = self.resolvent(x, weight).correlations()
@@ -244,12 +249,8 @@ class HSICBottleneck(CompositeModel):
         if self.head is None:
             return loss
         entropy = keras.losses.CategoricalCrossentropy()
-        return loss + entropy(self.one_hot(y), scores, sample_weight)
-
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        if isinstance(y_pred, dict):
-            y_pred = y_pred["scores"]
-        return super().compute_metrics(x, y, y_pred, sample_weight)
+        entropy = entropy(self.one_hot(y), y_pred, sample_weight)
+        return loss + ops.cast(entropy, "float32")
 
     def resolvent(self, x, weight):
         """The `Resolvent` of the kernel matrix of a batch's rows `x`."""
@@ -324,6 +325,7 @@ class HSICBottleneck(CompositeModel):
         if weight is not None:
             labels = labels * weight[:, None]
         counts = ops.matmul(ops.transpose(labels), strongest)
+        counts = ops.cast(counts, self.activity.dtype)
         self.activity.assign(MEMORY * self.activity + counts)
 
     def get_config(self):

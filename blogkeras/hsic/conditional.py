@@ -92,7 +92,8 @@ def kci_test(
     Returns:
         Named tuple `(statistic, p_value, null)`, T and in `null` the pair
         `(shape, scale)` or the draws, for T. If x or y is constant, 0 and
-        p = 1; if z is constant, x and y are tested for independence.
+        p = 1; if z is constant or has no features, x and y are tested for
+        independence.
 
     Raises:
         ValueError: on different n or none, on NaN or infinity, and on less than
@@ -134,6 +135,8 @@ def kci_test(
             "Expected at least 6 samples, as many of `x` as of `y` and `z`. "
             f"Received: {received}"
         )
+    if shapes["z"][1:] == (0,):
+        z = np.zeros(n)  # nothing is known
     dim = shapes["z"][1] if len(shapes["z"]) > 1 else 1
     of_z, _ = _matrix("z", z, kernel_z, dim, centered=True)
     smooth, scale_z = _matrix("z", z, kernel_z, dim, factor=2.0)

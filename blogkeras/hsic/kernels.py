@@ -13,6 +13,7 @@ from blogkeras.hsic.grams import Gram, about_center, centered, power_of_two
 from blogkeras.hsic.kernel import Kernel, known_numbers, require_finite
 from blogkeras.hsic.samples import (
     as_factors,
+    as_samples,
     check_features,
     codes_of,
     columns,
@@ -254,7 +255,7 @@ class DeltaKernel(Kernel):
 
 def known_labels(name, x, weight=None):
     """An array `(..., n, dim)` of any dtype; finite, if it is of numbers."""
-    x = np.asarray(x)
+    x = as_samples(x)
     if x.ndim == 0:
         raise ValueError(
             f"Expected `{name}` of shape (n,) or (..., n, dim). Received: "

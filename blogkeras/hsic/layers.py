@@ -12,6 +12,7 @@ from blogkeras.arguments import (
     check_boolean,
     check_choice,
     check_number,
+    shapes_agree,
 )
 from blogkeras.graph import freeze_inside
 from blogkeras.hsic.grams import rescale
@@ -197,7 +198,13 @@ class HSICRegularization(backend.ReplicaLosses, keras.layers.Layer):
 
     def call(self, inputs, mask=None):
         x, y = inputs
-        mask_x, mask_y = (None, None) if mask is None else mask
+        mask = (None, None) if mask is None else mask
+        if not isinstance(mask, (list, tuple)) or len(mask) != 2:
+            raise ValueError(
+                "Expected `mask` to be a pair [x_mask, y_mask] of masks or "
+                f"None. Received: mask={mask!r}"
+            )
+        mask_x, mask_y = mask
         first, second, _ = gathered(flat(x, mask_x), flat(y, mask_y), None)
         value = hsic_of_batch(
             first, second, self.kernel_x, self.kernel_y, self.estimator
@@ -377,6 +384,12 @@ def flat(x, mask=None):
         x = ops.cast(x, "float32")
     if mask is not None:
         mask = ops.cast(mask, "bool")
+        first = tuple(x.shape[: len(mask.shape)])
+        if not shapes_agree(tuple(mask.shape), first):
+            raise ValueError(
+                f"Expected a mask of the first axes of shape {tuple(x.shape)}. "
+                f"Received: mask.shape={tuple(mask.shape)}"
+            )
         for _ in range(len(x.shape) - len(mask.shape)):
             mask = mask[..., None]
         x = ops.where(mask, x, ops.zeros_like(x))

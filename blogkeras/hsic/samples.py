@@ -6,6 +6,7 @@ day in Unix seconds or lengths in units of 1e-25 keep their digits. A tensor is
 rounded already; it is centred as it is.
 """
 
+import datetime
 import math
 
 import keras
@@ -63,6 +64,13 @@ def _is_string(value):
     return isinstance(value, (str, bytes))
 
 
+def as_samples(x):
+    """An array; categories of numbers, some missing, as an array of objects."""
+    array = np.asarray(x)
+    named = array.dtype.kind == "f" and is_categorical(x)
+    return array.astype(object) if named else array
+
+
 def columns(x):
     """`(n,)` becomes `(n, 1)`."""
     return x[:, None] if len(x.shape) == 1 else x
@@ -101,6 +109,8 @@ def numbers(name, x):
         x = None  # it would become its real part
     elif x.dtype.kind not in "biuf":
         try:
+            if x.dtype.kind == "O":
+                x = np.reshape([_seconds(v) for v in x.flat], x.shape)
             x = x.astype("float64")
         except (TypeError, ValueError):
             x = None
@@ -269,14 +279,29 @@ def codes_of(x):
 
 
 def _codes_of_column(column):
-    try:
+    if column.dtype.kind != "O":
         return np.unique(column, return_inverse=True)[1].ravel()
-    except TypeError:
-        # Objects without an order, such as None beside strings.
-        numbers = {}
-        return np.array(
-            [numbers.setdefault(v, len(numbers)) for v in column.tolist()]
-        )
+    # Objects may have no order, and NaN does not equal itself.
+    values = [None if _is_missing(v) else v for v in column.tolist()]
+    numbers = {}
+    return np.array([numbers.setdefault(v, len(numbers)) for v in values])
+
+
+def _is_missing(value):
+    """Whether a value is None, NaN or one that pandas has for it."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # pandas.NA compares as neither
+        return True
+
+
+def _seconds(value):
+    """A date, with a time zone or without, as a number; else the value."""
+    if not isinstance(value, datetime.datetime):
+        return value
+    if value.tzinfo is None:
+        value = value.replace(tzinfo=datetime.UTC)
+    return value.timestamp()
 
 
 def check_features(x1, x2):

@@ -15,6 +15,7 @@ from blogkeras.hsic.kernels import (
     check_square,
 )
 from blogkeras.hsic.samples import (
+    as_samples,
     check_mask_shape,
     columns,
     float_dtype,
@@ -66,7 +67,7 @@ def prepare_all(variables, mask, estimator, dtype=None):
                 # Tensors of strings can be compared, but not replaced by zeros.
                 values = ops.convert_to_numpy(values)
         elif known:
-            values = np.asarray(values)
+            values = as_samples(values)
         else:
             values = ops.convert_to_tensor(numbers(name, values))
         if len(values.shape) == 0:
@@ -74,7 +75,13 @@ def prepare_all(variables, mask, estimator, dtype=None):
                 f"Expected `{name}` of shape (n,) or (..., n, dim). Received: "
                 f"shape {tuple(values.shape)}"
             )
-        variables.append((name, columns(values), kernel))
+        values = columns(values)
+        if values.shape[-1] == 0:
+            raise ValueError(
+                f"Expected at least one feature of `{name}`. Received: shape "
+                f"{tuple(values.shape)}"
+            )
+        variables.append((name, values, kernel))
     first_name, first, _ = variables[0]
     n = first.shape[-2]
     if n == 0:

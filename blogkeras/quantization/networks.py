@@ -161,7 +161,7 @@ class _Attention(layers.Layer):
             ops.slice_update(old, [0, t, 0, 0], self._heads(dense, h))
             for dense, old in zip((self.key, self.value), cache, strict=True)
         )
-        seen = (ops.arange(keys.shape[1]) <= t)[None]
+        seen = (ops.arange(keys.shape[1], dtype="int32") <= t)[None]
         return self._attend(h, keys, values, seen), (keys, values)
 
 

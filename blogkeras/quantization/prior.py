@@ -256,6 +256,8 @@ class CodePrior(TargetlessModel):
     # that are out of range. So arrays are checked before.
 
     def _check_data(self, x):
+        if hasattr(x, "__array__") and not ops.is_tensor(x):
+            x = np.asarray(x)  # tables and tensors of another library
         if isinstance(x, (list, tuple, np.ndarray)) or ops.is_tensor(x):
             return x, len(self._split(x)[0])
         return self._check_stream(x), None

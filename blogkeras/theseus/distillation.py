@@ -214,10 +214,8 @@ class Distillation(CompositeModel):
         # Freeze again: other models may share the teacher and have trained it.
         freeze([self.teacher])
         super().compile(*args, **kwargs)
-        given = inspect.signature(keras.Model.compile).bind(
-            self, *args, **kwargs
-        )
-        self._loss_weights = given.arguments.get("loss_weights")
+        given = _arguments(keras.Model.compile, self, *args, **kwargs)
+        self._loss_weights = given.get("loss_weights")
         if not self._compares_outputs:
             return
         # Check now, if the outputs are known already.
@@ -229,20 +227,39 @@ class Distillation(CompositeModel):
     def _compares_outputs(self):
         return self.hidden is None or self.weight > 0
 
-    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    def fit(self, x=None, y=None, *args, **kwargs):
         """As in Keras; without `y` the divergence alone is learned."""
-        _check_weights_have_labels(y, sample_weight)
-        known = kwargs.get("validation_data")
+        given = _arguments(keras.Model.fit, self, x, y, *args, **kwargs)
+        _check_weights_have_labels(y, given.get("sample_weight"))
+        known = given.get("validation_data")
         if isinstance(known, (tuple, list)):
             parts = keras.utils.unpack_x_y_sample_weight(tuple(known))
             _check_weights_have_labels(*parts[1:])
-        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+        return super().fit(x, y, *args, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
-        _check_weights_have_labels(y, sample_weight)
-        return super().evaluate(
-            x, y, *args, sample_weight=sample_weight, **kwargs
-        )
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        given = _arguments(keras.Model.evaluate, self, x, y, *args, **kwargs)
+        _check_weights_have_labels(y, given.get("sample_weight"))
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        # The metrics given to `compile` compare with labels.
+        if y is None:
+            return self._results_without_labels()
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def get_metrics_result(self):
+        metrics = self._compile_metrics
+        if metrics is not None and not metrics.built:  # no labels yet
+            return self._results_without_labels()
+        return super().get_metrics_result()
+
+    def _results_without_labels(self):
+        return {
+            metric.name: metric.result()
+            for metric in self.metrics
+            if metric is not self._compile_metrics
+        }
 
     def call(self, inputs, training=False):
         inputs = _own_inputs(self.student, inputs)
@@ -489,6 +506,11 @@ def _own_inputs(model, x):
     """
     known = isinstance(x, dict) and getattr(model, "inputs", None)
     return by_name(inputs_of(model), x) if known else x
+
+
+def _arguments(function, *args, **kwargs):
+    """The arguments of a call by name, however they are given."""
+    return inspect.signature(function).bind(*args, **kwargs).arguments
 
 
 def _check_weights_have_labels(y, sample_weight):

@@ -7,6 +7,7 @@ import numpy as np
 
 from blogkeras.arguments import as_numpy, check_choice, check_integer
 from blogkeras.extras import require
+from blogkeras.transport.checks import check_mass
 from blogkeras.transport.index import TransportIndex
 from blogkeras.typing import Tensor
 
@@ -108,7 +109,14 @@ class TransportClassifier:
                 "Expected one label for each document. Received: "
                 f"{len(labels)} labels for {len(self.index)} documents"
             )
-        self.classes_, self._classes = np.unique(labels, return_inverse=True)
+        try:
+            found = np.unique(labels, return_inverse=True)
+        except TypeError as error:
+            raise ValueError(
+                "Expected `labels` of one type, none of them missing. "
+                f"Received: {error}"
+            ) from error
+        self.classes_, self._classes = found
         return self
 
     def predict_proba(self, documents: Sequence[Any]) -> np.ndarray:
@@ -155,12 +163,15 @@ class TransportClassifier:
         shares = self.predict_proba(documents)
         return self.classes_[shares.argmax(1)]
 
-    def score(self, documents: Sequence[Any], labels: Any) -> float:
+    def score(
+        self, documents: Sequence[Any], labels: Any, sample_weight: Any = None
+    ) -> float:
         """The share of documents whose class is predicted.
 
         Args:
             documents: As in `fit`.
             labels: As in `fit`.
+            sample_weight: `(len(documents),)`, how much each counts, or `None`.
 
         Returns:
             Float.
@@ -171,7 +182,16 @@ class TransportClassifier:
                 "Expected one label for each document. Received: labels of "
                 f"shape {labels.shape} for {len(found)} documents"
             )
-        return float((found == labels).mean())
+        if sample_weight is None:
+            return float((found == labels).mean())
+        sample_weight = as_numpy(sample_weight)
+        check_mass("sample_weight", sample_weight, normalized=False)
+        if sample_weight.shape != found.shape or not sample_weight.any():
+            raise ValueError(
+                "Expected one number for each document as `sample_weight`, not "
+                f"all of them 0. Received: shape {sample_weight.shape}"
+            )
+        return float(np.average(found == labels, weights=sample_weight))
 
     def __sklearn_tags__(self) -> Any:
         """What the estimator is and takes, for scikit-learn from 1.6 on."""

@@ -140,6 +140,10 @@ def approximate(p, q, D, regularization, tolerance, max_iterations=5000):
     # which tf.distribute fails on a CPU.
     if not backend.is_concrete(D):
         return _solve_any_rank(p, q, D, *settings)
+    if 0 in D.shape[:-2]:
+        nothing = ops.zeros(D.shape[:-2], D.dtype)
+        plan, potentials = ops.zeros_like(D), (0 * p, 0 * q)
+        return SinkhornSolution(*3 * [nothing], plan, potentials, 0)
     *_lead, n, m = D.shape
     rows, columns = length_classes(n, m)
     p = pad_axis(p, -1, rows)

@@ -22,6 +22,7 @@ from blogkeras.transport.index_documents import (
     as_vectors,
     documents_of_vectors,
     numbered,
+    with_empty,
 )
 from blogkeras.transport.index_file import (
     VERSION,
@@ -409,7 +410,8 @@ class TransportIndex:
             mass = counts * self._word_weights[words]
             x = self.vectors[words]
         else:
-            x = as_vectors(query, "query", self.vectors.shape[1])
+            dim = self.vectors.shape[1]
+            x = as_vectors(*with_empty([query], dim), "query", dim)
             mass = self._weights_of(x)
         has_mass = mass > 0
         if not has_mass.any():

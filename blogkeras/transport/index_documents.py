@@ -7,7 +7,10 @@ from blogkeras.arguments import as_numpy, check_finite
 
 def documents_of_vectors(documents, dim=None):
     """Arrays `(length, dim)`, all of one dimension."""
-    documents = [as_vectors(d, "documents", dim) for d in documents]
+    documents = list(documents)
+    documents = [
+        as_vectors(d, "documents", dim) for d in with_empty(documents, dim)
+    ]
     dims = {d.shape[1] for d in documents}
     if len(dims) > 1:
         raise ValueError(
@@ -15,6 +18,28 @@ def documents_of_vectors(documents, dim=None):
             f"{sorted(dims)}"
         )
     return documents
+
+
+def with_empty(texts, dim=None):
+    """The texts, where `[]`, without words, has as many columns as others.
+
+    Args:
+        texts: List of `(length, dim)`.
+        dim: Integer, or `None`: that of the first text which has words.
+    """
+    shapes = map(_shape, texts)
+    known = (shape[1] for shape in shapes if len(shape) == 2 and shape[1])
+    dim = next(known, None) if dim is None else dim
+    if dim is None:
+        return texts
+    return [np.zeros((0, dim)) if _shape(z) == (0,) else z for z in texts]
+
+
+def _shape(text):
+    try:
+        return np.shape(text)
+    except ValueError:  # rows of several lengths, which are refused later
+        return ()
 
 
 def numbered(documents, start=0):
@@ -34,8 +59,6 @@ def as_vectors(x, name, dim=None):
         raise ValueError(
             f"Expected `{name}` of shape (length, dim). Received: {error}"
         ) from error
-    if x.size == 0 and x.ndim < 2 and dim:
-        x = np.zeros((0, dim))
     if (
         x.ndim != 2
         or (dim is not None and x.shape[1] != dim)

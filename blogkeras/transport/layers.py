@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from blogkeras.arguments import (
@@ -91,8 +92,7 @@ class _TransportLayer(keras.layers.Layer):
         )
         kind = self.weighting
         importance = importance or (None, None)
-        masks = (None, None) if mask is None else mask[:2]
-        masks = [None if m is None else ops.cast(m, "bool") for m in masks]
+        masks = _pair_of_masks(mask, inputs)
         p, x = measures.mass_and_vectors(
             ops, x, masks[0], self.cost, kind, importance[0]
         )
@@ -161,6 +161,30 @@ class _TransportLayer(keras.layers.Layer):
             "partial": self.partial,
             "debiased": self.debiased,
         }
+
+
+def _pair_of_masks(mask, inputs):
+    """The masks of x and y, booleans or `None`."""
+    if mask is None:
+        return None, None
+    words = [tuple(z.shape[:2]) for z in inputs[:2]]
+    pair, shapes = (), type(mask).__name__
+    if isinstance(mask, (list, tuple)):
+        # Keras has a mask for the importance of the words, too.
+        if len(mask) in (2, len(inputs)):
+            pair = [
+                None if m is None else ops.cast(m, "bool") for m in mask[:2]
+            ]
+        shapes = [None if m is None else tuple(np.shape(m)) for m in mask]
+    if not pair or not all(
+        m is None or shapes_agree(tuple(m.shape), shape)
+        for m, shape in zip(pair, words, strict=True)
+    ):
+        raise ValueError(
+            "Expected `mask` to be a pair [x_mask, y_mask] of None or booleans "
+            f"of shapes {words[0]} and {words[1]}. Received: {shapes}"
+        )
+    return pair
 
 
 @keras.saving.register_keras_serializable(package="blogkeras")

@@ -170,7 +170,10 @@ def _moderate(xp, x, y):
     power of two keeps differences of nearly equal vectors exact.
     """
     largest = xp.maximum(
-        *(xp.max(xp.abs(a), axis=(-2, -1), keepdims=True) for a in (x, y))
+        *(
+            xp.max(xp.abs(a), axis=(-2, -1), keepdims=True, initial=0)
+            for a in (x, y)
+        )
     )
     if xp is ops:
         largest = ops.stop_gradient(largest)
@@ -245,7 +248,7 @@ def relaxed(xp, p, q, d):
 
 def _norms(xp, x):
     """‖x‖ with the last axis of size 1, of vectors of any size."""
-    size = xp.max(xp.abs(x), axis=-1, keepdims=True)
+    size = xp.max(xp.abs(x), axis=-1, keepdims=True, initial=0)
     if xp is ops:
         size = ops.stop_gradient(size)
     size = xp.where(size > 0, size, xp.ones_like(size))

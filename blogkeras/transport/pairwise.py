@@ -9,7 +9,9 @@ from keras import ops
 
 from blogkeras.arguments import as_numpy, check_verbose, renamed_value
 from blogkeras.transport import measures
+from blogkeras.transport.checks import check_mass, check_words, mass_error
 from blogkeras.transport.distances import word_mover_distance
+from blogkeras.transport.index_documents import with_empty
 from blogkeras.transport.problem import Solver
 from blogkeras.typing import Tensor
 
@@ -83,7 +85,6 @@ def pairwise_distances(
         [blog post](https://kexue.fm/archives/7388)
     """
     verbose = check_verbose(verbose)
-    # A single text has no pair, whose distance would check them.
     Solver(solver, regularization, tolerance, unbalanced, partial, debiased)
     weights = renamed_value("weights", weights, measures.OLD_WEIGHTS)
     measures.check_options(cost, weights)
@@ -95,8 +96,11 @@ def pairwise_distances(
             "Expected None as the second of `mask` without `y`. Received: "
             f"y=None, mask={mask!r}"
         )
-    first = _Texts("x", x, masks[0], masses[0])
-    second = first if is_symmetric else _Texts("y", y, masks[1], masses[1])
+    shares = name == "weights"
+    first = _Texts("x", x, masks[0], masses[0], shares)
+    second = first
+    if not is_symmetric:
+        second = _Texts("y", y, masks[1], masses[1], shares)
     if first.shape[-1] != second.shape[-1]:
         raise ValueError(
             "Expected x and y of vectors of one size. Received: "
@@ -196,7 +200,7 @@ class _Texts:
         shape: `(texts, length of the longest, dim)`.
     """
 
-    def __init__(self, name, texts, mask, masses):
+    def __init__(self, name, texts, mask, masses, shares):
         self.starts = None
         if isinstance(texts, (list, tuple)) and not _is_array(texts):
             if mask is not None:
@@ -204,7 +208,7 @@ class _Texts:
                     f"Expected no mask of `{name}`, a sequence of texts of "
                     f"their own lengths. Received: mask={mask!r}"
                 )
-            self._set_sequence(name, texts, masses)
+            self._set_sequence(name, texts, masses, shares)
             return
         self.vectors = as_numpy(texts)
         self.shape = self.vectors.shape
@@ -223,10 +227,13 @@ class _Texts:
                     f"Expected the {what} of `{name}` of shape "
                     f"{self.shape[:2]}. Received: {array.shape}"
                 )
+        check_words(name, self.vectors, self.mask)
+        if masses is not None:
+            _check_masses(name, self.masses, self.mask, shares)
 
-    def _set_sequence(self, name, texts, masses):
+    def _set_sequence(self, name, texts, masses, shares):
         """Keeps the words of all texts one after the other."""
-        texts = [as_numpy(text) for text in texts]
+        texts = [as_numpy(text) for text in with_empty(texts)]
         dims = {text.shape[-1] for text in texts if text.ndim == 2}
         if len(dims) != 1 or any(text.ndim != 2 for text in texts):
             raise ValueError(
@@ -240,6 +247,7 @@ class _Texts:
         # The last word is padding.
         padding = np.zeros((1, *dims), texts[0].dtype)
         self.vectors = np.concatenate([*texts, padding])
+        check_words(name, self.vectors)
         self.masses = None
         if masses is None:
             return
@@ -252,6 +260,8 @@ class _Texts:
                 f"shapes {[mass.shape for mass in masses]} for lengths "
                 f"{self.lengths.tolist()}"
             )
+        for mass in masses:
+            _check_masses(name, mass, None, shares)
         self.masses = np.concatenate([*masses, np.zeros(1, masses[0].dtype)])
 
     def __len__(self):
@@ -269,6 +279,11 @@ class _Texts:
         places = np.where(mask, self.starts[numbers][:, None] + places, -1)
         masses = None if self.masses is None else self.masses[places]
         return self.vectors[places], mask, masses
+
+
+def _check_masses(name, masses, mask, shares):
+    error = mass_error(masses)
+    check_mass(f"weights of {name}", masses, mask, shares, error)
 
 
 def _is_array(texts):

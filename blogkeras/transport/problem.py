@@ -105,6 +105,8 @@ class Solver:
     def differentiable_distance(self, p, q, D, own_costs=None):
         """The distance as a tensor with a gradient, as the layers need it."""
         settings = (self.regularization, self.tolerance)
+        if 0 in D.shape[:-2]:
+            return ops.sum(D, axis=(-2, -1))  # no pairs
         if self.partial is not None:
             return self._of_a_part(ops, "differentiable_distance", p, q, D)
         if self.unbalanced is not None:
@@ -120,6 +122,8 @@ class Solver:
 
     def plan(self, p, q, D):
         """`(plan, (f, g))`."""
+        if 0 in D.shape[:-2]:
+            return 0 * D, (0 * p, 0 * q)  # no pairs
         if self.unbalanced is not None:
             return soft.unbalanced(
                 p, q, D, self.unbalanced, self.regularization, self.tolerance

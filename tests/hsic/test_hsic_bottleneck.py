@@ -9,7 +9,7 @@ import pytest
 import toy
 from hsic_reference import JAX, distances, value
 from keras import layers, ops
-from kit import slow_on_jax
+from kit import slow_on_jax, tensorflow_only
 
 from blogkeras.hsic import HSICBottleneck
 
@@ -48,7 +48,7 @@ def papers_nhsic(x, y, bandwidth=2.0, epsilon=1e-3):
 def test_loss_is_the_papers():
     model = bottleneck()
     one_hot = np.eye(3)[LABELS]
-    hidden = [value(z) for z in model(X, training=True)["hidden"]]
+    hidden = [value(z) for z in model.hidden(X, training=True)]
     expected = sum(
         papers_nhsic(z, X.astype("f8")) - 4 * papers_nhsic(z, one_hot)
         for z in hidden
@@ -146,7 +146,7 @@ def test_blocks_train():
 
 def test_counts_of_units_and_classes():
     model = bottleneck()
-    hidden = value(model(X, training=True)["hidden"][-1])
+    hidden = value(model.hidden(X, training=True)[-1])
     weights = 1.0 + np.arange(48) % 2
     expected = np.zeros((3, 3))
     np.add.at(expected, (LABELS, hidden.argmax(1)), weights)
@@ -304,3 +304,29 @@ def test_errors():
     with pytest.raises(ValueError, match="Received: loss=mse"):
         model.train_on_batch(X, LABELS)
     assert ops.shape(model(X)) == (48, 3)
+
+
+@pytest.mark.parametrize("readout", ["unformatted", "format"])
+def test_it_gives_scores_inside_of_another_model(readout):
+    model = bottleneck((5, 3), readout=readout)
+    model.compile("sgd", run_eagerly=True)
+    model.train_on_batch(X, LABELS)
+    inputs = keras.Input(X.shape[1:])
+    outer = keras.Model(inputs, model(inputs))
+    expected = value(model(X))
+    assert expected.shape == (48, 3)
+    for training in (False, True):
+        found = value(outer(X, training=training))
+        np.testing.assert_array_equal(found, expected)
+
+
+@tensorflow_only
+@pytest.mark.parametrize("readout", ["unformatted", "format"])
+def test_where_keras_computes_in_float64(readout, request):
+    request.addfinalizer(lambda: keras.config.set_floatx("float32"))
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    model = bottleneck((5, 3), readout=readout)
+    model.compile("sgd", metrics=["accuracy"], run_eagerly=True)
+    history = model.fit(X, LABELS, batch_size=16, verbose=0).history
+    assert np.isfinite(history["loss"]).all()

@@ -140,3 +140,39 @@ def test_tensors_of_strings_in_a_compiled_function():
     found = tf.function(hsic)(tf.constant(NAMES), tf.constant(X, "float32"))
     expected = value(hsic(CODES, X, DELTA))
     assert value(found) == pytest.approx(expected, rel=1e-4)
+
+
+def test_missing_values_are_one_label():
+    """NaN is no object's equal, and breaks the order of the others."""
+    nan = float("nan")
+    for values in (
+        [3, nan, 1, 3, 2, 1],
+        ["b", nan, "a", "b", None, "a"],
+        [True, nan, "a", True, 2, "a"],
+    ):
+        # Each NaN is an object of its own, as after a file was read.
+        values = [float("nan") if v != v else v for v in values * 10]
+        names = [
+            "missing" if v is None or v != v else f"is {v}" for v in values
+        ]
+        found = value(hsic(np.array(values, object), X, DELTA))
+        assert found == pytest.approx(value(hsic(names, X)), rel=1e-6)
+
+
+class Column:
+    """As a column of pandas: categories of numbers, of which some miss."""
+
+    dtype = "category"
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype)
+
+
+def test_categories_of_numbers_may_miss():
+    values = np.where(CODES == 1, np.nan, CODES)
+    for kernel in (None, DELTA):
+        found = value(hsic(Column(values), X, kernel))
+        assert found == pytest.approx(value(hsic(CODES, X, DELTA)), rel=1e-6)

@@ -215,3 +215,11 @@ def test_errors():
         kci_test(X, Y, Z[None])
     with pytest.raises(ValueError, match="finite numbers in `z`"):
         kci_test(X, Y, np.where(Z > 1, np.nan, Z))
+
+
+def test_no_condition():
+    nothing = np.zeros((len(X), 0))
+    assert kci_test(X, Y, nothing) == kci_test(X, Y, np.zeros(len(X)))
+    for given in ((nothing, Y, Z), (X, nothing, Z)):
+        with pytest.raises(ValueError, match=r"one feature of `[xy]`"):
+            kci_test(*given)

@@ -3,6 +3,8 @@
 What is right is computed in NumPy's float64, by differences.
 """
 
+import datetime
+
 import keras
 import numpy as np
 import pytest
@@ -361,6 +363,19 @@ def test_missing_dates_are_no_numbers():
         times[3] = "NaT"
         with pytest.raises(ValueError, match="Expected finite numbers in `x`"):
             hsic(times, numbers)
+
+
+def test_dates_with_a_time_zone():
+    """They are objects in an array: Python's, and those of pandas."""
+    zone = datetime.timezone(datetime.timedelta(hours=8))
+    start = datetime.datetime(2020, 1, 1, tzinfo=zone)
+    days = np.arange(20) * np.arange(20)
+    dates = [start + datetime.timedelta(days=int(k)) for k in days]
+    plain = [date.replace(tzinfo=None) for date in dates]
+    expected = float(hsic(days, days))
+    for times in (dates, plain):
+        found = float(hsic(np.array(times, object), days))
+        assert found == pytest.approx(expected, rel=1e-5)
 
 
 # Memory

@@ -17,7 +17,7 @@ from hsic_reference import (
     value,
 )
 from keras import layers, ops
-from kit import replicated
+from kit import replicated, tensorflow_only
 
 from blogkeras import backend
 from blogkeras.hsic import (
@@ -467,3 +467,31 @@ def test_labels_as_target():
     model.fit(x, labels, batch_size=32, epochs=30, verbose=0)
     after = float(value(hsic(labels, model.predict_on_batch(x), DeltaKernel())))
     assert after > 1.2 * before
+
+
+@tensorflow_only
+def test_regularization_where_keras_computes_in_float64(request):
+    request.addfinalizer(lambda: keras.config.set_floatx("float32"))
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    inputs = [keras.Input((3,)), keras.Input((1,))]
+    dense = layers.Dense(2)
+    model = keras.Model(
+        inputs, HSICRegularization(1.0)([dense(inputs[0]), inputs[1]])
+    )
+    model.compile("sgd", "mse", run_eagerly=True)
+    before = value(dense.kernel)
+    assert np.isfinite(model.train_on_batch([X, X[:, :1]], X[:, :2]))
+    assert not np.array_equal(value(dense.kernel), before)
+
+
+def test_masks_that_are_no_pair_or_do_not_fit():
+    layer = HSICRegularization(1.0)
+    x, y = np.ones((2, 3, 1), "float32"), np.ones((2, 1), "float32")
+    for mask, message in (
+        (np.ones((2, 3), bool), "a pair"),
+        ([np.ones((2, 1), bool), None], "first axes"),
+        ([None, np.ones((2, 1, 1), bool)], "first axes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            layer([x, y], mask=mask)

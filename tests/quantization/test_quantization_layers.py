@@ -8,6 +8,7 @@ from keras import layers, ops
 from kit import (
     assert_nearest,
     slow_on_jax,
+    tensorflow_only,
 )
 
 from blogkeras import backend
@@ -597,3 +598,19 @@ def test_bad_input():
     model.compile("sgd")
     with pytest.raises(ValueError, match=r"weight.shape=.*3, 4"):
         model.fit(MAPS, MAPS, sample_weight=np.ones(MAPS.shape))
+
+
+@tensorflow_only
+@every()
+def test_where_keras_computes_in_float64(kind, request):
+    """Keras sums the losses of layers with its own, which are float64."""
+    request.addfinalizer(lambda: keras.config.set_floatx("float32"))
+    keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
+    dense = layers.Dense(DIM)
+    model = keras.Sequential([keras.Input((DIM,)), dense, QUANTIZERS[kind]()])
+    model.compile("sgd", "mse", run_eagerly=True)
+    x = np.random.default_rng(0).normal(size=(6, DIM))
+    before = numpy(dense.kernel)
+    assert np.isfinite(model.train_on_batch(x, x))
+    assert not np.array_equal(numpy(dense.kernel), before)

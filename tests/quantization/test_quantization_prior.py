@@ -267,3 +267,23 @@ def test_no_code_comes_after_the_end():
         model.fit(np.array([[1, 2, -2]]))
     with pytest.raises(ValueError, match="at least 0"):
         make(shape=(3,)).fit(ENDED)
+
+
+class Table:
+    """As those of pandas: it can be made an array, and has rows of its own."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.values, dtype)
+
+
+def test_tables_of_codes_are_arrays():
+    model = make(shape=(4,))
+    maps, weight = MAPS[:, 0], np.linspace(0, 2, len(MAPS))
+    expected = model.evaluate(maps, sample_weight=weight, verbose=0)
+    found = model.evaluate(Table(maps), sample_weight=weight, verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="at least 0 and at most 4"):
+        model.fit(Table(maps + CODES), verbose=0)

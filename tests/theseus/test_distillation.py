@@ -8,6 +8,7 @@ import pytest
 import toy
 from keras import layers, ops
 from kit import (
+    JAX,
     close_in_ulps,
     jax_only,
     lower_train_step,
@@ -470,3 +471,43 @@ def test_the_train_step_lowers_for_a_tpu():
     program = lower_train_step(model, X[:8], Y[:8])
     # The teacher's product, the student's, and that of its weights' gradient.
     assert program.count("stablehlo.dot_general") == 3
+
+
+def test_metrics_need_labels():
+    """Unlabelled texts, with labelled ones to validate on."""
+    model = Distillation(*pair(), 1.0, 0.5)
+    model.compile(
+        keras.optimizers.SGD(0.0),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+        weighted_metrics=["accuracy"],
+        jit_compile=JAX,
+    )
+    assert list(model.fit(X, verbose=0).history) == ["loss"]
+    history = model.fit(X, validation_data=(X, Y), verbose=0).history
+    right = value(model.student(X)).argmax(-1) == Y
+    assert history["val_accuracy"][0] == pytest.approx(right.mean())
+    assert "accuracy" not in history
+    # After labels were seen, too.
+    model.fit(X, Y, verbose=0)
+    for logs in (
+        model.evaluate(X, verbose=0, return_dict=True),
+        model.train_on_batch(X, return_dict=True),
+        model.fit(X, verbose=0).history,
+    ):
+        assert list(logs) == ["loss"]
+
+
+def test_weights_by_their_place():
+    model = Distillation(*pair(), 1.0, 0.5)
+    loss = "sparse_categorical_crossentropy"
+    model.compile(keras.optimizers.SGD(0.0), loss, run_eagerly=True)
+    weights = np.linspace(0, 2, len(X)).astype("float32")
+    expected = model.evaluate(X, Y, sample_weight=weights, verbose=0)
+    assert model.evaluate(X, Y, 16, 0, weights) == pytest.approx(expected)
+    before = 16, 1, 0, None, 0.0, None, True, None
+    model.fit(X, Y, *before, weights)
+    with pytest.raises(ValueError, match="`y` beside `sample_weight`"):
+        model.fit(X, None, *before, weights)
+    with pytest.raises(ValueError, match="`y` beside `sample_weight`"):
+        model.fit(X, None, *before[:5], (X, None, weights))

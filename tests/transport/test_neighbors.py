@@ -293,3 +293,18 @@ def test_huge_vectors(cost, dtype, size):
         found.distances / scale, expected.distances, rtol=1e-9
     )
     assert found.num_exact <= expected.num_exact < 60
+
+
+def test_labels_that_cannot_be_compared_and_weights_of_a_score():
+    classifier = TransportClassifier(1, VECTORS)
+    for missing in (None, float("nan"), 3):
+        labels = np.array(["a", "b", missing], object)
+        with pytest.raises(ValueError, match="Expected `labels` of one type"):
+            classifier.fit(DOCUMENTS[:3], labels)
+    classifier.fit(DOCUMENTS[:3], ["a", "b", "c"])
+    labels, weights = ["a", "a", "c"], [1.0, 2.0, 4.0]
+    found = classifier.score(DOCUMENTS[:3], labels, sample_weight=weights)
+    assert found == pytest.approx(5 / 7)
+    for wrong in ([1.0], [0.0, 0.0, 0.0], [1.0, -1.0, 1.0]):
+        with pytest.raises(ValueError, match="`sample_weight`"):
+            classifier.score(DOCUMENTS[:3], labels, wrong)

@@ -205,3 +205,45 @@ def test_the_progress_bar(capsys):
 def test_errors(args, options, message):
     with pytest.raises(ValueError, match=message):
         pairwise_distances(*args, **options)
+
+
+def test_a_text_without_words_has_the_dimension_of_the_others():
+    texts = [[], *TEXTS, []]
+    expected = pairwise_distances([np.zeros((0, 3)), *TEXTS, np.zeros((0, 3))])
+    np.testing.assert_array_equal(pairwise_distances(texts), expected)
+    index = TransportIndex(texts, verbose=0)
+    assert index.search([], 2).indices.tolist() == [0, 6]
+    with pytest.raises(ValueError, match=r"Expected .*length, dim"):
+        pairwise_distances([[], []])
+    with pytest.raises(ValueError, match=r"Expected .*length, dim"):
+        TransportIndex([[], []], verbose=0)
+
+
+def test_what_is_wrong_is_said_of_the_collection_that_has_it():
+    bad = [TEXTS[0], np.full((1, 3), np.nan)]
+    shares = [np.array([0.5, 0.5]), np.array([1.0])]
+    texts = [TEXTS[0][:2], TEXTS[1]]
+    for x, y, options, message in (
+        (bad, None, {}, "numbers in `x`"),
+        (bad[1:], None, {}, "numbers in `x`"),
+        (TEXTS, bad, {}, "numbers in `y`"),
+        (np.full((2, 2, 3), np.inf), None, {}, "numbers in `x`"),
+        (texts, None, {"weights": (shares[::-1], None)}, "weight .* of `x`"),
+        (
+            texts,
+            None,
+            {"weights": ([shares[0], 2 * shares[1]], None)},
+            "`weights of x` of sum 1",
+        ),
+        (
+            texts,
+            None,
+            {
+                "weights": "importance",
+                "importance": ([shares[0], -shares[1]], None),
+            },
+            "nonnegative numbers in `weights of x`",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pairwise_distances(x, y, **options)

@@ -388,3 +388,35 @@ def test_keras_hub_outputs_with_their_padding_mask():
         kept = [v[k][m[k]] for v, m in zip(vectors, mask, strict=True)]
         expected = word_rotator_distance(*kept)
         np.testing.assert_allclose(found[k], expected, rtol=0.01)
+
+
+@pytest.mark.parametrize("cls", [WordMoverDistance, WordRotatorDistance])
+@pytest.mark.parametrize("pairwise", [False, True])
+def test_masks_that_are_no_pair_of_the_words(cls, pairwise):
+    mask = np.ones(X.shape[:2], bool)
+    layer = cls(pairwise=pairwise, solver="relaxed")
+    for wrong in (
+        mask,  # of which rows would be taken for masks
+        [mask, mask, mask],
+        [mask[:, :1], None],
+        [None, np.ones(Y.shape[1], bool)],
+        [mask[..., None], None],
+    ):
+        with pytest.raises(ValueError, match="Expected `mask` to be a pair"):
+            layer([X, Y], mask=wrong)
+    np.testing.assert_array_equal(
+        numpy(layer([X, Y], mask=(mask, None))), numpy(layer([X, Y]))
+    )
+
+
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn", "relaxed"])
+@pytest.mark.parametrize("options", [{}, {"partial": 0.5}, {"debiased": True}])
+def test_no_pairs(solver, options):
+    """Such as after a batch was filtered."""
+    if options and (solver == "relaxed" or "debiased" in options):
+        solver = "sinkhorn"
+    function = word_mover_distance
+    assert numpy(function(X[:0], Y[:0], solver=solver, **options)).shape == (0,)
+    for pairwise, shape in ((False, (0,)), (True, (0, 0))):
+        layer = WordMoverDistance(pairwise=pairwise, solver=solver, **options)
+        assert numpy(layer([X[:0], Y[:0]])).shape == shape
