@@ -25,7 +25,12 @@ def slow_on_jax(test):
     return pytest.mark.verify(test) if JAX else test
 
 
-# The same for a whole file: `pytestmark = SLOW_FILE_ON_JAX`.
+def slow_on_tensorflow(test):
+    """The same the other way round: TensorFlow traces such steps slowly."""
+    return pytest.mark.verify(test) if TENSORFLOW else test
+
+
+# The first for a whole file: `pytestmark = SLOW_FILE_ON_JAX`.
 SLOW_FILE_ON_JAX = [pytest.mark.verify] if JAX else []
 
 

@@ -282,6 +282,7 @@ def test_a_table_without_a_name_of_its_own_is_found_again(electra, tmp_path):
         MaskedLanguageModel(one, 4, embedding=2)
 
 
+@pytest.mark.verify
 @pytest.mark.skipif(not TENSORFLOW, reason="TensorFlow only")
 def test_a_distributed_data_set():
     import tensorflow as tf

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import JAX, TENSORFLOW, value
+from kit import JAX, TENSORFLOW, slow_on_tensorflow, value
 
 import blogkeras
 
@@ -431,6 +431,7 @@ def test_layerwise_rates_keep_what_is_not_decayed():
         np.testing.assert_allclose(value(w), expected, rtol=1e-6)
 
 
+@slow_on_tensorflow
 def test_layerwise_rates_inside_of_a_guard(tmp_path):
     def make(guard):
         model = keras.models.clone_model(named())

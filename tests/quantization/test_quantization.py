@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
-from kit import close_in_ulps, nearest_rows, slow_on_jax
+from kit import close_in_ulps, nearest_rows, slow_on_jax, slow_on_tensorflow
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -518,6 +518,7 @@ def test_two_replicas_are_one():
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 
+@slow_on_tensorflow
 def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
     whole, part = small_model(), small_model()
     for _ in range(4):

@@ -164,10 +164,8 @@ def test_small_codes_of_stages(gradient):
         assert np.abs(value(noisy) - value(output)).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "decay", [None, pytest.param(0.9, marks=pytest.mark.verify)]
-)
-@slow_on_jax
+@pytest.mark.verify
+@pytest.mark.parametrize("decay", [None, 0.9])
 def test_small_codes_are_adapted_and_learn(decay):
     layer = ResidualVectorQuantizer(2, CODES, codebook_dim=3, ema_decay=decay)
     layer.adapt(Z)
@@ -384,18 +382,15 @@ def test_the_rate_of_dropout():
     )
 
 
+@pytest.mark.verify
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(
-            {"codebook_dim": 2, "metric": "cosine", "gradient": "rotation"},
-            marks=pytest.mark.verify,
-        ),
+        {"codebook_dim": 2, "metric": "cosine", "gradient": "rotation"},
         {"shared_codebook": True, "ema_decay": 0.9, "restart_threshold": 0.1},
     ],
     ids=["small", "shared"],
 )
-@slow_on_jax
 def test_training_is_resumed_with_all_options(options, tmp_path):
     def make():
         keras.utils.set_random_seed(0)

@@ -5,6 +5,7 @@ import kit
 import numpy as np
 import pytest
 from keras import layers, ops
+from kit import slow_on_tensorflow
 
 from blogkeras import loops
 from blogkeras.quantization import (
@@ -61,6 +62,7 @@ def tf_dataset(*arrays):
 # Targets.
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     "target",
     [
@@ -86,6 +88,7 @@ def test_targets_have_the_shape_of_the_output(target):
             call()
 
 
+@slow_on_tensorflow
 def test_a_dataset_of_inputs_and_labels():
     model = autoencoder()
     for data in (tf_dataset(X, LABELS), tf_dataset(X, LABELS).repeat(2)):

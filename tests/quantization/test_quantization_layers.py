@@ -8,6 +8,7 @@ from keras import layers, ops
 from kit import (
     assert_nearest,
     slow_on_jax,
+    slow_on_tensorflow,
     tensorflow_only,
 )
 
@@ -122,6 +123,7 @@ def test_weights_fit_a_loss_of_your_own():
     np.testing.assert_allclose(losses, losses[0], rtol=1e-6)
 
 
+@slow_on_tensorflow
 @masked
 @every()
 def test_evaluation_counts_what_training_counts(kind):
@@ -296,6 +298,7 @@ def test_weights_of_a_shape_not_known_before():
         )
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     "kind",
     [
@@ -374,6 +377,7 @@ class Dense(keras.Model):
         return self.dense(x)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("called", [False, True])
 def test_encoders_that_only_have_a_call(called):
     model = VQVAE(Dense(DIM), VectorQuantizer(CODES), Dense(2))
@@ -386,6 +390,7 @@ def test_encoders_that_only_have_a_call(called):
     assert model.encode(X).shape == X.shape[:-1]
 
 
+@slow_on_tensorflow
 def test_encoders_of_tokens():
     encoder = keras.Sequential(
         [keras.Input((4,), dtype="int32"), layers.Embedding(CODES, DIM)]
@@ -528,6 +533,7 @@ def test_codes_and_labels_out_of_range():
                 function(x)
 
 
+@slow_on_tensorflow
 def test_numpy_integers_and_lists():
     layer = VectorQuantizer(np.int64(CODES))
     assert layer.encode([[0.0] * DIM]).shape == (1,)

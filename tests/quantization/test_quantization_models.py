@@ -10,6 +10,7 @@ from keras import layers, ops
 from kit import (
     nearest_rows,
     slow_on_jax,
+    slow_on_tensorflow,
 )
 
 from blogkeras.quantization import (
@@ -183,6 +184,7 @@ def test_adapt_uses_every_code():
     assert set(model.encode(X).ravel()) == set(range(CODES))
 
 
+@slow_on_tensorflow
 def test_a_saved_model_trains_on_as_if_never_saved(tmp_path):
     def make():
         keras.utils.set_random_seed(3)
@@ -348,6 +350,7 @@ def uncached(model, u, temperature, top_k, labels):
     return codes
 
 
+@slow_on_tensorflow
 @both
 @pytest.mark.parametrize("classes", [None, CLASSES])
 def test_sampling_with_a_cache_is_sampling_without(kind, classes):

@@ -250,7 +250,7 @@ def test_rows_keep_their_first_stages():
     np.testing.assert_allclose(value(layer(z)), full, atol=1e-6)
 
 
-@slow_on_jax
+@pytest.mark.verify
 def test_truncated_codes_decode_better_after_dropout():
     rng = np.random.default_rng(0)
     x = np.tanh(rng.normal(size=(768, 3)) @ rng.normal(size=(3, 8)))
@@ -287,7 +287,7 @@ def test_truncated_codes_decode_better_after_dropout():
     assert max(kept[2], without[2]) < 0.1, (without, kept)
 
 
-@slow_on_jax
+@pytest.mark.verify
 def test_all_kinds_train_and_draw_on(tmp_path):
     kinds = (
         lambda: ResidualFiniteScalarQuantizer(

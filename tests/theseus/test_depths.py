@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from kit import value
+from kit import slow_on_tensorflow, value
 
 from blogkeras.compression import CompressionReport
 from blogkeras.theseus import (
@@ -53,6 +53,7 @@ def compare(train, depths=(2, 1), **kwargs):
     return large, head, report
 
 
+@slow_on_tensorflow
 def test_every_method_at_every_depth():
     """`train` changes nothing here, so that NumPy knows every prediction."""
     trained, models = [], {}

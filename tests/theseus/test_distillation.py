@@ -13,6 +13,7 @@ from kit import (
     jax_only,
     lower_train_step,
     replicated,
+    slow_on_tensorflow,
     value,
 )
 
@@ -370,6 +371,7 @@ def test_several_outputs(tmp_path):
     assert loaded.loss == losses
 
 
+@slow_on_tensorflow
 def test_without_labels():
     """`fit(x)` learns the teacher, regularizers added whole."""
     teacher, student = pair()

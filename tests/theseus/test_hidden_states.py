@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import replicated, value
+from kit import replicated, slow_on_tensorflow, value
 
 from blogkeras import training
 from blogkeras.theseus import Distillation, bert_of_theseus
@@ -154,6 +154,7 @@ def test_padding_stays_out_of_relations_in_half_precision(policy):
     assert float(value(found)) == pytest.approx(expected, rel=1e-3)
 
 
+@slow_on_tensorflow
 def test_it_is_added_in_training_and_without_labels():
     teacher, student = make(4, "t", seed=1), make(4, "s", seed=2)
     start = student.get_weights()

@@ -13,6 +13,7 @@ from kit import (
     jax_only,
     lower_train_step,
     replicated,
+    slow_on_tensorflow,
     value,
 )
 from theseus_parts import (
@@ -190,6 +191,7 @@ def attentive(count, name):
     return keras.Model(tokens, layers.Dense(3, name=f"{name}_classes")(x))
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("mode", MODES)
 def test_masks_that_a_branch_takes_away(mode):
     tokens = np.array([[1, 2, 3, 0, 0, 0], [4, 1, 0, 0, 0, 0]], "int32")
@@ -620,6 +622,7 @@ def test_schedules():
     assert float(module.rate()) == 0
 
 
+@slow_on_tensorflow
 @no_gradient
 def test_saved_and_resumed(tmp_path):
     """Three steps, saved, loaded, three more: six steps in one go."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import close_in_ulps, value
+from kit import close_in_ulps, slow_on_tensorflow, value
 from theseus_parts import (
     X,
     Y,
@@ -94,6 +94,7 @@ def test_several_inputs(names):
     )
 
 
+@slow_on_tensorflow
 @no_gradient
 def test_detaching_while_it_learns_changes_nothing():
     found = []
@@ -115,6 +116,7 @@ def test_detaching_while_it_learns_changes_nothing():
     assert toy.difference(*found) == 0
 
 
+@slow_on_tensorflow
 @no_gradient
 @pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")
 def test_a_detached_copy_may_be_quantized():
@@ -175,6 +177,7 @@ def test_the_rate_can_be_set():
         theseus.replacement_rate = 2
 
 
+@slow_on_tensorflow
 @no_gradient
 @pytest.mark.parametrize(
     "mode", ["batch", pytest.param("sample", marks=pytest.mark.verify)]
@@ -247,6 +250,7 @@ def test_convolutions():
     assert is_new.any()
 
 
+@slow_on_tensorflow
 @no_gradient
 def test_a_convolutional_net_is_compressed():
     """It learns; the first step's statistics are NumPy's."""
@@ -465,6 +469,7 @@ def theseus_of_taggers(rate, **kwargs):
     return Theseus(old[:3], new[:3], old[3], rate, seed=0, **kwargs)
 
 
+@slow_on_tensorflow
 @no_gradient
 def test_masks_and_side_inputs_cross_the_modules(tmp_path):
     """At rate 1 and 0: the loss of the whole models, masked positions out."""
@@ -595,6 +600,7 @@ def test_bad_cuts():
         segment(ops.ones((2, 5, 4)))
 
 
+@slow_on_tensorflow
 @no_gradient
 @pytest.mark.parametrize("segments", [True, False])
 def test_losses_of_several_outputs_by_name(segments):

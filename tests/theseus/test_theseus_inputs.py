@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from kit import close_in_ulps, value
+from kit import close_in_ulps, slow_on_tensorflow, value
 
 from blogkeras.theseus import Theseus, bert_of_theseus, cut_model
 
@@ -56,6 +56,7 @@ def head(names):
     return keras.Model(given, layers.Dense(3, "softmax")(x))
 
 
+@slow_on_tensorflow
 @no_gradient
 @pytest.mark.parametrize(
     ("names", "as_dict"),

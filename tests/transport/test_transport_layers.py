@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import slow_on_jax
+from kit import slow_on_jax, slow_on_tensorflow
 
 from blogkeras import WordMoverDistance, WordRotatorDistance, backend
 from blogkeras.transport import (
@@ -156,6 +156,7 @@ def entropic_optimum(p, q, D, epsilon):
     return epsilon * (p @ np.log(a) + q @ np.log(b))
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("cls", [WordMoverDistance, WordRotatorDistance])
 def test_gradients_are_finite_at_equal_words_and_zeros(cls):
     x = np.stack([X[0], X[0], 0 * X[0], X[1]])
@@ -212,6 +213,7 @@ def test_a_siamese_model_trains_end_to_end_under_xla():
     assert distance[:32].max() < 0.01 < distance[32:].mean()
 
 
+@pytest.mark.verify
 @pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="of TensorFlow"
 )
