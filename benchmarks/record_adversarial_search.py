@@ -150,7 +150,6 @@ def report(rows, path):
                 strength = f"{strength:g}{'*' * (strength in ends)}"
                 if len(d) > 1:
                     more = page.interval_cells(*mean_interval(d), sign=True)
-            minutes = [float(row["minutes"]) for row in results[name]]
             cells.append(
                 [
                     name,
@@ -158,12 +157,11 @@ def report(rows, path):
                     len(accuracies),
                     f"{np.mean([*accuracies.values()]):.2f}",
                     *more,
-                    f"{np.mean(minutes):.1f}",
                 ]
             )
         columns = [
             *("method", "strength", "seeds", "test, %"),
-            *("difference to plain", "95 %", "minutes a run"),
+            *("difference to plain", "95 %"),
         ]
         lines += [
             f"## {base.TITLES[task]}",

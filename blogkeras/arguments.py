@@ -419,6 +419,23 @@ def renamed_argument(old: str, new: str) -> Callable[[Function], Function]:
     return decorate
 
 
+def as_in_keras(method: Function) -> Function:
+    """A decorator of a method that replaces one of `keras.Model`.
+
+    Keras's own takes its arguments by their places, too. The method gets all of
+    them by name.
+    """
+    signature = inspect.signature(getattr(keras.Model, method.__name__))
+
+    @functools.wraps(method)
+    def by_name(*args, **kwargs):
+        given = signature.bind(*args, **kwargs).arguments
+        return method(**given.pop("kwargs", {}), **given)
+
+    vars(by_name)["__signature__"] = signature
+    return cast(Function, by_name)
+
+
 def _warn_renamed(old, new):
     """Warns at the line outside of blogkeras that uses the old name."""
     level, frame = 1, inspect.currentframe()

@@ -8,6 +8,7 @@ from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     as_numpy,
     check_integer,
     check_no_class_weight,
@@ -38,7 +39,8 @@ class CompositeModel(keras.Model):
             if not trainable:
                 self.trainable = False
 
-    def fit(self, x=None, *args, **kwargs):
+    @as_in_keras
+    def fit(self, x=None, **kwargs):
         """As in Keras."""
         if x is None:
             raise ValueError("Expected data to train on. Received: x=None")
@@ -47,7 +49,7 @@ class CompositeModel(keras.Model):
         if self.ROW:
             check_no_class_weight(kwargs.get("class_weight"), self.ROW)
         separate(self)  # parts of it may have been trained before
-        history = super().fit(x, *args, **kwargs)
+        history = super().fit(x, **kwargs)
         separate(self)
         return history
 
@@ -183,7 +185,8 @@ class TargetlessModel(CompositeModel):
             y = np.zeros(rows, "float32")
         return x, y, sample_weight
 
-    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    @as_in_keras
+    def fit(self, x=None, y=None, sample_weight=None, **kwargs):
         """As in Keras; `y` is not used, sample weights are one for each row."""
         check_no_class_weight(kwargs.get("class_weight"), self.ROW)
         x, y, sample_weight = self._checked(x, y, sample_weight)
@@ -198,31 +201,30 @@ class TargetlessModel(CompositeModel):
             # Keras warns of each data set that it does not shuffle.
             kwargs.setdefault("shuffle", False)
         with self._errors_of_batches():
-            return super().fit(
-                x, y, *args, sample_weight=sample_weight, **kwargs
-            )
+            return super().fit(x, y, sample_weight=sample_weight, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    @as_in_keras
+    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
         # `fit` has checked its validation data already. It calls this with a
         # private argument of Keras.
         if not any(name.startswith("_") for name in kwargs):
             x, y, sample_weight = self._checked(x, y, sample_weight)
         with self._errors_of_batches():
-            return super().evaluate(
-                x, y, *args, sample_weight=sample_weight, **kwargs
-            )
+            return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
     def predict(self, x, *args, **kwargs):
         x = self._check_data(x)[0]
         with self._errors_of_batches():
             return super().predict(x, *args, **kwargs)
 
+    @as_in_keras
     def train_on_batch(self, x, y=None, sample_weight=None, **kwargs):
         check_no_class_weight(kwargs.get("class_weight"), self.ROW)
         return super().train_on_batch(
             *self._checked(x, y, sample_weight), **kwargs
         )
 
+    @as_in_keras
     def test_on_batch(self, x, y=None, sample_weight=None, **kwargs):
         return super().test_on_batch(
             *self._checked(x, y, sample_weight), **kwargs

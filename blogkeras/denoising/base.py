@@ -9,6 +9,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     as_numbers,
     as_numpy,
     check_finite,
@@ -43,11 +44,12 @@ class RowModel(TargetlessModel):
         # networks round them to half precision.
         super().__init__(**{"autocast": False, **kwargs})
 
-    def compile(self, *args, jit_compile="auto", **kwargs):
+    @as_in_keras
+    def compile(self, jit_compile="auto", **kwargs):
         # Keras keeps only what "auto" becomes, without XLA on a CPU. Chains of
         # samplers are many small operations, and want it there.
         self.jit_argument = jit_compile
-        super().compile(*args, jit_compile=jit_compile, **kwargs)
+        super().compile(jit_compile=jit_compile, **kwargs)
         self._programs.clear()
 
     def get_compile_config(self):
@@ -116,6 +118,7 @@ class DenoisingModel(RowModel):
         if shape is not None:
             self.build((None, *shape))
 
+    @as_in_keras
     def compile(self, optimizer="adam", **kwargs):
         check_own_loss(kwargs)
         super().compile(optimizer, **kwargs)

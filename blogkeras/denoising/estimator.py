@@ -9,6 +9,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     check_boolean,
     check_integer,
     check_layer,
@@ -66,6 +67,7 @@ class _OneNoise(DenoisingModel):
             name="annealing_steps",
         )
 
+    @as_in_keras
     def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
         first = int(ops.convert_to_numpy(self.draws.iterations))
         if isinstance(self.sigma, _Schedule):
@@ -107,7 +109,7 @@ class _OneNoise(DenoisingModel):
                 "`fit` again. While σ falls, the loss rises, so callbacks such "
                 "as EarlyStopping should not watch it before `sigma` in the "
                 "logs is constant.",
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def _sigma_at(self, step, training):

@@ -7,7 +7,12 @@ import numpy as np
 from keras import ops
 
 from blogkeras import backend
-from blogkeras.arguments import check_integer, check_layer, row_weights
+from blogkeras.arguments import (
+    as_in_keras,
+    check_integer,
+    check_layer,
+    row_weights,
+)
 from blogkeras.denoising.base import (
     DenoisingModel,
     RowModel,
@@ -263,6 +268,7 @@ class DenoisingGenerator(RowModel):
         self.compile(**config)
         self.optimizer.build(self.trainable_variables)
 
+    @as_in_keras
     def fit(self, x=None, y=None, batch_size=None, epochs=1, **kwargs):
         """As in Keras. Without `x`, latent vectors are drawn.
 

@@ -9,6 +9,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     as_numpy,
     check_choice,
     check_integer,
@@ -264,9 +265,10 @@ class HSICBottleneck(CompositeModel):
 
     # In a compiled step values are not known, so arrays are checked before.
 
-    def fit(self, x=None, y=None, *args, **kwargs):
-        self._check_labels(y, kwargs.get("validation_data"))
-        return super().fit(x, y, *args, **kwargs)
+    @as_in_keras
+    def fit(self, x=None, y=None, validation_data=None, **kwargs):
+        self._check_labels(y, validation_data)
+        return super().fit(x, y, validation_data=validation_data, **kwargs)
 
     def evaluate(self, x=None, y=None, *args, **kwargs):
         self._check_labels(y)

@@ -106,7 +106,7 @@ def warn_if_not_annealed(config):
             "spectral_weight as the weight of the KL term goes to 1, which it "
             "is from the first step on. Published are warm-ups of 0.3 of all "
             "steps.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -9,6 +9,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     check_boolean,
     check_choice,
     check_integer,
@@ -193,6 +194,7 @@ class NVAE(TargetlessModel):
         config = _config_of({**fields, **changes})
         return cls(config, recompute, seed, dtype=dtype)
 
+    @as_in_keras
     def compile(self, optimizer="adamax", loss=None, **kwargs):
         check_own_loss({"loss": loss, **kwargs})
         warn_if_not_annealed(self.config)

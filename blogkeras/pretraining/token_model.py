@@ -6,6 +6,7 @@ from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     as_numpy,
     check_integer,
     check_integers,
@@ -74,6 +75,7 @@ class TokenModel(TargetlessModel):
         for name, (value, weight) in values.items():
             self._means[name].update_state(ops.cast(value, "float32"), weight)
 
+    @as_in_keras
     def compile(self, optimizer="adam", loss=None, **kwargs):
         """As Keras's, but for loss and metrics: the model has its own."""
         check_own_loss({"loss": loss, **kwargs})

@@ -10,6 +10,7 @@ from keras import layers, ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     as_numpy,
     check_boolean,
     check_choice,
@@ -185,6 +186,7 @@ class CodePrior(TargetlessModel):
         self.nats = keras.metrics.Mean(name="nats")
         self._samplers = ProgramCache(8)
 
+    @as_in_keras
     def compile(self, optimizer="adam", loss=None, **kwargs):
         if loss is None:
             loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

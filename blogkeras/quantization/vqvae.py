@@ -8,6 +8,7 @@ from keras import ops
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     as_numpy,
     check_boolean,
     check_integer,
@@ -106,21 +107,22 @@ class VQVAE(CompositeModel):
         self.usage = Usage(quantizer.alphabets, name="usage")
         self._programs = ProgramCache(16)
 
-    def fit(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    @as_in_keras
+    def fit(self, x=None, y=None, sample_weight=None, **kwargs):
         """As in Keras; without `y`, `x` is the target."""
         known = kwargs.get("validation_data")
         if isinstance(known, (tuple, list)) and len(known) <= 3:
             kwargs["validation_data"] = _weighted(*known)
         x, y, sample_weight = _weighted(x, y, sample_weight)
-        return super().fit(x, y, *args, sample_weight=sample_weight, **kwargs)
+        return super().fit(x, y, sample_weight=sample_weight, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, sample_weight=None, **kwargs):
+    @as_in_keras
+    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
         """As in Keras; without `y`, `x` is the target."""
         x, y, sample_weight = _weighted(x, y, sample_weight)
-        return super().evaluate(
-            x, y, *args, sample_weight=sample_weight, **kwargs
-        )
+        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
+    @as_in_keras
     def compile(self, optimizer="adam", loss="mse", **kwargs):
         super().compile(optimizer, loss, **kwargs)
 

@@ -1,6 +1,5 @@
 """Distillation, a baseline of module replacement."""
 
-import inspect
 import itertools
 from typing import Any
 
@@ -9,6 +8,7 @@ from keras import ops, tree
 
 from blogkeras import backend
 from blogkeras.arguments import (
+    as_in_keras,
     check_choice,
     check_integer,
     check_layer,
@@ -210,12 +210,12 @@ class Distillation(CompositeModel):
         if not self.student.built:
             self.student.build(input_shape)
 
-    def compile(self, *args, **kwargs):
+    @as_in_keras
+    def compile(self, loss_weights=None, **kwargs):
         # Freeze again: other models may share the teacher and have trained it.
         freeze([self.teacher])
-        super().compile(*args, **kwargs)
-        given = _arguments(keras.Model.compile, self, *args, **kwargs)
-        self._loss_weights = given.get("loss_weights")
+        super().compile(loss_weights=loss_weights, **kwargs)
+        self._loss_weights = loss_weights
         if not self._compares_outputs:
             return
         # Check now, if the outputs are known already.
@@ -227,20 +227,20 @@ class Distillation(CompositeModel):
     def _compares_outputs(self):
         return self.hidden is None or self.weight > 0
 
-    def fit(self, x=None, y=None, *args, **kwargs):
+    @as_in_keras
+    def fit(self, x=None, y=None, sample_weight=None, **kwargs):
         """As in Keras; without `y` the divergence alone is learned."""
-        given = _arguments(keras.Model.fit, self, x, y, *args, **kwargs)
-        _check_weights_have_labels(y, given.get("sample_weight"))
-        known = given.get("validation_data")
+        _check_weights_have_labels(y, sample_weight)
+        known = kwargs.get("validation_data")
         if isinstance(known, (tuple, list)):
             parts = keras.utils.unpack_x_y_sample_weight(tuple(known))
             _check_weights_have_labels(*parts[1:])
-        return super().fit(x, y, *args, **kwargs)
+        return super().fit(x, y, sample_weight=sample_weight, **kwargs)
 
-    def evaluate(self, x=None, y=None, *args, **kwargs):
-        given = _arguments(keras.Model.evaluate, self, x, y, *args, **kwargs)
-        _check_weights_have_labels(y, given.get("sample_weight"))
-        return super().evaluate(x, y, *args, **kwargs)
+    @as_in_keras
+    def evaluate(self, x=None, y=None, sample_weight=None, **kwargs):
+        _check_weights_have_labels(y, sample_weight)
+        return super().evaluate(x, y, sample_weight=sample_weight, **kwargs)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         # The metrics given to `compile` compare with labels.
@@ -506,11 +506,6 @@ def _own_inputs(model, x):
     """
     known = isinstance(x, dict) and getattr(model, "inputs", None)
     return by_name(inputs_of(model), x) if known else x
-
-
-def _arguments(function, *args, **kwargs):
-    """The arguments of a call by name, however they are given."""
-    return inspect.signature(function).bind(*args, **kwargs).arguments
 
 
 def _check_weights_have_labels(y, sample_weight):

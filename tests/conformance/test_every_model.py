@@ -1,6 +1,7 @@
 """What users do with any Keras model or layer, done with each of ours."""
 
 import copy
+import inspect
 
 import catalogue
 import keras
@@ -26,6 +27,27 @@ def model_of(name):
     toy.reset()
     make, x, _ = train_steps.MODELS[name]
     return make(), x[:3]
+
+
+VERBS = ("compile", "fit", "evaluate", "train_on_batch", "test_on_batch")
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@every_model
+def test_takes_what_keras_takes_in_its_place(name, verb):
+    """Old scripts write `fit(x, y, 32, 10)`, and Keras's own may go on."""
+    model, _ = model_of(name)
+    method, theirs = getattr(model, verb), getattr(keras.Model(), verb)
+    parameters = inspect.signature(theirs).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    own = inspect.signature(method).parameters.values()
+    starred = any(p.kind is p.VAR_POSITIONAL for p in own)
+    first = [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert (
+        starred
+        or first[: len(names)] == names
+        or (name, verb) == ("DenoisingGenerator", "compile")
+    )
 
 
 @slow_on_jax

@@ -73,6 +73,22 @@ def test_weights_count_without_targets(model, weights):
     assert model.checked == 4
 
 
+def test_arguments_by_their_place(model):
+    """As in Keras, whose `fit` has the weights in the tenth place."""
+    assert model.evaluate(X, None, 8, 0, WEIGHTS) == pytest.approx(WEIGHTED)
+    before = 8, 1, 0, None, 0.0
+    known = X, None, WEIGHTS
+    history = model.fit(X, None, *before, known, True, None, WEIGHTS).history
+    assert history["loss"][0] == pytest.approx(WEIGHTED)
+    assert model.checked == 3
+    for verb, places in (
+        (model.fit, (*before, None, True, {0: 1.0})),
+        (model.train_on_batch, (None, {0: 1.0})),
+    ):
+        with pytest.raises(ValueError, match="`class_weight`"):
+            verb(X, None, *places)
+
+
 @pytest.mark.parametrize("verb", ["fit", "evaluate", "train_on_batch"])
 @pytest.mark.parametrize(
     ("weights", "message"),
