@@ -46,6 +46,7 @@ PRIVATE_MODULES = (
 ATTRIBUTES = {
     "model": {
         "_compile_config",
+        "_compile_metrics",
         "_flatten_metrics_in_order",
         "_get_own_losses",
         "_inputs_struct",
