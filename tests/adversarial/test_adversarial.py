@@ -13,7 +13,7 @@ from adversarial_reference import (
     small_model,
 )
 from keras import layers, ops
-from kit import TENSORFLOW, replica_run
+from kit import TENSORFLOW, replica_run, slow_on_jax
 
 import blogkeras
 from blogkeras import FGM, GradientPenalty, backend, training
@@ -23,6 +23,7 @@ from blogkeras.adversarial.base import AdversarialMethod
 RNG = np.random.default_rng(1)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("trainable", [True, False])
 def test_fgm_follows_the_recomputed_trajectory(trainable):
     model = small_model()
@@ -42,6 +43,7 @@ def test_fgm_follows_the_recomputed_trajectory(trainable):
     np.testing.assert_allclose(W, reference.W, atol=1e-6)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("scope", ["batch", "sample"])
 def test_fgm_at_the_output_moves_positions(scope):
     model = small_model()
@@ -82,6 +84,7 @@ def test_clean_weight_mixes_losses_and_gradients():
         assert np.abs(c - a).max() > 1e-3
 
 
+@slow_on_jax
 @pytest.mark.parametrize("site", ["output", "matrix"])
 @pytest.mark.parametrize("form", ["squared", "norm"])
 def test_penalty_is_the_norm_of_the_gradient(site, form):
@@ -160,6 +163,7 @@ def test_gradient_of_the_penalty_by_finite_differences(site, form, head):
     np.testing.assert_allclose(found["exact"], found["numeric"], rtol=1e-5)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("form", ["squared", "norm"])
 def test_penalty_is_finite_where_the_gradient_is_zero(form):
     model = small_model()
@@ -180,6 +184,7 @@ def test_fgm_is_plain_where_the_gradient_is_zero():
     )
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "method",
     [FGM(0.0), FGM(0.0, site="output"), GradientPenalty(0.0)],
@@ -345,6 +350,7 @@ HALF = {
 }
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     ("policy", "name"),
     [
@@ -371,6 +377,7 @@ def test_half_precision_with_jit_and_accumulation_stays_finite(policy, name):
     assert all(np.isfinite(s).all() for s in toy.state(model))
 
 
+@slow_on_jax
 @pytest.mark.parametrize("site", ["matrix", "output"])
 def test_penalty_is_the_same_under_loss_scaling(site):
     """The inner gradient is the true one, not the scaled one."""
@@ -402,6 +409,7 @@ def test_a_direction_that_is_not_finite_is_none():
         np.testing.assert_allclose(token, [[0, 0], [0.6, 0.8]], rtol=1e-6)
 
 
+@slow_on_jax
 def test_an_overflow_means_no_attack():
     """A loss scale beyond float16: skipped update, finite report."""
     keras.config.set_dtype_policy("mixed_float16")

@@ -11,7 +11,7 @@ from adversarial_reference import (
     compiled,
 )
 from keras import layers, ops
-from kit import TENSORFLOW
+from kit import TENSORFLOW, slow_on_jax
 
 import blogkeras
 from blogkeras import FGM, GradientPenalty
@@ -86,6 +86,7 @@ def test_finds_tokens_not_positions_in_a_subclassed_model():
     assert np.isfinite(before).all()
 
 
+@slow_on_jax
 def test_finds_the_embedding_of_a_keras_hub_model():
     model = toy.keras_hub_classifier()
     if TENSORFLOW:  # JAX cannot trace its lengths ahead, and waits for `fit`

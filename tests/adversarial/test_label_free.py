@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
+from kit import slow_on_jax
 
 import blogkeras
 from blogkeras import (
@@ -119,6 +120,7 @@ def directions(model, method, x):
     return found["d"].astype("float64")
 
 
+@slow_on_jax
 def test_direction_is_the_top_eigenvector_of_the_hessian():
     """Three iterations find it where it stands out, ten for the rest, too."""
     assert np.median(cosines(1)) >= 0.8
@@ -126,6 +128,7 @@ def test_direction_is_the_top_eigenvector_of_the_hessian():
     assert cosines(10).min() >= 0.99
 
 
+@slow_on_jax
 def test_worst_direction_beats_random_ones():
     method = VirtualAdversarialTraining(xi=0.01, iters=3, norm_scope="sample")
     d = directions(linear(), method, X)
@@ -200,6 +203,7 @@ def test_unlabelled_rows(reduction, share):
     np.testing.assert_allclose(loss, share * labelled, rtol=1e-5)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("method", ["vat", "trades", "smart"])
 def test_unlabelled_rows_of_a_class_that_the_loss_ignores(method):
     weight = np.array([1.0, 0, 0, 1, 0, 0])
@@ -246,6 +250,7 @@ class Last(layers.Layer):
         return x[:, -1]
 
 
+@slow_on_jax
 def test_padding_takes_no_noise():
     """Masked positions: the divergence is that of the rest."""
     tokens = keras.Input((4,), dtype="int32")
@@ -296,6 +301,7 @@ def test_stability_is_the_divergence_under_noise():
     np.testing.assert_allclose(sampled, expected, rtol=0.05)
 
 
+@slow_on_jax
 def test_gradient_of_the_stability_penalty():
     """Central differences of the mean over draws with the same signs."""
     found = {}
@@ -322,6 +328,7 @@ def test_gradient_of_the_stability_penalty():
     np.testing.assert_allclose(found["exact"], found["numeric"], rtol=2e-3)
 
 
+@slow_on_jax
 def test_one_sigmoid_unit():
     """A single unit is the second of two classes: the same divergence."""
     w = np.array([1.0, -0.5, 0.3])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, jax_only, tensorflow_only
+from kit import TENSORFLOW, jax_only, slow_on_jax, tensorflow_only
 
 import blogkeras
 from blogkeras import (
@@ -60,6 +60,7 @@ def steps(method, dense):
     return [np.array(losses), *model.get_weights()]
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "method",
     [
@@ -143,6 +144,7 @@ def shared_by_two():
     return Shared()
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     ("make", "only_looked_up", "name"),
     [
@@ -195,6 +197,7 @@ def test_a_matrix_of_two_layers_moves_in_both():
     )
 
 
+@slow_on_jax
 def test_a_frozen_matrix_and_low_rank_adapters():
     for lora in (False, True):
         model = single()
@@ -214,6 +217,7 @@ def test_a_frozen_matrix_and_low_rank_adapters():
         assert site_of(model)._only_looked_up
 
 
+@slow_on_jax
 @pytest.mark.filterwarnings("ignore:Layer .* does not have a .quantize")
 def test_a_quantized_matrix_is_perturbed_at_its_output():
     model = single()

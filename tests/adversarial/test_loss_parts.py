@@ -77,6 +77,7 @@ def by_hand(share, rate=0.0, epochs=1):
     return clean, total
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     ("method", "share"),
     [
@@ -173,6 +174,7 @@ def test_the_clean_loss_is_that_of_the_model(method):
     assert set(method.parts) == PARTS & set(logs)
 
 
+@slow_on_jax
 def test_parts_of_r_drop():
     model, rows = classifier(0.5), (toy.TOKENS[:8], toy.LABELS[:8])
     adversarial_training(model, method=RDrop(4.0))
@@ -183,6 +185,7 @@ def test_parts_of_r_drop():
     assert logs["penalty"] > 1e-4
 
 
+@slow_on_jax
 def test_a_part_that_no_pass_computes_is_left_out():
     model = classifier()
     adversarial_training(model, method=FreeLB(0.5))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW
+from kit import TENSORFLOW, slow_on_jax
 
 import blogkeras
 from blogkeras import NoiseStability, VirtualAdversarialTraining
@@ -104,6 +104,7 @@ DIVERGENCES = {"labels": kl_labels, "label logits": kl_labels}
 DIVERGENCES["numbers"] = squares
 
 
+@slow_on_jax
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_divergence_of_what_the_output_is(kind):
     activation, loss, y, arguments = KINDS[kind]
@@ -214,6 +215,7 @@ def features(data):
     return data["features"] if isinstance(data, dict) else data
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "told_by", ["masking", "ignore_class", "attention_mask"]
 )
@@ -328,6 +330,7 @@ class Unmasked(layers.Layer):
         return x
 
 
+@slow_on_jax
 @pytest.mark.parametrize("told_by", ["mask_zero", "name", "attention"])
 def test_padding_of_one_sequence_is_not_that_of_another(told_by):
     """Source and target have one length and one embedding."""
@@ -382,6 +385,7 @@ def stability(kind, x, w):
     )
 
 
+@slow_on_jax
 @pytest.mark.parametrize("kind", ["labels", "numbers", "class logits"])
 def test_stability_of_what_the_output_is(kind):
     """The mean of the estimates; twice, since the noise has variance ε."""

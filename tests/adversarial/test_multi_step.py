@@ -6,6 +6,7 @@ import pytest
 import toy
 from adversarial_reference import LABELS, TOKENS, compiled, small_model
 from keras import layers, ops
+from kit import slow_on_jax
 
 import blogkeras
 from blogkeras import FGM, FGSM, PGD, FreeLB, GradientPenalty
@@ -226,6 +227,7 @@ ALL = sorted(blogkeras.adversarial.METHODS)
 SELDOM = ("fgm", "fgsm", "gradient_penalty", "pgd", "smart", "trades")
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "name",
     [
@@ -312,6 +314,7 @@ def test_tiny_gradients_have_a_direction(scope):
         np.testing.assert_array_equal(found, np.zeros((3, 4, 2)))
 
 
+@slow_on_jax
 @pytest.mark.parametrize("scope", ["batch", "token"])
 def test_tiny_gradients_of_looked_up_rows_and_of_the_matrix(scope):
     """A model that is sure of its labels, with gradients below 1e-22."""
@@ -337,6 +340,7 @@ def tiny(y, y_pred):
     return 1e-25 * ops.mean(y_pred, axis=(1, 2))
 
 
+@slow_on_jax
 def test_strings_are_shorthands():
     for name, cls in blogkeras.adversarial.METHODS.items():
         if name == "rdrop":  # wants dropout: test_smoothness.py

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, jax_only, tensorflow_only, value
+from kit import TENSORFLOW, jax_only, slow_on_jax, tensorflow_only, value
 
 import blogkeras
 from blogkeras import (
@@ -125,6 +125,7 @@ METHODS = [
 MARKS = {method: pytest.mark.verify for method in METHODS[1:]}
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "method",
     [pytest.param(m, marks=MARKS.get(m, ())) for m in METHODS],
@@ -296,6 +297,7 @@ def test_losses_by_hand(loss):
     )
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     ("loss", "activation", "units", "shape"),
     [

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW
+from kit import TENSORFLOW, slow_on_jax, slow_on_tensorflow
 
 import blogkeras
 from blogkeras import FGM, PGD, FreeLB, evaluate_robustness
@@ -84,6 +84,7 @@ def test_integers_are_perturbed_as_the_numbers_they_are_cast_to(
     assert result.unmoved == 0
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "name",
     [
@@ -229,6 +230,7 @@ def linear_in_tokens(kind):
     return model, x, np.linalg.norm(dense.get_weights()[0])
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "kind",
     [
@@ -362,6 +364,7 @@ def test_a_padding_mask_that_is_none(arguments, message):
         blogkeras.adversarial_training(model, padding_mask="keep")
 
 
+@slow_on_tensorflow
 def test_keras_hub_models_tell_padding():
     """However far a text is padded: the same norm, the same losses."""
     model = toy.keras_hub_classifier()
@@ -407,6 +410,7 @@ def test_one_norm_per_sample_over_all_that_it_embeds():
         )
 
 
+@slow_on_jax
 def test_all_floating_outputs_of_a_layer_are_perturbed():
     """An LSTM that returns its outputs, of which one is its state."""
     inputs = keras.Input((3, 2))

@@ -119,6 +119,7 @@ def recomputed(E, W, epsilon, steps):
     return np.mean(losses), np.mean(hits)
 
 
+@slow_on_jax
 @pytest.mark.parametrize(("attack", "steps"), [("fgm", 1), ("pgd", 4)])
 def test_tokens_against_numpy(attack, steps):
     model = token_model()
@@ -260,6 +261,7 @@ def rows(result):
     return np.array([list(row.values()) for row in result.rows])
 
 
+@slow_on_jax
 def test_batch_size_changes_nothing():
     model = toy.compiled(toy.Subclassed(), **CHEAPLY)
     model.fit(toy.TOKENS, toy.LABELS, verbose=0)

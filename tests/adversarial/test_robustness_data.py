@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, tensorflow_only
+from kit import TENSORFLOW, slow_on_jax, tensorflow_only
 
 import blogkeras
 from blogkeras import backend, evaluate_robustness
@@ -48,6 +48,7 @@ def endless():
         yield X[:4], Y[:4]
 
 
+@slow_on_jax
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")  # Keras's
 @pytest.mark.parametrize(
     "data",
@@ -198,6 +199,7 @@ def test_a_loss_that_layers_add():
     np.testing.assert_allclose(result.column("loss"), expected, rtol=1e-4)
 
 
+@slow_on_jax
 def test_a_policy_of_float64():
     try:
         keras.backend.set_floatx("float64" if TENSORFLOW else "float32")

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from kit import TENSORFLOW, tensorflow_only
+from kit import TENSORFLOW, slow_on_jax, tensorflow_only
 
 import blogkeras
 from blogkeras import GradientPenalty, NoiseStability, backend, training
@@ -94,6 +94,7 @@ def derivatives(model, method):
     return float(found["exact"]), float(found["numeric"])
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "name",
     [

@@ -11,7 +11,7 @@ import toy
 import train_steps
 from catalogue import LAYERS, LOSSES, METRICS
 from keras import ops
-from kit import close_in_ulps
+from kit import close_in_ulps, slow_on_tensorflow
 
 import blogkeras
 from blogkeras import backend
@@ -195,6 +195,7 @@ def test_layer(cls, kwargs, inputs, tmp_path):
     check_layer(cls, kwargs, inputs, tmp_path)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(("cls", "kwargs", "inputs"), LAYERS, ids=identify)
 def test_frozen_stays_frozen(cls, kwargs, inputs, tmp_path):
     """By its constructor, as a copy and as a file is made, and afterwards."""

@@ -155,6 +155,7 @@ def probed_log_density(input_shape, units, head=None):
 
 
 # A `CodePrior` has no layer that differs in training.
+@slow_on_jax
 @pytest.mark.parametrize("name", sorted({*train_steps.MODELS} - {"CodePrior"}))
 def test_parts_are_told_whether_they_train(name, monkeypatch):
     """On JAX Keras's trainer runs `call` itself, and so tells nobody else."""

@@ -8,11 +8,13 @@ import golden
 import keras
 import numpy as np
 import pytest
+from kit import slow_on_jax
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 VERSIONS = sorted(path.name for path in DATA.iterdir())
 
 
+@slow_on_jax
 @pytest.mark.parametrize("version", VERSIONS)
 def test_models_layers_and_the_index(version):
     folder = DATA / version

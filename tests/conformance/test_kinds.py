@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import toy
 from keras import ops
-from kit import close_in_ulps, value
+from kit import close_in_ulps, slow_on_jax, value
 
 import blogkeras
 from blogkeras import backend
@@ -49,6 +49,7 @@ def revived(instance):
     return again
 
 
+@slow_on_jax
 @rows("KERNELS")
 def test_kernel(cls, kwargs):
     """Revived equal; symmetric, positive; alike compiled and in float16."""
@@ -79,6 +80,7 @@ def test_kernel(cls, kwargs):
     assert np.isfinite(float(blogkeras.hsic(x, x, kernel_x=kernel)))
 
 
+@slow_on_jax
 @rows("METHODS")
 def test_method(cls, kwargs):
     """Arguments, pickle and copy; one compiled step; strength 0 is `fit`."""

@@ -18,6 +18,7 @@ from kit import (
     jax_only,
     lower_train_step,
     replicated,
+    slow_on_tensorflow,
     value,
 )
 from matrix import STEPS
@@ -157,6 +158,7 @@ def test_nvae_under_xla():
     matrix.saw("NVAE", f"XLA, {BACKEND}")
 
 
+@slow_on_tensorflow
 @pytest.mark.filterwarnings("ignore:Using .* cross-replica")
 @every_step(*(name for name in STEPS if name not in DEVICES))
 def test_two_devices_train_as_one(step):

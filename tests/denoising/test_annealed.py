@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, slow_on_jax
+from kit import TENSORFLOW, slow_on_jax, slow_on_tensorflow
 
 from blogkeras.denoising import (
     AnnealedScoreMatching,
@@ -103,6 +103,7 @@ def test_the_loss_of_a_wrong_answer(conditional):
     assert abs(loss - expected) < 0.03
 
 
+@slow_on_tensorflow
 def test_temperature_of_the_energy():
     """Of N(0, s²), s = 0.3, the gradient lies between those of the σ's.
 
@@ -259,6 +260,7 @@ def test_pictures():
     assert model.anomaly_score(x).shape == (4,)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("conditional", [False, True])
 def test_resumed_is_uninterrupted(conditional, tmp_path):
     def fit(model, **kwargs):

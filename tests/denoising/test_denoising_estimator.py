@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, slow_on_jax, value
+from kit import TENSORFLOW, slow_on_jax, slow_on_tensorflow, value
 
 from blogkeras import backend
 from blogkeras.denoising import (
@@ -193,6 +193,7 @@ def test_the_control_variate_makes_the_loss_less_noisy():
     assert noise[1] < 0.2 * noise[0]
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("control_variate", [False, True])
 def test_a_gaussian_is_learnt(control_variate):
     x = RNG.normal(0, 1.5, (4096, 2)).astype("float32")
@@ -208,6 +209,7 @@ def test_a_gaussian_is_learnt(control_variate):
     assert abs(precision * (x.var() + 0.25) - 1) < 0.05
 
 
+@slow_on_tensorflow
 def test_the_autoencoder_learns_the_closed_form_denoiser():
     """r(y) = C (C + σ²)⁻¹ y for N(0, C), found by Adam; the score likewise."""
     toy.reset()
@@ -324,6 +326,7 @@ def test_moments_of_the_data():
     )
 
 
+@slow_on_tensorflow
 def test_annealing():
     """From the data's scale to σ, geometrically, in half of the steps."""
     model = compiled(small(0.1, annealing_steps=10))
@@ -679,6 +682,7 @@ def test_max_pooling_is_refused(pool):
     DenoisingDensityEstimator(network, 0.1, allow_piecewise=True)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     "piecewise",
     [
@@ -791,6 +795,7 @@ def test_channels_are_last_whatever_keras_is_told():
     np.testing.assert_array_equal(value(one(x)), value(other(x)))
 
 
+@slow_on_tensorflow
 def test_whatever_the_float_type_of_keras(request):
     """Rows and noise are float32; NumPy's and JAX's other types do not meet."""
     request.addfinalizer(lambda: keras.config.set_floatx("float32"))

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, tensorflow_only, value
+from kit import TENSORFLOW, slow_on_jax, tensorflow_only, value
 
 from blogkeras.denoising import (
     AnnealedScoreMatching,
@@ -42,6 +42,7 @@ def test_batch_normalization_sees_noisy_rows_once():
     )
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "name", ["estimator", "variate", "autoencoder", "annealed", "generator"]
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, value
+from kit import TENSORFLOW, slow_on_jax, slow_on_tensorflow, value
 
 from blogkeras import backend
 from blogkeras.denoising import (
@@ -147,6 +147,7 @@ def test_the_density_of_the_data_stays_to_the_bit():
     )
 
 
+@slow_on_tensorflow
 def test_a_gaussian_is_learnt_by_a_linear_generator():
     """Mean and covariance of the data within 5 %; p̂ given in closed form."""
     toy.reset()
@@ -273,6 +274,7 @@ def test_sigma_is_that_of_the_density():
     assert DenoisingGenerator.from_config(model.get_config()).sigma == 0.5
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("given", [True, False])
 def test_resumed_is_uninterrupted(given, tmp_path):
     def fit(model, **kwargs):
@@ -293,6 +295,7 @@ def test_resumed_is_uninterrupted(given, tmp_path):
     assert not loaded.data_density.trainable
 
 
+@slow_on_jax
 def test_the_optimizer_of_the_frozen_density_is_saved(tmp_path):
     """Without Keras's warning, which would be an error here."""
     toy.reset()

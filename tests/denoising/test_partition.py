@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from kit import slow_on_tensorflow
 
 from blogkeras.denoising import (
     DenoisingDensityEstimator,
@@ -79,6 +80,7 @@ def check_annealed(case, dim, chains, steps, tolerance=0.05):
     return result
 
 
+@slow_on_tensorflow
 def test_annealed_on_a_gaussian():
     check_annealed(gaussian, 2, 256, 100, 0.1)
 
@@ -92,6 +94,7 @@ def test_annealed_on_given_energies(case, dim):
     check_annealed(case, dim, 1024, 3000)
 
 
+@slow_on_tensorflow
 def test_few_steps_backwards_are_unbiased():
     """The mean of 1 / weight is 1 / Z for any number of steps, if in order.
 

@@ -7,6 +7,7 @@ blurred histogram, not from this code.
 import keras
 import numpy as np
 import pytest
+from kit import slow_on_tensorflow
 
 from blogkeras.denoising import (
     DenoisingDensityEstimator,
@@ -66,6 +67,7 @@ def measure(model, name, sigma, points, num_points=601):
     return loss.mean() - floor, loss.std() / points**0.5, likelihood
 
 
+@slow_on_tensorflow
 def test_eight_gaussians_in_short():
     """At σ = ½ the modes touch, and few steps are enough."""
     model = train("eight_gaussians", 0.5, 0, 2000, (32, 32), 256)

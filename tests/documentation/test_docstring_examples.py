@@ -30,6 +30,7 @@ SLOW = {
     "VQVAE",
     "WordRotatorDistance",
     "block_hsic",
+    "compare_depths",
     "fourier_hsic",
 }
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

@@ -15,6 +15,7 @@ import types
 import keras
 import numpy as np
 import pytest
+from kit import slow_on_tensorflow
 
 EXAMPLES = pathlib.Path(__file__).parent.parent.parent / "examples"
 # A reader waits for a figure; a test does not.
@@ -37,8 +38,19 @@ SHORT = {
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 # XLA takes half a minute or more to compile these for a CPU.
 SLOW_ON_JAX = ("basic_denoising_density.py", "basic_electra.py")
-# Two models and six depths, each of which is compiled.
-SLOW = ("basic_residual_quantizer.py",)
+# TensorFlow traces these for longer than JAX compiles them.
+SLOW_ON_TENSORFLOW = (
+    "basic_codebooks.py",
+    "basic_compare_depths.py",
+    "basic_finite_scalar_quantizer.py",
+    "basic_robust_pictures.py",
+    "basic_theseus.py",
+    "basic_vector_quantizer.py",
+    "basic_virtual_adversarial_training.py",
+)
+# Both backends compile these for a minute or more.
+SLOW = ("basic_residual_quantizer.py", "basic_nvae.py")
+SLOW += SLOW_ON_TENSORFLOW if ON_TENSORFLOW else SLOW_ON_JAX
 
 
 # A codebook of moving averages alone has nothing that an optimizer trains.
@@ -50,9 +62,7 @@ SLOW = ("basic_residual_quantizer.py",)
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.verify)
-        if name in SLOW or (name in SLOW_ON_JAX and not ON_TENSORFLOW)
-        else name
+        pytest.param(name, marks=pytest.mark.verify) if name in SLOW else name
         for name in sorted(path.name for path in EXAMPLES.glob("basic_*.py"))
     ],
 )
@@ -68,6 +78,7 @@ def test_basic_example(name, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().out.strip()
 
 
+@slow_on_tensorflow
 def test_the_known_answers_are_found(monkeypatch):
     """By the structure of the data: what depends on what."""
     monkeypatch.syspath_prepend(str(EXAMPLES))

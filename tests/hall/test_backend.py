@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import value
+from kit import slow_on_jax, slow_on_tensorflow, value
 
 from blogkeras import backend
 from blogkeras.state import StepSeed
@@ -182,6 +182,7 @@ def trained(by_hand, sign, jit=True, policy="float32"):
 no_gradient = pytest.mark.filterwarnings("ignore:Gradients do not exist")
 
 
+@slow_on_tensorflow
 @no_gradient
 @pytest.mark.parametrize("sign", [1, -1])
 def test_cond_equals_the_chosen_branch(sign):
@@ -193,6 +194,7 @@ def test_cond_equals_the_chosen_branch(sign):
     np.testing.assert_allclose(our_losses, losses, rtol=1e-6)
 
 
+@slow_on_jax
 @no_gradient
 def test_cond_without_jit_and_in_half_precision():
     expected, losses = trained(True, 1, jit=False)
@@ -423,6 +425,7 @@ def test_dropout_is_that_of_keras(noise_shape):
     assert (value(backend.dropout(x, 1.0, noise_shape, ours)) == 0).all()
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [

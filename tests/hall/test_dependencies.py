@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from kit import slow_on_jax
 
 PACKAGE = pathlib.Path(__file__).parent.parent.parent / "blogkeras"
 # Each part of the hall, with what it may import.
@@ -58,6 +59,7 @@ def rooms(path):
             yield parts[1]
 
 
+@slow_on_jax
 @pytest.mark.parametrize(("room", "path"), list(modules()), ids=str)
 def test_dependency_rule(room, path):
     names = [name.split(".")[0] for name, _ in imports(path)]

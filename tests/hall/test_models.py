@@ -6,7 +6,7 @@ import pytest
 import toy
 import train_steps
 from keras import layers, ops
-from kit import jax_only
+from kit import jax_only, slow_on_tensorflow
 
 from blogkeras import backend, models
 
@@ -64,6 +64,7 @@ def test_fit_twice_with_averages_of_weights(name, tmp_path):
     model.save(tmp_path / "model.keras")
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_a_part_that_was_trained_with_averages_of_weights(frozen, tmp_path):
     x, y = toy.DENSE, toy.TARGETS

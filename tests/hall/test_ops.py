@@ -4,7 +4,13 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import assert_full_precision, jax_only, tensorflow_only, value
+from kit import (
+    assert_full_precision,
+    jax_only,
+    slow_on_jax,
+    tensorflow_only,
+    value,
+)
 
 from blogkeras import backend
 from blogkeras import ops as shared
@@ -159,6 +165,7 @@ def test_second_gradient_of_squared_distances():
     np.testing.assert_allclose(found, expected.sum(), rtol=1e-4)
 
 
+@slow_on_jax
 def test_squared_distances_broadcast_leading_axes():
     x, y = RNG.normal(size=(1, 5, 12)), RNG.normal(size=(3, 4, 12))
     for some in (x, x[0]):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import TENSORFLOW, replicated, value
+from kit import TENSORFLOW, replicated, slow_on_tensorflow, value
 
 from blogkeras.optimizers import SkipNonFinite, copied_optimizer
 
@@ -43,6 +43,7 @@ def fit(network, x, y=Y, epochs=1):
     network.fit(x, y, batch_size=16, epochs=epochs, shuffle=False, verbose=0)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("name", optimizers())
 def test_a_step_with_nan_is_as_if_it_had_not_been(name):
     make = optimizers()[name]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import replica_run, replicated
+from kit import replica_run, replicated, slow_on_tensorflow
 
 from blogkeras import backend, training
 from blogkeras.optimizers import SkipNonFinite
@@ -175,6 +175,7 @@ def built(model):
     return model
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     ("make", "compile"),
     [
@@ -245,6 +246,7 @@ def wasteful(objective, weights):
     return objective.value_and_grad(objective, weights)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize("eagerly", [False, True])
 def test_only_the_committed_evaluation_leaves_a_trace(eagerly):
     """BatchNormalization, metrics and seeds advance once, losses add once."""
@@ -254,6 +256,7 @@ def test_only_the_committed_evaluation_leaves_a_trace(eagerly):
     )
 
 
+@slow_on_tensorflow
 def test_evaluations_share_the_dropout_mask():
     def hook(objective, weights):
         first, _ = objective(weights)
@@ -488,6 +491,7 @@ def test_no_retracing():
     assert 1 <= len(traces) <= 2
 
 
+@slow_on_tensorflow
 def test_copies_are_plain(tmp_path):
     model = eager(toy.classifier())
     training.install(model, plain)

@@ -23,7 +23,7 @@ from hsic_reference import (
     value,
 )
 from keras import ops
-from kit import JAX
+from kit import JAX, slow_on_jax
 
 from blogkeras import backend
 from blogkeras.hsic import (
@@ -318,6 +318,7 @@ def test_mask_leaves_samples_out(estimator, kernel):
     )
 
 
+@slow_on_jax
 def test_weights_are_a_measure():
     """Weight 2 is two copies; a common factor does not matter."""
     weights = RNG.integers(0, 4, 40)
@@ -389,6 +390,7 @@ def test_values_of_many_sizes_stay_different():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+@slow_on_jax
 def test_any_batch_shape():
     x = RNG.normal(size=(2, 3, 9, 2)).astype("f4")
     y = (x**2)[..., :1]
@@ -506,6 +508,7 @@ def test_gradient(estimator):
     np.testing.assert_allclose(found, expected, rtol=2e-3, atol=1e-6)
 
 
+@slow_on_jax
 def test_gradients_of_equal_samples_are_finite():
     x = np.repeat(X[:4], 3, axis=0)
     for kernel in (None, LaplacianKernel(), CosineKernel(), LINEAR):
@@ -604,6 +607,7 @@ def test_block_hsic():
         block_hsic(np.eye(40), Y, square, block_size=10)
 
 
+@slow_on_jax
 def test_fourier_hsic(monkeypatch):
     """Both forms of the Gaussian; the error falls as 1/√features."""
     for form in ("blog", "standard"):

@@ -103,6 +103,7 @@ def test_each_layer_is_trained_by_itself():
     )
 
 
+@slow_on_jax
 def test_one_forward_pass_and_nothing_twice():
     class Counted(layers.Dense):
         calls = 0
@@ -172,6 +173,7 @@ def test_units_are_matched_to_classes():
     )
 
 
+@slow_on_jax
 @pytest.mark.parametrize("readout", ["unformatted", "format"])
 def test_learns(readout):
     normalized = [
@@ -251,6 +253,7 @@ def test_layers_keep_their_regularizers_and_precision():
     assert losses[0] - losses[1] == pytest.approx(penalty, abs=0.2 * penalty)
 
 
+@slow_on_jax
 def test_masks_reach_all_layers():
     """Tokens are integers; 0 is padding."""
     rng = np.random.default_rng(0)

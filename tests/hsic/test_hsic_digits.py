@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hsic_reference import definition, median, value
 from keras import ops
+from kit import slow_on_jax
 
 from blogkeras import backend
 from blogkeras.hsic import (
@@ -143,6 +144,7 @@ FUNCTIONS = {
 }
 
 
+@slow_on_jax
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_origin_does_not_matter_to(name):
     fn = FUNCTIONS[name]

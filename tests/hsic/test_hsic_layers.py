@@ -17,7 +17,7 @@ from hsic_reference import (
     value,
 )
 from keras import layers, ops
-from kit import replicated, tensorflow_only
+from kit import replicated, slow_on_jax, slow_on_tensorflow, tensorflow_only
 
 from blogkeras import backend
 from blogkeras.hsic import (
@@ -65,6 +65,7 @@ def test_loss_is_hsic(estimator):
     assert float(found) == pytest.approx(float(value(same)), rel=1e-6)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_unbiased_of_few_rows(rows):
     """0, as for pairs of weight 0, and a gradient of 0; no error in `fit`."""
@@ -222,6 +223,7 @@ def test_regularization_in_mixed_precision(dtype):
     assert keras.backend.standardize_dtype(out.dtype) == "int32"
 
 
+@slow_on_tensorflow
 def test_regularization_makes_independent():
     """y is part of the target: without the term the features show it."""
     target, nuisance = X[:, :1] + X[:, 2:], X[:, 2:]
