@@ -62,7 +62,8 @@ class Distillation(CompositeModel):
 
     Without labels (`fit(x)`) the divergence alone is learned: α T² D. Keras
     ignores sample weights of arrays without labels, so they are refused there;
-    with α = 1 labels of any value will do.
+    with α = 1 labels of any value will do. The metrics given to `compile`
+    compare with labels, and are in the logs of labelled data alone.
     `evaluate` gives the plain loss; without labels, all that `fit(x)` learns,
     hidden states included.
 
