@@ -101,6 +101,13 @@ class TransportClassifier:
                 "Expected `labels` to be integers or strings along one axis. "
                 f"Received: shape {labels.shape}, dtype {labels.dtype}"
             )
+        try:
+            classes, numbers = np.unique(labels, return_inverse=True)
+        except TypeError as error:
+            raise ValueError(
+                "Expected `labels` of one type, none of them missing. "
+                f"Received: {error}"
+            ) from error
         self.index = TransportIndex(
             documents, self.vectors, self.cost, self.weights, self.verbose
         )
@@ -109,14 +116,7 @@ class TransportClassifier:
                 "Expected one label for each document. Received: "
                 f"{len(labels)} labels for {len(self.index)} documents"
             )
-        try:
-            found = np.unique(labels, return_inverse=True)
-        except TypeError as error:
-            raise ValueError(
-                "Expected `labels` of one type, none of them missing. "
-                f"Received: {error}"
-            ) from error
-        self.classes_, self._classes = found
+        self.classes_, self._classes = classes, numbers
         return self
 
     def predict_proba(self, documents: Sequence[Any]) -> np.ndarray:
