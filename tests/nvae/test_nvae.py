@@ -148,6 +148,7 @@ def eager(trained):
     trained._programs.clear()
 
 
+@slow_on_jax
 def test_training_moves_everything(trained):
     fresh = make(kl_warmup_steps=0, spectral_start=None)
     same = [
@@ -422,6 +423,7 @@ def test_samples(trained):
     assert set(np.unique(binary)) == {0.0, 1.0}
 
 
+@slow_on_jax
 def test_codes_and_back(eager):
     codes = eager.encode(X, batch_size=8)
     shapes = eager.config.latent_shapes

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 from keras import ops
-from kit import tensorflow_only, value
+from kit import slow_on_jax, tensorflow_only, value
 
 from blogkeras import backend
 from blogkeras.nvae import objective
@@ -335,6 +335,7 @@ def test_a_reduction_takes_the_corners_in_the_published_order():
     check_layer(layer, x, halved(layer, x))
 
 
+@slow_on_jax
 @pytest.mark.parametrize("down", [False, True])
 def test_a_residual_cell(down):
     cell, x = disturbed(ResidualCell(down=down), (3, 4, 6, 4))
@@ -370,6 +371,7 @@ def test_channels_are_last_whatever_keras_is_told(options):
         keras.config.set_image_data_format("channels_last")
 
 
+@slow_on_jax
 def test_a_cell_doubles_as_if_it_doubled_first():
     """Published: rows and columns are repeated before everything else."""
     keras.utils.set_random_seed(0)
@@ -393,6 +395,7 @@ def test_a_cell_doubles_as_if_it_doubled_first():
         )
 
 
+@slow_on_jax
 @pytest.mark.parametrize("channels", [16, 5])
 def test_batch_norm_is_kerass(channels):
     """Values, gradients, state and its use; two ways by channels on a CPU."""
@@ -582,6 +585,7 @@ def frequencies(distribution, draws, temperature=1.0, seed=1):
     return np.bincount(index, minlength=len(grid)), np.exp(log_prob)
 
 
+@slow_on_jax
 @pytest.mark.parametrize(("bits", "channels"), [(5, 1), (2, 3)])
 def test_samples_of_the_mixture_follow_it(bits, channels):
     draws = 20_000

@@ -133,6 +133,7 @@ def numpy_losses(model, out, ids):
     return generator, right, cross_entropy[ids != 0].mean(), q, label
 
 
+@slow_on_jax
 @pytest.mark.parametrize("sharing", TWO_SHARING)
 def test_losses_equal_an_independent_computation(sharing):
     ids = tokens()
@@ -180,6 +181,7 @@ def test_losses_equal_an_independent_computation(sharing):
     assert logs["sampled_accuracy"] == pytest.approx(same.mean())
 
 
+@slow_on_jax
 def test_what_a_step_sees():
     ids = tokens(200)
     model = electra()
@@ -303,6 +305,7 @@ def drawn(model, ids):
     return out["sampled_ids"][out["mask_weights"] > 0]
 
 
+@slow_on_jax
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_draws_follow_the_logits(temperature):
     model = electra(generator=favourite, temperature=temperature)
@@ -374,6 +377,7 @@ def test_the_table_learns_from_both_if_shared():
     assert id(table) in moved(model, tokens())
 
 
+@slow_on_jax
 def test_disentangled():
     model = electra("disentangled", generator_weight=0.0)
     table = model.generator.get_layer("table").embeddings
@@ -414,6 +418,7 @@ class Stateful(layers.Layer):
         return self.dropout(h, training=training)
 
 
+@slow_on_jax
 def test_state_and_losses_inside_the_discriminator_count():
     def stateful(name):
         ids = keras.Input((LENGTH,), dtype="int32", name="token_ids")
@@ -449,6 +454,7 @@ def test_state_and_losses_inside_the_discriminator_count():
 # Saving and resuming.
 
 
+@slow_on_jax
 @pytest.mark.parametrize("sharing", ONE_SHARING)
 def test_saved_and_resumed_to_the_bit(sharing, tmp_path):
     ids = tokens(2 * ROWS)
@@ -493,6 +499,7 @@ def test_the_networks_are_plain_models(tmp_path):
     np.testing.assert_allclose(p, special.expit(value(h)), rtol=1e-5)
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     "generator",
     [

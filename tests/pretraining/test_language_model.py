@@ -100,6 +100,7 @@ def with_segments():
     return keras.Model(inputs, h)
 
 
+@slow_on_jax
 def test_losses_equal_an_independent_computation():
     model = MaskedLanguageModel(
         with_segments(), MASK, [CLS, SEP], "sentence_order", pairs_weight=2.0

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from kit import JAX, value
+from kit import JAX, slow_on_jax, value
 from scipy import stats
 
 from blogkeras import TokenMasking, backend
@@ -140,6 +140,7 @@ def test_groups_are_whole_and_fill_the_room(unit):
             assert min(left, default=99) > limit - chosen.sum()
 
 
+@slow_on_jax
 @pytest.mark.parametrize(
     ("unit", "expected"),
     [
@@ -189,6 +190,7 @@ def test_almost_every_token_of_a_long_sequence():
     np.testing.assert_array_equal(value(outputs["mask_weights"]), 1.0)
 
 
+@slow_on_jax
 def test_draws_are_numbered_and_evaluation_repeats():
     ids, _ = batch(8)
     one, two = masking(), masking()

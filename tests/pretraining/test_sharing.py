@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import JAX, TENSORFLOW, slow_on_tensorflow, value
+from kit import JAX, TENSORFLOW, slow_on_jax, slow_on_tensorflow, value
 
 import blogkeras
 
@@ -52,6 +52,7 @@ def difference(one, other):
     )
 
 
+@slow_on_jax
 def test_unsharing_is_exact_and_gives_weights_of_their_own():
     albert = transformer(shared=True)
     for norm in albert.get_layer("block_0_norm").weights:
@@ -213,6 +214,7 @@ def _norms(model):
     return [n.outputs[0] for n in norm._inbound_nodes if n.outputs]
 
 
+@slow_on_jax
 def test_saved_and_trained(tmp_path):
     bert = transformer()
     shared = blogkeras.share_layers(bert, boundaries=boundaries(bert))
@@ -782,6 +784,7 @@ def test_bert4keras():
     np.testing.assert_array_equal(value(again(inputs)), expected)
 
 
+@slow_on_jax
 def test_kerashub():
     keras_hub = pytest.importorskip("keras_hub")
     albert = keras_hub.models.AlbertBackbone(

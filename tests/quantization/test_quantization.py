@@ -46,6 +46,7 @@ def run(layer, z, embeddings=None, **kwargs):
 # Quantizing, gradients.
 
 
+@slow_on_jax
 def test_the_output_is_the_code_and_the_loss_is_the_formula():
     layer = quantizer(codebook_cost=0.7, commitment_cost=0.3)
     quantized, codes, loss = numpy(run(layer, Z))
@@ -87,6 +88,7 @@ def test_each_term_of_the_loss_moves_one_side_only():
     assert np.abs(dz).max() > 1e-3
 
 
+@slow_on_jax
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 def test_gradients_of_the_loss_by_finite_differences(metric):
     def norm(x):
@@ -246,6 +248,7 @@ def test_an_averaged_cosine_codebook_is_of_unit_vectors():
 # Masks and bad values.
 
 
+@slow_on_jax
 @pytest.mark.parametrize("decay", [None, 0.9])
 def test_masked_vectors_have_no_say(decay):
     mask = np.ones(Z.shape[:-1], bool)
@@ -292,6 +295,7 @@ def test_nan_under_the_mask_has_no_gradient(metric):
         layer(Z, mask=mask[..., None])
 
 
+@slow_on_jax
 def test_a_mask_of_sequences_arrives_by_itself():
     tokens = np.array([[1, 2, 0, 0], [3, 0, 0, 0]])
     layer = VectorQuantizer(CODES, ema_decay=0.9)
@@ -373,6 +377,7 @@ def test_restarts_prevent_the_collapse():
     assert shares[0.1] >= 0.9
 
 
+@slow_on_jax
 @pytest.mark.parametrize("decay", [None, 0.99])
 def test_adapt_is_k_means(decay):
     rng = np.random.default_rng(3)
@@ -425,6 +430,7 @@ def test_adapt_to_fewer_vectors_than_codes_says_so():
 # Counts.
 
 
+@slow_on_jax
 def test_counts_and_their_measures():
     layer = quantizer()
     k = nearest_rows(Z, E)

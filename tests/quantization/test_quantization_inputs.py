@@ -5,7 +5,7 @@ import kit
 import numpy as np
 import pytest
 from keras import layers, ops
-from kit import slow_on_tensorflow
+from kit import slow_on_jax, slow_on_tensorflow
 
 from blogkeras import loops
 from blogkeras.quantization import (
@@ -103,6 +103,7 @@ def test_a_dataset_of_inputs_and_labels():
     assert np.isfinite(losses).all()
 
 
+@slow_on_tensorflow
 def test_targets_that_keras_reshapes():
     gray = X[..., 0]
     encoder = keras.Sequential([keras.Input((4, 4)), layers.Dense(DIM)])
@@ -175,6 +176,7 @@ def test_sizes_that_the_strides_do_not_divide():
             function((32, 32, 3), dim=4.5)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("name", ["sonnet", "blog", "prior"])
 def test_channels_are_last_whatever_keras_is_told(name):
     def outputs():
@@ -199,6 +201,7 @@ def test_channels_are_last_whatever_keras_is_told(name):
 # Shapes of inputs.
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     "x",
     [X[0], X[:, :2], X[..., :1], X[0, 0, 0], X[None], X[..., 0]],
@@ -364,6 +367,7 @@ def test_programs_of_k_means_are_bounded():
     assert len(kmeans._PROGRAMS) == kmeans._PROGRAMS.size
 
 
+@slow_on_jax
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_half_precision(policy):
     keras.config.set_dtype_policy(policy)
@@ -479,6 +483,7 @@ def test_a_mask_of_another_shape_is_refused():
             layer._without_masked(z, np.ones(shape))
 
 
+@slow_on_jax
 def test_cosine_takes_vectors_of_any_length():
     """The squares of these leave the range of float32."""
     layer = VectorQuantizer(2, metric="cosine")

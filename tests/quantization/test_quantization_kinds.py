@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers, ops
-from kit import nearest_rows
+from kit import nearest_rows, slow_on_jax
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -101,6 +101,7 @@ def test_zero_is_quantized_to_zero_by_tanh():
 # Residuals.
 
 
+@slow_on_jax
 def test_residual_codes_add_up():
     layer = ResidualVectorQuantizer(3, CODES)
     layer.build(Z.shape)

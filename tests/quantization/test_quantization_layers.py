@@ -178,6 +178,7 @@ def test_reconstructions_see_the_mask():
         )
 
 
+@slow_on_jax
 @every()
 def test_codes_carry_the_mask(kind):
     def mask_of(x):
@@ -496,6 +497,7 @@ def test_labels_may_be_a_column(architecture):
     model.fit([MAPS, labels[:, None]], verbose=0)
 
 
+@slow_on_tensorflow
 def test_the_target_is_the_codes():
     model = prior()
     model.compile(

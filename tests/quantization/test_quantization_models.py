@@ -264,6 +264,7 @@ def both(test):
     return pytest.mark.parametrize("kind", ["attention", "convolution"])(test)
 
 
+@slow_on_jax
 @both
 def test_a_code_depends_on_codes_before_it_alone(kind):
     model = prior(kind)
@@ -379,6 +380,7 @@ def test_sampling_compiles_once_and_follows_the_weights():
     assert len(traces) == count > 0
 
 
+@slow_on_jax
 def test_samples_have_the_models_probabilities():
     model = prior("attention")
     num = 4000

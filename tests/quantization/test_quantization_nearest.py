@@ -5,6 +5,7 @@ import kit
 import numpy as np
 import pytest
 from keras import ops
+from kit import slow_on_jax
 
 from blogkeras import backend
 from blogkeras.quantization import (
@@ -98,6 +99,7 @@ def test_any_scale(scale):
     np.testing.assert_array_equal(kit.value(codes), np.arange(DIM))
 
 
+@slow_on_jax
 def test_vectors_that_are_not_finite_get_a_code():
     z = Z[:9].astype("float32")
     z[0, 0], z[3, 2], z[5] = np.nan, np.inf, -np.inf

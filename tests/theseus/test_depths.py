@@ -111,6 +111,7 @@ def test_a_depth_starts_from_what_was_given():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@slow_on_tensorflow
 def test_methods_of_ones_own_and_other_successors():
     asked = []
 

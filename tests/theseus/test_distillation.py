@@ -13,6 +13,7 @@ from kit import (
     jax_only,
     lower_train_step,
     replicated,
+    slow_on_jax,
     slow_on_tensorflow,
     value,
 )
@@ -328,6 +329,7 @@ def test_contradictions_and_losses_that_do_not_tell():
     np.testing.assert_allclose(found, np.sum(p * np.log(p / q)), rtol=1e-5)
 
 
+@slow_on_jax
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
 def test_several_outputs(tmp_path):
     """Σ w ((1 - α) loss + α T² D), by NumPy; saved and loaded."""

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import replicated, slow_on_tensorflow, value
+from kit import replicated, slow_on_jax, slow_on_tensorflow, value
 
 from blogkeras import training
 from blogkeras.theseus import Distillation, bert_of_theseus
@@ -142,6 +142,7 @@ def test_each_kind_by_its_formula(kind):
     assert float(value(found)) == pytest.approx(expected, rel=2e-5)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_padding_stays_out_of_relations_in_half_precision(policy):
     keras.config.set_dtype_policy(policy)
@@ -215,6 +216,7 @@ def test_without_labels_evaluation_is_what_is_learned(weight):
     assert history["loss"] != pytest.approx([expected], rel=1e-2)
 
 
+@slow_on_jax
 def test_each_model_runs_once_in_a_step():
     teacher, student = make(4, "t", seed=1), make(4, "s", seed=2)
     model = Distillation(teacher, student, hidden=[("t0", "s0")])
@@ -236,6 +238,7 @@ def test_each_model_runs_once_in_a_step():
     assert len(calls) == 2
 
 
+@slow_on_tensorflow
 def test_a_student_learns_what_is_inside(tmp_path):
     teacher = make(6, "t", 4, seed=1)
     student = body(make(4, "s", 2, seed=2), "s1")
@@ -470,6 +473,7 @@ def test_names_that_keras_makes_anew_when_it_loads(tmp_path):
     assert model.train_on_batch(x) == pytest.approx(expected, rel=1e-5)
 
 
+@slow_on_jax
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 @pytest.mark.parametrize("size", [(8, 8), (2, 3), (4, 4, 4)])
 def test_weights_of_hidden_states_of_images(size, kind):

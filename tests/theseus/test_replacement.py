@@ -315,6 +315,7 @@ def test_gradients_reach_the_chosen_modules_only(rates):
             np.testing.assert_allclose(ours[place], slope, rtol=1e-3, atol=1e-6)
 
 
+@slow_on_tensorflow
 @no_gradient
 @pytest.mark.parametrize(
     "mode", ["batch", pytest.param("mixing", marks=pytest.mark.verify)]
@@ -352,6 +353,7 @@ def test_compile_freezes_again():
     assert not any(w.trainable for m in parts for w in m.weights)
 
 
+@slow_on_tensorflow
 @pytest.mark.filterwarnings("ignore:Using .* cross-replica")
 @no_gradient
 @pytest.mark.parametrize(
@@ -390,6 +392,7 @@ def test_dropout_normalization_and_losses_in_a_branch(kind):
     np.testing.assert_allclose(loss, plain_loss, rtol=1e-6)
 
 
+@slow_on_tensorflow
 @no_gradient
 def test_state_of_the_successor_rests_while_the_predecessor_runs():
     theseus = two_modules(rate=0.0)
@@ -402,6 +405,7 @@ def test_state_of_the_successor_rests_while_the_predecessor_runs():
     assert toy.difference(before, [value(v) for v in moving]) == 0
 
 
+@slow_on_tensorflow
 def test_where_the_gate_is_known_the_branch_runs_alone(monkeypatch):
     """Eager steps equal those of a graph; only the first compares branches."""
     conds = []

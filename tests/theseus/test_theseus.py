@@ -78,6 +78,7 @@ class Gather(layers.Layer):
         return self.dense(x[self.names[0]]) + x[self.names[1]]
 
 
+@slow_on_tensorflow
 @no_gradient
 @pytest.mark.parametrize("names", ["ab", (0, 1)])
 def test_several_inputs(names):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from keras import layers
+from kit import slow_on_tensorflow
 from theseus_parts import dense
 
 from blogkeras.theseus import (
@@ -71,6 +72,7 @@ def bad_arguments():
                 )
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(("make", "name", "wrong"), list(bad_arguments()))
 def test_bad_arguments(make, name, wrong):
     with pytest.raises(ValueError, match=r"(?s)xpected .*Received: "):

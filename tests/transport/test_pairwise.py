@@ -22,6 +22,7 @@ def by_one(x, y, distance=word_rotator_distance, **options):
     return np.array([[float(distance(a, b, **options)) for b in y] for a in x])
 
 
+@slow_on_jax
 @pytest.mark.parametrize("solver", ["exact", "relaxed"])
 def test_each_pair_of_two_collections(solver):
     found = pairwise_distances(TEXTS, OTHERS, solver=solver)

@@ -177,6 +177,7 @@ def test_metric_properties():
     assert abs(word_rotator_distance(X[:1], -X[:1]) - 2) < 1e-12
 
 
+@slow_on_jax
 def test_equal_words_are_at_distance_zero_far_from_the_origin():
     words = RNG.normal(size=(20, 300)) + 3
     assert word_mover_distance(words, words[::-1]) == 0
@@ -185,6 +186,7 @@ def test_equal_words_are_at_distance_zero_far_from_the_origin():
     assert float(relaxed) == 0
 
 
+@slow_on_jax
 @pytest.mark.parametrize("cost", ["euclidean", "cosine", "rms"])
 @pytest.mark.parametrize("weights", ["uniform", "norm"])
 def test_bounds_are_below(cost, weights):
@@ -556,6 +558,7 @@ def test_any_plan_is_made_feasible():
     np.testing.assert_allclose(numpy(found), plan, atol=1e-6)
 
 
+@slow_on_jax
 def test_sinkhorn_distance_is_near_and_its_gradient_is_the_plan():
     rng, tolerance = np.random.default_rng(5), 2e-4
     p, q = distribution(rng, (4, 6)), distribution(rng, (4, 5))

@@ -73,6 +73,7 @@ def texts(kind, dim, words=8):
     return x.astype("float32"), y.astype("float32")
 
 
+@slow_on_jax
 @pytest.mark.parametrize("dim", [2, 300])
 @pytest.mark.parametrize("kind", ["near", "offset", "groups", "equal"])
 def test_near_words_and_far_groups(kind, dim):
@@ -114,6 +115,7 @@ def test_cost_matrices(kind, dim):
     )
 
 
+@slow_on_jax
 @pytest.mark.parametrize("dim", [2, 300])
 def test_small_angles(dim):
     """1 − cos of nearly equal directions is half the square of the angle."""
@@ -169,6 +171,7 @@ def test_units_of_exact_costs(scale):
     )
 
 
+@slow_on_jax
 @pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e15, 1e30])
 def test_units_of_tensors(scale):
     """Whose squares are beyond float32."""

@@ -72,6 +72,7 @@ def test_pairwise_is_every_pair(cls, function):
     np.testing.assert_allclose(numpy(near), found, rtol=0.01, atol=2e-3)
 
 
+@slow_on_tensorflow
 @pytest.mark.parametrize(
     ("cls", "function", "weighting"),
     [
@@ -245,6 +246,7 @@ def test_the_gradient_lowers_for_tpu():
     assert exported.platforms == ("tpu",)
 
 
+@slow_on_tensorflow
 def test_mixed_precision_trains_and_exact_refuses_a_compiled_step():
     keras.config.set_dtype_policy("mixed_float16")
     model = siamese(regularization=0.02)
