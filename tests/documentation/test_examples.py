@@ -36,8 +36,8 @@ SHORT = {
     "basic_residual_quantizer.py": ["--epochs", "1"],
 }
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
-# XLA takes half a minute or more to compile these for a CPU.
-SLOW_ON_JAX = ("basic_denoising_density.py", "basic_electra.py")
+# XLA takes half a minute or more to compile it for a CPU.
+SLOW_ON_JAX = ("basic_denoising_density.py",)
 # TensorFlow traces these for longer than JAX compiles them.
 SLOW_ON_TENSORFLOW = (
     "basic_codebooks.py",
@@ -49,7 +49,7 @@ SLOW_ON_TENSORFLOW = (
     "basic_virtual_adversarial_training.py",
 )
 # Both backends compile these for a minute or more.
-SLOW = ("basic_residual_quantizer.py", "basic_nvae.py")
+SLOW = ("basic_electra.py", "basic_nvae.py", "basic_residual_quantizer.py")
 SLOW += SLOW_ON_TENSORFLOW if ON_TENSORFLOW else SLOW_ON_JAX
 
 

@@ -331,5 +331,5 @@ def test_where_keras_computes_in_float64(readout, request):
     keras.config.set_dtype_policy("float64")
     model = bottleneck((5, 3), readout=readout)
     model.compile("sgd", metrics=["accuracy"], run_eagerly=True)
-    history = model.fit(X, LABELS, batch_size=16, verbose=0).history
-    assert np.isfinite(history["loss"]).all()
+    logs = model.train_on_batch(X[:16], LABELS[:16], return_dict=True)
+    assert np.isfinite(logs["loss"])
