@@ -281,10 +281,15 @@ def codes_of(x):
 def _codes_of_column(column):
     if column.dtype.kind != "O":
         return np.unique(column, return_inverse=True)[1].ravel()
-    # Objects may have no order, and NaN does not equal itself.
+    # NaN does not equal itself, and breaks the order of the others.
     values = [None if _is_missing(v) else v for v in column.tolist()]
-    numbers = {}
-    return np.array([numbers.setdefault(v, len(numbers)) for v in values])
+    distinct = list(dict.fromkeys(values))
+    try:
+        distinct.sort(key=lambda v: (v is None, v))
+    except TypeError:  # of several types, which have no order
+        pass
+    numbers = {value: number for number, value in enumerate(distinct)}
+    return np.array([numbers[v] for v in values])
 
 
 def _is_missing(value):

@@ -12,7 +12,7 @@ import io
 import keras
 import numpy as np
 import pytest
-from kit import JAX
+from kit import JAX, slow_on_jax
 
 import blogkeras
 
@@ -62,6 +62,7 @@ EXAMPLES = {
 
 # Keras's own `fit` of int64 inputs, under JAX 0.12.
 @pytest.mark.filterwarnings("ignore:Explicitly requested dtype int64")
+@slow_on_jax
 @pytest.mark.parametrize(
     "name",
     [

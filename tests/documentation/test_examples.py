@@ -36,20 +36,24 @@ SHORT = {
     "basic_residual_quantizer.py": ["--epochs", "1"],
 }
 ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
-# XLA takes half a minute or more to compile it for a CPU.
-SLOW_ON_JAX = ("basic_denoising_density.py",)
+# XLA takes long to compile these for a CPU.
+SLOW_ON_JAX = ("basic_denoising_density.py", "basic_partial_transport.py")
 # TensorFlow traces these for longer than JAX compiles them.
 SLOW_ON_TENSORFLOW = (
     "basic_codebooks.py",
-    "basic_compare_depths.py",
     "basic_finite_scalar_quantizer.py",
-    "basic_robust_pictures.py",
     "basic_theseus.py",
     "basic_vector_quantizer.py",
     "basic_virtual_adversarial_training.py",
 )
-# Both backends compile these for a minute or more.
-SLOW = ("basic_electra.py", "basic_nvae.py", "basic_residual_quantizer.py")
+# Many models, or large ones, on both.
+SLOW = (
+    "basic_compare_depths.py",
+    "basic_electra.py",
+    "basic_nvae.py",
+    "basic_residual_quantizer.py",
+    "basic_robust_pictures.py",
+)
 SLOW += SLOW_ON_TENSORFLOW if ON_TENSORFLOW else SLOW_ON_JAX
 
 
