@@ -13,7 +13,6 @@ from kit import (
     lower_train_step,
     replicated,
     slow_on_jax,
-    slow_on_tensorflow,
     tensorflow_only,
     value,
 )
@@ -225,7 +224,6 @@ def test_other_seeds_draw_otherwise():
     assert abs(first - second).max() > 1e-4
 
 
-@slow_on_tensorflow
 @pytest.mark.skipif(not TENSORFLOW, reason="JAX's arrays are global")
 def test_two_replicas_are_one():
     def train(step=STEP):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy
 from keras import layers, ops
-from kit import close_in_ulps, slow_on_jax, slow_on_tensorflow, value
+from kit import close_in_ulps, slow_on_jax, value
 
 from blogkeras.theseus import (
     Distillation,
@@ -85,7 +85,6 @@ def close(found, expected):
     np.testing.assert_allclose(found[mask], expected[mask], atol=1e-6)
 
 
-@slow_on_tensorflow
 @needs_bert4keras
 @pytest.mark.parametrize(("name", "options", "sides"), ARCHITECTURES)
 def test_every_architecture_equals_the_uncut_models(name, options, sides):
@@ -128,12 +127,10 @@ def test_every_architecture_equals_the_uncut_models(name, options, sides):
         close(value(theseus(x, training=True)), expected)
 
 
-@slow_on_tensorflow
+@pytest.mark.verify
 @needs_bert4keras
 @no_gradient
-@pytest.mark.parametrize(
-    "name", ["nezha", pytest.param("albert", marks=pytest.mark.verify)]
-)
+@pytest.mark.parametrize("name", ["nezha", "albert"])
 def test_the_posts_phases(name, tmp_path):
     options = {"embedding_size": 4} if name == "albert" else {}
     old = transformer(name, 2, "Predecessor-", **options)
@@ -162,7 +159,6 @@ def test_the_posts_phases(name, tmp_path):
     assert np.abs(value(model(x)) - expected).max() > 0
 
 
-@slow_on_tensorflow
 @needs_bert4keras
 @pytest.mark.filterwarnings("ignore:Layer .sequential")  # has no mask
 def test_mapping_and_baselines():
