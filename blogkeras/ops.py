@@ -244,8 +244,10 @@ def centered_arrays(x, y):
         ‖xᵢ − c‖² + ‖yⱼ − c‖², `(..., n, m)`.
     """
     size = y.shape[-2]
-    center = np.median(y[..., np.arange(1, 19, 2) * size // 18, :], axis=-2)
-    center = center[..., None, :].astype(y.dtype)
+    center = y[..., np.arange(1, 19, 2) * size // 18, :]
+    for _ in range(2):  # as in `central_vector`; a median takes much longer
+        thirds = (center[..., k::3, :] for k in range(3))
+        center = _median_of_three(*thirds, np)
     x, y = x - center, y - center
     sizes = np.square(x).sum(-1)[..., :, None]
     return x, y, sizes + np.square(y).sum(-1)[..., None, :]
@@ -292,9 +294,9 @@ def central_vector(y, mask=None):
     return _median_of_three(*medians)
 
 
-def _median_of_three(a, b, c):
-    low, high = ops.minimum(a, b), ops.maximum(a, b)
-    return ops.maximum(low, ops.minimum(high, c))
+def _median_of_three(a, b, c, xp=ops):
+    low, high = xp.minimum(a, b), xp.maximum(a, b)
+    return xp.maximum(low, xp.minimum(high, c))
 
 
 def _squares_by_products(x, y, unit, tolerance, equal):

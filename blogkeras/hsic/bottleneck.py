@@ -229,8 +229,8 @@ class HSICBottleneck(CompositeModel):
             )
         hidden = backend.get_tensor_attr(y_pred, "_blogkeras_hidden")
         if hidden is None:
-            # Evaluation changes no state, so that a second pass is harmless
-            # (and XLA merges the two).
+            # The scores are those of inference. It changes no state, so that a
+            # second pass is harmless (and XLA merges the two).
             hidden = self.hidden(x, training)
         labels = self.one_hot(y)
         x, labels, weight = gathered(unmasked(x), labels, sample_weight)

@@ -109,11 +109,9 @@ def numbers(name, x):
         x = None  # it would become its real part
     elif x.dtype.kind not in "biuf":
         try:
-            if x.dtype.kind == "O":
-                x = np.reshape([_seconds(v) for v in x.flat], x.shape)
             x = x.astype("float64")
         except (TypeError, ValueError):
-            x = None
+            x = _seconds(x)
         if given.dtype.kind in "mM":
             # A date that is missing would be a number.
             x = np.where(np.isnat(given), np.nan, x)
@@ -283,7 +281,13 @@ def _codes_of_column(column):
         return np.unique(column, return_inverse=True)[1].ravel()
     # NaN does not equal itself, and breaks the order of the others.
     values = [None if _is_missing(v) else v for v in column.tolist()]
-    distinct = list(dict.fromkeys(values))
+    try:
+        distinct = list(dict.fromkeys(values))
+    except TypeError as error:  # lists, which have no hash
+        raise ValueError(
+            "Expected labels such as strings and numbers. Received: "
+            f"{column[:3]}"
+        ) from error
     try:
         distinct.sort(key=lambda v: (v is None, v))
     except TypeError:  # of several types, which have no order
@@ -300,13 +304,12 @@ def _is_missing(value):
         return True
 
 
-def _seconds(value):
-    """A date, with a time zone or without, as a number; else the value."""
-    if not isinstance(value, datetime.datetime):
-        return value
-    if value.tzinfo is None:
-        value = value.replace(tzinfo=datetime.UTC)
-    return value.timestamp()
+def _seconds(x):
+    """Dates, with a time zone or without, as numbers; `None` for others."""
+    if not all(isinstance(value, datetime.datetime) for value in x.flat):
+        return None
+    dates = (d.replace(tzinfo=d.tzinfo or datetime.UTC) for d in x.flat)
+    return np.reshape([date.timestamp() for date in dates], x.shape)
 
 
 def check_features(x1, x2):

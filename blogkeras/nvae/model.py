@@ -47,17 +47,6 @@ from blogkeras.nvae.statistics import recalibrate
 from blogkeras.state import NumberedDraws, draw_rows
 
 
-class _RowLoss(keras.losses.Loss):
-    """The mean of values that were computed before, one for each row.
-
-    A Keras loss, because its reduction applies sample weights and divides by
-    the number of replicas.
-    """
-
-    def call(self, y_true, y_pred):
-        return y_pred
-
-
 @keras.saving.register_keras_serializable(package="blogkeras")
 class NVAE(TargetlessModel):
     """A deep hierarchical variational autoencoder for pictures.
@@ -154,7 +143,7 @@ class NVAE(TargetlessModel):
             keras.metrics.Mean(name=name)
             for name in ("nelbo", "reconstruction", "kl")
         )
-        self._row_loss = _RowLoss(name="rows")
+        self._row_loss = objective.RowLoss(name="rows")
         self._programs = ProgramCache(size=16)
 
     @classmethod

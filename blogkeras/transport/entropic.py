@@ -434,7 +434,8 @@ def _anneal(step, problem, regularization, tolerance, max_iterations):
             )
         return index, again, *state, iterations + more
 
-    state = 0, True, ops.zeros_like(c), f, g, f, g, ops.zeros_like(f[:, :1]), 0
+    error = ops.zeros_like(f[:, 0, None])  # of a known size, as in _iterate
+    state = 0, True, ops.zeros_like(c), f, g, f, g, error, 0
     if count + refined == 1:
         return stage(*state)[2:]
     # A loop over ε, so that the step is compiled only once.
@@ -486,7 +487,9 @@ def _iterate(halves, limit, change, s, t, problem, goal, max_iterations):
         error = ops.sum(off, axis=2, keepdims=True)
         return iterations + _STRIDE, error, best, s, new
 
-    first = ops.full_like(s[:, :1], 2)
+    # Of s[:, :1] TensorFlow would not know the size, where it does not know
+    # that of s, and a loop has to keep what is known.
+    first = ops.full_like(s[:, 0, None], 2)
     iterations, error, _, s, t = ops.while_loop(
         unfinished, repeat, (0, first, first, s, t)
     )

@@ -27,12 +27,19 @@ def with_empty(texts, dim=None):
         texts: List of `(length, dim)`.
         dim: Integer, or `None`: that of the first text which has words.
     """
-    shapes = map(_shape, texts)
-    known = (shape[1] for shape in shapes if len(shape) == 2 and shape[1])
-    dim = next(known, None) if dim is None else dim
+    if dim is None:
+        shapes = map(_shape, texts)
+        dim = next((s[1] for s in shapes if len(s) == 2 and s[1]), None)
     if dim is None:
         return texts
-    return [np.zeros((0, dim)) if _shape(z) == (0,) else z for z in texts]
+    return [np.zeros((0, dim)) if _is_empty(text) else text for text in texts]
+
+
+def _is_empty(text):
+    try:
+        return len(text) == 0 and np.ndim(text) == 1
+    except TypeError:  # a number
+        return False
 
 
 def _shape(text):

@@ -110,15 +110,15 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
     if mask is not None:
         # Masked values, NaN included, have no influence.
         x = xp.where(mask[..., None], x, xp.zeros_like(x))
-    norm = _norms(xp, x)[..., 0]
     if weights == "norm":
-        mass = norm
+        mass = _norms(xp, x)[..., 0]
     elif weights == "uniform":
-        mass = xp.ones_like(norm)
+        mass = xp.ones_like(x[..., 0])
     else:
         mass = xp.maximum(given, xp.zeros_like(given))
     if cost == "cosine" and weights in ("uniform", "importance"):
-        mass = xp.where(norm > 0, mass, xp.zeros_like(norm))
+        has_direction = _norms(xp, x)[..., 0] > 0
+        mass = xp.where(has_direction, mass, xp.zeros_like(mass))
     if mask is not None:
         mass = xp.where(mask, mass, xp.zeros_like(mass))
     total = xp.sum(mass, axis=-1, keepdims=True)
@@ -126,7 +126,9 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
     ones = xp.ones_like(mass)
     first = xp.where(xp.cumsum(ones, axis=-1) > 1, xp.zeros_like(mass), ones)
     p = xp.where(empty, first, mass / xp.where(empty, 1, total))
-    return p, xp.where(empty[..., None], xp.zeros_like(x), x)
+    if xp is ops or empty.any():
+        x = xp.where(empty[..., None], xp.zeros_like(x), x)
+    return p, x
 
 
 def cost_matrix(xp, x, y, cost):
@@ -152,8 +154,9 @@ def cost_matrix(xp, x, y, cost):
         d = xp.where(xp.logical_or(x_zero, y_zero), xp.ones_like(d), d)
         return xp.where(xp.logical_and(x_zero, y_zero), xp.zeros_like(d), d)
     scale = _moderate(xp, x, y)
-    d = _squared_distances(xp, x * scale, y * scale)
-    d = _safe_sqrt(xp, d) / scale
+    if xp is ops or (scale != 1).any():
+        x, y = x * scale, y * scale
+    d = _safe_sqrt(xp, _squared_distances(xp, x, y)) / scale
     return d / x.shape[-1] ** 0.5 if cost == "rms" else d
 
 
@@ -169,12 +172,13 @@ def _moderate(xp, x, y):
     It is 1 unless they are larger than 2⁴⁰ or smaller than 2⁻⁴⁰. Scaling by a
     power of two keeps differences of nearly equal vectors exact.
     """
-    largest = xp.maximum(
-        *(
-            xp.max(xp.abs(a), axis=(-2, -1), keepdims=True, initial=0)
-            for a in (x, y)
-        )
-    )
+
+    def size(x):
+        axes = {"axis": (-2, -1), "keepdims": True, "initial": 0}
+        # Absolute values of all would be a copy of all.
+        return xp.maximum(xp.max(x, **axes), -xp.min(x, **axes))
+
+    largest = xp.maximum(size(x), size(y))
     if xp is ops:
         largest = ops.stop_gradient(largest)
     scale = xp.ones_like(largest)

@@ -104,6 +104,13 @@ def test_what_is_neither_numbers_nor_strings():
         hsic(X, mixed)
 
 
+def test_lists_are_no_labels():
+    lists = np.empty(len(X), object)
+    lists[:] = [[code] for code in CODES]
+    with pytest.raises(ValueError, match=r"Expected labels such as strings"):
+        hsic(lists, X, DELTA)
+
+
 def test_strings_are_no_numbers():
     """Numerals are not, either: they are not read silently."""
     gaussian = GaussianKernel(form="blog")

@@ -413,14 +413,36 @@ def test_masks_that_are_no_pair_of_the_words(cls, pairwise):
     )
 
 
-@pytest.mark.parametrize("solver", ["exact", "sinkhorn", "relaxed"])
-@pytest.mark.parametrize("options", [{}, {"partial": 0.5}, {"debiased": True}])
+@pytest.mark.parametrize(
+    ("solver", "options"),
+    [
+        *((solver, {}) for solver in ("exact", "sinkhorn", "relaxed")),
+        *((solver, {"partial": 0.5}) for solver in ("exact", "sinkhorn")),
+        ("sinkhorn", {"debiased": True}),
+        ("sinkhorn", {"unbalanced": 1.0}),
+    ],
+)
 def test_no_pairs(solver, options):
     """Such as after a batch was filtered."""
-    if options and (solver == "relaxed" or "debiased" in options):
-        solver = "sinkhorn"
     function = word_mover_distance
     assert numpy(function(X[:0], Y[:0], solver=solver, **options)).shape == (0,)
     for pairwise, shape in ((False, (0,)), (True, (0, 0))):
         layer = WordMoverDistance(pairwise=pairwise, solver=solver, **options)
         assert numpy(layer([X[:0], Y[:0]])).shape == shape
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pairwise": True}, {"partial": 0.5}, {"debiased": True}],
+    ids=lambda options: "".join(options) or "default",
+)
+def test_batches_of_texts_of_other_lengths(options):
+    """Each batch is padded to its own longest text."""
+    a, b = keras.Input((None, 5)), keras.Input((None, 5))
+    layer = WordMoverDistance(**options)
+    model = keras.Model([a, b], layer([a, b]))
+    model.compile(jit_compile=keras.backend.backend() == "jax")
+    for n, m in ((4, 3), (3, 3), (2, 2), (4, 2)):
+        x, y = X[:, :n], Y[:, :m]
+        distances = model.predict([x, y], verbose=0)
+        np.testing.assert_allclose(distances, numpy(layer([x, y])), atol=2e-3)
