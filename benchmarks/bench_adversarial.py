@@ -279,15 +279,6 @@ def count_flops(options):
     x = np.zeros((options.batch, options.length), "int32")
     y = np.zeros((options.batch,), "int32")
     model.train_on_batch(x[:1], y[:1])  # builds everything
-    state = [
-        [v.value for v in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    ]
     counts = {}
     for name in ["plain", *COUNTED]:
         step = model.train_step
@@ -295,6 +286,16 @@ def count_flops(options):
             adversarial_training(model, method=method(name))
             hook = training.installed(model)
             step = functools.partial(training.make_step(hook), model)
+        # A method may add metrics.
+        state = [
+            [v.value for v in variables]
+            for variables in (
+                model.trainable_variables,
+                model.non_trainable_variables,
+                model.optimizer.variables,
+                model.metrics_variables,
+            )
+        ]
         program = jax.jit(step).lower(state, (x, y)).compile()
         counts[name] = program.cost_analysis()["flops"]
     print(json.dumps(counts))
