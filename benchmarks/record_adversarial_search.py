@@ -8,6 +8,7 @@ the next, with `--search-seeds` seeds of its own; the strength of the best mean
 accuracy on the validation set is taken. Then `--seeds` other seeds are trained
 with it, and plainly. Each run appends a row to
 `docs/results/adversarial_search.csv`; runs that stand there are not done again.
+Where the best strength stands at an end, `--strengths` tries others beyond it.
 The minutes that are left are printed after each run. `--report` writes
 `docs/results/adversarial_search.md`.
 
@@ -30,15 +31,15 @@ COLUMNS = [
 TASKS = ("iflytek", "sentiment")
 TRIES = 5
 FIRST_SEARCH_SEED = 1000  # searches and results share no seed
-# The middle of the strengths of each method.
+# The middle of the first strengths of each method.
 MIDDLES = {
     "FGM": 0.3,
     "PGD": 0.3,
     "FreeLB": 0.1,
     "GP squared": 1.0,
     "VAT": 1.0,
-    "TRADES": 1.0,
-    "SMART": 1.0,
+    "TRADES": 0.1,
+    "SMART": 0.1,
     "R-Drop": 1.0,
     "AWP": 0.005,
     "AWP + FGM": 0.005,
@@ -47,11 +48,12 @@ INTRODUCTION = """\
 Each run trains a transformer of 2 layers × 64 on characters from scratch, as in
 [adversarial.md](adversarial.md): the same seeds, data, batches, steps and
 learning rates for all methods; the epoch is chosen on the validation set. The
-strength of each method was chosen by the same search: {tries} strengths,
-{seeds} seeds each, none of them among those of the results, by the mean
-accuracy on the validation set. Each difference is to plain training of the
-same seed, with the 95 % interval of Student's t. A strength at an end of the
-range of the search has a star: a better one may lie beyond.
+strength of each method was chosen by the same search: {tries} strengths, each
+3.2 times the one before, and more where the best one stood at an end, with
+{seeds}, by the mean accuracy on the validation set. Each
+difference is to plain training of the same seed, with the 95 % interval of
+Student's t. A strength at an end of all that were tried has a star: a better
+one may lie beyond.
 
 Strengths are FGM's, PGD's (3 steps) and FreeLB's (3 steps) ε, the weight of the
 squared penalty, VAT's ε, the radius of TRADES (weight 1, one step) and SMART
@@ -91,21 +93,19 @@ def make(name, strength):
     }[name]()
 
 
-def searched(task, names, seeds):
+def searched(task, names, seeds, given=None):
     """The runs of the search, `(task, phase, method, strength, seed)`."""
     return [
         (task, "search", name, strength, FIRST_SEARCH_SEED + seed)
         for seed in range(seeds)
         for name in names
         if name != "plain"
-        for strength in strengths(name)
+        for strength in given or strengths(name)
     ]
 
 
-def chosen(rows, task, name):
-    """The strength of the best mean on validation; of equal ones the least."""
-    if name == "plain":
-        return 0.0
+def tried(rows, task, name):
+    """`{strength: accuracies on validation}` of the search."""
     tries = group(
         [
             row
@@ -115,20 +115,32 @@ def chosen(rows, task, name):
         ],
         "strength",
     )
-    means = {
-        float(strength): np.mean([float(row["valid"]) for row in of_strength])
+    return {
+        float(strength): [float(row["valid"]) for row in of_strength]
         for strength, of_strength in tries.items()
     }
-    return max(sorted(means), key=means.get)
+
+
+def chosen(rows, task, name):
+    """The strength of the best mean on validation; of equal ones the least."""
+    if name == "plain":
+        return 0.0
+    tries = tried(rows, task, name)
+    return max(sorted(tries), key=lambda strength: np.mean(tries[strength]))
 
 
 def report(rows, path):
     """Writes the page."""
-    seeds = {row["seed"] for row in rows if row["phase"] == "search"}
+    seeds = len({row["seed"] for row in rows if row["phase"] == "search"})
+    seeds = (
+        "one seed, which is not among those of the results"
+        if seeds == 1
+        else f"{seeds} seeds each, which are not among those of the results"
+    )
     lines = [
         "# What each method is worth, with searched strengths",
         "",
-        INTRODUCTION.format(tries=TRIES, seeds=len(seeds)),
+        INTRODUCTION.format(tries=TRIES, seeds=seeds),
         "",
     ]
     for task, of_task in group(rows, "task").items():
@@ -146,7 +158,8 @@ def report(rows, path):
             more, strength = ("", ""), ""
             if name != "plain":
                 strength = chosen(rows, task, name)
-                ends = (strengths(name)[0], strengths(name)[-1])
+                tries = tried(rows, task, name)
+                ends = min(tries), max(tries)
                 strength = f"{strength:g}{'*' * (strength in ends)}"
                 if len(d) > 1:
                     more = page.interval_cells(*mean_interval(d), sign=True)
@@ -180,6 +193,7 @@ def main():
     add("--data", help="folder of the task's files")
     add("--task", choices=TASKS, default=TASKS[0])
     add("--search-seeds", type=int, default=2)
+    add("--strengths", type=float, nargs="*", help="of the search, instead")
     add("--texts", type=int, help="so many of each part, for a trial")
     options = parser.parse_args()
     record = Recording(options.rows, COLUMNS, key=COLUMNS[:5])
@@ -194,7 +208,9 @@ def main():
     vocabulary = {c: i + 3 for i, c in enumerate(letters)}
     splits = [base.arrays(part, vocabulary) for part in pairs]
     names = options.only or ["plain", *MIDDLES]
-    search = searched(options.task, names, options.search_seeds)
+    search = searched(
+        options.task, names, options.search_seeds, options.strengths
+    )
     left = len(record.missing(search)) + options.seeds * len(names)
     print(
         f"rows: {[len(part[1]) for part in splits]}; runs: {len(search)} of "
