@@ -220,6 +220,7 @@ def report(record, path):
                 [
                     [name, *(cell(found.get((name, task))) for task in tasks)]
                     for name in DISTANCES
+                    if any((name, task) in found for task in tasks)
                 ],
             ),
         ],
