@@ -287,15 +287,12 @@ def count_flops(options):
             hook = training.installed(model)
             step = functools.partial(training.make_step(hook), model)
         # A method may add metrics.
-        state = [
-            [v.value for v in variables]
-            for variables in (
-                model.trainable_variables,
-                model.non_trainable_variables,
-                model.optimizer.variables,
-                model.metrics_variables,
-            )
-        ]
+        state = model._get_jax_state(
+            trainable_variables=True,
+            non_trainable_variables=True,
+            optimizer_variables=True,
+            metrics_variables=True,
+        )
         program = jax.jit(step).lower(state, (x, y)).compile()
         counts[name] = program.cost_analysis()["flops"]
     print(json.dumps(counts))

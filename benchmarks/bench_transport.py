@@ -9,7 +9,7 @@ Part `options` has partial, unbalanced and debiased distances of the pairs of 32
 words, part `collections` one query beside a batch, all pairs of some texts, and
 the neighbors of queries. Part `search` looks for the 10 nearest of 10,000
 documents, and part `million`, which is measured only where `--parts million`
-asks for it and takes about 5 GiB of memory for each of two processes, of a
+asks for it and takes about 3 GiB of memory for each of two processes, of a
 million random ones. Parts that are measured stay in `--state`, so that each can
 be run by itself. The sections of the page are written from all of them; a
 section of which nothing is known stays as it is.

@@ -49,11 +49,11 @@ Each run trains a transformer of 2 layers × 64 on characters from scratch, as i
 [adversarial.md](adversarial.md): the same seeds, data, batches, steps and
 learning rates for all methods; the epoch is chosen on the validation set. The
 strength of each method was chosen by the same search: {tries} strengths, each
-3.2 times the one before, and more where the best one stood at an end, with
-{seeds},
-by the mean accuracy on the validation set. Each difference is to plain training
-of the same seed, with the 95 % interval of Student's t. A strength at an end of
-all that were tried has a star: a better one may lie beyond.
+3.2 times the one before, and more where the best one stood at an end, by the
+mean accuracy on the validation set; {seeds} of a strength, whose seeds are not
+among those of the results. Each difference is to plain training of the same
+seed, with the 95 % interval of Student's t. A strength at an end of all that
+were tried has a star: a better one may lie beyond.
 
 Strengths are FGM's, PGD's (3 steps) and FreeLB's (3 steps) ε, the weight of the
 squared penalty, VAT's ε, the radius of TRADES (weight 1, one step) and SMART
@@ -131,12 +131,8 @@ def chosen(rows, task, name):
 
 def report(rows, path):
     """Writes the page."""
-    seeds = len({row["seed"] for row in rows if row["phase"] == "search"})
-    seeds = (
-        "one seed, which is not among those of the results"
-        if seeds == 1
-        else f"{seeds} seeds each, which are not among those of the results"
-    )
+    seeds = {row["seed"] for row in rows if row["phase"] == "search"}
+    seeds = "one run" if len(seeds) == 1 else f"{len(seeds)} runs"
     lines = [
         "# What each method is worth, with searched strengths",
         "",

@@ -113,7 +113,8 @@ def mass_and_vectors(xp, x, mask, cost, weights, given=None):
     if weights == "norm":
         mass = _norms(xp, x)[..., 0]
     elif weights == "uniform":
-        mass = xp.ones_like(x[..., 0])
+        # A sum, since vectors may have no first number.
+        mass = xp.ones_like(xp.sum(x[..., :1], axis=-1))
     else:
         mass = xp.maximum(given, xp.zeros_like(given))
     if cost == "cosine" and weights in ("uniform", "importance"):

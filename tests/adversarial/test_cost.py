@@ -29,15 +29,12 @@ def flops(hook):
     model.compile(keras.optimizers.Adam(), "sparse_categorical_crossentropy")
     x, y = np.zeros((32, 64), "int32"), np.zeros((32,), "int32")
     model.optimizer.build(model.trainable_variables)
-    state = [
-        [v.value for v in variables]
-        for variables in (
-            model.trainable_variables,
-            model.non_trainable_variables,
-            model.optimizer.variables,
-            model.metrics_variables,
-        )
-    ]
+    state = model._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+    )
     step = model.train_step
     if hook:
         hook = hook(model)

@@ -431,6 +431,14 @@ def test_no_pairs(solver, options):
         assert numpy(layer([X[:0], Y[:0]])).shape == shape
 
 
+@pytest.mark.parametrize("cls", [WordMoverDistance, WordRotatorDistance])
+@pytest.mark.parametrize("solver", ["exact", "sinkhorn", "relaxed"])
+def test_vectors_without_numbers(cls, solver):
+    """They are all equal."""
+    distances = cls(solver=solver)([X[..., :0], Y[..., :0]])
+    np.testing.assert_array_equal(numpy(distances), [0, 0, 0])
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"pairwise": True}, {"partial": 0.5}, {"debiased": True}],
