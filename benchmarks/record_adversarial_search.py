@@ -50,10 +50,10 @@ Each run trains a transformer of 2 layers × 64 on characters from scratch, as i
 learning rates for all methods; the epoch is chosen on the validation set. The
 strength of each method was chosen by the same search: {tries} strengths, each
 3.2 times the one before, and more where the best one stood at an end, by the
-mean accuracy on the validation set; {seeds} of a strength, whose seeds are not
-among those of the results. Each difference is to plain training of the same
-seed, with the 95 % interval of Student's t. A strength at an end of all that
-were tried has a star: a better one may lie beyond.
+mean accuracy on the validation set; {seeds} of a strength, with other seeds
+than the results. Each difference is to plain training of the same seed, with
+the 95 % interval of Student's t. A strength at an end of all that were tried
+has a star: a better one may lie beyond.
 
 Strengths are FGM's, PGD's (3 steps) and FreeLB's (3 steps) ε, the weight of the
 squared penalty, VAT's ε, the radius of TRADES (weight 1, one step) and SMART
